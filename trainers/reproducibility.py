@@ -1,0 +1,85 @@
+"""Seeds, deterministic algorithms, the state of every random generator, and where a number came from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import random
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "hydra-core", "omegaconf", "pillow")
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python's and torch's generators; with ``deterministic``, forbid algorithms that are not.
+
+    On CPU training is bit-exact either way. On CUDA, ``deterministic`` makes torch raise at an operation that
+    has no deterministic implementation, naming it: in this project the backward passes of adaptive average
+    pooling (PSPNet) and of bilinear up-sampling, which add with atomics.
+    """
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator of this process, in containers that ``torch.load(weights_only=True)`` admits."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put every generator back where :func:`rng_state` found it."""
+    torch.set_rng_state(state["torch"].cpu())
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def git_sha(root: Path) -> str:
+    """The commit that is checked out, with ``-dirty`` behind it where files differ; ``unknown`` outside git."""
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return sha.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def provenance(root: Path, **more: Any) -> dict[str, Any]:
+    """What has to be known to make a result again: code, versions, command, device, date, and ``more``."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "git_sha": git_sha(root),
+        "versions": versions(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "hardware": device,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **more,
+    }
