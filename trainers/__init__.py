@@ -1,0 +1,1 @@
+"""Training and evaluation: what turns logits and labels into a loss, a step, and a score."""

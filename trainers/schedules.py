@@ -1,0 +1,79 @@
+"""Learning-rate schedules: stateless functions of the global step.
+
+A schedule is called with the 1-based number of the update that is about to be made and the number of updates
+of the whole run, and returns the factor by which every group's base rate is multiplied. Having no state, it
+needs no checkpoint, and a resumed run continues exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Schedule(Protocol):
+    """Maps (step in 1..total, total) to the factor of the base learning rate."""
+
+    def __call__(self, step: int, total: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """The paper's decay, (1 - step/total)^power.
+
+    As in the experiments, step runs from 1 to total: the base rate itself is never used, and the very last
+    update has rate 0.
+    """
+
+    power: float = 0.9
+
+    def __call__(self, step: int, total: int) -> float:
+        _check(step, total)
+        return (1 - step / total) ** self.power
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The base rate throughout."""
+
+    def __call__(self, step: int, total: int) -> float:
+        _check(step, total)
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from 1, at the first update, towards `floor` (Loshchilov & Hutter, ICLR 2017, eq. 5)."""
+
+    floor: float = 0.0
+
+    def __call__(self, step: int, total: int) -> float:
+        _check(step, total)
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * (step - 1) / total)) / 2
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Rise linearly over the first `steps` updates, reaching 1 at the last of them, then follow `then`.
+
+    `then` sees the updates that are left as a run of its own.
+    """
+
+    then: Schedule
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}: a warm-up takes 0 or more updates")
+
+    def __call__(self, step: int, total: int) -> float:
+        _check(step, total)
+        if step <= self.steps:
+            return step / self.steps
+        return self.then(step - self.steps, total - self.steps)
+
+
+def _check(step: int, total: int) -> None:
+    if not 1 <= step <= total:
+        raise ValueError(f"step is {step} of {total}: updates are numbered from 1 to total")
