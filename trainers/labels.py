@@ -16,16 +16,15 @@ def valid_pixels(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor
     [0, num_classes) nor `ignore_index`.
     """
     if targets.is_floating_point() or targets.is_complex():
-        raise TypeError(
-            f"targets are {targets.dtype}: pass integer class labels, not one-hot or probabilities"
-        )
+        raise TypeError(f"targets are {targets.dtype}: pass integer class labels, not one-hot ones")
+    targets = targets.long()  # comparing uint8 with a negative ignore_index would wrap
     valid = targets != ignore_index
     wrong = valid & ((targets < 0) | (targets >= num_classes))
     if wrong.any():
         values = targets[wrong].unique().tolist()
         shown = ", ".join(str(int(value)) for value in values[:5]) + (", ..." if len(values) > 5 else "")
         raise ValueError(
-            f"targets hold label {shown}, outside 0..{num_classes - 1} and not the ignore_index {ignore_index}: "
+            f"targets hold label {shown}, outside 0..{num_classes - 1} and not ignore_index={ignore_index}: "
             "remap the labels of the data set, or correct num_classes or ignore_index"
         )
     return valid

@@ -5,8 +5,8 @@ Shapes: N images, C classes, *S spatial axes (two or three). Every loss is calle
 inside. A loss computes in float32 also under autocast, is 0 with zero gradients on a batch that is all void,
 and never modifies the targets.
 
-Void pixels (`ignore_index`) never count. With `legacy=True` they are treated as in the experiments of Dai & Li
-(JMLR 24(224), 2023), each loss in its own way, told in its docstring.
+Void pixels (`ignore_index`) never count. With `legacy=True` they are treated as in the experiments of Dai &
+Li (JMLR 24(224), 2023), each loss in its own way, told in its docstring.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ class Focal(SegmentationLoss):
 
     def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         log_likelihood = _log_likelihood(logits, labels)
-        focal = -((-log_likelihood.expm1()) ** self.gamma) * log_likelihood
-        labelled = _mean_where(focal, valid)
+        labelled = _mean_where(-log_likelihood * _focal_weight(log_likelihood, self.gamma), valid)
         return labelled * (valid.sum() / valid.numel()) if self.legacy else labelled
 
     def extra_repr(self) -> str:
@@ -143,7 +142,7 @@ class BCEFocal(BCE):
 
     def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         bce = super().of_labelled(logits, labels, valid)
-        return (-(-bce).expm1()) ** self.gamma * bce
+        return bce * _focal_weight(-bce, self.gamma)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gamma={self.gamma}"
@@ -211,9 +210,8 @@ class CEDice(SegmentationLoss):
         self.dice = SoftDice(ignore_index, legacy)
 
     def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        return self.cross_entropy.of_labelled(logits, labels, valid) + self.dice.of_labelled(
-            logits, labels, valid
-        )
+        batch = (logits, labels, valid)
+        return self.cross_entropy.of_labelled(*batch) + self.dice.of_labelled(*batch)
 
 
 class LogCoshDice(SoftDice):
@@ -230,6 +228,12 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 def _log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """Return log p_y, (N, *S). A gather, as the CUDA backward of NLLLoss is not deterministic."""
     return logits.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def _focal_weight(log_probs: Tensor, gamma: float) -> Tensor:
+    """Return (1 - p)^gamma, with a finite gradient at p = 1 for every gamma."""
+    misses = -log_probs.expm1()
+    return misses.clamp(min=torch.finfo(misses.dtype).tiny) ** gamma
 
 
 def _onehot(labels: Tensor, valid: Tensor, like: Tensor) -> Tensor:

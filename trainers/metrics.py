@@ -118,14 +118,13 @@ def encode(
     if void not in ("masked", "counted"):
         raise ValueError(f"void is {void!r}: choose 'masked' or 'counted'")
     if legacy_soft_dice_void and void == "masked":
-        raise ValueError(
-            "legacy_soft_dice_void relabels void pixels, which void='masked' leaves out: choose one"
-        )
+        raise ValueError("legacy_soft_dice_void relabels void, which void='masked' leaves out: choose one")
     valid = valid_pixels(targets, num_classes, ignore_index)
+    targets = targets.long()
     if legacy_soft_dice_void and valid.any():
         targets = targets.masked_fill(~valid, int(targets[valid].min()))
         valid = torch.ones_like(valid)
-    classes = torch.arange(num_classes, dtype=targets.dtype, device=targets.device)
+    classes = torch.arange(num_classes, device=targets.device)
     onehot = targets.unsqueeze(1) == classes.view(1, -1, *[1] * (targets.dim() - 1))
     if 0 <= ignore_index < num_classes:
         onehot &= valid.unsqueeze(1)
