@@ -1,0 +1,1 @@
+"""Commands around the experiments; nothing imports them but each other and the tests."""

@@ -1,0 +1,126 @@
+"""A table as Markdown, CSV or LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+
+from scripts.tables.table import Cell, Table
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "Δ": r"$\Delta$",
+    "−": "$-$",
+    "–": "--",
+    "—": "---",
+}
+
+
+def join(cell: Cell, bold: Callable[[str], str], escape: Callable[[str], str] = str) -> str:
+    """The text of a cell with its bold parts marked; marks of notes are left to the caller."""
+    bolds = cell.bold or (False,) * len(cell.values)
+    parts = [bold(escape(value)) if b else escape(value) for value, b in zip(cell.values, bolds, strict=True)]
+    return f"({', '.join(parts)})" if len(parts) > 1 else parts[0]
+
+
+def repeats(table: Table, index: int) -> int:
+    """How many leading labels of row `index` only repeat the row above (the last label never counts)."""
+    if index == 0:
+        return 0
+    count = 0
+    for above, here in zip(table.rows[index - 1][: table.labels - 1], table.rows[index], strict=False):
+        if above != here:
+            break
+        count += 1
+    return count
+
+
+def markdown(table: Table) -> str:
+    """A GitHub table under its title; repeated labels are left blank, reasons stand below."""
+
+    def superscript(marks: Sequence[str]) -> str:
+        return f"<sup>{','.join(marks)}</sup>" if marks else ""
+
+    def text(cell: Cell) -> str:
+        return join(cell, lambda part: f"**{part}**").replace("|", "\\|") + superscript(cell.marks)
+
+    lines = [f"**{table.title}**{superscript(table.marks)}", ""]
+    lines.append("| " + " | ".join(table.head) + " |")
+    lines.append("|" + "|".join(" :-- " if i < table.labels else " :-: " for i in range(len(table.head))) + "|")
+    for index, row in enumerate(table.rows):
+        blank = repeats(table, index)
+        lines.append("| " + " | ".join("" if i < blank else text(cell) for i, cell in enumerate(row)) + " |")
+    if table.caption:
+        lines += ["", table.caption]
+    for note in table.notes:
+        lines += ["", f"<sup>{note.mark}</sup> {note.text}"]
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(tables: Sequence[Table]) -> str:
+    """All tables below each other, each with its own header; a cell's values and marks in columns of their own."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    for number, table in enumerate(tables):
+        if number:
+            writer.writerow([])
+        heads = [f"{head} {part}" for head in table.head[table.labels :] for part in (*table.parts, "marks")]
+        writer.writerow(["table", *table.head[: table.labels], *heads])
+        for row in table.rows:
+            values = [part for cell in row[table.labels :] for part in _spread(cell, len(table.parts))]
+            writer.writerow([table.name, *(cell.text for cell in row[: table.labels]), *values])
+    return buffer.getvalue()
+
+
+def _spread(cell: Cell, parts: int) -> list[str]:
+    """A cell's values over its columns; a symbol stands in the first of them."""
+    return [*cell.values, *[""] * (parts - len(cell.values)), " ".join(cell.marks)]
+
+
+def latex_escape(text: str) -> str:
+    """Plain text for LaTeX, with the few symbols that the tables use."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def latex(table: Table) -> str:
+    """A `table` environment; it needs nothing but booktabs."""
+
+    def superscript(marks: Sequence[str]) -> str:
+        return f"$^{{{','.join(marks)}}}$" if marks else ""
+
+    def text(cell: Cell) -> str:
+        return join(cell, lambda part: rf"\textbf{{{part}}}", latex_escape) + superscript(cell.marks)
+
+    align = "l" * table.labels + "c" * (len(table.head) - table.labels)
+    lines = [r"\begin{table}[t]", r"\centering", r"\small"]
+    lines.append(rf"\caption{{{latex_escape(table.title)}{superscript(table.marks)}}}")
+    lines += [rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+    lines += [" & ".join(map(latex_escape, table.head)) + r" \\", r"\midrule"]
+    for index, row in enumerate(table.rows):
+        blank = repeats(table, index)
+        if index and table.labels > 1 and not blank:
+            lines.append(r"\midrule")
+        lines.append(" & ".join("" if i < blank else text(cell) for i, cell in enumerate(row)) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    reasons = [f"$^{{{note.mark}}}$ {latex_escape(note.text)}" for note in table.notes]
+    if table.caption:
+        reasons.insert(0, latex_escape(table.caption))
+    if reasons:
+        lines += [r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize"]
+        lines += [" \\par\n".join(reasons), r"\end{minipage}"]
+    return "\n".join([*lines, r"\end{table}"]) + "\n"

@@ -1,0 +1,215 @@
+"""Our results: read from the files that `test.py` wrote, grouped over seeds, and never averaged unless alike."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Not what an experiment is, so free to differ between the seeds of one average.
+_FREE = ("seed", "expected", "run_dir", "hydra")
+_AT_MOST = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One rule on one checkpoint; `dice` and `iou` in percent, NaN where nothing was scored."""
+
+    path: Path
+    collection: str
+    dataset: str
+    split: str
+    protocol: str
+    model: str
+    loss: str
+    predictor: str
+    seed: int
+    num_images: int
+    checkpoint: str
+    dice: float
+    iou: float
+    identity: dict[str, Any] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+
+    @property
+    def cell(self) -> tuple[str, ...]:
+        """What is averaged over seeds: everything that names a cell of a table."""
+        return (*self.row, self.predictor)
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """A row of a table: collection, protocol, data set, split, model, loss."""
+        return (self.collection, self.protocol, self.dataset, self.split, self.model, self.loss)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A result file that cannot be used, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """The seeds of one cell; `refusal` is the reason why they have no average, or empty."""
+
+    results: tuple[Result, ...]
+    refusal: str = ""
+
+    @property
+    def first(self) -> Result:
+        """Any of them: what a cell is named by is common to all."""
+        return self.results[0]
+
+    def summary(self, metric: str) -> tuple[float, float]:
+        """Mean and half the range over seeds of "dice" or "iou", in percent."""
+        values = [getattr(result, metric) for result in self.results]
+        return math.fsum(values) / len(values), (max(values) - min(values)) / 2
+
+
+def read_results(saved: Path) -> tuple[list[Result], list[Problem]]:
+    """Read every result file below `saved`; what is corrupt comes back as a Problem.
+
+    A result file is a JSON file in a folder `results` of a run (`results/paper` for the paper's protocol) or
+    below `saved/results`. The same record found twice, as a run and as its copy in git, counts once.
+    """
+    results: dict[tuple, Result] = {}
+    problems = []
+    for path in sorted(saved.rglob("*.json"), key=lambda p: ("results" not in p.relative_to(saved).parts[:1], p)):
+        inside = path.relative_to(saved.parent).parts[:-1]
+        if "results" not in inside or path.name == "provenance.json":
+            continue
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(record, dict) and not {"format", "predictor", "scores"} & record.keys():
+                continue  # another kind of record beside the results
+            result = _result(path, saved, record)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(Problem(path, _describe(error)))
+            continue
+        key = (*result.cell[1:], result.seed, result.checkpoint, result.dice, result.iou, str(result.identity))
+        results.setdefault(key if result.checkpoint else (path,), result)
+    return list(results.values()), problems
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON (line {error.lineno}: {error.msg})"
+    return f"no key {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
+    if record["format"] != 1:
+        raise ValueError(f"format {record['format']!r}, this program reads format 1")
+    data, scores = record["dataset"], record["scores"]
+    run = _run_folder(path)
+    return Result(
+        path=path,
+        collection=_collection(run, saved),
+        dataset=str(data["name"]),
+        split=str(data["split"]),
+        protocol=str(record["protocol"]),
+        model=str(record["model"]),
+        loss=str(record["loss"]),
+        predictor=str(record["predictor"]),
+        seed=int(record["seed"]),
+        num_images=int(data["num_images"]),
+        checkpoint=str((record.get("checkpoint") or {}).get("sha256") or ""),
+        dice=_percent(scores, "mean_dice"),
+        iou=_percent(scores, "mean_iou"),
+        identity={
+            "data fingerprint": data["fingerprint"],
+            "number of images": data["num_images"],
+            "link": record.get("link"),
+            "scored classes": record.get("scored"),
+            "model": record.get("model_detail"),
+            "configuration": record.get("config_hash"),
+        },
+        config=_config(run),
+    )
+
+
+def _percent(scores: dict[str, Any], key: str) -> float:
+    """A fraction as percent; null is NaN."""
+    value = math.nan if scores[key] is None else float(scores[key])
+    if not (math.isnan(value) or 0 <= value <= 1):
+        raise ValueError(f"{key} is {value}, a fraction between 0 and 1 was expected")
+    return 100 * value
+
+
+def _run_folder(path: Path) -> Path:
+    """The folder `seed<k>` that the file belongs to, or the file's own folder."""
+    return next((p for p in path.parents if p.name.startswith("seed") and p.name[4:].isdigit()), path.parent)
+
+
+def _collection(run: Path, saved: Path) -> str:
+    """What stands before <dataset>/<model>/<loss>/seed<k>: "" for runs, "results", "demo", "results/kvasir"."""
+    parts = run.relative_to(saved).parts
+    named = parts[:-4] if run.name.startswith("seed") else parts
+    return "/".join(named)
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """The run's configuration, flat, to name a difference by its key; {} where the file is absent."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return {}
+    return _flat(tree) if isinstance(tree, dict) else {}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if not prefix and key in _FREE:
+            continue
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def group_seeds(results: Iterable[Result]) -> dict[tuple[str, ...], Group]:
+    """Gather the seeds of each cell; what differs in more than its seed is refused with the difference."""
+    cells: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        cells.setdefault(result.cell, []).append(result)
+    groups = {}
+    for cell, members in cells.items():
+        members.sort(key=lambda r: (r.seed, str(r.path)))
+        found = next((text for other in members[1:] if (text := difference(members[0], other))), "")
+        groups[cell] = Group(tuple(members), found or _twice(members))
+    return groups
+
+
+def difference(one: Result, other: Result) -> str:
+    """In what two results differ so that they have no common average; empty if in nothing."""
+    parts = []
+    for key, value in one.identity.items():
+        if value != other.identity[key]:
+            if key == "configuration" and (parts or one.config):
+                continue  # its keys say more than its hash
+            parts.append(f"{key} {value} against {other.identity[key]}")
+    if one.identity["configuration"] != other.identity["configuration"] and one.config:
+        keys = [k for k in one.config | other.config if one.config.get(k) != other.config.get(k)]
+        parts += [f"{k} {one.config.get(k)} against {other.config.get(k)}" for k in keys[:_AT_MOST]]
+        if len(keys) > _AT_MOST:
+            parts.append(f"and {len(keys) - _AT_MOST} more keys")
+        if not parts:
+            parts.append(f"configuration {one.identity['configuration']} against {other.identity['configuration']}")
+    return f"seeds {one.seed} and {other.seed} differ: {'; '.join(parts)}" if parts else ""
+
+
+def _twice(members: list[Result]) -> str:
+    for one, other in zip(members, members[1:], strict=False):
+        if one.seed == other.seed:
+            return f"seed {one.seed} is there twice: {one.path.name} of two checkpoints or two scores"
+    return ""
