@@ -1,0 +1,22 @@
+"""Segmentation masks that maximise the expected Dice or IoU, exactly and without sorting.
+
+    probs = model(images).softmax(1)                  # (N, C, *S)
+    predict, tau, cutpoint = rankseg.rank_dice(probs)
+
+Method: Dai & Li, "RankSEG: A Consistent Ranking-based Framework for Segmentation", JMLR 24(224), 2023.
+"""
+
+from rankseg.rank_dice import RankResult, rank_dice
+from rankseg.rank_iou import rank_iou
+from rankseg.rules import Predictor, argmax, rankdice, rankiou, threshold
+
+__all__ = [
+    "Predictor",
+    "RankResult",
+    "argmax",
+    "rank_dice",
+    "rank_iou",
+    "rankdice",
+    "rankiou",
+    "threshold",
+]

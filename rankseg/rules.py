@@ -1,0 +1,67 @@
+"""Prediction rules: probabilities in, masks out.
+
+Every rule is a `Predictor`: a function from probabilities (N, C, *S) in [0, 1] to masks (N, C, *S) bool.
+`threshold` and `argmax` are the usual two (the paper's T and max); `rankdice` and `rankiou` are the Bayes
+rules of the scores themselves. Partial application turns options into rules:
+
+    rule = functools.partial(rankdice, app=2, truncate_mean=True, variant="experiments")
+
+Shapes: N images, C classes, *S spatial axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rankseg.rank_dice import rank_dice
+from rankseg.rank_iou import rank_iou
+from rankseg.validation import check_probs
+
+
+class Predictor(Protocol):
+    """A prediction rule: probs (N, C, *S) float in [0, 1] -> masks (N, C, *S) bool."""
+
+    def __call__(self, probs: Tensor) -> Tensor: ...
+
+
+def threshold(probs: Tensor, at: float = 0.5) -> Tensor:
+    """Select the pixels of each class with probability >= `at`: masks (N, C, *S) bool.
+
+    Raises:
+        TypeError, ValueError: see `rankseg.validation.check_probs`; or `at` is outside [0, 1].
+    """
+    if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= at <= 1:
+        raise ValueError(f"at must be a probability in [0, 1], got {at!r}; 0.5 is the usual choice")
+    return check_probs(probs) >= at
+
+
+def argmax(probs: Tensor) -> Tensor:
+    """Give each pixel to its most probable class (the first one if tied): masks (N, C, *S) bool.
+
+    Raises:
+        TypeError, ValueError: see `rankseg.validation.check_probs`.
+    """
+    probs = check_probs(probs)
+    masks = torch.zeros(probs.shape, dtype=torch.bool, device=probs.device)
+    if probs.numel():
+        masks.scatter_(1, probs.argmax(1, keepdim=True), True)
+    return masks
+
+
+def rankdice(probs: Tensor, **options: Any) -> Tensor:
+    """Select the masks that maximise the expected Dice: masks (N, C, *S) bool.
+
+    `options` are those of `rankseg.rank_dice`, which also returns the volumes and the cut-offs.
+    """
+    return rank_dice(probs, **options).predict
+
+
+def rankiou(probs: Tensor, **options: Any) -> Tensor:
+    """Select the masks that maximise the expected IoU: masks (N, C, *S) bool.
+
+    `options` are those of `rankseg.rank_iou`, which also returns the volumes and the cut-offs.
+    """
+    return rank_iou(probs, **options).predict
