@@ -93,6 +93,15 @@ class Checkpoints:
         found = [(int(m[1]), p) for p in self.folder.glob("checkpoint-epoch*.pth") if (m := re.search(r"(\d+)\.pth$", p.name))]
         return [path for _, path in sorted(found, reverse=True)]
 
+    def finished(self, epochs: int) -> bool:
+        """Whether a training of so many epochs has ended here."""
+        return (self.folder / f"checkpoint-epoch{epochs}.pth").exists()
+
+    def clear(self) -> None:
+        """Remove every checkpoint, to start over."""
+        for path in (self.last, self.folder / "next.pth", self.previous, self.best, *self.epochs()):
+            path.unlink(missing_ok=True)
+
     def newest(self) -> dict[str, Any] | None:
         """The newest whole checkpoint that training can go on from, or None; broken files are named and passed over."""
         for path in (self.last, self.folder / "next.pth", self.previous, *self.epochs()):

@@ -1,0 +1,163 @@
+"""From a configuration to objects. Each kind of object has its one place here where it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from configs.cli import CONFIGS, options, unknown_option
+from datasets import DatasetInfo, EvalLoader, EvalTransform, SegmentationDataset, TrainLoader, TrainTransform
+from rankseg import Predictor
+from trainers.distributed import World
+from trainers.evaluator import Scoring
+
+GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "predictor", "protocol", "trainer")
+
+
+def compose(name: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
+    """Compose a configuration as the command line does, but outside Hydra's own main."""
+    if GlobalHydra.instance().is_initialized():
+        return hydra_compose(name, list(overrides))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra_compose(name, list(overrides))
+
+
+def _make(node: Any, **arguments: Any) -> Any:
+    """Build what a node's ``_target_`` names; ``name`` is for people and paths."""
+    node = OmegaConf.to_container(node, resolve=True)
+    node.pop("name", None)
+    return instantiate(node, **arguments, _convert_="all")
+
+
+def rules(names: Iterable[str], aliases: dict[str, str] | None = None) -> dict[str, Predictor]:
+    """The prediction rules of these names; a protocol may put another implementation behind a name."""
+    built = {}
+    for name in names:
+        actual = (aliases or {}).get(name, name)
+        if actual not in options("predictor"):
+            raise ValueError(unknown_option("predictor", name))
+        built[name] = _make(OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml"))
+    return built
+
+
+def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
+    """The images of one of ``dataset.splits``."""
+    if split not in cfg.dataset.splits:
+        raise ValueError(f"split={split} is unknown; dataset={cfg.dataset.name} has: {', '.join(cfg.dataset.splits)}")
+    return _make(cfg.dataset.source)(split=cfg.dataset.splits[split])
+
+
+def train_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> TrainLoader:
+    """Augmented batches. A last batch too small for BatchNorm (under two images a device) is left out."""
+    batch = cfg.batch_size
+    if batch < where.size:
+        raise ValueError(f"batch_size={batch} is smaller than the number of processes, {where.size}")
+    transform = TrainTransform(
+        data.info.mean,
+        data.info.std,
+        crop=cfg.dataset.crop,
+        resize=_size(cfg.dataset.resize),
+        rotate=cfg.dataset.rotate,
+        flip=cfg.dataset.flip,
+        label_fill=cfg.protocol.label_fill,
+    )
+    return TrainLoader(
+        data,
+        transform,
+        batch,
+        seed=cfg.seed,
+        num_workers=cfg.num_workers,
+        drop_last=len(data) > batch and 0 < len(data) % batch < 2 * where.size,
+        rank=where.rank,
+        world_size=where.size,
+        pin_memory=where.device.type == "cuda",
+    )
+
+
+def eval_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> EvalLoader:
+    """Images as the protocol evaluates them."""
+    if cfg.protocol.legacy_preprocessing:
+        transform = EvalTransform(data.info.mean, data.info.std, crop=cfg.dataset.eval_crop, legacy=True)
+    else:
+        transform = EvalTransform(data.info.mean, data.info.std, resize=_size(cfg.dataset.resize))
+    return EvalLoader(
+        data, transform, cfg.batch_size, num_workers=cfg.num_workers, rank=where.rank, world_size=where.size
+    )
+
+
+def _size(value: Any) -> Any:
+    return tuple(value) if OmegaConf.is_list(value) else value
+
+
+def model(cfg: DictConfig) -> nn.Module:
+    """The network."""
+    return _make(cfg.model)
+
+
+def loss(cfg: DictConfig) -> nn.Module:
+    """The training criterion; it names its link."""
+    return _make(cfg.loss)
+
+
+def optimizer(cfg: DictConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer: everything new at the full rate, the backbone at ``backbone_lr_ratio`` of it."""
+    backbone = {id(p) for p in network.backbone_parameters()}  # type: ignore[operator]
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in backbone], "lr": cfg.optimizer.lr},
+        {"params": [p for p in trained if id(p) in backbone], "lr": cfg.optimizer.lr * cfg.backbone_lr_ratio},
+    ]
+    return _make(cfg.optimizer)([group for group in groups if group["params"]])
+
+
+def schedule(cfg: DictConfig) -> Any:
+    """The learning-rate factor as a function of (update, updates in all)."""
+    return _make(cfg.schedule)
+
+
+def scoring(cfg: DictConfig, info: DatasetInfo) -> Scoring:
+    """The conventions of the protocol, for this data set."""
+    protocol = cfg.protocol
+    return Scoring(
+        num_classes=info.num_classes,
+        scored=tuple(info.scored),
+        ignore_index=info.ignore_index,
+        void=protocol.void,
+        paper=protocol.name == "paper",
+        legacy_bce_iou=protocol.legacy_bce_iou,
+        legacy_soft_dice_void=protocol.legacy_soft_dice_void,
+    )
+
+
+def describe(cfg: DictConfig, data: SegmentationDataset, split: str) -> dict[str, Any]:
+    """What a result file says of the experiment."""
+    return {
+        "protocol": cfg.protocol.name,
+        "dataset": {
+            "name": cfg.dataset.name,
+            "split": split,
+            "fingerprint": data.fingerprint(),
+            "num_images": len(data),
+            "resize": OmegaConf.to_container(cfg.dataset)["resize"],  # type: ignore[index,call-overload]
+        },
+        "model": cfg.model.name + cfg.suffix,
+        "model_detail": OmegaConf.to_container(cfg.model, resolve=True),
+        "loss": cfg.loss.name,
+        "seed": cfg.seed,
+        "classes": list(data.info.classes),
+    }
+
+
+def absolute_root(cfg: DictConfig) -> None:
+    """Make the data set's path independent of the working directory, so that a checkpoint tests from anywhere."""
+    if cfg.dataset.get("root"):
+        cfg.dataset.root = str(Path(cfg.dataset.root).expanduser().resolve())

@@ -1,0 +1,98 @@
+"""Command lines that answer bad input with one line and an exit code, never with a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainers.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUME, Interrupted, TrainingError
+
+CONFIGS = Path(__file__).parent
+
+
+def guarded(main: Callable[[], Any]) -> None:
+    """Run a command and leave with its exit code: 0, 2 bad input, 3 training failed, 75 interrupted and saved.
+
+    Exceptions that are none of these are bugs and keep their traceback.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print and exit by itself otherwise
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        _leave(EXIT_BAD_INPUT, explain(error))
+    except TrainingError as error:
+        _leave(EXIT_FAILED, str(error))
+    except Interrupted as error:
+        _leave(EXIT_RESUME, f"interrupted by {error}; the state is saved: run the same command again to go on", "stopped")
+    except KeyboardInterrupt:
+        _leave(130, "interrupted", "stopped")
+    except (ValueError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError) as error:
+        _leave(EXIT_BAD_INPUT, str(error))
+    except OSError as error:
+        _leave(EXIT_FAILED, str(error))
+
+
+def _leave(code: int, message: str, kind: str = "error") -> None:
+    if os.environ.get("RANKSEG_TRACEBACK") == "1":
+        raise
+    sys.stdout.flush()
+    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error: BaseException) -> str:
+    """One line about a configuration error: what was wrong and what is allowed."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key(match[1])
+    if match := re.search(r"(?:Could not find|Could not load) '([^']+)/([^'/]+)'", text):
+        return unknown_option(match[1], match[2])
+    cause = error.__cause__
+    if isinstance(cause, (ValueError, FileNotFoundError, ModuleNotFoundError, TypeError)):
+        return str(cause)  # instantiate() wraps what a constructor raised
+    if match := re.search(r"Error in call to target '([^']+)':\s*(.*)", text, re.DOTALL):
+        return f"{match[1]}: {match[2]}"
+    return text
+
+
+def options(group: str) -> list[str]:
+    """The options of a configuration group, such as ``predictor``."""
+    folder = CONFIGS / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def unknown_option(group: str, name: str) -> str:
+    """What to say about an option that a group does not have."""
+    allowed = options(group)
+    return f"{group}={name} is unknown{_meant(name, allowed)}; {group} is one of: {', '.join(allowed)}"
+
+
+def unknown_key(key: str, config: Any = None) -> str:
+    """What to say about a key that the configuration does not have."""
+    from configs.build import compose
+
+    node = compose("train") if config is None else config
+    parent, _, name = key.rpartition(".")
+    for part in parent.split(".") if parent else []:
+        if not OmegaConf.is_dict(node) or part not in node:
+            return unknown_key(part, node)
+        node = node._get_node(part)
+    allowed = [str(k) for k in node if not str(k).startswith("_")] if OmegaConf.is_dict(node) else []
+    if not parent:
+        allowed += sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and not p.name.startswith("_"))
+    where = f"in {parent}" if parent else "at the top"
+    return f"{key} is no key of the configuration{_meant(name, allowed)}; {where} there are: {', '.join(dict.fromkeys(allowed))}"
+
+
+def _meant(name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,99 @@
+"""A configuration inside a checkpoint: what goes in, and what is believed on the way out.
+
+A checkpoint may come from anywhere, so nothing in it chooses which Python object is built: the *names* of options
+(``model: smp_unet``) are looked up in ``configs/``, plain values are merged over them, and every key that speaks
+to Hydra's ``instantiate`` is dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from configs.build import GROUPS, compose
+from configs.cli import CONFIGS, options, unknown_key, unknown_option
+
+_INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+_RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:...} and the like; ${dataset.root} is a plain reference
+# What may differ between two starts of the same run: no number depends on it.
+_FREE = ("num_workers", "device", "verify", "resume", "validation", "save_dir", "run_dir", "dataset.root")
+_FREE_TRAINER = ("tensorboard", "panels", "save_minutes", "save_every", "keep")
+
+
+def pack(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration as plain containers, for a checkpoint."""
+    values = OmegaConf.to_container(cfg, resolve=False)
+    return {"choices": {group: choices[group] for group in GROUPS}, "values": values}
+
+
+def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of a checkpoint with overrides on top, and the options of ``configs/test.yaml``.
+
+    Raises:
+        ValueError: the stored configuration is not one of ours, or an override names what does not exist.
+    """
+    if not isinstance(stored, dict) or set(stored) != {"choices", "values"}:
+        raise ValueError("the checkpoint holds no configuration of this project; it cannot be tested without one")
+    groups, values = _split(overrides)
+    choices = {**stored["choices"], **groups}
+    for group, name in choices.items():
+        if group not in GROUPS or name not in options(group):
+            raise ValueError(unknown_option(group, name) if group in GROUPS else f"{group} is no configuration group")
+    cfg = compose("train", [f"{group}={name}" for group, name in choices.items()])
+    cfg = OmegaConf.merge(cfg, OmegaConf.load(CONFIGS / "test.yaml"))  # type: ignore[assignment]
+    OmegaConf.set_struct(cfg, False)
+    for key, value in stored["values"].items():
+        if key not in groups:
+            OmegaConf.update(cfg, key, _plain(value), merge=True)
+    OmegaConf.set_struct(cfg, True)
+    for key, value in values:
+        if OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
+            raise ValueError(unknown_key(key, cfg))
+        OmegaConf.update(cfg, key, value, merge=True)
+    return cfg
+
+
+_MISSING = object()
+
+
+def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, Any]]]:
+    """Overrides that choose an option (``protocol=paper``), and those that set a value."""
+    groups: dict[str, str] = {}
+    values: list[tuple[str, Any]] = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.get_key_element().lstrip("+~")
+        if override.is_delete() or override.is_sweep_override():
+            raise ValueError(f"{override.input_line}: test.py takes key=value and group=option only")
+        if key in GROUPS:
+            groups[key] = str(override.value())
+        else:
+            values.append((key, override.value()))
+    return groups, values
+
+
+def _plain(value: Any) -> Any:
+    """A stored value without anything that could choose code or read the environment."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if key not in _INSTANTIATE}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str) and _RESOLVER.search(value):
+        raise ValueError(f"the checkpoint's configuration holds {value!r}, which is not allowed there")
+    return value
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The keys in which two runs differ so that their numbers could, as ``key: old -> new``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[str] = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            name = f"{prefix}{key}"
+            free = name in _FREE or (prefix == "trainer." and key in _FREE_TRAINER)
+            if not free:
+                found += differences(old.get(key), new.get(key), f"{name}.")
+        return found
+    return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]

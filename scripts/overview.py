@@ -1,0 +1,64 @@
+"""Draw a run's test images: image | truth | probability | T | max | rankdice, each mask with its Dice.
+
+    python scripts/overview.py saved/synthetic/tiny/ce/seed0 --out overview.png
+
+The images are not picked by hand: they lie at fixed quantiles of the gain of RankDice over T.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+
+import _root  # noqa: F401  (puts the repository on the path)
+from configs import build
+from configs.checkpoint import load
+from configs.cli import guarded
+from trainers.distributed import world
+from trainers.evaluator import evaluate
+from trainers.metrics import mean_over_classes
+from trainers.panels import panels
+
+RULES = ("T", "max", "rankdice")
+QUANTILES = (0.95, 0.75, 0.5, 0.25, 0.05)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint")
+    parser.add_argument("--out", type=Path, default=Path("overview.png"))
+    parser.add_argument("--scale", type=int, default=2, help="enlargement of small images")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    path = args.run / "best_model.pth" if args.run.is_dir() else args.run
+    with world(args.device) as where:
+        network, cfg, _ = load(path, args.overrides)
+        network = network.to(where.device).eval()
+        data, rules = build.dataset(cfg, cfg.split), build.rules(RULES, dict(cfg.protocol.rules))
+        loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
+        scoring = build.scoring(cfg, data.info)
+        results = evaluate(network, loader, rules, criterion, scoring, where, progress="scoring")
+        dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
+        gain = dice["rankdice"] - dice["T"]
+        order = [i for i in gain.argsort().tolist() if gain[i] == gain[i]]
+        picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
+        rows = [
+            picture
+            for _, picture in panels(network, data, loader.transform, rules, criterion.link, where, picked, scale=args.scale)
+        ]
+    width = max(row.shape[2] for row in rows)
+    rows = [torch.nn.functional.pad(row, (0, width - row.shape[2]), value=255) for row in rows]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image(torch.cat(rows, dim=1)).save(args.out)
+    better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+    print(f"{args.out}: RankDice against T: better on {better} images, worse on {worse}, of {len(order)}")
+    print(f"rows: gain at the quantiles {', '.join(f'{q:.0%} ({100 * gain[i]:+.1f})' for q, i in zip(QUANTILES, picked, strict=True))}")
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,109 @@
+"""Score prediction rules on a checkpoint: one pass, every rule on the same probabilities.
+
+``-r`` and ``-p`` belong to Hydra's own command line, so this is argparse in front of Hydra's compose.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from configs import build
+from configs.cli import guarded, options
+from configs.checkpoint import load
+from rankseg.calibration import focal_correction
+from trainers.distributed import World, world
+from trainers.evaluator import evaluate
+from trainers.reproducibility import provenance
+from trainers.results import comparison, file_sha256, fingerprint
+
+ROOT = Path(__file__).resolve().parent
+EXAMPLES = """\
+examples:
+  python test.py -r saved/synthetic/tiny/ce/seed0/best_model.pth -p all
+  python test.py -r RUN/best_model.pth -p rankdice -p T protocol=paper dataset.root=/data/Kvasir-SEG
+  python test.py -r checkpoint-epoch300.pth -p rankdice dataset.root=/data/cityscapes      (the authors' files)
+
+Everything else comes from the configuration stored in the checkpoint. Results go to results/ beside it
+(results/paper/ under protocol=paper). Exit codes: 0 done, 2 bad input.
+"""
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; flags and overrides may mix."""
+    parser = argparse.ArgumentParser(
+        prog="test.py",
+        description="Score prediction rules on a checkpoint: one pass, every rule on the same probabilities.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-r", "--resume", required=True, metavar="CHECKPOINT", type=Path, help="ours, or a released one")
+    parser.add_argument(
+        "-p",
+        "--predictor",
+        action="append",
+        metavar="RULE",
+        help=f"may be repeated; `all` is T, max and rankdice. One of: {', '.join(options('predictor'))}",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--out", type=Path, help="folder for the results instead of the checkpoint's")
+    parser.add_argument("--quiet", action="store_true", help="print the comparison only")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as split=val, protocol=paper, dataset.root=PATH")
+    return parser.parse_intermixed_args(argv)
+
+
+def score(args: argparse.Namespace, where: World) -> None:
+    """Load, score, print and write."""
+    network, cfg, checkpoint = load(args.resume, args.overrides)
+    network = network.to(where.device)
+    names = [r for name in args.predictor or ["rankdice"] for r in (["T", "max", "rankdice"] if name == "all" else [name])]
+    rules = build.rules(dict.fromkeys(names), dict(cfg.protocol.rules))
+    build.absolute_root(cfg)
+    data = build.dataset(cfg, cfg.split)
+    criterion = build.loss(cfg)
+    temperature = cfg.temperature
+    results = evaluate(
+        network,
+        build.eval_loader(cfg, data, where),
+        rules,
+        criterion,
+        build.scoring(cfg, data.info),
+        where,
+        temperature=temperature,
+        correct=focal_correction if cfg.correct_focal else None,
+        precision=cfg.trainer.precision,
+        progress=f"{cfg.dataset.name} {cfg.split}",
+    )
+    if not where.is_main:
+        return
+    folder = args.out or args.resume.resolve().parent / cfg.protocol.results
+    details = {
+        **build.describe(cfg, data, cfg.split),
+        "link": criterion.link,
+        "temperature": temperature,
+        "correct_focal": cfg.correct_focal,
+        "checkpoint": {
+            "file": args.resume.name,
+            "epoch": checkpoint["epoch"],
+            "sha256": file_sha256(args.resume),
+        },
+        "provenance": provenance(ROOT),
+    }
+    details["config_hash"] = fingerprint({k: v for k, v in details.items() if k not in ("seed", "checkpoint", "provenance")})
+    for result in results.values():
+        result.save(folder, details)
+        if not args.quiet:
+            print(result.block(cfg.model.name, cfg.loss.name), end="\n\n")
+    print(comparison(results))
+    print(f"results: {folder}")
+
+
+def main() -> None:
+    """The command."""
+    args = arguments()
+    with world(args.device) as where:
+        score(args, where)
+
+
+if __name__ == "__main__":
+    guarded(main)

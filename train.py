@@ -1,0 +1,153 @@
+"""Fit a segmentation network: ``python train.py [group=option] [key=value]``; ``--help`` shows what there is."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from configs import build, stored
+from configs.cli import guarded
+from models import read_checkpoint
+from trainers.checkpoint import Checkpoints
+from trainers.distributed import World, barrier, world, wrap
+from trainers.evaluator import evaluate
+from trainers.journal import Journal, write_json
+from trainers.panels import panels
+from trainers.reproducibility import provenance, seed_everything
+from trainers.trainer import Trainer
+from trainers.update import Update
+
+ROOT = Path(__file__).resolve().parent
+
+
+def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
+    """Train one cell of the grid, from the start or from where it was interrupted."""
+    build.absolute_root(cfg)
+    folder = Path(cfg.run_dir)
+    config = stored.pack(cfg, choices)
+    checkpoints = Checkpoints(folder, lambda path: read_checkpoint(path, "cpu"), keep=cfg.trainer.keep)
+    if not cfg.resume and where.is_main:
+        checkpoints.clear()
+    barrier(where)
+    same_run(folder, cfg)
+    if checkpoints.finished(cfg.epochs):
+        say(where, f"{folder}: finished before, nothing to do (resume=false trains again)")
+        return
+
+    seed_everything(cfg.seed, cfg.trainer.deterministic)
+    train_set, val_set = build.dataset(cfg, "train"), build.dataset(cfg, "val")
+    if cfg.verify and where.is_main:
+        train_set.verify()
+        val_set.verify()
+    barrier(where)
+    loader, val_loader = build.train_loader(cfg, train_set, where), build.eval_loader(cfg, val_set, where)
+    criterion = build.loss(cfg)
+    network = build.model(cfg).to(where.device)
+    if cfg.trainer.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    model = wrap(network, where)
+    optimizer = build.optimizer(cfg, network)
+    update = Update(
+        torch.compile(model) if cfg.trainer.compile else model,
+        criterion,
+        optimizer,
+        where,
+        precision=cfg.trainer.precision,
+        accumulate=cfg.trainer.accumulate,
+        clip_norm=cfg.trainer.clip_norm,
+        channels_last=cfg.trainer.channels_last,
+        second_forward=cfg.trainer.second_forward,
+    )
+    checkpoint = checkpoints.newest()
+    at = checkpoint["training"]["progress"]["updates"] if checkpoint else 0
+    journal = Journal(folder if where.is_main else None, at, cfg.trainer.tensorboard)
+
+    rules = build.rules(dict.fromkeys([*cfg.validation, cfg.predictor.name]), dict(cfg.protocol.rules))
+    scoring = build.scoring(cfg, val_set.info)
+
+    def validate(net: nn.Module, epoch: int, step: int) -> float:
+        results = evaluate(
+            net, val_loader, rules, criterion, scoring, where, precision=cfg.trainer.precision, progress="validating"
+        )
+        for name, result in results.items():
+            journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
+        if journal.events is not None and cfg.trainer.panels:
+            first = range(min(cfg.trainer.panels, len(val_set)))
+            for name, picture in panels(net, val_set, val_loader.transform, rules, criterion.link, where, first):
+                journal.image(step, f"val/{name}", picture)
+        shown = "  ".join(f"{name} {100 * result.scores['mean_dice']:.2f}" for name, result in results.items())
+        loss = next(iter(results.values())).scores["test_loss"]
+        say(where, f"epoch {epoch:>3}/{cfg.epochs}  val loss {loss:.4f}  mDice: {shown}")
+        score = results[cfg.predictor.name].scores["mean_dice"]
+        return score if math.isfinite(score) else 0.0
+
+    trainer = Trainer(
+        update,
+        build.schedule(cfg),
+        loader,
+        validate,
+        checkpoints,
+        journal,
+        config,
+        epochs=cfg.epochs,
+        validate_every=cfg.trainer.validate_every,
+        save_every=cfg.trainer.save_every,
+        save_minutes=cfg.trainer.save_minutes,
+    )
+    if checkpoint:
+        trainer.restore(checkpoint)
+        say(where, f"{folder}: going on after epoch {trainer.progress.epoch}, step {trainer.progress.step}")
+    else:
+        count = sum(p.numel() for p in network.parameters())
+        say(where, f"{folder}: {len(train_set)} images, {cfg.epochs} epochs of {len(loader)} steps, {count / 1e6:.1f} M parameters")
+    say(
+        where,
+        f"batch {cfg.batch_size} on {where.size} x {where.device}, "
+        f"BatchNorm over {cfg.batch_size // (where.size if where.device.type == 'cpu' else 1) // cfg.trainer.accumulate} images",
+    )
+    if where.is_main:
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
+        write_json(folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=data, world_size=where.size))
+    trainer.fit()
+    journal.close()
+    say(where, f"done. Score it: python test.py -r {checkpoints.best} -p all")
+
+
+def same_run(folder: Path, cfg: DictConfig) -> None:
+    """Refuse to go on with a run that was configured otherwise."""
+    path = folder / "config.yaml"
+    if not cfg.resume or not path.exists():
+        return
+    before = OmegaConf.to_container(OmegaConf.load(path))
+    changed = stored.differences(before, OmegaConf.to_container(cfg, resolve=True))
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of another configuration ({'; '.join(changed[:4])}): "
+            "give this one a name with suffix=-NAME, or replace that one with resume=false"
+        )
+
+
+def say(where: World, text: str) -> None:
+    """Print a line, once."""
+    if where.is_main:
+        print(text, flush=True)
+
+
+@hydra.main(config_path="configs", config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry: one cell, or each cell of a multirun."""
+    choices: dict[str, Any] = dict(HydraConfig.get().runtime.choices)
+    with world(cfg.device) as where:
+        fit(cfg, choices, where)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,109 @@
+"""Pictures that show why a rule wins: image, truth, probabilities, and the mask of each rule, side by side.
+
+Letters of shapes: C classes, H × W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_segmentation_masks
+
+from rankseg import Predictor
+from trainers.distributed import World
+from trainers.losses import link_probs
+
+Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def panels(
+    model: nn.Module,
+    data: Any,
+    transform: Transform,
+    rules: Mapping[str, Predictor],
+    link: str,
+    where: World,
+    indices: Iterable[int],
+    scale: int = 1,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, picture uint8 (3, H', W')) for these images of a data set, enlarged ``scale`` times."""
+    for index in indices:
+        image, mask = data.read(index)
+        pixels, target = transform(image, mask)
+        logits = model(pixels[None].to(where.device)).logits.float()
+        logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
+        probs = link_probs(logits, link)
+        masks = {name: rule(probs)[0].cpu() for name, rule in rules.items()}
+        strip = row(shown(pixels, data.info, target.shape), target, probs[0].cpu(), masks, data.info, scale)
+        yield data.names[index], strip
+
+
+def shown(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
+    """A normalised image (3, H, W) as uint8 again, at the size of its target."""
+    mean, std = torch.tensor(info.mean)[:, None, None], torch.tensor(info.std)[:, None, None]
+    image = (pixels.cpu() * std + mean).clamp(0, 1)
+    image = F.interpolate(image[None], tuple(size), mode="bilinear", align_corners=False)[0]
+    return (image * 255).round().to(torch.uint8)
+
+
+def row(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any, scale: int = 1) -> Tensor:
+    """One image as a strip: image | truth | probability | a mask a rule, each rule with its mean Dice.
+
+    Args:
+        image: (3, H, W) uint8.
+        target: (H, W) integers.
+        probs: (C, H, W) in [0, 1].
+        masks: rule -> (C, H, W) bool.
+        info: with ``num_classes``, ``scored`` and ``palette``.
+        scale: enlargement, a whole number.
+
+    Returns:
+        (3, H + title, columns · W) uint8.
+    """
+    truth = target == torch.arange(info.num_classes)[:, None, None]
+    tiles = {"image": image, "truth": overlay(image, truth, info), "probability": heat(probs[list(info.scored)].amax(0))}
+    for name, mask in masks.items():
+        tiles[f"{name}  Dice {_dice(mask, truth, info.scored):.3f}"] = overlay(image, mask, info)
+    enlarged = {title: tile.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for title, tile in tiles.items()}
+    return torch.cat([titled(tile, title) for title, tile in enlarged.items()], dim=2)
+
+
+def overlay(image: Tensor, masks: Tensor, info: Any) -> Tensor:
+    """The scored classes' masks (C, H, W) in their colours over a dimmed image (3, H, W) uint8."""
+    scored = list(info.scored)
+    colours = [tuple(info.palette[c]) for c in scored]
+    return draw_segmentation_masks((image * 0.6).to(torch.uint8), masks[scored], alpha=0.65, colors=colours)
+
+
+def heat(probs: Tensor) -> Tensor:
+    """Probabilities (H, W) as colours: black 0, red ⅓, yellow ⅔, white 1; uint8 (3, H, W)."""
+    scaled = (probs.float() * 3).clamp(0, 3)
+    return (torch.stack([scaled, scaled - 1, scaled - 2]).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def titled(tile: Tensor, title: str, height: int = 16) -> Tensor:
+    """A tile (3, H, W) uint8 with a line of text above and a thin white frame."""
+    picture = to_pil_image(tile)
+    canvas = Image.new("RGB", (picture.width + 2, picture.height + height + 2), "white")
+    canvas.paste(picture, (1, height))
+    size = 11
+    font = ImageFont.load_default(size)
+    while size > 6 and font.getlength(title) > picture.width:
+        size -= 1
+        font = ImageFont.load_default(size)
+    ImageDraw.Draw(canvas).text((2, 1), title, fill="black", font=font)
+    return pil_to_tensor(canvas)
+
+
+def _dice(masks: Tensor, truth: Tensor, scored: Sequence[int]) -> float:
+    valid = truth.any(0)
+    masks, truth = masks[list(scored)] & valid, truth[list(scored)]
+    both, sizes = (masks & truth).flatten(1).sum(1), masks.flatten(1).sum(1) + truth.flatten(1).sum(1)
+    return float((2 * both / sizes).nanmean())
