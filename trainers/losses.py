@@ -107,7 +107,7 @@ class Focal(SegmentationLoss):
     def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         log_likelihood = _log_likelihood(logits, labels)
         labelled = _mean_where(-log_likelihood * _focal_weight(log_likelihood, self.gamma), valid)
-        return labelled * (valid.sum() / valid.numel()) if self.legacy else labelled
+        return labelled * valid.sum() / valid.numel() if self.legacy else labelled
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gamma={self.gamma}"

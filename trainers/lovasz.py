@@ -28,12 +28,12 @@ def jaccard_steps(actual: Tensor, dtype: torch.dtype) -> Tensor:
     """Return by how much each further mistake raises the Jaccard loss (algorithm 1 of the paper).
 
     actual: (P,) bool, the true pixels of a class in the order in which they are got wrong, at least one True.
-    Returns (P,), summing to 1. The steps are written in closed form: the differences of neighbouring losses in
-    algorithm 1 cancel in float32 once there are many pixels.
+    Returns (P,), summing to 1. The steps are written in closed form, as differences of neighbouring losses
+    cancel in float32 once there are many pixels.
     """
     missed = actual.cumsum(0)
     total = missed[-1]
     intersection = total - missed
     union = (total + (~actual).cumsum(0)).to(dtype)
     # A missed pixel takes 1 from the intersection: 1/U. A false one adds 1 to the union: I/(U-1) - I/U.
-    return torch.where(actual, 1 / union, intersection / (union * (union - 1).clamp(min=1)))
+    return torch.where(actual, 1 / union, intersection / (union * (union - 1)))

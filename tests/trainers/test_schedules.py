@@ -1,0 +1,88 @@
+"""Schedules against the recorded rates and against what defines each of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainers.schedules import Constant, Cosine, Polynomial, Schedule, Warmup
+
+# Two epochs of four updates at base rate 0.01, as the original trainer set them.
+RECORDED = [
+    0.008867623542572074,
+    0.007718895067235705,
+    0.006550764934180986,
+    0.005358867312681466,
+    0.004136453446582762,
+    0.0028717458874925874,
+    0.0015389305166811453,
+    0.0,
+]
+SCHEDULES = [Polynomial(), Constant(), Cosine(), Cosine(0.1), Warmup(Cosine(), 3), Warmup(Polynomial(), 0)]
+
+
+def rates(schedule: Schedule, total: int) -> list[float]:
+    return [schedule(step, total) for step in range(1, total + 1)]
+
+
+def test_polynomial_is_the_papers() -> None:
+    assert [0.01 * factor for factor in rates(Polynomial(), 8)] == pytest.approx(RECORDED, rel=1e-15, abs=0)
+
+
+@pytest.mark.golden
+def test_polynomial_equals_the_recordings_to_machine_precision(shared: Path) -> None:
+    recorded = np.load(shared / "golden/poly_schedule.npz")
+    total = int(recorded["epochs"]) * int(recorded["iters"])
+    ours = np.outer(rates(Polynomial(), total), [0.01, 0.001])
+    np.testing.assert_allclose(ours, recorded["lr"], rtol=4e-16, atol=0)
+
+    full = json.loads((shared / "golden/full/lr_poly.json").read_text())
+    for key, total in {"sequence": 21, "epochs2_iters4": 8, "epochs1_iters1": 1}.items():
+        recorded_lr = np.array(full[key])[:, 2:]
+        np.testing.assert_allclose(
+            np.outer(rates(Polynomial(), total), [0.01, 0.001]), recorded_lr, rtol=4e-16, atol=0
+        )
+
+
+def test_polynomial_power_one_is_a_line() -> None:
+    assert rates(Polynomial(power=1), 4) == [0.75, 0.5, 0.25, 0.0]
+
+
+def test_cosine_starts_at_one_and_is_half_way_down_in_the_middle() -> None:
+    assert Cosine()(1, 100) == 1.0
+    assert Cosine()(51, 100) == pytest.approx(0.5)
+    assert Cosine(floor=0.2)(51, 100) == pytest.approx(0.6)
+    assert Cosine(floor=0.2)(10**6, 10**6) == pytest.approx(0.2)
+
+
+def test_warmup_rises_then_runs_the_rest_as_a_run_of_its_own() -> None:
+    factors = rates(Warmup(Polynomial(), 4), 12)
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:] == rates(Polynomial(), 8)
+    assert rates(Warmup(Constant(), 0), 3) == [1.0, 1.0, 1.0]
+
+
+def test_warmup_longer_than_the_run_never_reaches_the_base_rate() -> None:
+    assert rates(Warmup(Constant(), 10), 5) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_factors_lie_in_the_unit_interval_and_need_no_history(schedule: Schedule) -> None:
+    forward = rates(schedule, 17)
+    assert all(0 <= factor <= 1 for factor in forward)
+    assert [schedule(step, 17) for step in range(17, 0, -1)] == forward[::-1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("step", [0, -1, 6])
+def test_a_step_outside_the_run_is_refused(schedule: Schedule, step: int) -> None:
+    with pytest.raises(ValueError, match=f"step is {step} of 5"):
+        schedule(step, 5)
+
+
+def test_a_negative_warmup_is_refused() -> None:
+    with pytest.raises(ValueError, match="steps is -1"):
+        Warmup(Constant(), -1)
