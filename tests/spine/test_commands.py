@@ -1,0 +1,139 @@
+"""The commands as a person runs them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SMALL = ("experiment=smoke", "trainer.panels=1")
+
+
+def call(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).resolve().parents[2]
+    command, *rest = arguments
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(root / command), *rest], cwd=cwd, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == expect, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    if expect == 2:
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small finished run in it."""
+    folder = tmp_path_factory.mktemp("saved")
+    call("train.py", *SMALL, f"save_dir={folder}", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(trained: Path) -> Path:
+    return trained / "synthetic" / "tiny" / "ce" / "seed0"
+
+
+def test_a_run_leaves_what_it_promises(run: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "provenance.json", "checkpoint-epoch2.pth", "best_model.pth", "last.pth"):
+        assert (run / name).stat().st_size > 0, name
+    assert list((run / "tensorboard").glob("events.*"))
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert {"git_sha", "versions", "seed", "command", "data"} <= set(provenance)
+
+
+def test_checkpoints_hold_plain_containers(run: Path) -> None:
+    torch.load(run / "last.pth", weights_only=True)
+
+
+def test_the_same_command_again_does_nothing(trained: Path, run: Path) -> None:
+    before = (run / "last.pth").stat().st_mtime_ns
+    done = call("train.py", *SMALL, f"save_dir={trained}", cwd=trained)
+    assert "finished before" in done.stdout and (run / "last.pth").stat().st_mtime_ns == before
+
+
+def test_another_configuration_in_the_same_place_is_refused(trained: Path) -> None:
+    done = call("train.py", *SMALL, f"save_dir={trained}", "optimizer.lr=0.5", cwd=trained, expect=2)
+    assert "optimizer.lr: 0.002 -> 0.5" in done.stderr and "suffix=" in done.stderr
+
+
+def test_testing_equals_the_validation_inside_training(run: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = {row["kind"]: row for row in rows if row["kind"].startswith("val_") and row["epoch"] == 2}
+    call("test.py", "-r", str(run / "checkpoint-epoch2.pth"), "-p", "all", "split=val", "--out", str(tmp_path), cwd=tmp_path)
+    for rule in ("T", "max", "rankdice"):
+        scores = json.loads((tmp_path / f"{rule}.json").read_text())["scores"]
+        for key in ("mean_dice", "mean_iou", "test_loss", "pixel_accuracy", "ece"):
+            assert scores[key] == pytest.approx(last[f"val_{rule}"][key], abs=1e-12, nan_ok=True), (rule, key)
+
+
+def test_train_test_table(trained: Path, run: Path, tmp_path: Path) -> None:
+    done = call("test.py", "-r", str(run / "best_model.pth"), "-p", "rankdice", "split=test", "-p", "T", cwd=tmp_path)
+    assert "## TESTING Results for Model: tiny + Loss: ce + predict: rankdice ##" in done.stdout
+    assert "Mean_Dice" in done.stdout and "predictor" in done.stdout
+    result = json.loads((run / "results" / "rankdice.json").read_text())
+    assert result["dataset"]["num_images"] == len(result["images"])
+    table = call("scripts/paper_tables.py", "--saved", str(trained), cwd=tmp_path)
+    assert f"{100 * result['scores']['mean_dice']:.1f}" in table.stdout
+
+
+def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: Path, tmp_path: Path) -> None:
+    call("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "--out", str(tmp_path / "alone"), cwd=tmp_path)
+    call("test.py", "-r", str(run / "best_model.pth"), "-p", "all", "--out", str(tmp_path / "all"), cwd=tmp_path)
+    assert (tmp_path / "alone" / "T.csv").read_text() == (tmp_path / "all" / "T.csv").read_text()
+
+
+def test_help_is_worth_reading(tmp_path: Path) -> None:
+    text = call("train.py", "--help", cwd=tmp_path).stdout
+    assert "dataset: " in text and "python train.py experiment=" in text and "--multirun" in text
+    text = call("test.py", "--help", cwd=tmp_path).stdout
+    assert "rankdice" in text and "examples:" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["loss=cee"], ["loss=cee", "did you mean ce", "focal"]),
+        (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean lr"]),
+        (["predictor=rankdise"], ["rankdice"]),
+        (["device=cuda"], ["cuda", "device=cpu"]),
+        (["trainer.precision=fp8"], ["fp8", "bf16"]),
+        (["dataset=kvasir_seg", "dataset.root=/nowhere/kvasir"], ["/nowhere/kvasir"]),
+        (["batch_size=0"], ["batch_size"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_bad_training_input_is_one_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    done = call("train.py", *SMALL, f"save_dir={tmp_path}", *arguments, cwd=tmp_path, expect=2)
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_bad_checkpoints_are_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>not found</html>")
+    (tmp_path / "cut.pth").write_bytes((run / "last.pth").read_bytes()[:2000])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
+    for name in ("page.pth", "cut.pth", "other.pth", "absent.pth"):
+        done = call("test.py", "-r", str(tmp_path / name), "-p", "T", cwd=tmp_path, expect=2)
+        assert name in done.stderr or "checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "rankdise"], ["rankdise", "rankdice"]),
+        (["-p", "T", "splitt=val"], ["splitt", "split"]),
+        (["-p", "T", "split=valid"], ["valid", "train, val, test"]),
+        (["-p", "T", "--device", "cuda"], ["cuda"]),
+        (["-p", "T", "protocol=papper"], ["paper"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_bad_testing_input_is_one_line(run: Path, arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    done = call("test.py", "-r", str(run / "best_model.pth"), *arguments, cwd=tmp_path, expect=2)
+    assert all(word in done.stderr for word in words), done.stderr

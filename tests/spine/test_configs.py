@@ -1,0 +1,106 @@
+"""Every configuration composes, and bad ones are answered in one line."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+from omegaconf import OmegaConf
+
+from configs import build, stored
+from configs.cli import CONFIGS, explain, options, unknown_key, unknown_option
+
+CHOICES = list(chain.from_iterable([(group, name) for name in options(group)] for group in build.GROUPS))
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda value: str(value))
+def test_every_option_composes_and_resolves(group: str, name: str) -> None:
+    cfg = build.compose("train", [f"{group}={name}"])
+    OmegaConf.to_container(cfg, resolve=True)
+    assert cfg[group].get("name", name) == name or group in ("optimizer", "schedule", "trainer")
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes(name: str) -> None:
+    cfg = build.compose("train", [f"experiment={name}"])
+    OmegaConf.to_container(cfg, resolve=True)
+    header = (CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    for word in ("Claim:", "Cost:", "Command:"):
+        assert word in header, f"experiment/{name}.yaml does not say its {word}"
+
+
+@pytest.mark.parametrize("name", options("loss"))
+def test_every_loss_is_built_with_its_protocol(name: str) -> None:
+    for protocol, legacy in (("paper", True), ("corrected", False)):
+        loss = build.loss(build.compose("train", [f"loss={name}", f"protocol={protocol}"]))
+        assert loss.legacy is legacy and loss.link in ("softmax", "sigmoid")
+
+
+def test_every_rule_is_built() -> None:
+    rules = build.rules(options("predictor"))
+    assert set(rules) >= {"T", "max", "rankdice"}
+
+
+def test_the_paper_protocol_puts_its_own_rankdice_behind_the_name() -> None:
+    cfg = build.compose("train", ["protocol=paper"])
+    ours, theirs = build.rules(["rankdice"])["rankdice"], build.rules(["rankdice"], dict(cfg.protocol.rules))["rankdice"]
+    assert theirs.keywords["app"] == 2 and theirs.keywords["truncate_mean"] is True
+    assert ours.keywords.get("app", 0) == 0
+
+
+def test_an_unknown_rule_names_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"predictor=rankdise is unknown \(did you mean rankdice\?\).*max"):
+        build.rules(["rankdise"])
+
+
+def test_unknown_names_are_explained_in_one_line() -> None:
+    assert "did you mean lr?" in unknown_key("optimizer.lrr")
+    assert "did you mean focal?" in unknown_option("loss", "focla")
+    with pytest.raises(Exception) as caught:
+        build.compose("train", ["los=ce"])
+    assert "los is no key" in explain(caught.value) and "loss" in explain(caught.value)
+    with pytest.raises(Exception) as caught:
+        build.compose("train", ["loss=cee"])
+    assert "loss is one of: b_soft_dice, bce" in explain(caught.value)
+
+
+def test_a_stored_configuration_comes_back_with_overrides_on_top() -> None:
+    cfg = build.compose("train", ["loss=focal", "protocol=paper", "batch_size=3", "optimizer.lr=0.5"])
+    choices = {group: "none" for group in build.GROUPS} | {
+        "dataset": "synthetic", "model": "tiny", "loss": "focal", "optimizer": "adamw", "schedule": "poly",
+        "predictor": "rankdice", "protocol": "paper", "trainer": "default",
+    }  # fmt: skip
+    packed = stored.pack(cfg, choices)
+    back = stored.unpack(packed, ["split=val"])
+    assert (back.batch_size, back.loss.name, back.protocol.void, back.split) == (3, "focal", "counted", "val")
+    assert back.loss.legacy is True
+    corrected = stored.unpack(packed, ["protocol=corrected", "seed=7"])
+    assert (corrected.protocol.void, corrected.loss.legacy, corrected.seed) == ("masked", False, 7)
+    with pytest.raises(ValueError, match="did you mean split"):
+        stored.unpack(packed, ["splitt=val"])
+
+
+def test_a_stored_configuration_cannot_choose_code_or_read_the_environment() -> None:
+    cfg = build.compose("train")
+    choices = {
+        "dataset": "synthetic", "model": "tiny", "loss": "ce", "optimizer": "adamw", "schedule": "poly",
+        "predictor": "rankdice", "protocol": "corrected", "trainer": "default",
+    }  # fmt: skip
+    packed = stored.pack(cfg, choices)
+    target = cfg.model._target_
+    packed["values"]["model"]["_target_"] = "os.system"
+    packed["values"]["model"]["extra"] = {"_target_": "os.system", "command": "true"}
+    back = stored.unpack(packed)
+    assert back.model._target_ == target and "_target_" not in back.model.extra
+    packed["values"]["run_dir"] = "${oc.env:HOME}"
+    with pytest.raises(ValueError, match="not allowed"):
+        stored.unpack(packed)
+    packed["choices"]["model"] = "../../evil"
+    with pytest.raises(ValueError, match="unknown"):
+        stored.unpack(packed)
+
+
+def test_differences_name_what_changes_numbers_and_nothing_else() -> None:
+    old = {"seed": 0, "num_workers": 0, "optimizer": {"lr": 0.1}, "dataset": {"root": "a"}, "trainer": {"keep": 1}}
+    new = {"seed": 0, "num_workers": 4, "optimizer": {"lr": 0.2}, "dataset": {"root": "b"}, "trainer": {"keep": 2}}
+    assert stored.differences(old, new) == ["optimizer.lr: 0.1 -> 0.2"]

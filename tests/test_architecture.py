@@ -1,0 +1,66 @@
+"""The direction of imports, and what may know Hydra, held by reading the code."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {"rankseg", "models", "datasets", "trainers", "configs", "scripts", "train", "test"}
+ALLOWED = {  # package -> packages of the project that it may import
+    "rankseg": {"rankseg"},
+    "models": {"models"},
+    "datasets": {"datasets"},
+    "trainers": {"trainers", "rankseg"},
+    "configs": {"configs", "trainers", "rankseg", "models", "datasets"},
+}
+KNOW_HYDRA = {"configs", "scripts"}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def sources(package: str) -> list[Path]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files, f"{package} is empty"
+    return files
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_point_one_way(package: str) -> None:
+    for path in sources(package):
+        wrong = (imported(path) & OURS) - ALLOWED[package]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("package", set(ALLOWED) - KNOW_HYDRA)
+def test_only_the_edge_knows_hydra(package: str) -> None:
+    for path in sources(package):
+        assert not imported(path) & {"hydra", "omegaconf"}, path
+
+
+def test_the_method_needs_torch_alone() -> None:
+    for path in sources("rankseg"):
+        extra = imported(path) - set(sys.stdlib_module_names) - {"torch", "rankseg"}
+        assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}"
+
+
+def test_no_file_is_two_ideas() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for package in (*ALLOWED, "scripts")
+        for path in sources(package)
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 330
+    }
+    assert not long
