@@ -1,0 +1,159 @@
+"""Any architecture of segmentation_models_pytorch, with any of its encoders or timm's.
+
+Legend: N images, C classes, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import allow_batch_of_one, resize
+from models.output import SegmentationOutput
+from models.weights import LITE0, load_backbone
+
+ARCHITECTURES = {
+    "unet": smp.Unet,
+    "unetplusplus": smp.UnetPlusPlus,
+    "manet": smp.MAnet,
+    "linknet": smp.Linknet,
+    "fpn": smp.FPN,
+    "pspnet": smp.PSPNet,
+    "deeplabv3": smp.DeepLabV3,
+    "deeplabv3plus": smp.DeepLabV3Plus,
+    "pan": smp.PAN,
+    "upernet": smp.UPerNet,
+    "segformer": smp.Segformer,
+    "dpt": smp.DPT,
+}
+# Without these, smp's PSPNet never runs the last two stages of its encoder.
+_DEFAULTS: dict[str, dict[str, Any]] = {"pspnet": {"encoder_depth": 5, "output_stride": 8}}
+
+
+class SMP(nn.Module):
+    """A network of segmentation_models_pytorch that takes images of any size.
+
+    Images are padded at the right and the bottom, by repeating the border, up to a multiple of the stride; the
+    logits are cropped back.
+
+    Args:
+        arch: the architecture, as in ``ARCHITECTURES``.
+        encoder: an encoder of smp, or ``tu-NAME`` for any of timm's.
+        num_classes: C.
+        weights: of the encoder: None, a path, or ``efficientnet-lite0`` (see ``models.weights``).
+        options: further arguments of the architecture (``encoder_depth``, ``decoder_channels``, ...).
+
+    Raises:
+        ValueError: the architecture, encoder, option or weights are not what can be used; says what can.
+    """
+
+    aux_weight = 0.0
+
+    def __init__(
+        self, arch: str, encoder: str, num_classes: int, weights: str | Path | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.network = _build(arch, encoder, num_classes, options)
+        allow_batch_of_one(self.network)
+        self.pretrained = weights is not None
+        if weights is not None:
+            _load_encoder(
+                self.network.encoder, encoder, weights, truncated=options.get("encoder_depth", 5) < 5
+            )
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """Images (N, 3, H, W) to logits (N, C, H, W)."""
+        height, width = images.shape[-2:]
+        stride = self.network.encoder.output_stride
+        padding = (0, -width % stride, 0, -height % stride)
+        if any(padding):
+            images = F.pad(images, padding, mode="replicate")
+        logits = self.network(images)
+        if logits.shape[-2:] != images.shape[-2:]:  # options that change the stride without the upsampling
+            logits = resize(logits, images.shape[-2:], align_corners=False)
+        return SegmentationOutput(logits[..., :height, :width])
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """The encoder's parameters if it is pre-trained; one that starts from scratch learns at the full rate."""
+        return list(self.network.encoder.parameters()) if self.pretrained else []
+
+
+def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """smp's network with random weights; smp's own weights would come from a hub."""
+    key = arch.lower()
+    if key not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}; {_nearest(key, ARCHITECTURES)}")
+    _check_encoder(encoder)
+    _check_options(ARCHITECTURES[key], encoder, options)
+    plain = {name: list(v) if _is_sequence(v) else v for name, v in options.items()}
+    try:
+        return ARCHITECTURES[key](
+            encoder_name=encoder, encoder_weights=None, classes=num_classes, **_DEFAULTS.get(key, {}) | plain
+        )
+    except (TypeError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"architecture {arch!r} cannot be built on encoder {encoder!r} with {plain or 'its defaults'}: "
+            f"{reason[0] if reason else type(error).__name__}; choose another encoder or other options"
+        ) from error
+
+
+def _check_encoder(encoder: str) -> None:
+    """Refuse an encoder that neither smp nor timm has."""
+    if encoder in smp.encoders.encoders:
+        return
+    if encoder.startswith("tu-"):
+        names = ["tu-" + name for name in timm.list_models()]
+        if encoder.split(".")[0] in names:
+            return
+    else:
+        names = [*smp.encoders.encoders, *(f"tu-{name}" for name in timm.list_models())]
+    raise ValueError(f"unknown encoder {encoder!r}; {_nearest(encoder, names)}")
+
+
+def _check_options(architecture: type[nn.Module], encoder: str, options: dict[str, Any]) -> None:
+    """Refuse an option that smp would swallow; timm's encoders take, and check, further ones themselves."""
+    allowed = {n for n, p in signature(architecture).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    allowed = (allowed - {"encoder_name", "encoder_weights", "in_channels", "classes", "aux_params"}) | {
+        "output_stride"
+    }
+    for option in options:
+        if option not in allowed and not encoder.startswith("tu-"):
+            raise ValueError(
+                f"unknown option {option!r} of {architecture.__name__}; choose from {', '.join(sorted(allowed))}"
+            )
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """What to write instead: the nearest names, or all of a few."""
+    names = list(names)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return (
+        f"choose one of {', '.join(names)}"
+        if len(names) < 20
+        else "choose one of smp's, or tu-NAME of timm's"
+    )
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _load_encoder(encoder: nn.Module, name: str, weights: str | Path, truncated: bool) -> None:
+    """Pre-trained weights for smp's encoder; smp wraps timm's networks in a ``model`` attribute."""
+    if str(weights) == LITE0 and name != "tu-tf_efficientnet_lite0":
+        raise ValueError(
+            f"weights {LITE0} fit encoder=tu-tf_efficientnet_lite0 only, not {name}; choose that encoder"
+        )
+    load_backbone(encoder.model if name.startswith("tu-") else encoder, weights, truncated)

@@ -1,0 +1,57 @@
+"""A U-Net so small that it learns on a laptop's processor while one reads the README.
+
+Legend: N images, C classes, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.layers import conv_bn_relu, resize
+from models.output import SegmentationOutput
+
+
+class TinyUNet(nn.Module):
+    """A U-Net at half resolution: four levels, a third of a million parameters.
+
+    Args:
+        num_classes: C.
+        weights: None, as there are no pre-trained weights of it.
+        widths: channels of each level, the finest first.
+    """
+
+    aux_weight = 0.0
+
+    def __init__(
+        self, num_classes: int, weights: None = None, widths: tuple[int, ...] = (16, 32, 64, 128)
+    ) -> None:
+        super().__init__()
+        if weights is not None:
+            raise ValueError(
+                f"there are no pre-trained weights of TinyUNet, got {weights!r}; set model.weights=null"
+            )
+        self.num_classes = num_classes
+        self.down = nn.ModuleList(
+            nn.Sequential(conv_bn_relu(inputs, width, 3, stride=2), conv_bn_relu(width, width, 3))
+            for inputs, width in zip((3, *widths[:-1]), widths, strict=True)
+        )
+        self.lateral = nn.ModuleList(
+            nn.Conv2d(coarse, fine, 1) for fine, coarse in zip(widths[-2::-1], widths[:0:-1], strict=True)
+        )
+        self.up = nn.ModuleList(conv_bn_relu(width, width, 3) for width in widths[-2::-1])
+        self.classifier = nn.Conv2d(widths[0], num_classes, 1)
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """Images (N, 3, H, W) to logits (N, C, H, W)."""
+        levels = []
+        features = images
+        for stage in self.down:
+            features = stage(features)
+            levels.append(features)
+        for lateral, stage, finer in zip(self.lateral, self.up, levels[-2::-1], strict=True):
+            features = stage(finer + resize(lateral(features), finer.shape[-2:], align_corners=False))
+        return SegmentationOutput(resize(self.classifier(features), images.shape[-2:], align_corners=False))
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """None: everything starts from scratch and learns at the full rate."""
+        return []
