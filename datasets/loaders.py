@@ -1,0 +1,308 @@
+"""Seeded, resumable, sharded loading: the batches depend on (seed, epoch, index) and on nothing else.
+
+Not on the number of workers, not on where an epoch was resumed, and the random state of the caller is left alone.
+
+Shapes: N images of a batch, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .base import DatasetError, Sample, SegmentationDataset
+
+Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+NO_EPOCH = -1  # evaluation draws nothing at random
+
+
+class Batch(NamedTuple):
+    """Images of one size, with their targets."""
+
+    images: Tensor  # (N, 3, H, W) float32, normalised
+    targets: Tensor  # (N, H', W') int64; H', W' differ from H, W only in evaluation
+    names: list[str]
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which image, in which epoch: all that a worker needs to know."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker sends back for a key: a sample, or why there is none."""
+
+    index: int
+    sample: Sample | None
+    faults: list[tuple[str, str]]  # (name, message) of images that could not be read
+
+
+def seed_of(*parts: int) -> int:
+    """Return a seed, the same on every machine, from a few integers."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+
+
+class Reader(Dataset):
+    """Reads and transforms one image a key, each with its own random numbers."""
+
+    def __init__(
+        self, dataset: SegmentationDataset, transform: Transform, seed: int, substitute: bool
+    ) -> None:
+        self.dataset, self.transform, self.seed, self.substitute = dataset, transform, seed, substitute
+
+    def __getitem__(self, key: Key) -> Loaded:
+        """Return the sample of a key; a DatasetError is sent back as text, anything else is a bug and raised.
+
+        With `substitute`, the next readable image takes the place of one that is not.
+        """
+        total, faults = len(self.dataset), list[tuple[str, str]]()
+        for step in range(total if self.substitute else 1):
+            index = (key.index + step) % total
+            name = self.dataset.names[index]
+            try:
+                return Loaded(index, self.sample(key.epoch, index, name), faults)
+            except DatasetError as error:
+                faults.append((name, str(error)))
+        return Loaded(key.index, None, faults)
+
+    def sample(self, epoch: int, index: int, name: str) -> Sample:
+        image, mask = self.dataset.read(index)
+        # torch.manual_seed would seed the accelerators too, and with them the network's dropout.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+            return Sample(*self.transform(image, mask), name)
+
+
+class Plan:
+    """The keys of the coming epoch, batch by batch; `DataLoader` iterates over it anew for each epoch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Key]] = []
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Loader:
+    """What training and evaluation share: workers, their failures, and the list of images left out."""
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        transform: Transform,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        rank: int,
+        world_size: int,
+        pin_memory: bool,
+        on_error: str,
+        timeout: float,
+        substitute: bool,
+    ) -> None:
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(f"batch_size={batch_size}, num_workers={num_workers}: at least 1 and 0")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is not one of 0..{world_size - 1}")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r}: choose raise or skip")
+        self.dataset, self.transform, self.batch_size, self.seed = dataset, transform, batch_size, seed
+        self.rank, self.world_size, self.on_error, self.timeout = rank, world_size, on_error, timeout
+        self.num_workers = num_workers
+        self.skipped: dict[str, str] = {}  # name -> why it was left out
+        self._plan = Plan()
+        self._loader: DataLoader = DataLoader(
+            Reader(dataset, transform, seed, substitute and on_error == "skip"),
+            batch_sampler=self._plan,  # type: ignore[arg-type]
+            collate_fn=collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            timeout=timeout if num_workers else 0,
+            generator=torch.Generator().manual_seed(seed_of(seed)),  # otherwise the global one is drawn from
+        )
+
+    def _batches(self, plan: list[list[Key]]) -> Iterator[Batch]:
+        """Yield the planned batches, split where sizes change.
+
+        Raises DatasetError for an image that cannot be read (on_error="raise"), RuntimeError where a worker died.
+        """
+        self._plan.batches = plan
+        try:
+            for batches, faults in self._loader:
+                self._note(faults)
+                yield from batches
+        except RuntimeError as error:
+            if "DataLoader" not in str(error).splitlines()[0] or "Caught" in str(error):
+                raise
+            raise RuntimeError(
+                f"a loader process died or gave nothing for {self.timeout:g} s ({str(error).splitlines()[0]}): "
+                "see whether memory or /dev/shm ran out, or set num_workers=0"
+            ) from None
+
+    def _note(self, faults: list[tuple[str, str]]) -> None:
+        if faults and self.on_error == "raise":
+            raise DatasetError(faults[0][1])
+        self.skipped.update(faults)
+
+
+class TrainLoader(Loader):
+    """Shuffled, augmented batches of training.
+
+    `batch_size` counts the images of all processes together; each of `world_size` gets its slice of every batch. With
+    on_error="skip" the next readable image takes the place of one that cannot be read, and `skipped` lists it.
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        transform: Transform,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+        on_error: str = "raise",
+        timeout: float = 300,
+    ) -> None:
+        super().__init__(
+            dataset,
+            transform,
+            batch_size,
+            seed,
+            num_workers,
+            rank,
+            world_size,
+            pin_memory,
+            on_error,
+            timeout,
+            True,
+        )
+        total = len(dataset)
+        self._sizes = [min(batch_size, total - start) for start in range(0, total, batch_size)]
+        if drop_last and self._sizes[-1] < batch_size:
+            self._sizes.pop()
+        if not self._sizes or self._sizes[-1] < world_size:
+            raise ValueError(
+                f"{total} images in batches of {batch_size} leave a batch of {total % batch_size} for {world_size} "
+                "processes: choose another batch_size, or drop_last where there are more images than one batch"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        return len(self._sizes)
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the indices in the order of an epoch, a function of the seed and the epoch."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        return torch.randperm(len(self.dataset), generator=generator).tolist()
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield this process's part of the batches of an epoch, from `start_step`; what comes before is not read.
+
+        Raises DatasetError where images cannot be read, or are of unlike sizes for want of a crop.
+        """
+        order, plan, start = self.order(epoch), [], 0
+        for size in self._sizes:
+            first, last = (start + size * k // self.world_size for k in (self.rank, self.rank + 1))
+            plan.append([Key(epoch, index) for index in order[first:last]])
+            start += size
+        plan = plan[start_step:]
+        for keys, batch in zip(plan, self._batches(plan), strict=True):
+            if len(batch.names) < len(keys):
+                raise DatasetError(
+                    f"images of unlike sizes in a batch, such as {batch.names[0]}: set dataset.crop"
+                )
+            yield batch
+
+
+class EvalLoader(Loader):
+    """Every image once, in order, sharded without padding: rank r has the images r, r + world_size, ...
+
+    Images and targets of one batch have one size; where sizes change a batch ends early. With on_error="skip"
+    an image that cannot be read is left out, and `skipped` lists it.
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        transform: Transform,
+        batch_size: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+        on_error: str = "raise",
+        timeout: float = 300,
+    ) -> None:
+        super().__init__(
+            dataset,
+            transform,
+            batch_size,
+            0,
+            num_workers,
+            rank,
+            world_size,
+            pin_memory,
+            on_error,
+            timeout,
+            False,
+        )
+        self.indices = range(rank, len(dataset), world_size)
+
+    @property
+    def num_images(self) -> int:
+        """How many images this process has. The number of batches shows only when their sizes are known."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Batch]:
+        keys = [Key(NO_EPOCH, index) for index in self.indices]
+        yield from self._batches(
+            [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
+        )
+
+
+def collate(loaded: list[Loaded]) -> tuple[list[Batch], list[tuple[str, str]]]:
+    """Return the samples as batches of one size each, in order, and the faults."""
+    faults = [fault for item in loaded for fault in item.faults]
+    runs: list[list[tuple[int, Sample]]] = []
+    for item in loaded:
+        if item.sample is None:
+            continue
+        if not runs or shapes(runs[-1][0][1]) != shapes(item.sample):
+            runs.append([])
+        runs[-1].append((item.index, item.sample))
+    return [stack(run) for run in runs], faults
+
+
+def shapes(sample: Sample) -> tuple[torch.Size, torch.Size]:
+    """Return the shapes that must agree within a batch."""
+    return sample.image.shape, sample.target.shape
+
+
+def stack(run: list[tuple[int, Sample]]) -> Batch:
+    """Return samples of one size as a batch."""
+    samples = [sample for _, sample in run]
+    return Batch(
+        torch.stack([sample.image for sample in samples]),
+        torch.stack([sample.target for sample in samples]),
+        [sample.name for sample in samples],
+        [index for index, _ in run],
+    )

@@ -1,0 +1,219 @@
+"""Joint transforms of image and mask: training augmentation, and the evaluation of both protocols.
+
+A transform takes a raw pair, image (3, H, W) uint8 and mask (H, W) uint8 as tv_tensors, and returns the normalised
+image (3, h, w) float32 and the target (h, w) int64. Random draws come from torch's global CPU generator, which
+the loaders seed for each image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from .legacy import centre_crop
+
+Size = int | Sequence[int]
+Window = tuple[int, int, int, int]  # top, left, height, width
+
+
+def require_pair(image: Tensor, mask: Tensor) -> None:
+    """Refuse plain tensors: torchvision passes them through, and the pair would lose its alignment.
+
+    Raises TypeError for anything but an Image and a Mask, ValueError where their sizes differ.
+    """
+    if not (isinstance(image, tv_tensors.Image) and isinstance(mask, tv_tensors.Mask)):
+        raise TypeError(
+            f"expected tv_tensors.Image and Mask, got {type(image).__name__} and {type(mask).__name__}: "
+            "wrap the image and the mask"
+        )
+    if image.shape[-2:] != mask.shape[-2:]:
+        raise ValueError(
+            f"image is {tuple(image.shape[-2:])} and mask {tuple(mask.shape[-2:])}: bring them to one size"
+        )
+
+
+def as_size(size: Size) -> tuple[int, int]:
+    """Return (height, width) of a square given by its side, or of a pair."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return int(height), int(width)
+
+
+def resize_to(shape: Sequence[int], size: Size) -> list[int]:
+    """Return the (height, width) that `resize` means: an int is the shorter side, a pair is taken as it is."""
+    if not isinstance(size, int):
+        return list(as_size(size))
+    height, width = shape
+    short = min(height, width)
+    return [
+        size if height == short else size * height // short,
+        size if width == short else size * width // short,
+    ]
+
+
+def resize_pair(image: Tensor, mask: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """Return both at the new size: image bilinear with antialiasing, mask nearest."""
+    shape = resize_to(image.shape[-2:], size)
+    return F.resize(image, shape, antialias=True), F.resize(mask, shape, InterpolationMode.NEAREST_EXACT)
+
+
+class Normalise:
+    """uint8 (3, H, W) to float32: first to [0, 1], then by mean and standard deviation, in the paper's order."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        scaled = image.as_subclass(Tensor).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        return scaled.sub_(self.mean).div_(self.std)
+
+
+def rotate_window(
+    image: Tensor, mask: Tensor, degrees: int, window: Window, label_fill: int
+) -> tuple[Tensor, Tensor]:
+    """Return the window of the pair turned by whole degrees, counter-clockwise.
+
+    Only the pixels that can reach the window are turned, not the whole frame: the result is the same and a crop of a
+    large frame costs what a crop costs. The frame turns about (W/2, H/2) counted from the centre of the first pixel and
+    keeps its size, image bilinear and truncated to uint8 (corners black), mask nearest (corners `label_fill`).
+    """
+    top, left, height, width = window
+    if degrees == 0:
+        return image[:, top : top + height, left : left + width], mask[
+            top : top + height, left : left + width
+        ]
+    y0, x0, y1, x1 = source_box(image.shape[-2:], degrees, window)
+    frame_height, frame_width = image.shape[-2:]
+    centre = [frame_width / 2 + 0.5 - x0, frame_height / 2 + 0.5 - y0]
+    top, left = top - y0, left - x0
+    # Slices are plain tensors, which torchvision would take for images: wrap them again.
+    part = tv_tensors.Image(image[:, y0:y1, x0:x1].float())
+    labels = tv_tensors.Mask(mask[y0:y1, x0:x1])
+    part = F.rotate(part, degrees, InterpolationMode.BILINEAR, center=centre)
+    labels = F.rotate(labels, degrees, center=centre, fill=label_fill)
+    part = part[:, top : top + height, left : left + width]
+    return part.to(torch.uint8), labels[top : top + height, left : left + width]
+
+
+def source_box(shape: Sequence[int], degrees: int, window: Window) -> tuple[int, int, int, int]:
+    """Return (top, left, bottom, right) of the part of a frame that holds a window and what turns into it."""
+    frame_height, frame_width = shape
+    top, left, height, width = window
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    cy, cx = frame_height / 2, frame_width / 2
+    ys, xs = [top, top + height], [left, left + width]
+    for y in (top, top + height):
+        for x in (left, left + width):
+            ys.append(math.floor(cy + sin * (x - cx) + cos * (y - cy)))
+            xs.append(math.floor(cx + cos * (x - cx) - sin * (y - cy)))
+    margin = 2  # bilinear neighbours, and rounding
+    return (
+        max(min(ys) - margin, 0),
+        max(min(xs) - margin, 0),
+        min(max(ys) + margin + 1, frame_height),
+        min(max(xs) + margin + 1, frame_width),
+    )
+
+
+class TrainTransform:
+    """The paper's augmentation, in its order: rotate, pad bottom and right, crop, flip, normalise.
+
+    `resize` brings both to one size first (an int is the shorter side). `crop=None` keeps the whole image. `rotate` is the
+    largest angle in whole degrees, drawn uniformly from both sides; `flip` the probability of a mirror image.
+    `label_fill` is the label of corners and padding that hold no image: 255 leaves them out of the loss, 0 is what the
+    paper's code did, which teaches "background" there.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop: Size | None = None,
+        resize: Size | None = None,
+        rotate: int = 10,
+        flip: float = 0.5,
+        label_fill: int = 255,
+    ) -> None:
+        if not (isinstance(rotate, int) and 0 <= rotate <= 180):
+            raise ValueError(f"rotate={rotate}: give the largest angle in whole degrees, 0 to 180")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip={flip}: give a probability, 0 to 1")
+        self.normalise = Normalise(mean, std)
+        self.crop = None if crop is None else as_size(crop)
+        self.resize, self.rotate, self.flip, self.label_fill = resize, rotate, flip, label_fill
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        require_pair(image, mask)
+        if self.resize is not None:
+            image, mask = resize_pair(image, mask, self.resize)
+        crop = self.crop or (image.shape[-2], image.shape[-1])
+        degrees = draw(-self.rotate, self.rotate)
+        # Where the image is smaller than the crop it is padded, and there is only one place for the crop.
+        top, left = (draw(0, max(size - side, 0)) for size, side in zip(image.shape[-2:], crop, strict=True))
+        mirrored = bool(torch.rand(()) < self.flip)
+        image, mask = self.apply(image, mask, degrees, top, left, mirrored)
+        return self.normalise(image), mask.as_subclass(Tensor).long()
+
+    def apply(
+        self, image: Tensor, mask: Tensor, degrees: int, top: int, left: int, mirrored: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the augmented pair, still uint8, for given draws."""
+        height, width = image.shape[-2:]
+        crop_height, crop_width = self.crop or (height, width)
+        window = top, left, min(crop_height, height), min(crop_width, width)
+        image, mask = rotate_window(image, mask, degrees, window, self.label_fill)
+        padding = [0, 0, crop_width - window[3], crop_height - window[2]]
+        if any(padding):
+            image = F.pad(tv_tensors.Image(image), padding, fill=0)
+            mask = F.pad(tv_tensors.Mask(mask), padding, fill=self.label_fill)
+        if mirrored:
+            image, mask = image.flip(-1), mask.flip(-1)
+        return image, mask
+
+
+class EvalTransform:
+    """What a network is evaluated on: the corrected protocol's whole image, or the paper's centre crop.
+
+    Corrected (`legacy=False`): the whole image, brought to `resize` first where given so that memory is bounded, and the
+    target at its native resolution; the logits are resized to the target afterwards.
+
+    Paper (`legacy=True`): the short side goes to `crop`, image bilinear without antialiasing and truncated to uint8,
+    label nearest as Pillow has it, then the centre `crop` x `crop`; what lies outside is not scored.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resize: Size | None = None,
+        crop: int | None = None,
+        legacy: bool = False,
+    ) -> None:
+        if legacy and not isinstance(crop, int):
+            raise ValueError(
+                f"crop={crop}: the paper's evaluation needs one side in pixels (dataset.eval_crop)"
+            )
+        self.normalise = Normalise(mean, std)
+        self.resize, self.crop, self.legacy = resize, crop, legacy
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        require_pair(image, mask)
+        if self.legacy:
+            assert self.crop is not None
+            image, mask = centre_crop(image.as_subclass(Tensor), mask.as_subclass(Tensor), self.crop)
+        elif self.resize is not None:
+            image = F.resize(image, resize_to(image.shape[-2:], self.resize), antialias=True)
+        return self.normalise(image), mask.as_subclass(Tensor).long()
+
+
+def draw(low: int, high: int) -> int:
+    """Return a whole number from low..high, both included."""
+    return int(torch.randint(low, high + 1, ()))
