@@ -1,0 +1,96 @@
+"""DeepLabV3+ on ResNet-101, as in the experiments of Dai & Li, JMLR 24(224), 2023.
+
+The architecture is Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, with ordinary
+instead of separable convolutions and an output stride of 16.
+
+Legend: N images, C classes, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet101
+
+from models.layers import conv_bn_relu, initialise_new_layers, resize
+from models.output import SegmentationOutput
+from models.weights import load_backbone
+
+RATES = (6, 12, 18)
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ with torchvision's ResNet-101.
+
+    Args:
+        num_classes: C.
+        weights: None, or the path of ImageNet weights of torchvision's ``resnet101``.
+
+    Raises:
+        ValueError: the weights are not of a ResNet-101.
+        FileNotFoundError: there is no such file.
+    """
+
+    aux_weight = 0.0
+
+    def __init__(self, num_classes: int, weights: str | Path | None = None) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = _dilated_resnet101()
+        if weights is not None:
+            load_backbone(self.backbone, weights)
+        self.aspp = ASPP(2048, 256)
+        self.low_level = conv_bn_relu(256, 48)
+        self.decoder = nn.Sequential(
+            *conv_bn_relu(48 + 256, 256, 3),
+            *conv_bn_relu(256, 256, 3),
+            nn.Dropout(0.1),
+            nn.Conv2d(256, num_classes, 1),
+        )
+        initialise_new_layers(self.aspp, self.low_level, self.decoder)
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """Images (N, 3, H, W) to logits (N, C, H, W)."""
+        net = self.backbone
+        stem = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        fine = net.layer1(stem)
+        coarse = self.aspp(net.layer4(net.layer3(net.layer2(fine))))
+        fine = self.low_level(fine)
+        coarse = resize(coarse, fine.shape[-2:], align_corners=True)
+        logits = self.decoder(torch.cat((fine, coarse), dim=1))
+        return SegmentationOutput(resize(logits, images.shape[-2:], align_corners=True))
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """The ResNet, which learns at a tenth of the rate."""
+        return list(self.backbone.parameters())
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: the same features seen at five scales, the last one the whole image."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [conv_bn_relu(inputs, outputs), *(conv_bn_relu(inputs, outputs, 3, dilation=r) for r in RATES)]
+        )
+        self.image = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(inputs, outputs, pooled=True))
+        self.merge = nn.Sequential(*conv_bn_relu(5 * outputs, outputs), nn.Dropout(0.5))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, 2048, h, w) to (N, 256, h, w)."""
+        image = self.image(features).expand(-1, -1, *features.shape[-2:])
+        return self.merge(torch.cat([*(branch(features) for branch in self.branches), image], dim=1))
+
+
+def _dilated_resnet101() -> nn.Module:
+    """ResNet-101 of output stride 16 without its classifier.
+
+    torchvision leaves the first 3x3 of a dilated stage undilated; here every one of ``layer4`` has dilation 2.
+    """
+    net = resnet101(weights=None, replace_stride_with_dilation=[False, False, True])
+    first = net.layer4[0].conv2
+    first.dilation, first.padding = (2, 2), (2, 2)
+    del net.avgpool, net.fc
+    return net

@@ -1,0 +1,194 @@
+"""The checkpoints that the authors of RankSEG released, read into this project's networks.
+
+Source: the released code and logs of Dai & Li, "RankSEG: A Consistent Ranking-based Framework for Segmentation",
+JMLR 24(224), 2023. Such a file holds ``arch`` (always "DataParallel"), ``epoch``, ``state_dict`` (each key
+starting with ``module.``), ``optimizer``, ``monitor_best`` and ``config``, the JSON that the run was made from.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.deeplabv3plus import DeepLabV3Plus
+from models.fcn8 import FCN8, bilinear_kernel
+from models.pspnet import PSPNet
+from models.reading import CheckpointError, load_state, read_checkpoint
+
+NETWORKS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "fcn8": FCN8}
+
+MODELS = {"DeepLab": "deeplabv3plus", "PSPNet": "pspnet", "FCN8": "fcn8"}
+DATASETS = {"CityScapes": "cityscapes", "VOC": "voc2012", "kvasirSEG": "kvasir_seg"}
+NUM_CLASSES = {"cityscapes": 19, "voc2012": 21, "kvasir_seg": 2}
+LOSSES = {
+    "CrossEntropyLoss2d": "ce",
+    "FocalLoss": "focal",
+    "BCEWithLogitsLoss2d": "bce",
+    "BCEWithLogitsFocalLoss2d": "bce_focal",
+    "DiceLoss": "soft_dice",
+    "LogCoshDiceLoss": "log_cosh_dice",
+    "BDiceLoss": "b_soft_dice",
+    "BCEDiceLoss": "b_soft_dice",  # what the logs call it
+    "LovaszSoftmax": "lovasz",
+    "CE_DiceLoss": "ce_dice",
+}
+PREDICTORS = {"T": "T", "max": "max", "rankdice": "rankdice"}
+
+# (pattern of a released name, our name), tried in order; a replacement may be a function.
+_KEYS: dict[str, list[tuple[str, Any]]] = {
+    "deeplabv3plus": [
+        (r"backbone\.layer0\.0\.", "backbone.conv1."),
+        (r"backbone\.layer0\.1\.", "backbone.bn1."),
+        (r"backbone\.layer([1-4])\.", r"backbone.layer\1."),
+        (r"ASSP\.aspp([1-4])\.", lambda m: f"aspp.branches.{int(m[1]) - 1}."),
+        (r"ASSP\.avg_pool\.", "aspp.image."),
+        (r"ASSP\.conv1\.", "aspp.merge.0."),
+        (r"ASSP\.bn1\.", "aspp.merge.1."),
+        (r"decoder\.conv1\.", "low_level.0."),
+        (r"decoder\.bn1\.", "low_level.1."),
+        (r"decoder\.output\.", "decoder."),
+    ],
+    "pspnet": [
+        (r"initial\.0\.", "backbone.conv1."),
+        (r"initial\.1\.", "backbone.bn1."),
+        (r"layer([1-4])\.", r"backbone.layer\1."),
+        (r"master_branch\.0\.stages\.", "pyramid.levels."),
+        (r"master_branch\.0\.bottleneck\.", "pyramid.merge."),
+        (r"master_branch\.1\.", "classifier."),
+        (r"auxiliary_branch\.", "auxiliary."),
+    ],
+    "fcn8": [
+        (r"pool3\.(\d+)\.", r"features.\1."),
+        (r"pool4\.(\d+)\.", lambda m: f"features.{int(m[1]) + 17}."),
+        (r"pool5\.(\d+)\.", lambda m: f"features.{int(m[1]) + 24}."),
+        (r"adj_pool([34])\.", r"pool\1."),
+        (r"output\.", "classifier."),
+    ],
+}
+# A tensor that only this network has, and whose first dimension is the number of classes.
+_SCORES = {
+    "deeplabv3plus": "decoder.output.7.bias",
+    "pspnet": "master_branch.1.bias",
+    "fcn8": "output.6.bias",
+}
+_FIXED = {"up_output.weight": 4, "up_pool4_out.weight": 4, "up_final.weight": 16}
+
+
+def is_published(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint that was read is one of the released ones."""
+    return isinstance(checkpoint.get("state_dict"), dict) and {"arch", "config"} <= checkpoint.keys()
+
+
+def load_published(
+    source: str | Path | dict[str, Any], map_location: str | torch.device = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a released checkpoint, in evaluation mode, and its configuration in this project's names.
+
+    Args:
+        source: the file, or what ``read_checkpoint`` returned.
+        map_location: the device of the network.
+
+    Returns:
+        The network and ``translate_config``'s dictionary, with ``num_classes`` and ``epoch`` added.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file cannot be read safely, is no released checkpoint, or contradicts itself.
+    """
+    checkpoint = source if isinstance(source, dict) else read_checkpoint(source, map_location)
+    where = "the checkpoint" if isinstance(source, dict) else f"checkpoint {source}"
+    if not is_published(checkpoint):
+        raise CheckpointError(
+            f"{where} is none of the released ones; give a file with arch, state_dict and config"
+        )
+    config = translate_config(checkpoint["config"], where)
+    state = {key.removeprefix("module."): tensor for key, tensor in checkpoint["state_dict"].items()}
+    name = config["model"]
+    if _SCORES[name] not in state:
+        raise CheckpointError(
+            f"{where} says that it is a {name} but lacks {_SCORES[name]!r}; take an intact file"
+        )
+    num_classes = state[_SCORES[name]].shape[0]
+    if num_classes != NUM_CLASSES[config["dataset"]]:
+        raise CheckpointError(
+            f"{where} was trained for {num_classes} classes, but its data set {config['dataset']} has "
+            f"{NUM_CLASSES[config['dataset']]}; take an intact file"
+        )
+    network = NETWORKS[name](num_classes)
+    load_state(network, translate_state(name, state, where), where)
+    config |= {"num_classes": num_classes, "epoch": int(checkpoint.get("epoch", 0))}
+    return network.to(map_location).eval(), config
+
+
+def translate_state(name: str, state: dict[str, Tensor], where: str = "the state dict") -> dict[str, Tensor]:
+    """Tensors of a released state dict (without ``module.``) under the names of our network ``name``.
+
+    FCN8's three transposed convolutions never learn and are not parameters here; they are checked and left out.
+
+    Raises:
+        CheckpointError: a name is none of that network's, or a fixed convolution is not bilinear.
+    """
+    translated = {}
+    for key, tensor in state.items():
+        if name == "fcn8" and key in _FIXED:
+            if not _is_bilinear(tensor, _FIXED[key]):
+                raise CheckpointError(
+                    f"{where} has a trained {key!r}, which is fixed in FCN8; take an intact file"
+                )
+            continue
+        translated[_translate_key(name, key, where)] = tensor
+    return translated
+
+
+def _translate_key(name: str, key: str, where: str) -> str:
+    for pattern, replacement in _KEYS[name]:
+        if re.match(pattern, key):
+            return re.sub(f"^{pattern}", replacement, key)
+    raise CheckpointError(f"{where} has a tensor {key!r} that {name} does not know; take an intact file")
+
+
+def _is_bilinear(weight: Tensor, size: int) -> bool:
+    """Whether a (C, C, size, size) transposed convolution enlarges each class by itself, bilinearly."""
+    channels = weight.shape[0]
+    wanted = torch.eye(channels).view(channels, channels, 1, 1) * bilinear_kernel(size)
+    return weight.shape == wanted.shape and torch.allclose(weight.detach().float().cpu(), wanted, atol=1e-6)
+
+
+def translate_config(config: dict[str, Any], where: str = "the configuration") -> dict[str, Any]:
+    """A released JSON configuration in this project's names.
+
+    Returns:
+        ``dataset``, ``model``, ``loss`` and ``predictor`` (names of configurations), ``temperature``, ``threshold``,
+        ``scored`` (class indices, or None for all), ``batch_size``, ``epochs``, ``crop`` and ``eval_crop`` (pixels,
+        None where the file does not say).
+
+    Raises:
+        CheckpointError: a name is none of the experiments'.
+    """
+    predict = config.get("predict", {})
+    train, test = (config.get(key, {}) for key in ("train_loader", "test_loader"))
+    scored = predict.get("CoI", "all")
+    return {
+        "dataset": _known(DATASETS, train.get("type"), "data set", where),
+        "model": _known(MODELS, config.get("arch", {}).get("type"), "model", where),
+        "loss": _known(LOSSES, config.get("loss"), "loss", where),
+        "predictor": _known(PREDICTORS, predict.get("test", "T"), "predictor", where),
+        # Runs made before these two settings existed used the values that became their defaults.
+        "temperature": float(predict.get("temperature", 1.0)),
+        "threshold": float(predict.get("threshold", 0.5)),
+        "scored": None if scored == "all" else [int(index) for index in scored],
+        "batch_size": train.get("args", {}).get("batch_size"),
+        "epochs": config.get("trainer", {}).get("epochs"),
+        "crop": train.get("args", {}).get("crop_size"),
+        "eval_crop": test.get("args", {}).get("crop_size"),
+    }
+
+
+def _known(names: dict[str, str], name: Any, kind: str, where: str) -> str:
+    if name not in names:
+        raise CheckpointError(f"{where} names an unknown {kind} {name!r}; known are {', '.join(names)}")
+    return names[name]
