@@ -11,10 +11,12 @@ from scripts.tables.table import Table
 _STYLE = """
 :root { --ink: #1c2128; --soft: #59636e; --line: #d5dae0; --back: #ffffff; --band: #f5f7f9; --best: #0b6b3a; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #343b44; --back: #14181d; --band: #1b2027; --best: #6fd39b; }
+  :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #343b44; --back: #14181d; --band: #1b2027;
+    --best: #6fd39b; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 74rem; background: var(--back); color: var(--ink);
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 74rem;
+  background: var(--back); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 3rem 0 .7rem; }
@@ -64,7 +66,8 @@ def _section(table: Table) -> str:
     )
     return (
         f'<section id="{escape(table.name)}">\n<h2>{escape(table.title)}{_marks(table, table.marks)}</h2>\n'
-        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>\n'
+        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{rows}\n</tbody>\n</table></div>\n"
         f'{caption}<ul class="notes">\n{notes}</ul>\n</section>'
     )
 
@@ -100,5 +103,3 @@ def _marks(table: Table, marks: Sequence[str]) -> str:
 
 def _anchor(table: Table, mark: str) -> str:
     return escape(f"{table.name}-note-{mark}")
-
-

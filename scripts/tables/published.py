@@ -7,11 +7,16 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from scripts.tables.table import DATASETS, LOSSES, MODELS, Cell, Note, Table, label
 
 FOLDER = Path(__file__).resolve().parents[2] / "saved" / "published"
-COLUMNS = {"cityscapes": ("T", "max", "rankdice"), "voc2012": ("T", "max", "rankdice"), "kvasir_seg": ("T", "rankdice")}
+COLUMNS = {
+    "cityscapes": ("T", "max", "rankdice"),
+    "voc2012": ("T", "max", "rankdice"),
+    "kvasir_seg": ("T", "rankdice"),
+}
 HEADS = {"T": "Threshold (at 0.5)", "max": "Argmax", "rankdice": "mRankDice"}
 
 
@@ -40,21 +45,23 @@ class PublishedCell:
 
 @dataclass(frozen=True)
 class Erratum:
-    """A known fault: which cells it concerns, where its mark stands, why."""
+    """A known fault: which cells it concerns, where its mark stands, why, and which numbers it spoils."""
 
     mark: str
     scope: str
     reason: str
     show_log: bool
+    spoils: tuple[str, ...]
     select: tuple[dict, ...] = field(repr=False)
 
     def concerns(self, cell: PublishedCell) -> bool:
         """Whether one of the selections fits the cell."""
         facts = {"numeric": cell.mdice is not None, "logged": bool(cell.log)}
-        return any(
-            all(facts[key] == want if key in facts else getattr(cell, key) in want for key, want in choice.items())
-            for choice in self.select
-        )
+
+        def fits(key: str, want: Any) -> bool:
+            return facts[key] == want if key in facts else getattr(cell, key) in want
+
+        return any(all(fits(key, want) for key, want in choice.items()) for choice in self.select)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,14 @@ def load_published(folder: Path = FOLDER) -> Published:
         cells = tuple(_cell(row) for row in csv.DictReader(file))
     logs = {log["id"]: log for log in json.loads((folder / "logs.json").read_text(encoding="utf-8"))}
     errata = tuple(
-        Erratum(item["mark"], item["scope"], item["reason"], item["log"], tuple(item["select"]))
+        Erratum(
+            item["mark"],
+            item["scope"],
+            item["reason"],
+            item["log"],
+            tuple(item.get("spoils", ())),
+            tuple(item["select"]),
+        )
         for item in json.loads((folder / "errata.json").read_text(encoding="utf-8"))
     )
     return Published(cells, logs, errata)
@@ -134,7 +148,9 @@ def notes(data: Published, cells: Iterable[PublishedCell]) -> list[Note]:
     for erratum in data.errata:
         concerned = [cell for cell in cells if erratum.concerns(cell)]
         if concerned:
-            found.append(Note(erratum.mark, erratum.reason + (_logged(data, concerned) if erratum.show_log else "")))
+            found.append(
+                Note(erratum.mark, erratum.reason + (_logged(data, concerned) if erratum.show_log else ""))
+            )
     return found
 
 

@@ -61,7 +61,9 @@ def markdown(table: Table) -> str:
 
     lines = [f"**{table.title}**{superscript(table.marks)}", ""]
     lines.append("| " + " | ".join(table.head) + " |")
-    lines.append("|" + "|".join(" :-- " if i < table.labels else " :-: " for i in range(len(table.head))) + "|")
+    lines.append(
+        "|" + "|".join(" :-- " if i < table.labels else " :-: " for i in range(len(table.head))) + "|"
+    )
     for index, row in enumerate(table.rows):
         blank = repeats(table, index)
         lines.append("| " + " | ".join("" if i < blank else text(cell) for i, cell in enumerate(row)) + " |")
@@ -73,7 +75,7 @@ def markdown(table: Table) -> str:
 
 
 def csv_text(tables: Sequence[Table]) -> str:
-    """All tables below each other, each with its own header; a cell's values and marks in columns of their own."""
+    """All tables below each other, each with its header; values and marks in columns of their own."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     for number, table in enumerate(tables):

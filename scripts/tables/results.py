@@ -1,4 +1,4 @@
-"""Our results: read from the files that `test.py` wrote, grouped over seeds, and never averaged unless alike."""
+"""Our results: read from the files of `test.py`, grouped over seeds, never averaged unless alike."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-# Not what an experiment is, so free to differ between the seeds of one average.
-_FREE = ("seed", "expected", "run_dir", "hydra")
+# Keys of a configuration that no number depends on, and the seed: free to differ within one average.
+_FREE = {"seed", "expected", "hydra", "run_dir", "save_dir", "num_workers", "device", "verify", "resume"}
+_FREE |= {"dataset.root", "dataset.source.root", "trainer.tensorboard", "trainer.panels", "trainer.keep"}
+_FREE |= {"trainer.save_minutes", "trainer.save_every", "validation"}
 _AT_MOST = 5
 
 
@@ -81,7 +84,9 @@ def read_results(saved: Path) -> tuple[list[Result], list[Problem]]:
     """
     results: dict[tuple, Result] = {}
     problems = []
-    for path in sorted(saved.rglob("*.json"), key=lambda p: ("results" not in p.relative_to(saved).parts[:1], p)):
+    for path in sorted(
+        saved.rglob("*.json"), key=lambda p: ("results" not in p.relative_to(saved).parts[:1], p)
+    ):
         inside = path.relative_to(saved.parent).parts[:-1]
         if "results" not in inside or path.name == "provenance.json":
             continue
@@ -93,7 +98,14 @@ def read_results(saved: Path) -> tuple[list[Result], list[Problem]]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(Problem(path, _describe(error)))
             continue
-        key = (*result.cell[1:], result.seed, result.checkpoint, result.dice, result.iou, str(result.identity))
+        key = (
+            *result.cell[1:],
+            result.seed,
+            result.checkpoint,
+            result.dice,
+            result.iou,
+            str(result.identity),
+        )
         results.setdefault(key if result.checkpoint else (path,), result)
     return list(results.values()), problems
 
@@ -129,6 +141,8 @@ def _result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
             "link": record.get("link"),
             "scored classes": record.get("scored"),
             "model": record.get("model_detail"),
+            "temperature": record.get("temperature"),
+            "correct_focal": record.get("correct_focal"),
             "configuration": record.get("config_hash"),
         },
         config=_config(run),
@@ -149,7 +163,7 @@ def _run_folder(path: Path) -> Path:
 
 
 def _collection(run: Path, saved: Path) -> str:
-    """What stands before <dataset>/<model>/<loss>/seed<k>: "" for runs, "results", "demo", "results/kvasir"."""
+    """What stands before <dataset>/<model>/<loss>/seed<k>: "" for runs, "demo", "results/kvasir"."""
     parts = run.relative_to(saved).parts
     named = parts[:-4] if run.name.startswith("seed") else parts
     return "/".join(named)
@@ -170,9 +184,9 @@ def _config(run: Path) -> dict[str, Any]:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        if not prefix and key in _FREE:
-            continue
         name = f"{prefix}{key}"
+        if name in _FREE:
+            continue
         flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return flat
 
@@ -192,24 +206,25 @@ def group_seeds(results: Iterable[Result]) -> dict[tuple[str, ...], Group]:
 
 def difference(one: Result, other: Result) -> str:
     """In what two results differ so that they have no common average; empty if in nothing."""
-    parts = []
-    for key, value in one.identity.items():
-        if value != other.identity[key]:
-            if key == "configuration" and (parts or one.config):
-                continue  # its keys say more than its hash
-            parts.append(f"{key} {value} against {other.identity[key]}")
-    if one.identity["configuration"] != other.identity["configuration"] and one.config:
-        keys = [k for k in one.config | other.config if one.config.get(k) != other.config.get(k)]
-        parts += [f"{k} {one.config.get(k)} against {other.config.get(k)}" for k in keys[:_AT_MOST]]
-        if len(keys) > _AT_MOST:
-            parts.append(f"and {len(keys) - _AT_MOST} more keys")
-        if not parts:
-            parts.append(f"configuration {one.identity['configuration']} against {other.identity['configuration']}")
-    return f"seeds {one.seed} and {other.seed} differ: {'; '.join(parts)}" if parts else ""
+    unlike = [key for key, value in one.identity.items() if value != other.identity[key]]
+    if (
+        one.config and other.config
+    ):  # the configuration's keys say more than its hash, and hold the training too
+        keys = [key for key in one.config | other.config if one.config.get(key) != other.config.get(key)]
+    else:
+        keys = []
+    if keys or len(unlike) > 1:
+        unlike = [key for key in unlike if key != "configuration"]
+    parts = [f"{key} {one.identity[key]} against {other.identity[key]}" for key in unlike]
+    parts += [f"{key} {one.config.get(key)} against {other.config.get(key)}" for key in keys]
+    if not parts:
+        return ""
+    more = f"; and {len(parts) - _AT_MOST} more" if len(parts) > _AT_MOST else ""
+    return f"seeds {one.seed} and {other.seed} differ: {'; '.join(parts[:_AT_MOST])}{more}"
 
 
 def _twice(members: list[Result]) -> str:
-    for one, other in zip(members, members[1:], strict=False):
+    for one, other in pairwise(members):
         if one.seed == other.seed:
             return f"seed {one.seed} is there twice: {one.path.name} of two checkpoints or two scores"
     return ""

@@ -1,0 +1,167 @@
+"""Published beside ours: the three tables with their differences, and the numbers that experiments expect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from scripts.tables.ours import Groups, Notes, our_cell
+from scripts.tables.published import COLUMNS, Published, PublishedCell, heads, marks, notes, row_labels
+from scripts.tables.results import Group
+from scripts.tables.table import DATASETS, Cell, Table, missing
+
+# Images that the paper scored; its Kvasir-SEG split is unpublished.
+IMAGES = {"cityscapes": 500, "voc2012": 1449, "kvasir_seg": None}
+_CAPTION = (
+    "Ours under protocol paper, RankDice as in the experiments. Δ = ours − published, in points; "
+    "– where the printed number cannot be compared."
+)
+_OTHER_DATA = "No difference: ours was scored on {ours} images, the paper's number on {theirs}."
+_UNKNOWN_SPLIT = "The paper's split of Kvasir-SEG is unpublished: the difference includes that of the data."
+_SEVERAL = "More than one collection holds this cell: {names}. Move one out of the way."
+
+
+def compared_tables(data: Published, groups: Groups) -> list[Table]:
+    """For each published table: published, ours and Δ = ours − published, column by column."""
+    return [_compared(data, groups, dataset) for dataset in COLUMNS]
+
+
+def _compared(data: Published, groups: Groups, dataset: str) -> Table:
+    cells = {(c.model, c.loss, c.predictor): c for c in data.cells if c.dataset == dataset}
+    numbered, rows = Notes(), []
+    for model, loss in dict.fromkeys((m, lo) for m, lo, _ in cells):
+        row = [cells[model, loss, rule] for rule in COLUMNS[dataset]]
+        line = list(row_labels(data, row))
+        for cell in row:
+            line += [_published(data, cell), *_ours(data, groups, cell, numbered)]
+        rows.append(tuple(line))
+    head = [f"{rule}: {part}" for rule in heads(dataset) for part in ("published", "ours", "Δ")]
+    return Table(
+        name=f"both-{dataset}",
+        title=f"{DATASETS[dataset]}: published and ours (mDice, mIoU) × .01",
+        head=("Model", "Loss", *head),
+        rows=tuple(rows),
+        labels=2,
+        parts=("mDice", "mIoU"),
+        notes=(*notes(data, cells.values()), *numbered.all()),
+        marks=marks(data, cells.values(), "table"),
+        caption=_CAPTION,
+    )
+
+
+def _published(data: Published, cell: PublishedCell) -> Cell:
+    return Cell(cell.values, (cell.bold,) * len(cell.values), marks(data, [cell], "cell"))
+
+
+def _ours(data: Published, groups: Groups, cell: PublishedCell, numbered: Notes) -> tuple[Cell, Cell]:
+    """Our cell and the difference; none where the data is not the paper's or an erratum spoils the number."""
+    found = matching(groups, cell.dataset, "paper", cell.model, cell.loss, cell.predictor)
+    if not found:
+        return missing(), Cell(("–",))
+    if len(found) > 1:
+        names = ", ".join(sorted(group.first.collection or "runs" for group in found))
+        return Cell(("refused",), marks=(numbered.mark(_SEVERAL.format(names=names)),)), Cell(("–",))
+    group = found[0]
+    ours = our_cell(group, numbered)
+    if group.refusal or cell.mdice is None:
+        return ours, Cell(("–",))
+    expected = IMAGES[cell.dataset]
+    if expected is not None and expected != group.first.num_images:
+        reason = _OTHER_DATA.format(ours=group.first.num_images, theirs=expected)
+        return ours, Cell(("–",), marks=(numbered.mark(reason),))
+    spoiled = {part for erratum in data.errata if erratum.concerns(cell) for part in erratum.spoils}
+    deltas = {
+        part: group.summary(part)[0] - value for part, value in (("dice", cell.mdice), ("iou", cell.miou))
+    }
+    split = (numbered.mark(_UNKNOWN_SPLIT),) if expected is None else ()
+    return ours, Cell(
+        tuple("–" if part in spoiled else _signed(d) for part, d in deltas.items()), marks=split
+    )
+
+
+def _signed(delta: float) -> str:
+    return "–" if math.isnan(delta) else f"{delta:+.2f}".replace("-", "−")
+
+
+def matching(groups: Groups, dataset: str, protocol: str, model: str, loss: str, rule: str) -> list[Group]:
+    """The groups of this cell in any collection and split."""
+    return [
+        group
+        for group in groups.values()
+        if (
+            group.first.dataset,
+            group.first.protocol,
+            group.first.model,
+            group.first.loss,
+            group.first.predictor,
+        )
+        == (dataset, protocol, model, loss, rule)
+    ]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The numbers that an experiment's configuration promises, in percent.
+
+    `scores[model][loss][rule]` is [mDice, mIoU], either may be null. `num_images` and `collection` restrict
+    which results are held to it; null holds all.
+    """
+
+    path: Path
+    dataset: str
+    protocol: str
+    tolerance: float
+    scores: Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
+    num_images: int | None = None
+    collection: str | None = None
+
+
+def read_expected(configs: Path) -> list[Expected]:
+    """The `expected:` blocks of all experiments."""
+    found = []
+    for path in sorted((configs / "experiment").rglob("*.yaml")):
+        block = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("expected")
+        if block:
+            try:
+                found.append(Expected(path=path, **block))
+            except TypeError as error:
+                raise ValueError(f"{path}: the key 'expected' is not understood: {error}") from None
+    return found
+
+
+def violations(expected: Iterable[Expected], groups: Groups) -> list[str]:
+    """Our numbers that leave the tolerance of an experiment, one line each."""
+    lines = []
+    for block in expected:
+        for model, losses in block.scores.items():
+            for loss, rules in losses.items():
+                for rule, values in rules.items():
+                    for group in matching(groups, block.dataset, block.protocol, model, loss, rule):
+                        if _held_to(block, group):
+                            lines += _outside(block, group, values)
+    return lines
+
+
+def _held_to(block: Expected, group: Group) -> bool:
+    return (
+        not group.refusal
+        and block.num_images in (None, group.first.num_images)
+        and block.collection in (None, group.first.collection)
+    )
+
+
+def _outside(block: Expected, group: Group, values: Sequence[float | None]) -> list[str]:
+    lines = []
+    for metric, value in zip(("dice", "iou"), values, strict=True):
+        mean = group.summary(metric)[0]
+        if value is not None and not abs(mean - value) <= block.tolerance:
+            cell = " ".join(group.first.cell[2:])
+            lines.append(
+                f"{cell}: m{'Dice' if metric == 'dice' else 'IoU'} {mean:.2f}, {block.path.name} expects "
+                f"{value:.2f} ± {block.tolerance:g} ({group.first.path})"
+            )
+    return lines

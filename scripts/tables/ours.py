@@ -1,0 +1,154 @@
+"""Our results laid out: rows data set × model × loss, columns the rules; a table for each protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from scripts.tables.results import Group, Problem
+from scripts.tables.table import DATASETS, LOSSES, MODELS, RULES, Cell, Note, Table, label, missing
+
+Groups = Mapping[tuple[str, ...], Group]
+_ROUNDING = 2
+
+
+class Notes:
+    """Numbers the notes of one table; the same reason gets the same mark."""
+
+    def __init__(self) -> None:
+        self._marks: dict[str, str] = {}
+
+    def mark(self, reason: str) -> str:
+        """The mark of this reason."""
+        return self._marks.setdefault(reason, str(len(self._marks) + 1))
+
+    def all(self) -> tuple[Note, ...]:
+        """The notes in the order of their marks."""
+        return tuple(Note(mark, reason) for reason, mark in self._marks.items())
+
+
+def our_tables(groups: Groups, problems: Sequence[Problem] = ()) -> list[Table]:
+    """One table for each collection and protocol; `problems` are counted below the first."""
+    keys = sorted({group.first.row[:2] for group in groups.values()})
+    return [_table(groups, *key, problems if index == 0 else ()) for index, key in enumerate(keys)]
+
+
+def table_name(collection: str, protocol: str) -> str:
+    """The name that a marker in README.md refers to: "ours-corrected", "results-kvasir-paper"."""
+    return "-".join([*(collection.split("/") if collection else ["ours"]), protocol])
+
+
+def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Problem]) -> Table:
+    here = {key: group for key, group in groups.items() if key[:2] == (collection, protocol)}
+    rules = rule_order(group.first.predictor for group in here.values())
+    lines, numbered = [], Notes()
+    for row in sorted({group.first.row for group in here.values()}, key=_row_order):
+        of_row = [here.get((*row, rule)) for rule in rules]
+        present = [group for group in of_row if group]
+        lines.append((*_labels(present, numbered), *_cells(of_row, numbered)))
+    if problems:
+        numbered.mark(
+            problem_count(problems) + ": " + "; ".join(f"{p.path.name} ({p.reason})" for p in problems)
+        )
+    place = f" ({collection})" if collection else ""
+    return Table(
+        name=table_name(collection, protocol),
+        title=f"Our results{place}, protocol {protocol}: (mDice, mIoU) in percent",
+        head=("Data", "Model", "Loss", *(RULES.get(rule, rule) for rule in rules)),
+        rows=tuple(lines),
+        labels=3,
+        parts=("mDice", "mIoU"),
+        notes=numbered.all(),
+        caption=_caption(here.values()),
+    )
+
+
+def rule_order(rules: Iterable[str]) -> list[str]:
+    """The paper's order first, then the others by name."""
+    known = list(RULES)
+    return sorted(set(rules), key=lambda r: (known.index(r) if r in known else len(known), r))
+
+
+def _row_order(row: tuple[str, ...]) -> tuple:
+    _, _, dataset, split, model, loss = row
+    ranks = [
+        list(names).index(name) if name in names else len(names)
+        for name, names in ((dataset, DATASETS), (model, MODELS), (loss, LOSSES))
+    ]
+    return (ranks[0], dataset, split, ranks[1], model, ranks[2], loss)
+
+
+def _caption(groups: Iterable[Group]) -> str:
+    counts = {len(group.results) for group in groups}
+    if counts == {1}:
+        return "One seed each; the best of a row in bold."
+    return "Mean ± half the range over seeds; the best of a row in bold. Rows with one seed have no range."
+
+
+def _labels(present: Sequence[Group], numbered: Notes) -> tuple[Cell, Cell, Cell]:
+    """Data set with split and size, model, and loss with the number of seeds."""
+    first = present[0].first
+    seeds = sorted({len(group.results) for group in present})
+    count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds != [1] else ""
+    marks = [numbered.mark(_UNLIKE)] if not comparable(present) else []
+    return (
+        label(f"{DATASETS.get(first.dataset, first.dataset)} {first.split}, {first.num_images} images"),
+        label(MODELS.get(first.model, first.model)),
+        label(LOSSES.get(first.loss, first.loss) + count, marks),
+    )
+
+
+_UNLIKE = "The rules of this row were scored on unlike checkpoints or data: no comparison, and none is bold."
+
+
+def comparable(groups: Sequence[Group]) -> bool:
+    """Whether all rules of a row were scored with the same seeds, checkpoints and data."""
+    runs = {
+        tuple((r.seed, r.checkpoint, str(r.identity["data fingerprint"])) for r in group.results)
+        for group in groups
+        if not group.refusal
+    }
+    return len(runs) <= 1
+
+
+def _cells(groups: Sequence[Group | None], numbered: Notes) -> list[Cell]:
+    """The cells of one row, best of each metric in bold among those that stand on the same runs."""
+    valid = [group for group in groups if group and not group.refusal]
+    best = {metric: _best(valid, metric) for metric in ("dice", "iou")}
+    if len(valid) < 2 or not comparable(valid):
+        best = dict.fromkeys(best)
+    return [our_cell(group, numbered, best) for group in groups]
+
+
+def _best(groups: Sequence[Group], metric: str) -> float | None:
+    """The largest mean as it is printed, so that what looks equal is bold alike."""
+    means = [group.summary(metric)[0] for group in groups]
+    return max((round(mean, _ROUNDING) for mean in means if not math.isnan(mean)), default=None)
+
+
+def our_cell(group: Group | None, numbered: Notes, best: Mapping[str, float | None] | None = None) -> Cell:
+    """One cell: "(70.13 ± 0.42, 60.02 ± 0.51)", or "missing", or "refused" with its reason."""
+    if group is None:
+        return missing()
+    if group.refusal:
+        return Cell(("refused",), marks=(numbered.mark(f"Not averaged: {group.refusal}."),))
+    values, bold = [], []
+    for metric in ("dice", "iou"):
+        mean, half = group.summary(metric)
+        values.append(_number(mean, half if len(group.results) > 1 else None))
+        bold.append(best is not None and best[metric] is not None and round(mean, _ROUNDING) == best[metric])
+    return Cell(tuple(values), tuple(bold))
+
+
+def _number(mean: float, half: float | None) -> str:
+    if math.isnan(mean):
+        return "undefined"
+    return f"{mean:.{_ROUNDING}f}" + (f" ± {half:.{_ROUNDING}f}" if half is not None else "")
+
+
+def problem_count(problems: Sequence[Problem]) -> str:
+    """How many files were skipped, in words."""
+    many = len(problems) != 1
+    return (
+        f"{len(problems)} result file{'s' * many} could not be read and {'were' if many else 'was'} skipped"
+    )

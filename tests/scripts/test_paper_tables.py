@@ -1,0 +1,491 @@
+"""The tables: the published ones cell for cell, ours from result files, refusals, checks, markers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from scripts.paper_tables import main
+from scripts.tables.compare import compared_tables, read_expected, violations
+from scripts.tables.generated import inject
+from scripts.tables.ours import our_tables
+from scripts.tables.page import html_page
+from scripts.tables.published import COLUMNS, load_published, published_tables
+from scripts.tables.render import csv_text, latex, markdown
+from scripts.tables.results import group_seeds, read_results
+
+DATASETS = {"CityScapes": "cityscapes", "VOC": "voc2012", "kvasirSEG": "kvasir_seg"}
+
+
+def record(**changes) -> dict:
+    """A result file as test.py writes it; keys with a dot change what lies inside."""
+    base = {
+        "format": 1,
+        "predictor": "T",
+        "protocol": "paper",
+        "dataset": {"name": "cityscapes", "split": "val", "fingerprint": "f00d", "num_images": 500},
+        "model": "pspnet",
+        "model_detail": {"weights": None},
+        "loss": "ce",
+        "link": "softmax",
+        "seed": 0,
+        "checkpoint": {"file": "best_model.pth", "epoch": 3, "sha256": "aa"},
+        "classes": ["road", "person"],
+        "scored": [0, 1],
+        "scores": {"mean_dice": 0.5, "mean_iou": 0.4},
+        "images": ["a", "b"],
+        "config_hash": "c0de",
+    }
+    for key, value in changes.items():
+        node, name = base, key
+        if "__" in key:
+            outer, name = key.split("__")
+            node = base[outer]
+        node[name] = value
+    return base
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """An empty folder of runs and a function that puts a result into it."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+
+    def put(config=None, where="", **changes) -> Path:
+        data = record(**changes)
+        run = folder / where / data["dataset"]["name"] / data["model"] / data["loss"] / f"seed{data['seed']}"
+        path = (
+            run / "results" / ("paper" if data["protocol"] == "paper" else "") / f"{data['predictor']}.json"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data))
+        if config:
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+        return path
+
+    put.folder = folder
+    return put
+
+
+def tables_of(folder):
+    results, problems = read_results(folder)
+    return our_tables(group_seeds(results), problems)
+
+
+# --- published
+
+
+@pytest.mark.golden
+def test_published_tables_reproduce_every_printed_cell_and_its_bold(shared):
+    recorded = json.loads((shared / "golden" / "full" / "tables.json").read_text())
+    tables = dict(zip(COLUMNS, published_tables(load_published()), strict=True))
+    laid = {name: iter([c for row in t.rows for c in row[t.labels :]]) for name, t in tables.items()}
+    for cell in recorded:
+        ours = next(laid[DATASETS[cell["dataset"]]])
+        printed = cell["raw"].replace("*", "").replace(". ", ", ")  # one cell has a full stop for a comma
+        assert ours.text == printed, cell
+        assert all(ours.bold) == cell["bold"] if cell["mDice"] is not None else True, cell
+    assert len(recorded) == 132
+    assert all(next(rest, None) is None for rest in laid.values())
+
+
+@pytest.mark.golden
+def test_logs_are_the_published_logs(shared):
+    recorded = json.loads((shared / "paper" / "published_logs.json").read_text())
+    logs = list(load_published().logs.values())
+    assert len(logs) == len(recorded) == 136
+    for ours, theirs in zip(logs, recorded, strict=True):
+        assert ours["mean_dice"] == theirs["Mean_Dice"] and ours["test_loss"] == theirs["test_loss"]
+        assert ours["class_iou"] == list(theirs["Class_IoU"].values())
+        assert ours["class_dice"] == list(theirs["Class_Dice"].values())
+
+
+def test_every_disagreement_between_table_and_log_carries_a_mark():
+    data = load_published()
+    for cell in data.cells:
+        own = {e.mark for e in data.errata if e.scope == "cell" and e.concerns(cell)}
+        if cell.mdice is None:
+            assert bool(own & {"k", "f"}) == bool(cell.log), cell
+            continue
+        log = data.logs[cell.log]
+        agrees = (
+            abs(100 * log["mean_dice"] - cell.mdice) < 0.051
+            and abs(100 * log["mean_iou"] - cell.miou) < 0.051
+        )
+        assert bool(own & {"b", "c", "d"}) != agrees, cell
+        assert ("a" in own) == (abs(cell.miou - cell.mdice / 2) < 0.051), cell
+
+
+def test_counts_of_the_errata():
+    data = load_published()
+    count = {e.mark: sum(map(e.concerns, data.cells)) for e in data.errata}
+    assert count["a"] == 26 and count["b"] == count["c"] == 1 and count["d"] == 6
+    assert count["k"] + count["f"] == 25
+    assert len({e.mark for e in data.errata}) == len(data.errata)
+    assert {e.scope for e in data.errata} == {"cell", "loss", "model", "table"}
+
+
+def test_every_mark_of_a_table_has_its_reason_and_every_reason_its_mark():
+    for table in published_tables(load_published()):
+        used = {mark for row in table.rows for cell in row for mark in cell.marks} | set(table.marks)
+        assert used == {note.mark for note in table.notes}
+
+
+# --- the four forms
+
+
+class _Reader(HTMLParser):
+    """Collects the rows of an HTML page and checks that its tags close."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.cells, self.ids, self.links, self.external = [], 0, set(), set(), []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag != "meta":
+            self.open.append(tag)
+        self.cells += tag == "td"
+        self.ids |= {attrs["id"]} if "id" in attrs else set()
+        self.links |= {attrs["href"]} if "href" in attrs else set()
+        self.external += [attrs[k] for k in ("src", "href") if attrs.get(k, "#")[0] != "#"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_html_page_is_whole_and_self_contained():
+    tables = published_tables(load_published())
+    page = html_page(tables, "Published & marked", "intro")
+    reader = _Reader()
+    reader.feed(page)
+    assert not reader.open and not reader.external
+    assert reader.cells == 132
+    assert {link[1:] for link in reader.links} <= reader.ids
+    assert "prefers-color-scheme: dark" in page and "Published &amp; marked" in page
+
+
+def test_markdown_latex_and_csv_hold_the_same_cells():
+    for table in published_tables(load_published()):
+        cells = [[cell.text for cell in row[table.labels :]] for row in table.rows]
+        text = re.sub(r"<sup>.*?</sup>|\*", "", markdown(table))
+        lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+        assert [re.split(r" *\| *", line.strip("| "))[-len(cells[0]) :] for line in lines[1:]] == cells
+        tex = latex(table)
+        bare = re.sub(r"\\textbf\{([\d.]+)\}", r"\1", re.sub(r"\$\^\{[\w,]+\}\$", "", tex))
+        body = [line.removesuffix(r" \\").split(" & ")[2:] for line in bare.splitlines() if " & " in line]
+        assert body[1:] == cells
+        assert tex.count(r"\textbf") == sum(b for row in table.rows for c in row for b in c.bold)
+        assert tex.count("{") == tex.count("}") and tex.count(r"\midrule") == 3
+        rows = list(csv.DictReader(csv_text([table]).splitlines()))
+        for row, line in zip(rows, cells, strict=True):
+            pairs = [(row[f"{head} mDice"], row[f"{head} mIoU"]) for head in table.head[2:]]
+            assert [f"({a}, {b})" if b else a for a, b in pairs] == line
+
+
+def test_latex_escapes_what_latex_would_read():
+    from scripts.tables.table import Cell, Table
+
+    table = Table("t", "50% & a_b", ("x",), ((Cell(("±1 #",)),),), 0, ("x",))
+    text = latex(table)
+    assert r"50\% \& a\_b" in text and r"$\pm$1 \#" in text
+
+
+# --- ours
+
+
+def test_seeds_become_mean_and_half_range_and_the_best_is_bold(saved):
+    for seed, dice in enumerate((0.50, 0.53, 0.512)):
+        saved(seed=seed, checkpoint__sha256=f"s{seed}", scores__mean_dice=dice)
+        saved(
+            seed=seed,
+            checkpoint__sha256=f"s{seed}",
+            predictor="rankdice",
+            scores__mean_dice=dice + 0.02,
+            scores__mean_iou=0.3,
+        )
+    (table,) = tables_of(saved.folder)
+    assert table.name == "ours-paper" and table.head[3:] == ("Threshold (at 0.5)", "mRankDice")
+    (row,) = table.rows
+    assert "3 seeds" in row[2].text
+    assert row[3].text == "(51.40 ± 1.50, 40.00 ± 0.00)" and row[3].bold == (False, True)
+    assert row[4].text == "(53.40 ± 1.50, 30.00 ± 0.00)" and row[4].bold == (True, False)
+
+
+def test_equal_as_printed_is_bold_alike(saved):
+    saved(scores__mean_dice=0.500001)
+    saved(predictor="max", scores__mean_dice=0.500002)
+    (table,) = tables_of(saved.folder)
+    assert table.rows[0][3].bold == table.rows[0][4].bold == (True, True)
+
+
+def test_missing_cells_say_so(saved):
+    saved()
+    saved(predictor="rankdice")
+    saved(loss="focal")
+    (table,) = tables_of(saved.folder)
+    assert [row[4].text for row in table.rows] == ["(50.00, 40.00)", "missing"]
+
+
+def test_protocols_and_collections_stay_apart(saved):
+    saved(scores__mean_dice=0.1)
+    saved(protocol="corrected", scores__mean_dice=0.2)
+    saved(where="demo", scores__mean_dice=0.3)
+    found = {t.name: t.rows[0][3].values[0] for t in tables_of(saved.folder)}
+    assert found == {"ours-paper": "10.00", "ours-corrected": "20.00", "demo-paper": "30.00"}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"dataset__fingerprint": "beef"}, "data fingerprint f00d against beef"),
+        ({"dataset__num_images": 80}, "number of images 500 against 80"),
+        ({"config_hash": "other"}, "configuration c0de against other"),
+        ({"model_detail": {"weights": "x"}}, "model {'weights': None} against {'weights': 'x'}"),
+    ],
+)
+def test_unlike_results_are_refused_with_the_difference(saved, change, words, capsys):
+    saved()
+    saved(seed=1, checkpoint__sha256="bb", **change)
+    (table,) = tables_of(saved.folder)
+    assert table.rows[0][3].text == "refused"
+    assert words in table.notes[0].text and "seeds 0 and 1" in table.notes[0].text
+    assert main(["--saved", str(saved.folder)]) == 0
+    assert words in capsys.readouterr().err
+
+
+def test_the_difference_is_named_by_the_configuration_key(saved):
+    saved(config={"epochs": 6, "seed": 0, "optimizer": {"lr": 0.1}})
+    saved(config={"epochs": 10, "seed": 1, "optimizer": {"lr": 0.1}}, seed=1, checkpoint__sha256="bb")
+    (table,) = tables_of(saved.folder)
+    assert "epochs 6 against 10" in table.notes[0].text and "lr" not in table.notes[0].text
+
+
+def test_seed_and_path_may_differ(saved):
+    saved(config={"seed": 0, "run_dir": "a", "dataset": {"root": "/x"}})
+    saved(config={"seed": 1, "run_dir": "b", "dataset": {"root": "/y"}}, seed=1, checkpoint__sha256="bb")
+    (table,) = tables_of(saved.folder)
+    assert table.rows[0][3].text == "(50.00 ± 0.00, 40.00 ± 0.00)"
+
+
+def test_rules_of_unlike_checkpoints_are_no_comparison(saved):
+    saved()
+    saved(predictor="rankdice", checkpoint__sha256="other", scores__mean_dice=0.9)
+    (table,) = tables_of(saved.folder)
+    assert not any(any(cell.bold) for cell in table.rows[0])
+    assert "unlike checkpoints" in table.notes[0].text
+
+
+def test_a_run_and_its_record_in_git_count_once(saved):
+    saved()
+    saved(where="results")
+    assert [t.name for t in tables_of(saved.folder)] == ["results-paper"]
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{", "not JSON"),
+        ("[]", ""),
+        (json.dumps({"format": 1}), "no key 'dataset'"),
+        (json.dumps(record(format=2)), "format 2"),
+        (json.dumps(record(scores__mean_dice=51.0)), "mean_dice is 51.0"),
+    ],
+)
+def test_corrupt_files_are_named_skipped_and_counted(saved, text, reason, capsys):
+    saved()
+    bad = saved(predictor="max")
+    bad.write_text(text)
+    assert main(["--saved", str(saved.folder)]) == 0
+    shown = capsys.readouterr()
+    assert "(50.00, 40.00)" in shown.out
+    assert f"skipped: {bad}: {reason}" in shown.err and "1 result file could not be read" in shown.err
+    assert "1 result file could not be read and was skipped" in shown.out
+
+
+def test_nothing_scored_is_undefined_not_zero(saved):
+    saved(scores__mean_dice=None, scores__mean_iou=None)
+    (table,) = tables_of(saved.folder)
+    assert table.rows[0][3].text == "(undefined, undefined)"
+
+
+def test_plain_call_writes_the_csv_too(saved, capsys):
+    saved()
+    assert main(["--saved", str(saved.folder)]) == 0
+    rows = list(csv.reader((saved.folder / "tables.csv").read_text().splitlines()))
+    assert rows[1][4:6] == ["50.00", "40.00"]
+
+
+def test_a_folder_that_is_none_is_bad_input(tmp_path, capsys):
+    assert main(["--saved", str(tmp_path / "none")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
+# --- both, expectations
+
+
+def _both(folder, dataset="cityscapes"):
+    results, _ = read_results(folder)
+    table = compared_tables(load_published(), group_seeds(results))[list(COLUMNS).index(dataset)]
+    return table, {(row[0].text.split()[0], row[1].text): row[2:] for row in table.rows}
+
+
+def test_both_shows_the_difference_in_points(saved):
+    saved(scores__mean_dice=0.58, scores__mean_iou=0.49)
+    saved(loss="bce", scores__mean_dice=0.5, scores__mean_iou=0.4)
+    _, rows = _both(saved.folder)
+    published, ours, delta = rows["PSPNet", "CE"][:3]
+    assert (published.text, ours.text, delta.text) == ("(57.50, 49.60)", "(58.00, 49.00)", "(+0.50, −0.60)")
+    assert rows["PSPNet", "BCE"][2].text == "(−1.40, –)"  # the printed mIoU is half the Dice
+    assert rows["FCN8", "CE"][1].text == "missing"
+
+
+def test_both_compares_the_paper_protocol_alone(saved):
+    saved(protocol="corrected")
+    _, rows = _both(saved.folder)
+    assert rows["PSPNet", "CE"][1].text == "missing"
+
+
+def test_no_difference_to_a_number_on_other_images(saved):
+    saved(dataset__num_images=30)
+    table, rows = _both(saved.folder)
+    assert rows["PSPNet", "CE"][2].text == "–"
+    assert any("30 images" in note.text for note in table.notes)
+
+
+def test_expectations_of_the_experiments_are_the_logs(root):
+    data = load_published()
+    found = {e.dataset: e for e in read_expected(root / "configs") if e.path.parent.name == "paper"}
+    assert set(found) == set(COLUMNS)
+    for dataset, expected in found.items():
+        held = {
+            (m, lo, r): v for m, a in expected.scores.items() for lo, b in a.items() for r, v in b.items()
+        }
+        logged = {
+            (c.model, c.loss, c.predictor): data.logs[c.log]
+            for c in data.cells
+            if c.dataset == dataset and c.log
+        }
+        assert held.keys() == logged.keys()
+        for key, (dice, iou) in held.items():
+            assert dice == pytest.approx(100 * logged[key]["mean_dice"], abs=1e-9)
+            halved = key[1] in ("bce", "b_soft_dice")
+            assert iou is None if halved else iou == pytest.approx(100 * logged[key]["mean_iou"], abs=1e-9)
+
+
+def test_a_number_outside_its_tolerance_is_found(saved, tmp_path):
+    saved(scores__mean_dice=0.58)
+    folder = tmp_path / "configs" / "experiment"
+    folder.mkdir(parents=True)
+    block = {"dataset": "cityscapes", "protocol": "paper", "tolerance": 1.0}
+    text = {"expected": {**block, "scores": {"pspnet": {"ce": {"T": [57.5, 41.5]}}}}}
+    (folder / "x.yaml").write_text(yaml.safe_dump(text))
+    groups = group_seeds(read_results(saved.folder)[0])
+    (line,) = violations(read_expected(tmp_path / "configs"), groups)
+    assert "mIoU 40.00" in line and "41.50 ± 1" in line
+    text["expected"]["num_images"] = 1449
+    (folder / "x.yaml").write_text(yaml.safe_dump(text))
+    assert violations(read_expected(tmp_path / "configs"), groups) == []
+    text["expected"]["tolerence"] = 1
+    (folder / "x.yaml").write_text(yaml.safe_dump(text))
+    with pytest.raises(ValueError, match=r"x\.yaml.*expected"):
+        read_expected(tmp_path / "configs")
+
+
+# --- generated files
+
+
+@pytest.fixture
+def repository(saved, tmp_path):
+    """A root with records in git, a run that is not, and a README with a marker."""
+    saved(where="results")
+    saved(seed=1, scores__mean_dice=0.9)
+    (tmp_path / "configs" / "experiment").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("before\n<!-- table:ours -->\nold\n<!-- /table:ours -->\nafter\n")
+    return tmp_path
+
+
+def test_write_then_check_and_a_stale_file_fails(repository, capsys):
+    assert main(["--check"], repository) == 1
+    assert main(["--write"], repository) == 0
+    first = {p: p.read_bytes() for p in repository.rglob("tables.*")}
+    assert main(["--check"], repository) == 0
+    capsys.readouterr()
+    assert main(["--write"], repository) == 0
+    assert capsys.readouterr().out == ""
+    assert first == {p: p.read_bytes() for p in repository.rglob("tables.*")} and len(first) == 8
+    readme = (repository / "README.md").read_text()
+    assert (
+        readme.startswith("before\n<!-- table:ours -->\n")
+        and "(50.00, 40.00)" in readme
+        and "stale text" not in readme
+    )
+    assert "90.00" not in readme  # a run that is not in git changes no file that is
+    stale = repository / "saved" / "published" / "tables.tex"
+    stale.write_text(stale.read_text() + " ")
+    assert main(["--check"], repository) == 1
+    assert "stale: saved/published/tables.tex" in capsys.readouterr().err
+
+
+def test_check_fails_on_a_number_outside_its_tolerance(repository, capsys):
+    block = {
+        "dataset": "cityscapes",
+        "protocol": "paper",
+        "tolerance": 1.0,
+        "scores": {"pspnet": {"ce": {"T": [60, None]}}},
+    }
+    (repository / "configs" / "experiment" / "x.yaml").write_text(yaml.safe_dump({"expected": block}))
+    main(["--write"], repository)
+    assert main(["--check"], repository) == 1
+    assert "out of tolerance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["<!-- table:a -->\nx", "x <!-- /table:a -->", "<!-- table:a -->\n<!-- /table:b -->"]
+)
+def test_a_lone_marker_is_refused(text):
+    with pytest.raises(ValueError, match="stands alone"):
+        inject(text, {"a": "t", "b": "t"})
+
+
+def test_a_marker_of_no_table_names_those_there_are():
+    with pytest.raises(ValueError, match=r"no table:x; there are: a, b"):
+        inject("<!-- table:x -->\n<!-- /table:x -->", {"a": "", "b": ""})
+
+
+def test_the_tables_in_git_are_fresh(root):
+    assert main(["--check"], root) == 0
+
+
+# --- configurations
+
+
+CELLS = sorted(
+    path.stem for path in (Path(__file__).resolve().parents[2] / "configs" / "cell").glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_every_cell_composes_into_what_its_name_says(name):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", [f"cell={name}"])
+    assert name.startswith(f"{cfg.dataset.name}_{cfg.model.name}_{cfg.loss.name}")
+    assert cfg.protocol.name == "paper" and cfg.seed == name.endswith("_repeat")
+    assert cfg.optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize("dataset", list(COLUMNS))
+def test_the_grid_of_an_experiment_covers_the_published_cells(root, dataset):
+    text = yaml.safe_load((root / "configs" / "experiment" / "paper" / f"{dataset}.yaml").read_text())
+    params = text["hydra"]["sweeper"]["params"]
+    grid = {(m, lo) for m in params["model"].split(",") for lo in params["loss"].split(",")}
+    published = {(c.model, c.loss) for c in load_published().cells if c.dataset == dataset}
+    assert text["hydra"]["mode"] == "MULTIRUN" and len(grid) == 18
+    assert published <= grid and len(published) == (12 if dataset == "kvasir_seg" else 18)
