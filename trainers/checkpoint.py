@@ -12,6 +12,7 @@ A checkpoint is a dict of plain containers and tensors, so that ``torch.load(wei
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import sys
@@ -32,15 +33,18 @@ def save(payload: dict[str, Any], path: Path) -> None:
         OSError: the disk is full or not writable; the file that was there before is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is written over
     try:
         with aside.open("wb") as file:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except RuntimeError as error:  # torch's writer turns a full disk into a RuntimeError
-        raise OSError(f"{path} could not be written ({error}); is the disk full?") from error
+    except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"{path} could not be written ({reason}): is the disk full? The one before is kept"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
     _sync_directory(path.parent)
@@ -56,7 +60,7 @@ def _sync_directory(folder: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run: ``last.pth`` and the one before it, the best, and every few epochs one to keep.
+    """A run's checkpoints: ``last.pth`` and the one before it, the best, and every few epochs one to keep.
 
     Args:
         folder: the run's directory.
@@ -68,6 +72,28 @@ class Checkpoints:
         self.folder, self.reader, self.keep = Path(folder), reader, keep
         self.last, self.previous = self.folder / "last.pth", self.folder / "previous.pth"
         self.best = self.folder / "best_model.pth"
+
+    def claim(self) -> None:
+        """Make this process the only one that writes here, until it ends, however it ends.
+
+        Raises:
+            ValueError: another process is training here.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.lockf(
+                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # POSIX: worker processes do not inherit it
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"another process is training in {self.folder}: wait for it, or stop it"
+            ) from None
+        except OSError:
+            print(
+                f"warning: {self.folder} is on a file system without locks: start one process only",
+                file=sys.stderr,
+            )
 
     def save_last(self, payload: dict[str, Any]) -> None:
         """Write ``last.pth``; the one that was there becomes ``previous.pth``."""
@@ -90,8 +116,8 @@ class Checkpoints:
 
     def epochs(self) -> list[Path]:
         """The ``checkpoint-epochN.pth`` that are there, newest first."""
-        found = [(int(m[1]), p) for p in self.folder.glob("checkpoint-epoch*.pth") if (m := re.search(r"(\d+)\.pth$", p.name))]
-        return [path for _, path in sorted(found, reverse=True)]
+        found = [(re.search(r"(\d+)\.pth$", p.name), p) for p in self.folder.glob("checkpoint-epoch*.pth")]
+        return [path for _, path in sorted(((int(m[1]), p) for m, p in found if m), reverse=True)]
 
     def finished(self, epochs: int) -> bool:
         """Whether a training of so many epochs has ended here."""
@@ -103,7 +129,7 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint that training can go on from, or None; broken files are named and passed over."""
+        """The newest whole checkpoint that training can go on from, or None; broken ones are named."""
         for path in (self.last, self.folder / "next.pth", self.previous, *self.epochs()):
             if not path.exists():
                 continue

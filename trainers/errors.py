@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import signal
+from collections.abc import Iterator
 
 EXIT_BAD_INPUT = 2  # configuration, data or checkpoint: one line on stderr says what to change
 EXIT_FAILED = 3  # training itself failed: non-finite loss, out of memory, full disk
@@ -13,21 +17,69 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the last good checkpoint is kept."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop; its state is saved.
+
+    Like KeyboardInterrupt it is no Exception: a sweep, which passes over a cell that failed, has to stop too.
+    """
+
+
+# What torch says, what it means, and what to do (None: change the amount of memory).
+_KNOWN = (
+    (r"out of memory|can't allocate memory|not enough memory|MemoryError", "out of memory", None),
+    (r"a loader process died", "the loader failed", "or set dataset.root to a disk that answers"),
+    (
+        r"(\S+) does not have a deterministic implementation",
+        "trainer.deterministic=true refuses an operation that adds in no fixed order",
+        "use device=cpu, another model, or trainer.deterministic=false",
+    ),
+    (
+        r"Connection (closed|reset) by peer|Timed out waiting|DistBackendError|NCCL.*(error|timeout)",
+        "another process of this training stopped answering",
+        "its own message is above; start again with the same command",
+    ),
+)
+
+
+@contextlib.contextmanager
+def explained(doing: str, more_memory: str) -> Iterator[None]:
+    """Turn the failures that torch reports as RuntimeError into a TrainingError of one line.
+
+    Args:
+        doing: what was going on, to be read after "while".
+        more_memory: what to change where memory ran out.
+    """
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        for pattern, meaning, remedy in _KNOWN:
+            if re.search(pattern, f"{type(error).__name__}: {error}"):
+                said = _sentence(error)
+                raise TrainingError(f"{meaning} while {doing}: {said}; {remedy or more_memory}") from error
+        raise
+
+
+def _sentence(error: BaseException) -> str:
+    """The first sentence of what an error says, or its type where it says nothing."""
+    first = str(error).strip().partition("\n")[0]
+    return re.split(r"[.!] ", first)[0].rstrip(".! ") or type(error).__name__
 
 
 class StopSignals:
     """Notes SIGTERM, SIGINT and SIGUSR2 (pre-emption), so that a run stops after the step it is in.
 
-    A second SIGINT stops at once. NCCL uses SIGUSR1, which is left alone. Works as a context manager;
-    outside the main thread, where Python forbids handlers, it notes nothing.
+    A second SIGINT stops at once. NCCL uses SIGUSR1, which is left alone. Outside the main thread, where
+    Python forbids handlers, it notes nothing. Left through Interrupted, it hands the signal on to the handler
+    that was there before, such as submitit's, which puts the job back into the queue.
     """
 
     CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._at_once, self._process = False, os.getpid()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -38,11 +90,28 @@ class StopSignals:
                 break
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if kind is Interrupted and self.name is not None:
+            number = signal.Signals[self.name]
+            if self._before[number] not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler, None):
+                signal.raise_signal(number)
+
+    @contextlib.contextmanager
+    def at_once(self, yes: bool = True) -> Iterator[None]:
+        """Raise Interrupted as soon as a signal comes, where nothing is lost by that (validation)."""
+        self._at_once = yes
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def _note(self, number: int, _frame: object) -> None:
+        if os.getpid() != self._process:
+            return  # a loader process, which its parent will end
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if self._at_once:
+            raise Interrupted(self.name)

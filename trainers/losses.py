@@ -70,6 +70,13 @@ class SegmentationLoss(nn.Module, ABC):
                 return logits[:0].sum()  # 0, and still connected to the graph
             return self.of_labelled(logits, targets.long().masked_fill(~valid, 0), valid)
 
+    def weight_of(self, targets: Tensor) -> Tensor:
+        """Return over how many terms the loss of these targets (N, *S) is a mean: labelled pixels.
+
+        Means over parts of a batch, weighted by it, make the mean over the whole.
+        """
+        return (targets != self.ignore_index).sum()
+
     @abstractmethod
     def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """Return the loss, given at least one valid pixel.
@@ -109,6 +116,9 @@ class Focal(SegmentationLoss):
         labelled = _mean_where(-log_likelihood * _focal_weight(log_likelihood, self.gamma), valid)
         return labelled * valid.sum() / valid.numel() if self.legacy else labelled
 
+    def weight_of(self, targets: Tensor) -> Tensor:
+        return torch.tensor(targets.numel()) if self.legacy else super().weight_of(targets)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gamma={self.gamma}"
 
@@ -126,6 +136,9 @@ class BCE(SegmentationLoss):
         onehot = _onehot(labels, valid, logits)
         per_class = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
         return per_class.mean() if self.legacy else _mean_where(per_class.mean(1), valid)
+
+    def weight_of(self, targets: Tensor) -> Tensor:
+        return torch.tensor(targets.numel()) if self.legacy else super().weight_of(targets)
 
 
 class BCEFocal(BCE):

@@ -14,26 +14,36 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "hydra-core", "omegaconf", "pillow")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "segmentation-models-pytorch",
+    "timm",
+    "hydra-core",
+    "omegaconf",
+    "pillow",
+)
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python's and torch's generators; with ``deterministic``, forbid algorithms that are not.
 
     On CPU training is bit-exact either way. On CUDA, ``deterministic`` makes torch raise at an operation that
-    has no deterministic implementation, naming it: in this project the backward passes of adaptive average
-    pooling (PSPNet) and of bilinear up-sampling, which add with atomics.
+    has no deterministic implementation, naming it: in this project the backward pass of adaptive average
+    pooling to more than one cell, which adds with atomics, in no fixed order. See docs/engine.md.
     """
     random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(
+        deterministic
+    )  # both ways: a sweep trains several cells in one process
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator of this process, in containers that ``torch.load(weights_only=True)`` admits."""
+    """The state of this process's generators, in what ``torch.load(weights_only=True)`` admits."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -50,11 +60,17 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 def git_sha(root: Path) -> str:
-    """The commit that is checked out, with ``-dirty`` behind it where files differ; ``unknown`` outside git."""
+    """The commit that is checked out, ``-dirty`` behind it where files differ; ``unknown`` outside git."""
     try:
-        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        sha = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
         dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -74,7 +90,11 @@ def versions() -> dict[str, str]:
 
 def provenance(root: Path, **more: Any) -> dict[str, Any]:
     """What has to be known to make a result again: code, versions, command, device, date, and ``more``."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
     return {
         "git_sha": git_sha(root),
         "versions": versions(),

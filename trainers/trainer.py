@@ -1,7 +1,7 @@
 """Fitting a network, from a state out of which every later step can be repeated bit for bit.
 
-The trainer knows nothing of data sets, prediction rules or plots. What it is given: a loader whose epochs are
-reproducible, an update, a learning-rate factor as a function of the step, and a function that scores the network.
+The trainer knows nothing of data sets, rules or plots. It is given a loader whose epochs are reproducible, an
+update, the learning-rate factor as a function of the step, and a function that scores the network.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from torch import nn
 from tqdm import tqdm
 
 from trainers.checkpoint import FORMAT, Checkpoints
-from trainers.distributed import any_rank, gather, unwrap
-from trainers.errors import Interrupted, StopSignals
+from trainers.distributed import gather, highest, share_buffers, unwrap
+from trainers.errors import Interrupted, StopSignals, explained
 from trainers.journal import Journal
 from trainers.reproducibility import restore_rng, rng_state
 from trainers.update import Update
 
 Schedule = Callable[[int, int], float]
 Validate = Callable[[nn.Module, int, int], float]
+_STOP = 2  # a vote that outweighs that for a checkpoint, 1
+_LESS = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
 
 
 class EpochLoader(Protocol):
@@ -90,53 +92,70 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came; ``last.pth`` holds the state.
-            TrainingError: see :class:`trainers.update.Update`.
+            TrainingError: see :class:`trainers.update.Update`; a failure of the loader or of validation.
         """
         now = self.progress
-        with StopSignals() as stop:
+        with StopSignals() as stop, explained("training", _LESS):
             while now.epoch < self.epochs:
-                self._epoch(stop)
-                last = now.epoch == self.epochs
-                if last or now.epoch % self.validate_every == 0:
-                    now.score = self.validate(unwrap(self.update.model), now.epoch, now.updates)
-                    if now.best is None or now.score > now.best:
-                        now.best = now.score
-                        self._write(self.checkpoints.save_best)
-                if last or now.epoch % self.save_every == 0:
-                    self._write(self.checkpoints.save_epoch)
-                self._write(self.checkpoints.save_last)
-                if not last and any_rank(stop.name is not None, self.where):
+                self._steps(stop)
+                self._finish_epoch(stop)
+                if now.epoch < self.epochs and highest(stop.name is not None, self.where):
                     raise Interrupted(f"{stop.name or 'a signal at another rank'} after epoch {now.epoch}")
 
-    def _epoch(self, stop: StopSignals) -> None:
-        """Train the rest of the epoch that is under way."""
+    def _steps(self, stop: StopSignals) -> None:
+        """Make the steps of this epoch that are left; none where a run stopped before its validation."""
         now, steps = self.progress, len(self.loader)
         clock = saved = time.monotonic()
         self.update.model.train()
-        with tqdm(
-            total=steps,
-            initial=now.step,
-            desc=f"epoch {now.epoch + 1}/{self.epochs}",
-            disable=None if self.where.is_main else True,
-            leave=False,
-        ) as bar:
-            for batch in self.loader.epoch(now.epoch, now.step):
+        batches = self.loader.epoch(now.epoch, now.step) if now.step < steps else ()
+        title, hidden = f"epoch {now.epoch + 1}/{self.epochs}", None if self.where.is_main else True
+        with tqdm(total=steps, initial=now.step, desc=title, disable=hidden, leave=False) as bar:
+            for batch in batches:
                 self._set_rates(self.schedule(now.updates + 1, self.epochs * steps))
                 now.loss_sum += self.update(batch)
                 now.step, now.updates = now.step + 1, now.updates + 1
                 now.seconds, clock = now.seconds + time.monotonic() - clock, time.monotonic()
                 bar.set_postfix(loss=f"{now.loss_sum / now.step:.4f}", mDice=_shown(now.score), refresh=False)
                 bar.update()
-                stopping = any_rank(stop.name is not None, self.where)
-                overdue = bool(self.save_seconds) and any_rank(clock - saved > self.save_seconds, self.where)
-                if now.step < steps and (stopping or overdue):
+                overdue = bool(self.save_seconds) and clock - saved > self.save_seconds
+                if vote := highest(_STOP if stop.name else int(overdue), self.where):
                     self._write(self.checkpoints.save_last)
                     saved = time.monotonic()
-                    if stopping:
+                    if vote == _STOP:
                         raise Interrupted(f"{stop.name or 'a signal at another rank'} at step {now.updates}")
-        rates = {f"lr{number}": group["lr"] for number, group in enumerate(self.update.optimizer.param_groups)}
-        self.journal.log(now.updates, "train", epoch=now.epoch + 1, loss=now.loss_sum / steps, **rates)
-        now.epoch, now.step, now.loss_sum = now.epoch + 1, 0, 0.0
+
+    def _finish_epoch(self, stop: StopSignals) -> None:
+        """Note the epoch, score the network, and save; until then the epoch counts as unfinished."""
+        now, epoch = self.progress, self.progress.epoch + 1
+        last = epoch == self.epochs
+        rates = {
+            f"lr{number}": group["lr"] for number, group in enumerate(self.update.optimizer.param_groups)
+        }
+        self.journal.log(now.updates, "train", epoch=epoch, loss=now.loss_sum / now.step, **rates)
+        validated = last or epoch % self.validate_every == 0
+        if validated:
+            now.score = self._score(epoch, stop)
+        now.epoch, now.step, now.loss_sum = epoch, 0, 0.0
+        if validated and (now.best is None or now.score > now.best):
+            now.best = now.score
+            self._write(self.checkpoints.save_best)
+        if last or epoch % self.save_every == 0:
+            self._write(self.checkpoints.save_epoch)
+        self._write(self.checkpoints.save_last)
+
+    def _score(self, epoch: int, stop: StopSignals) -> float:
+        """Validate, leaving the random generators as they were; alone, a signal ends it at once."""
+        network, random = unwrap(self.update.model), rng_state()
+        share_buffers(network, self.where)
+        try:
+            with stop.at_once(self.where.size == 1), explained("validating", _LESS):
+                return self.validate(network, epoch, self.progress.updates)
+        except Interrupted:
+            restore_rng(random)
+            self._write(self.checkpoints.save_last)
+            raise Interrupted(f"{stop.name} in the validation after epoch {epoch}") from None
+        finally:
+            restore_rng(random)
 
     def _set_rates(self, factor: float) -> None:
         for group in self.update.optimizer.param_groups:
