@@ -46,7 +46,7 @@ class DatasetInfo:
             raise ValueError(f"{self.name} has {len(self.classes)} classes: 1 to {MAX_CLASSES} are possible")
         if len(self.palette) != len(self.classes):
             raise ValueError(
-                f"{self.name} has {len(self.classes)} classes and {len(self.palette)} colours: give one a class"
+                f"{self.name} has {len(self.classes)} classes but {len(self.palette)} colours: one a class"
             )
         if not set(self.scored) <= set(range(len(self.classes))):
             raise ValueError(

@@ -156,7 +156,7 @@ class PairedDataset(SegmentationDataset):
 def unlike_sizes(pair: Pair, image_size: Iterable[int], mask_size: Iterable[int]) -> str:
     """Return the message for an image and a mask of different (width, height)."""
     sizes = ["x".join(map(str, size)) for size in (image_size, mask_size)]
-    return f"{pair.image} is {sizes[0]} but its mask {pair.mask} is {sizes[1]}: bring the mask to the image's size"
+    return f"{pair.image} is {sizes[0]} but its mask {pair.mask} is {sizes[1]}: bring both to one size"
 
 
 def file_size(path: Path) -> int:

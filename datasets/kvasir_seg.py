@@ -26,8 +26,8 @@ SPLIT_SEED = 0
 def default_split(stems: list[str], seed: int = SPLIT_SEED) -> dict[str, list[str]]:
     """Return the pinned split {"train", "val"} of the released images.
 
-    An image's place depends on its name alone, through a hash: the same on every machine and in every version of Python
-    and of random number generators. The authors' own split is not published.
+    An image's place depends on its name alone, through a hash: the same on every machine and in every version
+    of Python and of random number generators. The authors' own split is not published.
     """
     ranked = sorted(stems, key=lambda stem: hashlib.sha256(f"{seed}/{stem}".encode()).hexdigest())
     held_out = round(len(stems) * VAL_FRACTION)
@@ -37,8 +37,8 @@ def default_split(stems: list[str], seed: int = SPLIT_SEED) -> dict[str, list[st
 class KvasirSEG(PairedDataset):
     """Kvasir-SEG as released, with split files, or in the layout of the paper's authors.
 
-    `dithered_masks` converts the JPEG masks to one bit with Floyd-Steinberg dithering, as the paper's experiments
-    did; otherwise a pixel is polyp above 127.
+    `dithered_masks` converts the JPEG masks to one bit with Floyd-Steinberg dithering, as the paper's
+    experiments did; otherwise a pixel is polyp above 127.
     """
 
     info = INFO

@@ -1,6 +1,7 @@
 """Seeded, resumable, sharded loading: the batches depend on (seed, epoch, index) and on nothing else.
 
-Not on the number of workers, not on where an epoch was resumed, and the random state of the caller is left alone.
+Not on the number of workers, not on where an epoch was resumed, and the random state of the caller is left
+alone.
 
 Shapes: N images of a batch, H and W pixels.
 """
@@ -140,7 +141,8 @@ class Loader:
     def _batches(self, plan: list[list[Key]]) -> Iterator[Batch]:
         """Yield the planned batches, split where sizes change.
 
-        Raises DatasetError for an image that cannot be read (on_error="raise"), RuntimeError where a worker died.
+        Raises DatasetError for an image that cannot be read (on_error="raise"), RuntimeError where a worker
+        died.
         """
         self._plan.batches = plan
         try:
@@ -148,10 +150,10 @@ class Loader:
                 self._note(faults)
                 yield from batches
         except RuntimeError as error:
-            if "DataLoader" not in str(error).splitlines()[0] or "Caught" in str(error):
+            if not first_line(error).startswith("DataLoader"):
                 raise
             raise RuntimeError(
-                f"a loader process died or gave nothing for {self.timeout:g} s ({str(error).splitlines()[0]}): "
+                f"a loader process died, or gave nothing for {self.timeout:g} s ({first_line(error)}): "
                 "see whether memory or /dev/shm ran out, or set num_workers=0"
             ) from None
 
@@ -164,8 +166,9 @@ class Loader:
 class TrainLoader(Loader):
     """Shuffled, augmented batches of training.
 
-    `batch_size` counts the images of all processes together; each of `world_size` gets its slice of every batch. With
-    on_error="skip" the next readable image takes the place of one that cannot be read, and `skipped` lists it.
+    `batch_size` counts the images of all processes together; each of `world_size` gets its slice of every
+    batch. With on_error="skip" the next readable image takes the place of one that cannot be read, and
+    `skipped` lists it.
     """
 
     def __init__(
@@ -201,8 +204,8 @@ class TrainLoader(Loader):
             self._sizes.pop()
         if not self._sizes or self._sizes[-1] < world_size:
             raise ValueError(
-                f"{total} images in batches of {batch_size} leave a batch of {total % batch_size} for {world_size} "
-                "processes: choose another batch_size, or drop_last where there are more images than one batch"
+                f"{total} images in batches of {batch_size} leave a last batch of {total % batch_size} for "
+                f"{world_size} processes: choose another batch_size, or drop_last if another batch remains"
             )
 
     def __len__(self) -> int:
@@ -215,7 +218,7 @@ class TrainLoader(Loader):
         return torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield this process's part of the batches of an epoch, from `start_step`; what comes before is not read.
+        """Yield this process's part of an epoch's batches, from `start_step`; nothing before it is read.
 
         Raises DatasetError where images cannot be read, or are of unlike sizes for want of a crop.
         """
@@ -277,6 +280,11 @@ class EvalLoader(Loader):
         yield from self._batches(
             [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
         )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).splitlines() or [""])[0]
 
 
 def collate(loaded: list[Loaded]) -> tuple[list[Batch], list[tuple[str, str]]]:

@@ -1,9 +1,10 @@
 """Drawn images whose right answer is uncertain, and whose uncertainty is known.
 
-Soft-edged shapes are painted over a background, some clear, some faint. At each pixel, the opacity of a shape IS the
-probability that the annotation counts the pixel to it; the annotation is one draw. What a network can learn is therefore a
-probability, known exactly (`posterior`), and no rule is favoured: a calibrated network is one that reads opacity through the
-noise. Labels of near pixels are drawn together, as annotators do, so the draws are not independent.
+Soft-edged shapes are painted over a background, some clear, some faint. At each pixel, the opacity of a shape
+IS the probability that the annotation counts the pixel to it; the annotation is one draw. What a network can
+learn is therefore a probability, known exactly (`posterior`), and no rule is favoured: a calibrated network
+is one that reads opacity through the noise. Labels of near pixels are drawn together, as annotators do, so
+the draws are not independent.
 
 Shapes: C classes, K objects, H and W pixels (here equal).
 """
@@ -29,9 +30,9 @@ PALETTE = ((0, 0, 0), (214, 69, 65), (38, 132, 204), (245, 190, 40), (46, 160, 1
 BACKGROUND = (0.42, 0.40, 0.38)
 
 OBJECTS = (2, 6)  # how many, both included
-RADIUS = (0.04, 0.26)  # half of an object's width, as a share of the image's side, uniform in its logarithm
-SOFTNESS = (0.005, 0.06)  # standard deviation of where the edge is drawn, as a share of the side
-FAINT = 0.35  # the share of objects that the annotation covers in parts only
+RADIUS = (0.05, 0.28)  # half of an object's width, as a share of the image's side, uniform in its logarithm
+SOFTNESS = (0.005, 0.05)  # standard deviation of where the edge is drawn, as a share of the side
+FAINT = 0.3  # the share of objects that the annotation covers in parts only
 FAINT_PROBABILITY = (0.25, 0.75)
 CLEAR_PROBABILITY = 0.995
 WIGGLE = 0.08  # correlation length of the annotation, as a share of the side
@@ -49,8 +50,8 @@ class Scene(NamedTuple):
 class Synthetic(SegmentationDataset):
     """Images drawn on the fly from (seed, split, index): nothing is stored and nothing is fetched.
 
-    `num_images` is one number, or one for each split by name; `None` means 400 to train on, 100 else. `num_classes`, 2 to 5,
-    counts the background. `size` is the side in pixels.
+    `num_images` is one number, or one for each split by name; `None` means 400 to train on, 100 else.
+    `num_classes`, 2 to 5, counts the background. `size` is the side in pixels.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Synthetic(SegmentationDataset):
         return Scene(labels, torch.minimum(depth / softness, torch.special.ndtri(seen)))
 
     def _annotate(self, scene: Scene, generator: torch.Generator) -> Tensor:
-        """Draw the mask (H, W) uint8: an object is there where a smooth N(0, 1) field stays below its probit."""
+        """Draw the mask (H, W) uint8: an object is where a smooth N(0, 1) field stays below its probit."""
         shape = len(scene.labels), self._basis.shape[1], self._basis.shape[1]
         fields = self._basis @ torch.randn(shape, generator=generator) @ self._basis.T
         mask = torch.zeros(self.size, self.size, dtype=torch.uint8)
@@ -158,7 +159,8 @@ class Synthetic(SegmentationDataset):
         return (255 * image.clamp(0, 1)).to(torch.uint8)
 
 
-# How deep inside a shape of half width 1 a point is, in half widths: positive inside, 0 at the edge. By class.
+# How deep inside a shape of half width 1 a point is, in half widths: positive inside, 0 at the edge. By
+# class.
 SHAPES = {
     1: lambda u, v: 1 - torch.sqrt(u * u + v * v),
     2: lambda u, v: 1 - torch.maximum(u.abs(), v.abs()),
@@ -173,7 +175,7 @@ def between(bounds: tuple[float, float], share: Tensor) -> Tensor:
 
 
 def smooth_basis(size: int, length: float) -> Tensor:
-    """Return B (size, knots) such that B Z Bᵀ, Z standard normal, is a smooth field of variance 1 at every pixel."""
+    """Return B (size, knots); for standard normal Z, B Z Bᵀ is a smooth field of variance 1."""
     knots = torch.arange(-2 * length, size + 2 * length, length)
     distance = (torch.arange(size) + 0.5)[:, None] - knots
     weights = torch.exp(-0.5 * (distance / length) ** 2)

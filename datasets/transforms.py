@@ -1,8 +1,8 @@
 """Joint transforms of image and mask: training augmentation, and the evaluation of both protocols.
 
-A transform takes a raw pair, image (3, H, W) uint8 and mask (H, W) uint8 as tv_tensors, and returns the normalised
-image (3, h, w) float32 and the target (h, w) int64. Random draws come from torch's global CPU generator, which
-the loaders seed for each image.
+A transform takes a raw pair, image (3, H, W) uint8 and mask (H, W) uint8 as tv_tensors, and returns the
+normalised image (3, h, w) float32 and the target (h, w) int64. Random draws come from torch's global CPU
+generator, which the loaders seed for each image.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def as_size(size: Size) -> tuple[int, int]:
 
 
 def resize_to(shape: Sequence[int], size: Size) -> list[int]:
-    """Return the (height, width) that `resize` means: an int is the shorter side, a pair is taken as it is."""
+    """Return the (height, width) that `resize` means: an int is the shorter side, a pair is both."""
     if not isinstance(size, int):
         return list(as_size(size))
     height, width = shape
@@ -65,7 +65,7 @@ def resize_pair(image: Tensor, mask: Tensor, size: Size) -> tuple[Tensor, Tensor
 
 
 class Normalise:
-    """uint8 (3, H, W) to float32: first to [0, 1], then by mean and standard deviation, in the paper's order."""
+    """From uint8 (3, H, W) to float32 in [0, 1], minus the mean, by the standard deviation."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
@@ -81,26 +81,22 @@ def rotate_window(
 ) -> tuple[Tensor, Tensor]:
     """Return the window of the pair turned by whole degrees, counter-clockwise.
 
-    Only the pixels that can reach the window are turned, not the whole frame: the result is the same and a crop of a
-    large frame costs what a crop costs. The frame turns about (W/2, H/2) counted from the centre of the first pixel and
-    keeps its size, image bilinear and truncated to uint8 (corners black), mask nearest (corners `label_fill`).
+    Only the pixels that can reach the window are turned, not the whole frame: up to rounding the result is
+    the same, and a crop of a large frame costs what a crop costs. The frame turns about (W/2, H/2) counted
+    from the centre of the first pixel and keeps its size, image bilinear and truncated to uint8 (corners
+    black), mask nearest (corners `label_fill`).
     """
     top, left, height, width = window
-    if degrees == 0:
-        return image[:, top : top + height, left : left + width], mask[
-            top : top + height, left : left + width
-        ]
-    y0, x0, y1, x1 = source_box(image.shape[-2:], degrees, window)
-    frame_height, frame_width = image.shape[-2:]
-    centre = [frame_width / 2 + 0.5 - x0, frame_height / 2 + 0.5 - y0]
-    top, left = top - y0, left - x0
-    # Slices are plain tensors, which torchvision would take for images: wrap them again.
-    part = tv_tensors.Image(image[:, y0:y1, x0:x1].float())
-    labels = tv_tensors.Mask(mask[y0:y1, x0:x1])
-    part = F.rotate(part, degrees, InterpolationMode.BILINEAR, center=centre)
-    labels = F.rotate(labels, degrees, center=centre, fill=label_fill)
-    part = part[:, top : top + height, left : left + width]
-    return part.to(torch.uint8), labels[top : top + height, left : left + width]
+    if degrees:
+        y0, x0, y1, x1 = source_box(image.shape[-2:], degrees, window)
+        centre = [image.shape[-1] / 2 + 0.5 - x0, image.shape[-2] / 2 + 0.5 - y0]
+        # Slices are plain tensors, which torchvision would take for images: wrap them again.
+        part = tv_tensors.Image(image[:, y0:y1, x0:x1].float())
+        image = F.rotate(part, degrees, InterpolationMode.BILINEAR, center=centre).to(torch.uint8)
+        mask = F.rotate(tv_tensors.Mask(mask[y0:y1, x0:x1]), degrees, center=centre, fill=label_fill)
+        top, left = top - y0, left - x0
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    return image[:, rows, columns], mask[rows, columns]
 
 
 def source_box(shape: Sequence[int], degrees: int, window: Window) -> tuple[int, int, int, int]:
@@ -126,10 +122,10 @@ def source_box(shape: Sequence[int], degrees: int, window: Window) -> tuple[int,
 class TrainTransform:
     """The paper's augmentation, in its order: rotate, pad bottom and right, crop, flip, normalise.
 
-    `resize` brings both to one size first (an int is the shorter side). `crop=None` keeps the whole image. `rotate` is the
-    largest angle in whole degrees, drawn uniformly from both sides; `flip` the probability of a mirror image.
-    `label_fill` is the label of corners and padding that hold no image: 255 leaves them out of the loss, 0 is what the
-    paper's code did, which teaches "background" there.
+    `resize` brings both to one size first (an int is the shorter side). `crop=None` keeps the whole image.
+    `rotate` is the largest angle in whole degrees, drawn uniformly from both sides; `flip` the probability of
+    a mirror image. `label_fill` is the label of corners and padding that hold no image: 255 leaves them out
+    of the loss, 0 is what the paper's code did, which teaches "background" there.
     """
 
     def __init__(
@@ -182,11 +178,11 @@ class TrainTransform:
 class EvalTransform:
     """What a network is evaluated on: the corrected protocol's whole image, or the paper's centre crop.
 
-    Corrected (`legacy=False`): the whole image, brought to `resize` first where given so that memory is bounded, and the
-    target at its native resolution; the logits are resized to the target afterwards.
+    Corrected (`legacy=False`): the whole image, brought to `resize` first where given so that memory is
+    bounded, and the target at its native resolution; the logits are resized to the target afterwards.
 
-    Paper (`legacy=True`): the short side goes to `crop`, image bilinear without antialiasing and truncated to uint8,
-    label nearest as Pillow has it, then the centre `crop` x `crop`; what lies outside is not scored.
+    Paper (`legacy=True`): the short side goes to `crop`, image bilinear without antialiasing and truncated to
+    uint8, label nearest as Pillow has it, then the centre `crop` x `crop`; what lies outside is not scored.
     """
 
     def __init__(
