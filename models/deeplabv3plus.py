@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet101
+from torchvision.models import ResNet, resnet101
 
 from models.layers import conv_bn_relu, initialise_new_layers, resize
 from models.output import SegmentationOutput
@@ -84,10 +84,10 @@ class ASPP(nn.Module):
         return self.merge(torch.cat([*(branch(features) for branch in self.branches), image], dim=1))
 
 
-def _dilated_resnet101() -> nn.Module:
+def _dilated_resnet101() -> ResNet:
     """ResNet-101 of output stride 16 without its classifier.
 
-    torchvision leaves the first 3x3 of a dilated stage undilated; here every one of ``layer4`` has dilation 2.
+    torchvision leaves the first 3x3 of a dilated stage undilated; here all of ``layer4`` have dilation 2.
     """
     net = resnet101(weights=None, replace_stride_with_dilation=[False, False, True])
     first = net.layer4[0].conv2

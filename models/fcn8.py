@@ -20,7 +20,7 @@ from models.output import SegmentationOutput
 from models.weights import load_backbone
 
 POOL3, POOL4 = 17, 24  # where these stages of VGG16 end
-# Scores of the finer stages start small, so that training begins from the coarse map (the reference FCN's scales).
+# The finer stages are scaled down, so that training begins from the coarse map (the reference FCN's scales).
 POOL3_SCALE, POOL4_SCALE = 1e-4, 1e-2
 
 
@@ -78,14 +78,14 @@ class FCN8(nn.Module):
 
 
 def bilinear_kernel(size: int) -> Tensor:
-    """The (size, size) kernel with which a transposed convolution of stride ``size / 2`` is bilinear enlargement."""
+    """The (size, size) kernel with which a transposed convolution of stride ``size / 2`` is bilinear."""
     positions = torch.arange(size, dtype=torch.float32)
     tent = 1 - (positions - (size - 1) / 2).abs() / (size / 2)
     return torch.outer(tent, tent)
 
 
 def _padded_features(vgg: VGG) -> nn.Sequential:
-    """VGG16's convolutions; 100 pixels of padding make room for the 7x7 one, and pooling keeps the last row."""
+    """VGG16's convolutions, padded by 100 pixels for the 7x7 one; pooling keeps an odd last row."""
     features = vgg.features
     features[0].padding = (100, 100)
     for layer in features:
@@ -95,7 +95,7 @@ def _padded_features(vgg: VGG) -> nn.Sequential:
 
 
 def _as_convolution(linear: nn.Linear, kernel: int) -> nn.Conv2d:
-    """A fully connected layer as a convolution over windows of ``kernel`` x ``kernel``, with the same weights."""
+    """A fully connected layer as a convolution over ``kernel`` x ``kernel`` windows, weights unchanged."""
     inputs = linear.in_features // kernel**2
     convolution = nn.Conv2d(inputs, linear.out_features, kernel, device="meta")
     convolution.weight = nn.Parameter(linear.weight.detach().view(-1, inputs, kernel, kernel))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class PooledBatchNorm(nn.BatchNorm2d):
 
 
 def allow_batch_of_one(root: nn.Module) -> None:
-    """Replace, in a network built elsewhere, the normalisation right behind global pooling (same parameters)."""
+    """Replace, in a network built elsewhere, the normalisation behind global pooling; parameters stay."""
     for module in root.modules():
         if not isinstance(module, nn.Sequential):
             continue
@@ -60,6 +62,6 @@ def initialise_new_layers(*modules: nn.Module) -> None:
             nn.init.constant_(module.bias, 1e-4)
 
 
-def resize(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def resize(maps: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """Maps (N, C, *, *) brought to ``size`` bilinearly."""
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
+    return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=align_corners)

@@ -41,8 +41,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"pspnet": {"encoder_depth": 5, "output_s
 class SMP(nn.Module):
     """A network of segmentation_models_pytorch that takes images of any size.
 
-    Images are padded at the right and the bottom, by repeating the border, up to a multiple of the stride; the
-    logits are cropped back.
+    Images are padded at the right and the bottom, by repeating the border, up to a multiple of the stride;
+    the logits are cropped back.
 
     Args:
         arch: the architecture, as in ``ARCHITECTURES``.
@@ -62,7 +62,7 @@ class SMP(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.network = _build(arch, encoder, num_classes, options)
+        self.network: Any = _build(arch, encoder, num_classes, options)
         allow_batch_of_one(self.network)
         self.pretrained = weights is not None
         if weights is not None:
@@ -83,7 +83,7 @@ class SMP(nn.Module):
         return SegmentationOutput(logits[..., :height, :width])
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """The encoder's parameters if it is pre-trained; one that starts from scratch learns at the full rate."""
+        """The encoder if it is pre-trained; one that starts from scratch learns at the full rate."""
         return list(self.network.encoder.parameters()) if self.pretrained else []
 
 
@@ -129,7 +129,8 @@ def _check_options(architecture: type[nn.Module], encoder: str, options: dict[st
     for option in options:
         if option not in allowed and not encoder.startswith("tu-"):
             raise ValueError(
-                f"unknown option {option!r} of {architecture.__name__}; choose from {', '.join(sorted(allowed))}"
+                f"unknown option {option!r} of {architecture.__name__}; "
+                f"choose from {', '.join(sorted(allowed))}"
             )
 
 
@@ -150,7 +151,7 @@ def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _load_encoder(encoder: nn.Module, name: str, weights: str | Path, truncated: bool) -> None:
+def _load_encoder(encoder: Any, name: str, weights: str | Path, truncated: bool) -> None:
     """Pre-trained weights for smp's encoder; smp wraps timm's networks in a ``model`` attribute."""
     if str(weights) == LITE0 and name != "tu-tf_efficientnet_lite0":
         raise ValueError(

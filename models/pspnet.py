@@ -1,7 +1,7 @@
 """PSPNet on ResNet-50, as in the experiments of Dai & Li, JMLR 24(224), 2023.
 
-The architecture is Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017: a ResNet-50 whose stem is three 3x3
-convolutions, dilated to an output stride of 8, and an auxiliary head on its third stage.
+The architecture is Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017: a ResNet-50 whose stem is
+three 3x3 convolutions, dilated to an output stride of 8, and an auxiliary head on its third stage.
 
 Legend: N images, C classes, H x W pixels.
 """

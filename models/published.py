@@ -1,8 +1,8 @@
 """The checkpoints that the authors of RankSEG released, read into this project's networks.
 
-Source: the released code and logs of Dai & Li, "RankSEG: A Consistent Ranking-based Framework for Segmentation",
-JMLR 24(224), 2023. Such a file holds ``arch`` (always "DataParallel"), ``epoch``, ``state_dict`` (each key
-starting with ``module.``), ``optimizer``, ``monitor_best`` and ``config``, the JSON that the run was made from.
+Source: the released code and logs of Dai & Li, "RankSEG: A Consistent Ranking-based Framework for
+Segmentation", JMLR 24(224), 2023. Such a file holds ``arch`` (always "DataParallel"), ``epoch``,
+``state_dict`` (each key starting with ``module.``), ``optimizer``, ``monitor_best`` and ``config``, a JSON.
 """
 
 from __future__ import annotations
@@ -84,13 +84,14 @@ def is_published(checkpoint: dict[str, Any]) -> bool:
 
 
 def load_published(
-    source: str | Path | dict[str, Any], map_location: str | torch.device = "cpu"
+    source: str | Path | dict[str, Any], map_location: str | torch.device = "cpu", where: str | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a released checkpoint, in evaluation mode, and its configuration in this project's names.
+    """The network of a released checkpoint, in evaluation mode, and its configuration in our names.
 
     Args:
         source: the file, or what ``read_checkpoint`` returned.
         map_location: the device of the network.
+        where: how messages name the checkpoint; by default its path.
 
     Returns:
         The network and ``translate_config``'s dictionary, with ``num_classes`` and ``epoch`` added.
@@ -100,7 +101,7 @@ def load_published(
         CheckpointError: the file cannot be read safely, is no released checkpoint, or contradicts itself.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source, map_location)
-    where = "the checkpoint" if isinstance(source, dict) else f"checkpoint {source}"
+    where = where or ("the checkpoint" if isinstance(source, dict) else f"checkpoint {source}")
     if not is_published(checkpoint):
         raise CheckpointError(
             f"{where} is none of the released ones; give a file with arch, state_dict and config"
@@ -127,7 +128,7 @@ def load_published(
 def translate_state(name: str, state: dict[str, Tensor], where: str = "the state dict") -> dict[str, Tensor]:
     """Tensors of a released state dict (without ``module.``) under the names of our network ``name``.
 
-    FCN8's three transposed convolutions never learn and are not parameters here; they are checked and left out.
+    FCN8's three transposed convolutions never learn and are constants here; they are checked and left out.
 
     Raises:
         CheckpointError: a name is none of that network's, or a fixed convolution is not bilinear.
@@ -162,9 +163,9 @@ def translate_config(config: dict[str, Any], where: str = "the configuration") -
     """A released JSON configuration in this project's names.
 
     Returns:
-        ``dataset``, ``model``, ``loss`` and ``predictor`` (names of configurations), ``temperature``, ``threshold``,
-        ``scored`` (class indices, or None for all), ``batch_size``, ``epochs``, ``crop`` and ``eval_crop`` (pixels,
-        None where the file does not say).
+        ``dataset``, ``model``, ``loss`` and ``predictor`` (names of configurations), ``temperature``,
+        ``threshold``, ``scored`` (class indices, or None for all), ``batch_size``, ``epochs``, ``crop`` and
+        ``eval_crop`` (pixels); None where the file does not say.
 
     Raises:
         CheckpointError: a name is none of the experiments'.

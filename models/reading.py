@@ -44,7 +44,8 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"checkpoint {path} holds a {type(content).__name__}, not a dictionary; choose one that train.py wrote"
+            f"checkpoint {path} holds a {type(content).__name__}, not a dictionary; "
+            "choose one that train.py wrote"
         )
     return content
 
@@ -53,8 +54,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
     """Copy a state dict into a network that has exactly these tensors.
 
     Raises:
-        CheckpointError: a tensor is missing, is not the network's, or has another shape; a different number of
-            classes is said as such.
+        CheckpointError: a tensor is missing, is not the network's, or has another shape; a different number
+            of classes is said as such.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state]
@@ -62,8 +63,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
     if missing or unknown:
         kind, keys = ("lacks", missing) if missing else ("has unknown", unknown)
         raise CheckpointError(
-            f"{source} does not fit the network {type(model).__name__}: it {kind} {keys[0]!r} and {len(keys) - 1} "
-            "more tensors; choose the model that it was made with"
+            f"{source} does not fit the network {type(model).__name__}: it {kind} {keys[0]!r} "
+            f"({len(keys)} tensors in all); choose the model that it was made with"
         )
     num_classes = getattr(model, "num_classes", None)
     for key, tensor in own.items():

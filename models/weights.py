@@ -73,8 +73,8 @@ def match_names(
     """The file's tensors under the backbone's names; a classifier left over in the file is dropped.
 
     Raises:
-        CheckpointError: a tensor of the backbone is missing or has another shape, or the file holds more blocks of
-            a stage than the backbone has (ResNet-101 read into a ResNet-50 would otherwise pass unnoticed).
+        CheckpointError: a tensor of the backbone is missing or has another shape, or the file holds more
+            blocks of a stage than the backbone has (else a ResNet-101 would pass for a ResNet-50).
     """
     own = backbone.state_dict()
     offered = {_plain(key): tensor for key, tensor in tensors.items()}
@@ -82,8 +82,8 @@ def match_names(
     absent = [k for k, tensor in matched.items() if tensor is None and not k.endswith("num_batches_tracked")]
     if absent:
         raise CheckpointError(
-            f"weights {source} are not of this backbone: {absent[0]!r} and {len(absent) - 1} more of its {len(own)} "
-            "tensors are missing; give a file of the same architecture in torchvision's or timm's naming"
+            f"weights {source} are not of this backbone: {absent[0]!r} is missing ({len(absent)} of its "
+            f"{len(own)} tensors are); give a file of the same architecture in torchvision's or timm's naming"
         )
     for key, tensor in matched.items():
         if tensor is not None and tensor.shape != own[key].shape:
@@ -116,7 +116,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(
-            f"weights {path} cannot be read: cut short, damaged or no safetensors file; download or copy it again"
+            f"weights {path} cannot be read: cut short, damaged or no safetensors file; copy it again"
         ) from error
 
 
@@ -138,7 +138,7 @@ def _lite0_tensors() -> list[Tensor]:
 
 
 def _in_order(backbone: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:
-    """Tensors whose names differ but whose order is the same, paired with a backbone's; the classifier is last."""
+    """Tensors of other names but the same order, paired with a backbone's; the classifier is last."""
     own = backbone.state_dict()
     pairs = dict(zip(own, tensors, strict=False))
     if len(pairs) < len(own) or any(pairs[key].shape != own[key].shape for key in own):

@@ -1,0 +1,72 @@
+"""Rewrite a checkpoint that the authors released in this project's format.
+
+    python scripts/convert_checkpoint.py checkpoint-epoch300.pth converted.pth
+    python test.py -r converted.pth -p rankdice dataset.root=/data/cityscapes
+
+The network, its temperature and its training configuration go over, and ``protocol=paper`` with them; the
+optimizer's state stays behind. test.py reads the released file as well; the converted one is half as large,
+and holds no NumPy value, so that ``torch.load(weights_only=True)`` reads it anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import _root  # noqa: F401  (puts the repository on the path)
+
+from configs import stored
+from configs.cli import guarded
+from models import CheckpointError, read_checkpoint
+from models.published import is_published, load_published
+from trainers.checkpoint import FORMAT, save
+
+
+def convert(source: Path) -> dict[str, Any]:
+    """A released checkpoint as the dictionary that ``trainers.checkpoint`` describes.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is none of the released ones.
+    """
+    checkpoint = read_checkpoint(source)
+    if checkpoint.get("format") == FORMAT and not is_published(checkpoint):
+        raise CheckpointError(f"checkpoint {source} is in this project's format already; test.py -r reads it")
+    network, theirs = load_published(checkpoint, where=f"checkpoint {source}")
+    choices = {group: theirs[group] for group in ("dataset", "model", "loss", "predictor")}
+    choices |= {"optimizer": "sgd", "schedule": "poly", "protocol": "paper", "trainer": "default"}
+    values: dict[str, Any] = {"temperature": theirs["temperature"]}
+    values |= {key: theirs[key] for key in ("epochs", "batch_size") if theirs[key] is not None}
+    best = float(checkpoint.get("monitor_best", math.nan))
+    return {
+        "format": FORMAT,
+        "model": network.state_dict(),
+        "config": stored.pack(stored.unpack({"choices": choices, "values": values}), choices),
+        "epoch": theirs["epoch"],
+        "score": best if math.isfinite(best) else None,
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="a released checkpoint")
+    parser.add_argument("target", type=Path, help="the file to write")
+    parser.add_argument("--force", action="store_true", help="overwrite the target")
+    args = parser.parse_args()
+    if args.target.exists() and not args.force:
+        raise ValueError(f"{args.target} exists; choose another name or give --force")
+    payload = convert(args.source)
+    save(payload, args.target)
+    names = payload["config"]["choices"]
+    print(
+        f"{args.target}: {names['model']} on {names['dataset']} with {names['loss']}, "
+        f"epoch {payload['epoch']}"
+    )
+
+
+if __name__ == "__main__":
+    guarded(main)
