@@ -466,10 +466,8 @@ def test_the_tables_in_git_are_fresh(root):
 
 # --- configurations
 
-
-CELLS = sorted(
-    path.stem for path in (Path(__file__).resolve().parents[2] / "configs" / "cell").glob("*.yaml")
-)
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CELLS = sorted(path.stem for path in (CONFIGS / "cell").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", CELLS)

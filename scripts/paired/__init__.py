@@ -1,0 +1,1 @@
+"""Paired differences between rules on the same probabilities: read (scores), infer (inference), draw (plots)."""

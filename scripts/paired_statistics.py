@@ -1,0 +1,242 @@
+"""Is one prediction rule better than another on the same probabilities? Paired, image by image.
+
+    python scripts/paired_statistics.py saved/kvasir_seg/smp_unet/ce/seed0     every rule against T
+    python scripts/paired_statistics.py RUN/seed0 RUN/seed1 --rule rankdice    several seeds
+    python scripts/paired_statistics.py RUN/seed0 --protocol paper --json
+    python scripts/paired_statistics.py RUN/seed0 --rule rankdice --plot differences.png    (needs matplotlib)
+
+Differences are rule − baseline in points (percent), of the image's mean over classes. The interval is the BCa
+bootstrap over images (seeded): it covers the choice of images, not that of the training run; for that, give
+several seeds.
+Exit codes: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
+from scripts.paired import plots
+from scripts.paired.scores import (
+    RuleScores,
+    check_same_probabilities,
+    paired,
+    read_rule,
+    result_folder,
+    rules_in,
+)
+from scripts.paired.inference import bca_of_mean, standardized_mean, wilcoxon
+
+
+def compare(
+    baseline: RuleScores, rule: RuleScores, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """All statistics of rule − baseline over images, and the differences by class; in points.
+
+    Raises:
+        ValueError: the two were not scored on the same probabilities, or share no image.
+    """
+    check_same_probabilities(baseline, rule)
+    fractions, unpaired = paired(baseline.by_image(), rule.by_image())
+    values = [100 * v for v in fractions]
+    low, high = bca_of_mean(values, confidence, resamples, seed)
+    test = wilcoxon([round(v, 9) for v in values])  # what differs by rounding alone is tied
+    count = len(values)
+    return {
+        "baseline": baseline.rule,
+        "rule": rule.rule,
+        "metric": rule.metric,
+        "seed": rule.record.get("seed"),
+        "images": count,
+        "unpaired": unpaired,
+        "mean": math.fsum(values) / count,
+        "median": median(values),
+        "interval": [low, high],
+        "confidence": confidence,
+        "better": sum(v > 1e-9 for v in values) / count,
+        "worse": sum(v < -1e-9 for v in values) / count,
+        "tied": sum(abs(v) <= 1e-9 for v in values) / count,
+        "standardized_mean": standardized_mean(values),
+        "rank_biserial": test.rank_biserial,
+        "wilcoxon_p": test.p,
+        "wilcoxon_method": test.method,
+        "differences": values,
+        "classes": _by_class(baseline, rule, confidence, resamples, seed),
+    }
+
+
+def _by_class(
+    baseline: RuleScores, rule: RuleScores, confidence: float, resamples: int, seed: int
+) -> list[dict]:
+    """For each class: both means, and the paired difference with its interval."""
+    names = rule.record.get("classes") or []
+    one, other, rows = baseline.by_class(), rule.by_class(), []
+    for c in sorted(one.keys() | other.keys()):
+        pairs, unpaired = paired(_of_class(baseline, c), _of_class(rule, c))
+        values = [100 * v for v in pairs]
+        rows.append(
+            {
+                "class": c,
+                "name": names[c] if c < len(names) else str(c),
+                "baseline": 100 * one.get(c, math.nan),
+                "rule": 100 * other.get(c, math.nan),
+                "images": len(values),
+                "unpaired": unpaired,
+                "mean": math.fsum(values) / len(values) if values else math.nan,
+                "interval": bca_of_mean(values, confidence, resamples, seed)
+                if values
+                else [math.nan, math.nan],
+            }
+        )
+    return rows
+
+
+def _of_class(scores: RuleScores, c: int) -> dict[str, float]:
+    return {image: v for (image, k), v in scores.cells.items() if k == c}
+
+
+def over_seeds(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and range over training runs of the mean differences; images of several runs are never pooled."""
+    means = [one["mean"] for one in found]
+    return {"seeds": len(means), "mean": math.fsum(means) / len(means), "range": [min(means), max(means)]}
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """The comparisons as Markdown: one table over images, one over classes each."""
+    first = found[0]
+    level, metric = f"{100 * first['confidence']:g} %", first["metric"].capitalize().replace("Iou", "IoU")
+    lines = [
+        f"| rule − baseline, seed | mean {metric} difference [{level} BCa] | median | better / worse / tied "
+        "| standardised mean | rank-biserial | Wilcoxon p | images |",
+        "| :-- | :-: | :-: | :-: | :-: | :-: | :-: | :-: |",
+    ]
+    for one in found:
+        shares = " / ".join(f"{100 * one[key]:.1f} %" for key in ("better", "worse", "tied"))
+        cells = [
+            f"{one['rule']} − {one['baseline']}, {one['seed']}",
+            f"{one['mean']:+.2f} [{_range(one['interval'])}]",
+            f"{one['median']:+.2f}",
+            shares,
+            f"{one['standardized_mean']:+.2f}",
+            f"{one['rank_biserial']:+.2f}",
+            f"{one['wilcoxon_p']:.2g} ({one['wilcoxon_method']})",
+            str(one["images"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, group in _by_rule(found).items():
+        if len(group) > 1:
+            total = over_seeds(group)
+            text = f"{total['mean']:+.2f} points, range {_range(total['range'])}"
+            lines += ["", f"{name} over {total['seeds']} seeds: {text}."]
+    lines += ["", _remarks(found)]
+    for one in found:
+        if len(one["classes"]) > 1:
+            lines += ["", *_class_table(one)]
+    return "\n".join(lines) + "\n"
+
+
+def _by_rule(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in found:
+        groups.setdefault(f"{one['rule']} − {one['baseline']}", []).append(one)
+    return groups
+
+
+def _remarks(found: Sequence[dict[str, Any]]) -> str:
+    text = "Points are percent. The interval covers the choice of images, not that of the training run."
+    if len(found) > 1:
+        text += f" The {len(found)} p-values are not adjusted for their number."
+    unpaired = {one["unpaired"] for one in found} - {0}
+    if unpaired:
+        text += f" Images with a score under one rule only are left out: at most {max(unpaired)}."
+    return text
+
+
+def _class_table(one: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{one['rule']} − {one['baseline']}, seed {one['seed']}, by class:",
+        "",
+        f"| class | {one['baseline']} | {one['rule']} | paired difference [interval] | images |",
+        "| :-- | :-: | :-: | :-: | :-: |",
+    ]
+    for row in one["classes"]:
+        difference = f"{row['mean']:+.2f} [{_range(row['interval'])}]"
+        lines.append(
+            f"| {row['name']} | {row['baseline']:.2f} | {row['rule']:.2f} | {difference} | {row['images']} |"
+        )
+    return lines
+
+
+def _range(ends: Sequence[float]) -> str:
+    return f"{ends[0]:+.2f}, {ends[1]:+.2f}"
+
+
+def plain(value: Any) -> Any:
+    """The same value for JSON, which has no NaN."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        found = []
+        for run in args.runs:
+            folder = result_folder(run, args.protocol)
+            baseline = read_rule(folder, args.baseline, args.metric)
+            for name in args.rule or [r for r in rules_in(folder) if r != args.baseline]:
+                scores = read_rule(folder, name, args.metric)
+                found.append(compare(baseline, scores, args.confidence, args.resamples, args.seed))
+        if not found:
+            raise ValueError(
+                f"{args.runs[0]} holds no rule but {args.baseline}; score more: python test.py -p all"
+            )
+        print(json.dumps(plain(found), indent=1) if args.json else markdown(found), end="")
+        if args.plot:
+            plots.draw(found, args.plot)
+            print(f"written: {args.plot}", file=sys.stderr)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of results"
+    )
+    parser.add_argument(
+        "--baseline", default="T", metavar="RULE", help="the rule to compare with (default: T)"
+    )
+    parser.add_argument(
+        "--rule", action="append", metavar="RULE", help="may be repeated (default: all others)"
+    )
+    parser.add_argument("--metric", choices=("dice", "iou"), default="dice")
+    parser.add_argument("--protocol", choices=("corrected", "paper"), default="corrected")
+    parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap samples (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every difference")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw sorted differences and per-class bars"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
