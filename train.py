@@ -9,6 +9,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -18,7 +19,7 @@ from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier, world, wrap
 from trainers.evaluator import evaluate
-from trainers.journal import Journal, write_json
+from trainers.journal import Journal, write_json, write_text
 from trainers.panels import panels
 from trainers.reproducibility import provenance, seed_everything
 from trainers.trainer import Trainer
@@ -33,8 +34,10 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     folder = Path(cfg.run_dir)
     config = stored.pack(cfg, choices)
     checkpoints = Checkpoints(folder, lambda path: read_checkpoint(path, "cpu"), keep=cfg.trainer.keep)
-    if not cfg.resume and where.is_main:
-        checkpoints.clear()
+    if where.is_main:
+        checkpoints.claim()
+        if not cfg.resume:
+            checkpoints.clear()
     barrier(where)
     same_run(folder, cfg)
     if checkpoints.finished(cfg.epochs):
@@ -66,23 +69,33 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
         second_forward=cfg.trainer.second_forward,
     )
     checkpoint = checkpoints.newest()
-    at = checkpoint["training"]["progress"]["updates"] if checkpoint else 0
-    journal = Journal(folder if where.is_main else None, at, cfg.trainer.tensorboard)
+    journal = Journal(folder if where.is_main else None, rows_until(checkpoint), cfg.trainer.tensorboard)
 
     rules = build.rules(dict.fromkeys([*cfg.validation, cfg.predictor.name]), dict(cfg.protocol.rules))
     scoring = build.scoring(cfg, val_set.info)
 
     def validate(net: nn.Module, epoch: int, step: int) -> float:
         results = evaluate(
-            net, val_loader, rules, criterion, scoring, where, precision=cfg.trainer.precision, progress="validating"
+            net,
+            val_loader,
+            rules,
+            criterion,
+            scoring,
+            where,
+            precision=cfg.trainer.precision,
+            progress="validating",
         )
         for name, result in results.items():
             journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
         if journal.events is not None and cfg.trainer.panels:
             first = range(min(cfg.trainer.panels, len(val_set)))
-            for name, picture in panels(net, val_set, val_loader.transform, rules, criterion.link, where, first):
+            for name, picture in panels(
+                net, val_set, val_loader.transform, rules, criterion.link, where, first
+            ):
                 journal.image(step, f"val/{name}", picture)
-        shown = "  ".join(f"{name} {100 * result.scores['mean_dice']:.2f}" for name, result in results.items())
+        shown = "  ".join(
+            f"{name} {100 * result.scores['mean_dice']:.2f}" for name, result in results.items()
+        )
         loss = next(iter(results.values())).scores["test_loss"]
         say(where, f"epoch {epoch:>3}/{cfg.epochs}  val loss {loss:.4f}  mDice: {shown}")
         score = results[cfg.predictor.name].scores["mean_dice"]
@@ -106,19 +119,32 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
         say(where, f"{folder}: going on after epoch {trainer.progress.epoch}, step {trainer.progress.step}")
     else:
         count = sum(p.numel() for p in network.parameters())
-        say(where, f"{folder}: {len(train_set)} images, {cfg.epochs} epochs of {len(loader)} steps, {count / 1e6:.1f} M parameters")
+        say(
+            where,
+            f"{folder}: {len(train_set)} images, {cfg.epochs} epochs of {len(loader)} steps, {count / 1e6:.1f} M parameters",
+        )
     say(
         where,
         f"batch {cfg.batch_size} on {where.size} x {where.device}, "
         f"BatchNorm over {cfg.batch_size // (where.size if where.device.type == 'cpu' else 1) // cfg.trainer.accumulate} images",
     )
     if where.is_main:
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
-        write_json(folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=data, world_size=where.size))
+        write_json(
+            folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=data, world_size=where.size)
+        )
     trainer.fit()
     journal.close()
     say(where, f"done. Score it: python test.py -r {checkpoints.best} -p all")
+
+
+def rows_until(checkpoint: dict[str, Any] | None) -> int:
+    """The last step whose rows in the journal belong to a checkpoint: an epoch's rows come when it is finished."""
+    if checkpoint is None:
+        return 0
+    progress = checkpoint["training"]["progress"]
+    return progress["updates"] - (progress["step"] > 0)
 
 
 def same_run(folder: Path, cfg: DictConfig) -> None:
@@ -145,8 +171,15 @@ def say(where: World, text: str) -> None:
 def main(cfg: DictConfig) -> None:
     """Hydra's entry: one cell, or each cell of a multirun."""
     choices: dict[str, Any] = dict(HydraConfig.get().runtime.choices)
-    with world(cfg.device) as where:
-        fit(cfg, choices, where)
+
+    def cell() -> None:
+        with world(cfg.device) as where:
+            fit(cfg, choices, where)
+
+    if HydraConfig.get().mode == RunMode.RUN:
+        guarded(cell)  # here, because Hydra would add a line of its own
+    else:
+        cell()
 
 
 if __name__ == "__main__":

@@ -22,12 +22,17 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside and rename it, so that a reader never sees half a file."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that no reader, and no restart after a crash, sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(finite_or_none(value), indent=1) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, the whole file at once."""
+    write_text(path, json.dumps(finite_or_none(value), indent=1) + "\n")
 
 
 class Journal:
@@ -46,11 +51,13 @@ class Journal:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1 if step else None)
+            self.events = SummaryWriter(
+                str(self.path.parent / "tensorboard"), purge_step=step + 1 if step else None
+            )
 
     def log(self, step: int, kind: str, **values: Any) -> None:
         """Append a row, and its numbers as TensorBoard scalars ``kind/name``."""
