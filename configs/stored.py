@@ -44,8 +44,8 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
         if group not in GROUPS or name not in options(group):
             raise ValueError(unknown_option(group, name) if group in GROUPS else f"{group} is no configuration group")
     cfg = compose("train", [f"{group}={name}" for group, name in choices.items()])
-    cfg = OmegaConf.merge(cfg, OmegaConf.load(CONFIGS / "test.yaml"))  # type: ignore[assignment]
     OmegaConf.set_struct(cfg, False)
+    cfg = OmegaConf.merge(cfg, OmegaConf.load(CONFIGS / "test.yaml"))  # type: ignore[assignment]
     for key, value in stored["values"].items():
         if key not in groups:
             OmegaConf.update(cfg, key, _plain(value), merge=True)

@@ -1,4 +1,7 @@
-"""Puts the repository on the import path, so that ``python scripts/NAME.py`` works from any folder."""
+"""Puts the repository on the import path, so that ``python scripts/NAME.py`` works from any folder.
+
+And takes ``scripts/`` off it, where ``scripts/statistics.py`` would hide the standard library's module.
+"""
 
 from __future__ import annotations
 
@@ -6,5 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path[:] = [
+    str(ROOT),
+    *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "scripts")),
+]

@@ -1,0 +1,205 @@
+"""Reproduce a grid of experiments from one command: check the data, train, score, print the table.
+
+    python scripts/reproduce.py                                     the built-in data, the small network
+    python scripts/reproduce.py --losses ce,bce --seeds 0,1,2 epochs=4
+    python scripts/reproduce.py experiment=paper/kvasir_seg dataset.root=PATH --record saved/results/kvasir
+    python scripts/reproduce.py --models smp_unet,smp_pspnet dataset=kvasir_seg dataset.root=PATH --dry-run
+
+The same command again skips what is finished and goes on with what was interrupted. A cell that fails is
+named at the end; the others run. Each cell's own output is in its folder, reproduce.log.
+Exit codes: 0 done, 2 bad input, 3 a cell failed, 75 interrupted (run the same command again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import _root
+from omegaconf import OmegaConf
+
+from configs import build
+from configs.cli import CONFIGS, guarded
+from scripts.grid.cells import Cell, cells
+from scripts.grid.record import record
+from scripts.grid.running import Display, call, clock
+from trainers.errors import EXIT_FAILED, EXIT_RESUME, Interrupted
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; flags and overrides may mix."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", help="such as smp_unet,smp_pspnet (default: the configuration's)")
+    parser.add_argument("--losses", help="such as ce,focal,bce")
+    parser.add_argument("--seeds", help="such as 0,1,2")
+    parser.add_argument("--rules", default="T,max,rankdice", help="what to score (default: %(default)s)")
+    parser.add_argument("--protocols", default="corrected,paper", help="how to score (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="threads of each process")
+    parser.add_argument(
+        "--record", type=Path, metavar="DIR", help="copy results, journals and configurations to DIR"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and their state, run nothing")
+    parser.add_argument("--quiet", action="store_true", help="no progress; the table only")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed on to train.py")
+    return parser.parse_intermixed_args(argv)
+
+
+def main() -> None:
+    """The command."""
+    args = arguments()
+    chosen = [
+        f"{key}={value}"
+        for key, value in (("model", args.models), ("loss", args.losses), ("seed", args.seeds))
+        if value
+    ]
+    grid = cells([*args.overrides, *chosen])
+    rules = args.rules.split(",")
+    folders = {name: _results(name) for name in args.protocols.split(",")}
+    build.rules(rules)  # an unknown rule is said now, not after the first training
+    todo = [
+        c for c in grid if not (c.trained() and all(c.scored(folder, rules) for folder in folders.values()))
+    ]
+    if args.dry_run:
+        for cell in grid:
+            state = "finished" if cell not in todo else f"epoch {cell.epochs_done()} of {cell.cfg.epochs}"
+            print(f"{cell.folder}  {state}")
+        print(f"{len(grid)} cells, {len(grid) - len(todo)} finished")
+        return
+    check_data(todo)
+    failures = run(todo, len(grid), rules, folders, args)
+    if args.record:
+        finished = [cell for cell in grid if cell.trained()]
+        count = sum(record(cell, args.record, _root.ROOT) for cell in finished)
+        print(f"recorded: {count} files of {len(finished)} cells in {args.record}")
+    table(grid)
+    if failures:
+        print(f"\n{len(failures)} of {len(grid)} cells failed:", file=sys.stderr)
+        for cell, reason in failures.items():
+            print(f"  {cell}: {reason}\n    log: {cell.folder / 'reproduce.log'}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+
+
+def _results(protocol: str) -> str:
+    """The folder of a run in which a protocol's results are."""
+    path = CONFIGS / "protocol" / f"{protocol}.yaml"
+    if not path.exists():
+        raise ValueError(f"--protocols: {protocol} is unknown; there are: corrected, paper")
+    return str(OmegaConf.load(path).results)
+
+
+def check_data(todo: Sequence[Cell]) -> None:
+    """Check every data set that the cells need, once; a fault is said before anything is trained."""
+    seen = set()
+    for cell in todo:
+        key = OmegaConf.to_yaml(cell.cfg.dataset, resolve=True)
+        if key in seen or not cell.cfg.verify:
+            continue
+        seen.add(key)
+        for split in dict.fromkeys(("train", "val", "test")):
+            if split in cell.cfg.dataset.splits:
+                build.dataset(cell.cfg, split).verify(progress=sys.stderr.isatty())
+
+
+def run(
+    todo: Sequence[Cell], total: int, rules: Sequence[str], folders: dict[str, str], args: argparse.Namespace
+) -> dict[Cell, str]:
+    """Train and score each cell; return those that failed, with the reason."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    display, failures = Display(todo, args.quiet), {}
+    if not args.quiet:
+        display.say(f"{total} cells, {total - len(todo)} finished before, {len(todo)} to do")
+    with contextlib.closing(display):
+        for number, cell in enumerate(todo, 1):
+            started = time.monotonic()
+            try:
+                reason = _cell(cell, number, display, rules, folders, args.threads)
+            except KeyboardInterrupt:
+                raise Interrupted("Ctrl-C") from None
+            seconds = time.monotonic() - started
+            left = display.finish(cell, seconds, not reason)
+            if reason:
+                failures[cell] = reason
+            if not args.quiet:
+                ahead = f", about {clock(left)} left" if left else ""
+                text = reason or _shown(cell, rules, folders)
+                display.say(f"[{number}/{len(todo)}] {cell}: {text}  ({clock(seconds)}{ahead})")
+    return failures
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise Interrupted(signal.Signals(number).name)
+
+
+def _cell(
+    cell: Cell,
+    number: int,
+    display: Display,
+    rules: Sequence[str],
+    folders: dict[str, str],
+    threads: int | None,
+) -> str:
+    """Train and score one cell; return the reason if it failed, else an empty text."""
+    log, before, started = cell.folder / "reproduce.log", cell.epochs_done(), time.monotonic()
+
+    def stage(name: str, *command: str) -> str:
+        code, last = call(command, log, threads, lambda: display.show(number, cell, name, started, before))
+        if code == EXIT_RESUME:
+            raise Interrupted("a signal to the training")
+        return "" if code == 0 else f"{name} failed (exit {code}): {last.removeprefix('error: ')}"
+
+    if not cell.trained():
+        failed = stage("training", "train.py", *cell.overrides, "verify=false", "hydra.mode=RUN")
+        if failed:
+            return failed
+    wanted = [part for rule in rules for part in ("-p", rule)]
+    for protocol, folder in folders.items():
+        if not cell.scored(folder, rules):
+            best = str(cell.folder / "best_model.pth")
+            failed = stage(
+                f"scoring ({protocol})",
+                "test.py",
+                "-r",
+                best,
+                *wanted,
+                "--device",
+                cell.cfg.device,
+                f"protocol={protocol}",
+            )
+            if failed:
+                return failed
+    return ""
+
+
+def _shown(cell: Cell, rules: Sequence[str], folders: dict[str, str]) -> str:
+    """The mean Dice of each rule under the first protocol, in percent."""
+    folder = cell.folder / next(iter(folders.values()))
+    scores = {
+        rule: json.loads((folder / f"{rule}.json").read_text(encoding="utf-8"))["scores"] for rule in rules
+    }
+    return "mDice " + "  ".join(
+        f"{rule} {100 * (score['mean_dice'] or 0):.2f}" for rule, score in scores.items()
+    )
+
+
+def table(grid: Sequence[Cell]) -> None:
+    """Print the table of all results in the grid's folders."""
+    for saved in dict.fromkeys(cell.cfg.save_dir for cell in grid):
+        if Path(saved).is_dir():
+            print(flush=True)
+            subprocess.run(
+                [sys.executable, str(_root.ROOT / "scripts" / "paper_tables.py"), "--saved", saved],
+                check=False,
+            )
+
+
+if __name__ == "__main__":
+    guarded(main)
