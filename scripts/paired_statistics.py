@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from scripts.paired import plots
+from scripts.paired.inference import bca_of_mean, standardized_mean, wilcoxon
 from scripts.paired.scores import (
     RuleScores,
     check_same_probabilities,
@@ -33,7 +34,6 @@ from scripts.paired.scores import (
     result_folder,
     rules_in,
 )
-from scripts.paired.inference import bca_of_mean, standardized_mean, wilcoxon
 
 
 def compare(

@@ -1,1 +1,1 @@
-"""Paired differences between rules on the same probabilities: read (scores), infer (inference), draw (plots)."""
+"""Paired differences of rules on the same probabilities: read (scores), infer (inference), draw (plots)."""

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.paired.scores import paired, read_rule
 from scripts.paired.inference import average_ranks, bca_interval, bca_of_mean, standardized_mean, wilcoxon
+from scripts.paired.scores import paired, read_rule
 from scripts.paired_statistics import compare, main
 
 stats = pytest.importorskip("scipy.stats")

@@ -1,0 +1,320 @@
+"""The paper's simulated examples: known probabilities, so the best mask is known too.
+
+    python scripts/simulate.py                                  all four examples
+    python scripts/simulate.py thresholds --images 200          Example 2: fixed thresholds against RankDice
+    python scripts/simulate.py exponential linear --sizes 28 64 --csv decay.csv --heatmaps figures/
+
+exponential  p = b^-(i+j), b = 1.01, 1.05, 1.10
+linear       p = max(0, 1 − b(i+j) / (2 width)), b = 1, 2, 4
+step         a top-left block of U(1/2, 1), half as wide as the image, in noise of mean β
+thresholds   64 x 64: such a block at a random place, its side ρ·64, ρ from U(0.1, 0.5), noise of mean 0.1
+
+The noise is normal with sd 0.1, truncated to [0, 1]; i and j count from 0. The values of b for `linear` and of
+β, the width of the block in `step` and the law of ρ are ours. The Dice is that of labels drawn from the
+probabilities, pixel by pixel, the same draws for every rule: mean (standard error), in percent. Everything
+follows from --seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
+from rankseg import rank_dice
+from rankseg.rules import threshold
+from scripts.paired.plots import load_pyplot
+
+EXAMPLES = ("exponential", "linear", "step", "thresholds")
+SIZES = (28, 64, 128, 256)
+THRESHOLDS = tuple(k / 10 for k in range(1, 10))
+_NOISE = 0.1  # standard deviation of the background
+_CHUNK = 1 << 24  # labels drawn at a time
+
+Rule = Callable[[Tensor], Tensor]  # (1, 1, H, W) probabilities -> (1, 1, H, W) bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: Dice of each rule as mean and standard error in percent, and the mean volume in pixels."""
+
+    example: str
+    setting: str
+    size: int
+    dice: dict[str, tuple[float, float]]
+    volume: dict[str, float]
+    gain: tuple[float, float]
+    cutoffs: tuple[float, float, float]
+
+
+def exponential(size: int, base: float) -> Tensor:
+    """(size, size) probabilities base^-(i+j)."""
+    return base ** -_diagonal(size)
+
+
+def linear(size: int, slope: float) -> Tensor:
+    """(size, size) probabilities falling along the diagonal, clipped at 0."""
+    return (1 - slope * _diagonal(size) / (2 * size)).clamp(min=0)
+
+
+def _diagonal(size: int) -> Tensor:
+    index = torch.arange(size, dtype=torch.float64)
+    return index[:, None] + index[None, :]
+
+
+def block(size: int, side: int, top: int, left: int, level: float, generator: torch.Generator) -> Tensor:
+    """(size, size): a square of U(1/2, 1) in normal noise around `level`, truncated to [0, 1]."""
+    probs = truncated_normal((size, size), level, generator)
+    square = torch.rand(side, side, generator=generator, dtype=torch.float64)
+    probs[top : top + side, left : left + side] = 0.5 + 0.5 * square
+    return probs
+
+
+def truncated_normal(shape: tuple[int, ...], mean: float, generator: torch.Generator) -> Tensor:
+    """Normal of this mean and sd 0.1, truncated (not clipped) to [0, 1], by inversion."""
+    ends = torch.tensor([(0 - mean) / _NOISE, (1 - mean) / _NOISE], dtype=torch.float64)
+    low, high = torch.special.ndtr(ends)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return (mean + _NOISE * torch.special.ndtri(low + (high - low) * uniform)).clamp(0, 1)
+
+
+def random_block(size: int, generator: torch.Generator) -> Tensor:
+    """Example 2: a square of random side at a random place, in noise around 0.1."""
+    share, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    side = max(1, round((0.1 + 0.4 * share) * size))
+    free = size - side + 1
+    return block(size, side, int(down * free), int(right * free), 0.1, generator)
+
+
+def dice_of_draws(probs: Tensor, masks: Sequence[Tensor], draws: int, generator: torch.Generator) -> Tensor:
+    """(draws, rules) Dice of masks (H, W) against labels drawn from probs (H, W); 0/0 = 0."""
+    flat = torch.stack([mask.flatten() for mask in masks]).double()  # (rules, D)
+    volumes, probs, parts = flat.sum(1), probs.flatten(), []
+    step = max(1, _CHUNK // len(probs))
+    for start in range(0, draws, step):
+        shape = (min(step, draws - start), len(probs))
+        labels = (torch.rand(shape, generator=generator, dtype=torch.float64) < probs).double()
+        total = volumes + labels.sum(1, keepdim=True)
+        parts.append(2 * labels @ flat.T / total.clamp(min=1))
+    return torch.cat(parts)
+
+
+def rules(fixed: Sequence[float]) -> dict[str, Rule]:
+    """Thresholds at fixed values, RankDice by the blind approximation and exact; the exact one comes last."""
+    found: dict[str, Rule] = {f"T {at:g}": lambda p, at=at: threshold(p, at=at) for at in fixed}
+    found["RankDice (BA)"] = lambda p: rank_dice(p, app=2).predict
+    found["RankDice"] = lambda p: rank_dice(p).predict
+    return found
+
+
+def settings(
+    example: str, sizes: Sequence[int], seed: int
+) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """The settings of an example: a name, the size, and a function that makes the next image."""
+    for size in sizes if example != "thresholds" else (64,):
+        if example == "exponential":
+            for base in (1.01, 1.05, 1.10):
+                yield f"b = {base:.2f}", size, lambda size=size, base=base: exponential(size, base)
+        elif example == "linear":
+            for slope in (1.0, 2.0, 4.0):
+                yield f"b = {slope:g}", size, lambda size=size, slope=slope: linear(size, slope)
+        elif example == "step":
+            for level in (0.1, 0.2, 0.3, 0.4):
+                source = _generator(seed, f"step {size} {level}")
+                yield (
+                    f"β = {level:g}",
+                    size,
+                    lambda size=size, level=level, source=source: block(size, size // 2, 0, 0, level, source),
+                )
+        else:
+            source = _generator(seed, "thresholds")
+            yield "ρ random", size, lambda size=size, source=source: random_block(size, source)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """A stream of its own for each setting, whatever else is simulated."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
+def simulate(
+    example: str, sizes: Sequence[int] = SIZES, images: int = 100, draws: int = 100, seed: int = 0
+) -> list[Row]:
+    """Run one of EXAMPLES.
+
+    A fixed pattern is one image, and its standard error is that of the mean over draws. Random patterns are
+    `images` images, and theirs is that of the mean over images, since draws of one image share its mask.
+
+    Raises:
+        ValueError: fewer than two images or draws, which have no standard error.
+    """
+    if images < 2 or draws < 2:
+        raise ValueError(f"a standard error needs at least 2 images and 2 draws, got {images} and {draws}")
+    fixed = THRESHOLDS if example == "thresholds" else (0.5,)
+    return [
+        _row(
+            example,
+            setting,
+            size,
+            make,
+            rules(fixed),
+            images if example in ("step", "thresholds") else 1,
+            draws,
+            seed,
+        )
+        for setting, size, make in settings(example, sizes, seed)
+    ]
+
+
+def _row(
+    example: str,
+    setting: str,
+    size: int,
+    make: Callable[[], Tensor],
+    chosen: dict[str, Rule],
+    images: int,
+    draws: int,
+    seed: int,
+) -> Row:
+    labels = _generator(seed, f"labels {example} {setting} {size}")
+    scores, volumes, cutoffs = [], [], []
+    for _ in range(images):
+        probs = make()
+        masks = [rule(probs[None, None])[0, 0] for rule in chosen.values()]
+        dice = dice_of_draws(probs, masks, draws, labels)
+        scores.append(dice if images == 1 else dice.mean(0, keepdim=True))
+        volumes.append([int(mask.sum()) for mask in masks])
+        cutoffs.append(float(probs[masks[-1]].min()) if masks[-1].any() else 1.0)
+    table = 100 * torch.cat(scores)  # (images or draws, rules)
+    half = list(chosen).index("T 0.5")
+    means = torch.tensor(volumes, dtype=torch.float64).mean(0).tolist()
+    return Row(
+        example,
+        setting,
+        size,
+        {name: _mean_and_error(table[:, i]) for i, name in enumerate(chosen)},
+        dict(zip(chosen, means, strict=True)),
+        _mean_and_error(table[:, -1] - table[:, half]),
+        (min(cutoffs), math.fsum(cutoffs) / len(cutoffs), max(cutoffs)),
+    )
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table for each example; RankDice − T 0.5 is paired, draw by draw or image by image."""
+    blocks = []
+    for example in dict.fromkeys(row.example for row in rows):
+        own = [row for row in rows if row.example == example]
+        names = list(own[0].dice)
+        head = ["setting", "size", *names, "RankDice − T 0.5", "smallest p chosen", "volume T 0.5 → RankDice"]
+        lines = [
+            f"**{example}**",
+            "",
+            f"| {' | '.join(head)} |",
+            f"|{' :-- |' * 2}{' :-: |' * (len(head) - 2)}",
+        ]
+        for row in own:
+            cells = [row.setting, f"{row.size}²", *(_cell(*row.dice[name]) for name in names)]
+            cells += [f"{row.gain[0]:+.2f} ({row.gain[1]:.2f})", _span(row.cutoffs)]
+            cells.append(f"{row.volume['T 0.5']:.0f} → {row.volume['RankDice']:.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _cell(mean: float, error: float) -> str:
+    return f"{mean:.2f} ({error:.2f})"
+
+
+def _span(cutoffs: tuple[float, float, float]) -> str:
+    low, mean, high = cutoffs
+    return f"{mean:.3f}" if low == high else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """A line for each setting and rule."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("example", "setting", "size", "rule", "dice", "standard_error", "volume"))
+        for row in rows:
+            for name, (mean, error) in row.dice.items():
+                numbers = (f"{mean:.4f}", f"{error:.4f}", f"{row.volume[name]:.1f}")
+                writer.writerow((row.example, row.setting, row.size, name, *numbers))
+
+
+def draw_heatmaps(example: str, folder: Path, size: int = 64, seed: int = 0) -> Path:
+    """One map for each setting, with the outlines of the masks of T 0.5 (dashed) and RankDice (solid)."""
+    plt = load_pyplot()
+    found = list(settings(example, (size,), seed))
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(3.4 * len(found) + 0.8, 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, (setting, side, make) in zip(axes[0], found, strict=True):
+        probs = make()
+        image = axis.imshow(probs, vmin=0, vmax=1, cmap="viridis")
+        result = rank_dice(probs[None, None])
+        for mask, style in ((probs >= 0.5, "--"), (result.predict[0, 0], "-")):
+            if mask.any() and not mask.all():
+                axis.contour(mask.double(), levels=[0.5], colors="white", linestyles=style, linewidths=1.2)
+        axis.set(title=f"{example}, {setting}, {side}²", xticks=[], yticks=[])
+    figure.colorbar(image, ax=axes[0].tolist(), label="probability", shrink=0.85)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"simulate_{example}.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "examples", nargs="*", metavar="EXAMPLE", help=f"some of {', '.join(EXAMPLES)} (default: all)"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="widths (default: 28 64 128 256)"
+    )
+    parser.add_argument("--images", type=int, default=100, help="random patterns a setting (default: 100)")
+    parser.add_argument("--draws", type=int, default=100, help="label maps an image (default: 100)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path, help="write the numbers to this file too")
+    parser.add_argument(
+        "--heatmaps", type=Path, metavar="FOLDER", help="draw the patterns (needs matplotlib)"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        unknown = [name for name in args.examples if name not in EXAMPLES]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no example; there are: {', '.join(EXAMPLES)}")
+        if min(args.sizes) < 2:
+            raise ValueError(f"--sizes {min(args.sizes)}: a pattern is at least 2 pixels wide")
+        rows = []
+        for example in args.examples or EXAMPLES:
+            rows += simulate(example, args.sizes, args.images, args.draws, args.seed)
+            if args.heatmaps:
+                print(f"written: {draw_heatmaps(example, args.heatmaps, seed=args.seed)}", file=sys.stderr)
+        print(markdown(rows), end="")
+        if args.csv:
+            write_csv(rows, args.csv)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
