@@ -8,10 +8,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from omegaconf import DictConfig
+from torch import nn
+
 from configs import build
-from configs.cli import guarded, options
 from configs.checkpoint import load
+from configs.cli import guarded, options
 from rankseg.calibration import focal_correction
+from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
 from trainers.evaluator import evaluate
 from trainers.reproducibility import provenance
@@ -37,7 +41,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-r", "--resume", required=True, metavar="CHECKPOINT", type=Path, help="ours, or a released one")
+    parser.add_argument(
+        "-r", "--resume", required=True, metavar="CHECKPOINT", type=Path, help="ours, or a released one"
+    )
     parser.add_argument(
         "-p",
         "--predictor",
@@ -48,20 +54,42 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--out", type=Path, help="folder for the results instead of the checkpoint's")
     parser.add_argument("--quiet", action="store_true", help="print the comparison only")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as split=val, protocol=paper, dataset.root=PATH")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="such as split=val, protocol=paper, dataset.root=PATH",
+    )
     return parser.parse_intermixed_args(argv)
+
+
+def find_temperature(cfg: DictConfig, network: nn.Module, link: str, where: World) -> float:
+    """The number in the configuration, or the temperature fitted on the validation split."""
+    if cfg.temperature != "fit":
+        if not isinstance(cfg.temperature, (int, float)) or not cfg.temperature > 0:
+            raise ValueError(f"temperature={cfg.temperature} must be a positive number, or fit")
+        return float(cfg.temperature)
+    loader = build.eval_loader(cfg, build.dataset(cfg, "val"), where)
+    fitted = held_out_temperature(network, loader, link, where, ignore_index=cfg.dataset.ignore_index)
+    if where.is_main:
+        print(f"temperature fitted on the validation split: {fitted:.3f}")
+    return fitted
 
 
 def score(args: argparse.Namespace, where: World) -> None:
     """Load, score, print and write."""
     network, cfg, checkpoint = load(args.resume, args.overrides)
     network = network.to(where.device)
-    names = [r for name in args.predictor or ["rankdice"] for r in (["T", "max", "rankdice"] if name == "all" else [name])]
+    names = [
+        r
+        for name in args.predictor or ["rankdice"]
+        for r in (["T", "max", "rankdice"] if name == "all" else [name])
+    ]
     rules = build.rules(dict.fromkeys(names), dict(cfg.protocol.rules))
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
     criterion = build.loss(cfg)
-    temperature = cfg.temperature
+    temperature = find_temperature(cfg, network, criterion.link, where)
     results = evaluate(
         network,
         build.eval_loader(cfg, data, where),
@@ -77,6 +105,8 @@ def score(args: argparse.Namespace, where: World) -> None:
     if not where.is_main:
         return
     folder = args.out or args.resume.resolve().parent / cfg.protocol.results
+    if not args.out and (temperature != 1 or cfg.correct_focal):
+        folder /= "calibrated"  # beside the results on the probabilities as they are, never over them
     details = {
         **build.describe(cfg, data, cfg.split),
         "link": criterion.link,
@@ -89,7 +119,9 @@ def score(args: argparse.Namespace, where: World) -> None:
         },
         "provenance": provenance(ROOT),
     }
-    details["config_hash"] = fingerprint({k: v for k, v in details.items() if k not in ("seed", "checkpoint", "provenance")})
+    details["config_hash"] = fingerprint(
+        {k: v for k, v in details.items() if k not in ("seed", "checkpoint", "provenance")}
+    )
     for result in results.values():
         result.save(folder, details)
         if not args.quiet:

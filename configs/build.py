@@ -52,7 +52,9 @@ def rules(names: Iterable[str], aliases: dict[str, str] | None = None) -> dict[s
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
     """The images of one of ``dataset.splits``."""
     if split not in cfg.dataset.splits:
-        raise ValueError(f"split={split} is unknown; dataset={cfg.dataset.name} has: {', '.join(cfg.dataset.splits)}")
+        raise ValueError(
+            f"split={split} is unknown; dataset={cfg.dataset.name} has: {', '.join(cfg.dataset.splits)}"
+        )
     return _make(cfg.dataset.source)(split=cfg.dataset.splits[split])
 
 

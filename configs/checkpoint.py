@@ -27,11 +27,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
         network, theirs = load_published(checkpoint)
         choices = {group: theirs[group] for group in ("dataset", "model", "loss")}
         values = {"temperature": theirs.get("temperature", 1.0)}
-        return network, stored.unpack({"choices": {**choices, "protocol": "paper"}, "values": values}, overrides), checkpoint
+        return (
+            network,
+            stored.unpack({"choices": {**choices, "protocol": "paper"}, "values": values}, overrides),
+            checkpoint,
+        )
     cfg = stored.unpack(checkpoint.get("config"), overrides)
     cfg.model.weights = None  # they are about to be replaced
     network = build.model(cfg)
     network.load_state_dict(checkpoint["model"])
     return network, cfg, checkpoint
-
-

@@ -32,7 +32,11 @@ def guarded(main: Callable[[], Any]) -> None:
     except TrainingError as error:
         _leave(EXIT_FAILED, str(error))
     except Interrupted as error:
-        _leave(EXIT_RESUME, f"interrupted by {error}; the state is saved: run the same command again to go on", "stopped")
+        _leave(
+            EXIT_RESUME,
+            f"interrupted by {error}; the state is saved: run the same command again to go on",
+            "stopped",
+        )
     except KeyboardInterrupt:
         _leave(130, "interrupted", "stopped")
     except (ValueError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError) as error:

@@ -37,12 +37,16 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
         ValueError: the stored configuration is not one of ours, or an override names what does not exist.
     """
     if not isinstance(stored, dict) or set(stored) != {"choices", "values"}:
-        raise ValueError("the checkpoint holds no configuration of this project; it cannot be tested without one")
+        raise ValueError(
+            "the checkpoint holds no configuration of this project; it cannot be tested without one"
+        )
     groups, values = _split(overrides)
     choices = {**stored["choices"], **groups}
     for group, name in choices.items():
         if group not in GROUPS or name not in options(group):
-            raise ValueError(unknown_option(group, name) if group in GROUPS else f"{group} is no configuration group")
+            raise ValueError(
+                unknown_option(group, name) if group in GROUPS else f"{group} is no configuration group"
+            )
     cfg = compose("train", [f"{group}={name}" for group, name in choices.items()])
     OmegaConf.set_struct(cfg, False)
     cfg = OmegaConf.merge(cfg, OmegaConf.load(CONFIGS / "test.yaml"))  # type: ignore[assignment]
