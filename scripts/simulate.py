@@ -7,9 +7,9 @@
 exponential  p = b^-(i+j), b = 1.01, 1.05, 1.10
 linear       p = max(0, 1 − b(i+j) / (2 width)), b = 1, 2, 4
 step         a top-left block of U(1/2, 1), half as wide as the image, in noise of mean β
-thresholds   64 x 64: such a block at a random place, its side ρ·64, ρ from U(0.1, 0.5), noise of mean 0.1
+thresholds   64 x 64: such a block at a random place, side ρ·64, ρ from U(.1, .5), noise of mean 0.1
 
-The noise is normal with sd 0.1, truncated to [0, 1]; i and j count from 0. The values of b for `linear` and of
+The noise is normal, sd 0.1, truncated to [0, 1]; i and j count from 0. The values of b for `linear` and of
 β, the width of the block in `step` and the law of ρ are ours. The Dice is that of labels drawn from the
 probabilities, pixel by pixel, the same draws for every rule: mean (standard error), in percent. Everything
 follows from --seed.
