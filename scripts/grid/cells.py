@@ -83,7 +83,7 @@ def cells(overrides: Sequence[str]) -> list[Cell]:
         for override in given
         if override.is_sweep_override()
     }
-    fixed = [override.input_line for override in given if not override.is_sweep_override()]
+    fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         params = compose("train", fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
         for key, values in params.items():

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from scripts.grid.cells import Cell
 
-KEPT = ("config.yaml", "metrics.jsonl", "provenance.json", "results/*.json", "results/*.csv")
-KEPT += ("results/paper/*.json", "results/paper/*.csv")
+KEPT = [
+    *("config.yaml", "metrics.jsonl", "provenance.json"),
+    *("results/*.json", "results/*.csv", "results/paper/*.json", "results/paper/*.csv"),
+]
 
 
 def record(cell: Cell, folder: Path, root: Path) -> int:

@@ -1,0 +1,158 @@
+"""A run on one page: scores with intervals, what explains the gain, images, learning curves, provenance.
+
+    python scripts/report.py saved/synthetic/tiny/ce/seed0                     writes RUN/report/index.html
+    python scripts/report.py RUN protocol=paper --out report-paper
+    python scripts/report.py checkpoint-epoch300.pth dataset.root=/data/cityscapes
+
+The page needs no other file; beside it lie its images as PNG and its numbers as report.json.
+Exit codes: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import _root
+
+from configs import build
+from configs.checkpoint import load
+from configs.cli import guarded
+from scripts.reporting import sections
+from scripts.reporting.measure import Findings, Key, by_size, measure, temperature, variants
+from scripts.reporting.page import html_page
+from scripts.reporting.pictures import pick, strips
+from trainers.distributed import World, world
+from trainers.journal import read_rows, write_json
+from trainers.reproducibility import provenance
+
+RULES = ("T", "max", "rankdice")
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line; flags and overrides may mix."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: report/ in the run's folder")
+    parser.add_argument("--images", type=int, default=3, help="images of each kind (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="as for test.py: split=val, protocol=paper"
+    )
+    return parser.parse_intermixed_args()
+
+
+def report(args: argparse.Namespace, where: World) -> Path:
+    """Measure, draw and write; return the page's path."""
+    path = args.run / "best_model.pth" if args.run.is_dir() else args.run
+    network, cfg, checkpoint = load(path, args.overrides)
+    network = network.to(where.device).eval()
+    build.absolute_root(cfg)
+    data, criterion = build.dataset(cfg, cfg.split), build.loss(cfg)
+    scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, dict(cfg.protocol.rules))
+    loader = build.eval_loader(cfg, data, where)
+    held_out = build.dataset(cfg, "val")
+    fitted = temperature(
+        network, build.eval_loader(cfg, held_out, where), len(held_out), criterion.link, scoring, where
+    )
+    ways = variants(criterion.link, fitted, cfg.loss.name)
+    findings = measure(network, loader, rules, ways, scoring, where, fitted)
+
+    folder = args.out or path.resolve().parent / "report"
+    groups = pick(findings, args.images)
+    drawn = strips(
+        network,
+        data,
+        loader.transform,
+        rules,
+        criterion.link,
+        where,
+        findings,
+        [index for picked in groups.values() for index in picked],
+        folder / "images",
+    )
+    table, differences = sections.scores(findings, RULES), sections.gains(findings, RULES)
+    title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
+    about = (
+        f"Split <b>{cfg.split}</b>, {len(findings.names)} images, protocol <b>{cfg.protocol.name}</b>, "
+        f"checkpoint of epoch {checkpoint['epoch']}. One forward pass; every rule on the same probabilities."
+    )
+    body = [
+        ("scores", "Scores", sections.score_section(table)),
+        (
+            "differences",
+            "RankDice against the others, image by image",
+            sections.difference_section(differences),
+        ),
+        ("classes", "Classes", sections.class_section(findings, data.info.classes, RULES)),
+        ("gain", "What explains the gain", sections.explain_section(findings, RULES)),
+        ("calibration", "Calibration", sections.reliability_section(findings)),
+        ("images", "Images", sections.picture_section(groups, drawn)),
+        ("learning", "Learning", sections.learning_section(read_rows(path.parent / "metrics.jsonl"))),
+        ("provenance", "Provenance", sections.fact_section(facts(cfg, path, checkpoint, data))),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "index.html"
+    page.write_text(html_page(title, sections.lead(table, differences, about), body), encoding="utf-8")
+    write_json(folder / "report.json", numbers(findings, table, differences))
+    return page
+
+
+def numbers(findings: Findings, table: dict[str, Any], differences: dict[str, Any]) -> dict[str, Any]:
+    """What the page says, for programs."""
+    return {
+        "scores": table,
+        "gains": {f"rankdice - {rule}": one for rule, one in differences.items()},
+        "void": {v: {r: findings.mean(Key(r, "raw", v)) / 100 for r in RULES} for v in ("masked", "counted")},
+        "size": [{"group": name, "pairs": n, "dice": means} for name, n, means in by_size(findings, RULES)],
+        "probabilities": {
+            kind: {
+                "ece": one.ece(),
+                "mean_dice": {r: findings.mean(findings.key(r, kind)) / 100 for r in RULES},
+            }
+            for kind, one in findings.reliability.items()
+        },
+        "temperature": findings.temperature,
+        "threshold": {
+            key.rule: findings.mean(key) / 100 for key in findings.counts if key.rule.startswith("at ")
+        },
+        "images": findings.names,
+    }
+
+
+def facts(cfg: Any, path: Path, checkpoint: dict[str, Any], data: Any) -> dict[str, Any]:
+    """Where the numbers came from: the checkpoint, its training, and this report."""
+    beside = path.parent / "provenance.json"
+    trained = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    now = provenance(_root.ROOT)
+    versions = ", ".join(f"{name} {version}" for name, version in now["versions"].items())
+    return {
+        "checkpoint": f"{path.name}, epoch {checkpoint['epoch']}",
+        "data": f"{cfg.dataset.name} {cfg.split}, {len(data)} images, fingerprint {data.fingerprint()}",
+        "model": ", ".join(f"{key} {value}" for key, value in cfg.model.items() if not key.startswith("_")),
+        "loss": cfg.loss.name,
+        "training": f"{cfg.epochs} epochs, batch {cfg.batch_size}, seed {cfg.seed}",
+        "trained by": trained.get("command"),
+        "trained on": trained.get("date"),
+        "code of the training": trained.get("git_sha"),
+        "hardware of the training": trained.get("hardware"),
+        "report by": now["command"],
+        "report on": now["date"],
+        "code of the report": now["git_sha"],
+        "versions": versions,
+    }
+
+
+def main() -> None:
+    """The command."""
+    args = arguments()
+    with world(args.device) as where:
+        print(f"report: {report(args, where)}")
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,97 @@
+"""Images of the report: what was seen, what is true, and what each rule made of it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
+
+from rankseg import Predictor
+from scripts.reporting.measure import Findings
+from trainers.distributed import World
+from trainers.losses import link_probs
+from trainers.panels import heat, overlay, row, shown
+
+_WIDTH = 320  # tiles are stored no wider than this
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One image of the split: tiles as data URIs by title, and the Dice of each rule in percent."""
+
+    name: str
+    tiles: dict[str, str]
+    dice: dict[str, float]
+
+
+def pick(findings: Findings, number: int = 3) -> dict[str, list[int]]:
+    """Images to look at, not chosen by hand: largest gains and losses against T, lowest and highest Dice."""
+    dice = findings.dice(findings.key("rankdice"))
+    gain = dice - findings.dice(findings.key("T"))
+    order = [i for i in gain.argsort(stable=True).tolist() if gain[i] == gain[i]]
+    by_dice = [i for i in dice.argsort(stable=True).tolist() if dice[i] == dice[i]]
+    groups = {
+        "Largest gains of RankDice over T": [i for i in order[::-1][:number] if gain[i] > 0],
+        "Largest losses of RankDice against T": [i for i in order[:number] if gain[i] < 0],
+        "Worst images of RankDice": by_dice[:number],
+        "Best images of RankDice": by_dice[::-1][:number],
+    }
+    return {title: picked for title, picked in groups.items() if picked}
+
+
+@torch.inference_mode()
+def strips(
+    model: nn.Module,
+    data: Any,
+    transform: Any,
+    rules: Mapping[str, Predictor],
+    link: str,
+    where: World,
+    findings: Findings,
+    indices: Iterable[int],
+    folder: Path,
+) -> dict[int, Strip]:
+    """Draw these images; each is written to ``folder`` as a PNG as well."""
+    drawn = {}
+    positions = {name: index for index, name in enumerate(data.names)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in dict.fromkeys(indices):
+        name = findings.names[index]
+        pixels, target = transform(*data.read(positions[name]))
+        logits = model(pixels[None].to(where.device)).logits.float()
+        logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
+        probs = link_probs(logits, link)
+        masks = {rule: predictor(probs)[0].cpu() for rule, predictor in rules.items()}
+        image, probs = shown(pixels, data.info, target.shape), probs[0].cpu()
+        truth = target == torch.arange(data.info.num_classes)[:, None, None]
+        tiles = {
+            "image": image,
+            "truth": overlay(image, truth, data.info),
+            "probability": heat(probs[list(data.info.scored)].amax(0)),
+            **{rule: overlay(image, mask, data.info) for rule, mask in masks.items()},
+        }
+        dice = {rule: 100 * float(findings.dice(findings.key(rule))[index]) for rule in rules}
+        drawn[index] = Strip(name, {title: data_uri(tile) for title, tile in tiles.items()}, dice)
+        enlarge = max(1, 160 // image.shape[2])
+        strip = row(image, target, probs, masks, data.info, enlarge)
+        to_pil_image(strip).save(folder / f"{len(drawn):02}-{Path(name).stem}.png")
+    return drawn
+
+
+def data_uri(tile: Tensor) -> str:
+    """A tile (3, H, W) uint8 inside the page, no wider than what is shown."""
+    picture = to_pil_image(tile)
+    if picture.width > _WIDTH:
+        picture = picture.resize((_WIDTH, max(1, round(picture.height * _WIDTH / picture.width))))
+    small = picture.width * picture.height <= 1 << 14
+    buffer, kind = io.BytesIO(), "png" if small else "jpeg"
+    picture.save(buffer, kind, **({"optimize": True} if small else {"quality": 88}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
