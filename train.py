@@ -121,13 +121,12 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
         count = sum(p.numel() for p in network.parameters())
         say(
             where,
-            f"{folder}: {len(train_set)} images, {cfg.epochs} epochs of {len(loader)} steps, {count / 1e6:.1f} M parameters",
+            f"{folder}: {len(train_set)} images, {cfg.epochs} epochs of {len(loader)} steps, "
+            f"{count / 1e6:.1f} M parameters",
         )
-    say(
-        where,
-        f"batch {cfg.batch_size} on {where.size} x {where.device}, "
-        f"BatchNorm over {cfg.batch_size // (where.size if where.device.type == 'cpu' else 1) // cfg.trainer.accumulate} images",
-    )
+    shared = 1 if where.device.type == "cuda" else where.size  # SyncBatchNorm needs a GPU
+    norm = cfg.batch_size // shared // cfg.trainer.accumulate
+    say(where, f"batch {cfg.batch_size} on {where.size} x {where.device}, BatchNorm over {norm} images")
     if where.is_main:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}

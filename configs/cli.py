@@ -94,7 +94,8 @@ def unknown_key(key: str, config: Any = None) -> str:
     if not parent:
         allowed += sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and not p.name.startswith("_"))
     where = f"in {parent}" if parent else "at the top"
-    return f"{key} is no key of the configuration{_meant(name, allowed)}; {where} there are: {', '.join(dict.fromkeys(allowed))}"
+    listed = ", ".join(dict.fromkeys(allowed))
+    return f"{key} is no key of the configuration{_meant(name, allowed)}; {where} there are: {listed}"
 
 
 def _meant(name: str, allowed: list[str]) -> str:

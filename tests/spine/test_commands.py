@@ -41,7 +41,14 @@ def run(trained: Path) -> Path:
 
 
 def test_a_run_leaves_what_it_promises(run: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "provenance.json", "checkpoint-epoch2.pth", "best_model.pth", "last.pth"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "provenance.json",
+        "checkpoint-epoch2.pth",
+        "best_model.pth",
+        "last.pth",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert list((run / "tensorboard").glob("events.*"))
     provenance = json.loads((run / "provenance.json").read_text())
@@ -66,7 +73,17 @@ def test_another_configuration_in_the_same_place_is_refused(trained: Path) -> No
 def test_testing_equals_the_validation_inside_training(run: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = {row["kind"]: row for row in rows if row["kind"].startswith("val_") and row["epoch"] == 2}
-    call("test.py", "-r", str(run / "checkpoint-epoch2.pth"), "-p", "all", "split=val", "--out", str(tmp_path), cwd=tmp_path)
+    call(
+        "test.py",
+        "-r",
+        str(run / "checkpoint-epoch2.pth"),
+        "-p",
+        "all",
+        "split=val",
+        "--out",
+        str(tmp_path),
+        cwd=tmp_path,
+    )
     for rule in ("T", "max", "rankdice"):
         scores = json.loads((tmp_path / f"{rule}.json").read_text())["scores"]
         for key in ("mean_dice", "mean_iou", "test_loss", "pixel_accuracy", "ece"):
@@ -74,7 +91,9 @@ def test_testing_equals_the_validation_inside_training(run: Path, tmp_path: Path
 
 
 def test_train_test_table(trained: Path, run: Path, tmp_path: Path) -> None:
-    done = call("test.py", "-r", str(run / "best_model.pth"), "-p", "rankdice", "split=test", "-p", "T", cwd=tmp_path)
+    done = call(
+        "test.py", "-r", str(run / "best_model.pth"), "-p", "rankdice", "split=test", "-p", "T", cwd=tmp_path
+    )
     assert "## TESTING Results for Model: tiny + Loss: ce + predict: rankdice ##" in done.stdout
     assert "Mean_Dice" in done.stdout and "predictor" in done.stdout
     result = json.loads((run / "results" / "rankdice.json").read_text())
@@ -84,8 +103,26 @@ def test_train_test_table(trained: Path, run: Path, tmp_path: Path) -> None:
 
 
 def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: Path, tmp_path: Path) -> None:
-    call("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "--out", str(tmp_path / "alone"), cwd=tmp_path)
-    call("test.py", "-r", str(run / "best_model.pth"), "-p", "all", "--out", str(tmp_path / "all"), cwd=tmp_path)
+    call(
+        "test.py",
+        "-r",
+        str(run / "best_model.pth"),
+        "-p",
+        "T",
+        "--out",
+        str(tmp_path / "alone"),
+        cwd=tmp_path,
+    )
+    call(
+        "test.py",
+        "-r",
+        str(run / "best_model.pth"),
+        "-p",
+        "all",
+        "--out",
+        str(tmp_path / "all"),
+        cwd=tmp_path,
+    )
     assert (tmp_path / "alone" / "T.csv").read_text() == (tmp_path / "all" / "T.csv").read_text()
 
 
@@ -134,6 +171,8 @@ def test_bad_checkpoints_are_one_line(run: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_bad_testing_input_is_one_line(run: Path, arguments: list[str], words: list[str], tmp_path: Path) -> None:
+def test_bad_testing_input_is_one_line(
+    run: Path, arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
     done = call("test.py", "-r", str(run / "best_model.pth"), *arguments, cwd=tmp_path, expect=2)
     assert all(word in done.stderr for word in words), done.stderr

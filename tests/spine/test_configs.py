@@ -43,7 +43,10 @@ def test_every_rule_is_built() -> None:
 
 def test_the_paper_protocol_puts_its_own_rankdice_behind_the_name() -> None:
     cfg = build.compose("train", ["protocol=paper"])
-    ours, theirs = build.rules(["rankdice"])["rankdice"], build.rules(["rankdice"], dict(cfg.protocol.rules))["rankdice"]
+    ours, theirs = (
+        build.rules(["rankdice"])["rankdice"],
+        build.rules(["rankdice"], dict(cfg.protocol.rules))["rankdice"],
+    )
     assert theirs.keywords["app"] == 2 and theirs.keywords["truncate_mean"] is True
     assert ours.keywords.get("app", 0) == 0
 
@@ -66,7 +69,7 @@ def test_unknown_names_are_explained_in_one_line() -> None:
 
 def test_a_stored_configuration_comes_back_with_overrides_on_top() -> None:
     cfg = build.compose("train", ["loss=focal", "protocol=paper", "batch_size=3", "optimizer.lr=0.5"])
-    choices = {group: "none" for group in build.GROUPS} | {
+    choices = {
         "dataset": "synthetic", "model": "tiny", "loss": "focal", "optimizer": "adamw", "schedule": "poly",
         "predictor": "rankdice", "protocol": "paper", "trainer": "default",
     }  # fmt: skip
@@ -101,6 +104,18 @@ def test_a_stored_configuration_cannot_choose_code_or_read_the_environment() -> 
 
 
 def test_differences_name_what_changes_numbers_and_nothing_else() -> None:
-    old = {"seed": 0, "num_workers": 0, "optimizer": {"lr": 0.1}, "dataset": {"root": "a"}, "trainer": {"keep": 1}}
-    new = {"seed": 0, "num_workers": 4, "optimizer": {"lr": 0.2}, "dataset": {"root": "b"}, "trainer": {"keep": 2}}
+    old = {
+        "seed": 0,
+        "num_workers": 0,
+        "optimizer": {"lr": 0.1},
+        "dataset": {"root": "a"},
+        "trainer": {"keep": 1},
+    }
+    new = {
+        "seed": 0,
+        "num_workers": 4,
+        "optimizer": {"lr": 0.2},
+        "dataset": {"root": "b"},
+        "trainer": {"keep": 2},
+    }
     assert stored.differences(old, new) == ["optimizer.lr: 0.1 -> 0.2"]
