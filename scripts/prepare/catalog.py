@@ -1,0 +1,132 @@
+"""The data sets: what they are, their terms, where they come from, and how to open them."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from configs.cli import CONFIGS
+from datasets import VOC2012, Cityscapes, DatasetError, Folder, KvasirSEG
+from datasets.files import PairedDataset
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file that may be downloaded without an account.
+
+    ``checksum`` is ``algorithm:hexdigest``, or None where the owner publishes none; ``size`` in bytes.
+    ``inside`` is the folder of the archive that becomes the data set's root.
+    """
+
+    urls: tuple[str, ...]
+    file: str
+    size: int | None = None
+    checksum: str | None = None
+    inside: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set. ``holds``: what lies directly in its root once it is there."""
+
+    name: str
+    kind: type[PairedDataset]
+    about: str
+    size: str
+    licence: str
+    home: str
+    holds: tuple[str, ...]
+    archive: Archive | None = None
+    steps: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        """The folder that the configuration looks in unless dataset.root says otherwise."""
+        return Path(str(OmegaConf.load(CONFIGS / "dataset" / f"{self.name}.yaml")["root"]))
+
+    def open(self, root: Path, split: str, classes: Path | None = None) -> PairedDataset:
+        """Return one split.
+
+        Raises DatasetError where it is not there.
+        """
+        return Folder(root, split, classes=classes) if self.kind is Folder else self.kind(root, split)
+
+    def splits(self, root: Path, chosen: list[str], classes: Path | None = None) -> dict[str, PairedDataset]:
+        """Return the splits asked for, or else train and val, and test where there is one.
+
+        Raises DatasetError where one is not there.
+        """
+        found = {split: self.open(root, split, classes) for split in chosen or ("train", "val")}
+        if not chosen and self.kind in (Folder, KvasirSEG):
+            with contextlib.suppress(DatasetError):  # not every data set has one
+                found["test"] = self.open(root, "test", classes)
+        return found
+
+
+_ENTRIES = (
+    Entry(
+        "voc2012",
+        VOC2012,
+        "PASCAL VOC 2012: 20 kinds of objects; 1464 training and 1449 validation images",
+        "2.0 GB to download, 2 GB unpacked",
+        "images from Flickr under its terms of use; for research",
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        ("VOCdevkit",),
+        Archive(
+            (
+                "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+                "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            ),
+            "VOCtrainval_11-May-2012.tar",
+            size=1999639040,
+            checksum="md5:6cd6e144f989b92b3379bac3b3de84fd",
+        ),
+    ),
+    Entry(
+        "kvasir_seg",
+        KvasirSEG,
+        "Kvasir-SEG: polyps in 1000 colonoscopy images; 880 for training, 120 for validation",
+        "46 MB",
+        "for research and education, citing Jha et al., MMM 2020",
+        "https://datasets.simula.no/kvasir-seg/",
+        ("images", "masks"),
+        Archive(
+            ("https://datasets.simula.no/downloads/kvasir-seg.zip",), "kvasir-seg.zip", inside="Kvasir-SEG"
+        ),
+    ),
+    Entry(
+        "cityscapes",
+        Cityscapes,
+        "Cityscapes, fine annotations: 19 classes of street scenes; 2975 training and 500 validation images",
+        "11.6 GB to download (11 GB images, 241 MB annotations)",
+        "free for non-commercial research after registration",
+        "https://www.cityscapes-dataset.com/",
+        ("leftImg8bit", "gtFine"),
+        steps=(
+            "register at https://www.cityscapes-dataset.com/register/ and wait for the e-mail",
+            "log in, open https://www.cityscapes-dataset.com/downloads/ and fetch"
+            " gtFine_trainvaltest.zip (241 MB) and leftImg8bit_trainvaltest.zip (11 GB)",
+            "unzip both into {root}: it then holds gtFine/ and leftImg8bit/",
+            "python scripts/prepare_data.py check cityscapes --root {root}",
+        ),
+    ),
+    Entry(
+        "folder",
+        Folder,
+        "your own images: see docs/own-data.md",
+        "yours",
+        "yours",
+        "docs/own-data.md",
+        ("images", "masks"),
+        steps=(
+            "put images into {root}/images and masks of the same names into {root}/masks",
+            "write {root}/classes.yaml, such as: classes: [background, lesion]",
+            "python scripts/prepare_data.py split {root}",
+            "python scripts/prepare_data.py check folder --root {root}",
+        ),
+    ),
+)
+CATALOG = {entry.name: entry for entry in _ENTRIES}

@@ -1,0 +1,242 @@
+"""Get data ready for training: what there is, whether it is sound, where it comes from.
+
+    python scripts/prepare_data.py list                                  the data sets, their terms and sizes
+    python scripts/prepare_data.py fetch kvasir_seg                      download, verify, unpack
+    python scripts/prepare_data.py check kvasir_seg                      every fault, with its path
+    python scripts/prepare_data.py check folder --root mine --json       the same for a program
+    python scripts/prepare_data.py split mine --val 0.15 --test 0.15     pinned split files
+    python scripts/prepare_data.py stats folder --root mine              mean, std and class frequencies
+
+Results go to stdout, progress and errors to stderr.
+Exit codes: 0 done and sound, 1 `check` found faults, 2 bad input, 3 a transfer or the disk failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
+from configs.cli import guarded
+from datasets.files import list_images
+from scripts.parallel import default_workers
+from scripts.prepare.catalog import CATALOG, Entry
+from scripts.prepare.checking import Report, check
+from scripts.prepare.fetching import download, unpack
+from scripts.prepare.splitting import make_split, write_split
+from scripts.prepare.totals import count
+
+FAULTY = 1
+SHOWN = 50
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    return args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="list | check | fetch | split | stats")
+
+    one = commands.add_parser("list", help="the data sets, their terms, sizes and layouts")
+    one.set_defaults(run=_list)
+
+    one = commands.add_parser("check", help="read every file and list every fault")
+    one.set_defaults(run=_check)
+    _data_arguments(one)
+    one.add_argument("--all", action="store_true", help=f"list every fault, not the first {SHOWN}")
+
+    one = commands.add_parser("stats", help="mean, standard deviation and class frequencies")
+    one.set_defaults(run=_stats)
+    _data_arguments(one)
+
+    one = commands.add_parser("fetch", help="download, verify and unpack; or say how to get it")
+    one.set_defaults(run=_fetch)
+    one.add_argument("name", choices=CATALOG)
+    one.add_argument("--root", type=Path, help="where to put it (default: as configured, below data/)")
+    one.add_argument("--url", action="append", help="another place of the same archive; may be repeated")
+    one.add_argument("--checksum", help="ALGORITHM:HEX of the archive, instead of the one known")
+    one.add_argument("--attempts", type=int, default=5, help="tries without a new byte before giving up")
+    one.add_argument("--keep", action="store_true", help="keep the archive after unpacking")
+
+    one = commands.add_parser("split", help="write train.txt, val.txt and test.txt for a folder of images/")
+    one.set_defaults(run=_split)
+    one.add_argument("root", type=Path)
+    one.add_argument("--val", type=float, default=0.12, help="share for validation (default: 0.12)")
+    one.add_argument("--test", type=float, default=0.0, help="share for the test (default: none)")
+    one.add_argument("--seed", type=int, default=0, help="another split of the same names")
+    one.add_argument(
+        "--group", metavar="REGEX", help="keep images together by a part of their name: '^patient\\d+'"
+    )
+    one.add_argument("--force", action="store_true", help="replace split files that are there")
+
+    for one in commands.choices.values():
+        one.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        one.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=CATALOG)
+    parser.add_argument("--root", type=Path, help="the data set's folder (default: as configured)")
+    parser.add_argument(
+        "--split", action="append", default=[], help="may be repeated (default: all there are)"
+    )
+    parser.add_argument("--classes", type=Path, help="folder only: another classes.yaml")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="threads (default: all cores)")
+
+
+def _list(args: argparse.Namespace) -> int:
+    """What there is."""
+    if args.json:
+        _print_json(
+            {
+                e.name: {
+                    "about": e.about,
+                    "size": e.size,
+                    "licence": e.licence,
+                    "home": e.home,
+                    "root": str(e.root),
+                    "fetch": e.archive is not None,
+                    "tree": e.kind.help_tree,
+                }
+                for e in CATALOG.values()
+            }
+        )
+        return 0
+    for entry in CATALOG.values():
+        print(f"{entry.name}\n  {entry.about}")
+        rows = {"size": entry.size, "terms": entry.licence, "from": entry.home, "looked for in": entry.root}
+        if entry.archive:
+            rows["fetch"] = f"python scripts/prepare_data.py fetch {entry.name}"
+        print("\n".join(f"  {key + ':':<15}{value}" for key, value in rows.items()))
+        print(f"{entry.kind.help_tree}\n")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Read every file of the splits; the exit code says whether they are sound."""
+    entry = CATALOG[args.name]
+    root = args.root or entry.root
+    splits = entry.splits(root, args.split, args.classes)
+    report = check(args.name, root, splits, args.workers, progress=not args.quiet)
+    if args.json:
+        _print_json(report.as_json())
+    else:
+        _print_report(
+            report, entry, next(iter(splits.values())).info.num_classes, None if args.all else SHOWN
+        )
+    return FAULTY if report.faults else 0
+
+
+def _print_report(report: Report, entry: Entry, num_classes: int, shown: int | None) -> None:
+    for fault in report.faults[:shown]:
+        print(f"{fault.split}: {fault.message}")
+    if shown and len(report.faults) > shown:
+        print(f"... and {len(report.faults) - shown} more (--all lists them)")
+    for note in report.notes:
+        print(f"note: {note}")
+    sizes = ", ".join(f"{split} {size}" for split, size in report.splits.items())
+    verdict = f"{len(report.faults)} faults" if report.faults else "no fault"
+    print(f"{report.dataset} in {report.root}: {sizes} images, {num_classes} classes, {verdict}")
+    if not report.faults:
+        own = f" dataset.num_classes={num_classes}" if entry.name == "folder" else ""
+        print(f"train on it: python train.py dataset={entry.name} dataset.root={report.root}{own}")
+
+
+def _stats(args: argparse.Namespace) -> int:
+    """Count one split: train, unless another was chosen."""
+    entry = CATALOG[args.name]
+    results = {}
+    for split in args.split or ["train"]:
+        data = entry.open(args.root or entry.root, split, args.classes)
+        results[split] = count(data, args.workers, progress=not args.quiet).as_json(data.info)
+    if args.json:
+        _print_json(results)
+        return 0
+    for split, result in results.items():
+        height, width = ("-".join(map(str, dict.fromkeys(result[key]))) for key in ("height", "width"))
+        print(f"{args.name} {split}: {result['images']} images, height {height}, width {width}")
+        print(f"{'class':<24}{'of the pixels':>14}{'in images':>12}")
+        for row in result["classes"]:
+            share = "-" if row["share"] is None else f"{row['share']:.3%}"
+            print(f"{row['index']:>3} {row['name']:<20}{share:>14}{row['images']:>12}")
+        print(f"    {'void':<20}{result['void']:>14.3%}   (of all pixels)")
+        for key in ("mean", "std"):
+            print(f"{key}: [{', '.join(f'{value:.8f}' for value in result[key])}]")
+    return 0
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    """Download, or say what to do."""
+    entry = CATALOG[args.name]
+    root = (args.root or entry.root).expanduser()
+    archive = entry.archive
+    if all((root / name).exists() for name in entry.holds):
+        return _fetched(args, entry, root, "there already")
+    if archive is None:
+        steps = [step.format(root=root) for step in entry.steps]
+        if args.json:
+            _print_json({"name": entry.name, "root": str(root), "status": "by hand", "steps": steps})
+        else:
+            print(f"{entry.name} cannot be fetched by a script ({entry.licence}):")
+            print("\n".join(f"  {k}. {step}" for k, step in enumerate(steps, 1)))
+        return 0
+    print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
+    path = root.parent / archive.file
+    other = args.url is not None and args.checksum is not None  # a stranger's archive has a size of its own
+    digest = download(
+        args.url or archive.urls,
+        path,
+        size=None if other else archive.size,
+        checksum=args.checksum or archive.checksum,
+        attempts=args.attempts,
+        progress=not args.quiet,
+    )
+    if not (args.checksum or archive.checksum):
+        print(f"no checksum is published; this is {digest} (pin it with --checksum)", file=sys.stderr)
+    unpack(path, root, archive.inside, progress=not args.quiet)
+    if not args.keep:
+        path.unlink()
+    return _fetched(args, entry, root, "fetched")
+
+
+def _fetched(args: argparse.Namespace, entry: Entry, root: Path, status: str) -> int:
+    if args.json:
+        _print_json({"name": entry.name, "root": str(root), "status": status, "steps": []})
+    else:
+        print(f"{entry.name}: {status}, in {root}")
+        print(f"next: python scripts/prepare_data.py check {entry.name} --root {root}")
+    return 0
+
+
+def _split(args: argparse.Namespace) -> int:
+    """Write split files."""
+    folder = args.root / "images"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist: give the folder that holds images/ and masks/")
+    shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
+    split = make_split(list(list_images(folder)), shares, args.seed, args.group)
+    paths = write_split(args.root, split, args.force)
+    sizes = {path.stem: len(split[path.stem]) for path in paths}
+    if args.json:
+        _print_json({"root": str(args.root), "seed": args.seed, "splits": sizes})
+    else:
+        print("\n".join(f"{path}: {sizes[path.stem]} images" for path in paths))
+    return 0
+
+
+def _print_json(content: dict) -> None:
+    print(json.dumps(content, indent=2))
+
+
+if __name__ == "__main__":
+    guarded(lambda: sys.exit(main()))
