@@ -108,7 +108,10 @@ class SegmentationDataset(Dataset):
 
         chosen = set(spread(len(self), sample))
         bar = tqdm(
-            range(len(self)), desc=f"verify {self.info.name} {self.split}", disable=not progress, leave=False
+            range(len(self)),
+            desc=f"verify {self.info.name} {self.split}",
+            disable=None if progress else True,
+            leave=False,
         )
         return [fault for index in bar for fault in self.check(index, decode=index in chosen)]
 

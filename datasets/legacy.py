@@ -38,10 +38,11 @@ def bilinear_window(image: Tensor, size: tuple[int, int], top: int, left: int, c
     row, next_row, row_share = taps(image.shape[-2], size[0], top, crop)
     column, next_column, column_share = taps(image.shape[-1], size[1], left, crop)
     first, last = int(row[0]), int(next_row[-1]) + 1
-    pixels = image[:, first:last].float()
-    across = mix(pixels[:, :, column], pixels[:, :, next_column], column_share)
-    mixed = mix(across[:, row - first], across[:, next_row - first], row_share[:, None])
-    return mixed.to(torch.uint8)
+    pixels = image.permute(1, 2, 0)[first:last]  # channels last, as decoded: columns are then cheap to pick
+    left_pixels, right_pixels = (pixels.index_select(1, at).float() for at in (column, next_column))
+    across = mix(left_pixels, right_pixels, column_share[:, None])
+    upper, lower = (across.index_select(0, at - first) for at in (row, next_row))
+    return mix(upper, lower, row_share[:, None, None]).to(torch.uint8).permute(2, 0, 1)
 
 
 def taps(size: int, new_size: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -152,7 +152,7 @@ class Loader:
         except RuntimeError as error:
             if not first_line(error).startswith("DataLoader"):
                 raise
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"a loader process died, or gave nothing for {self.timeout:g} s ({first_line(error)}): "
                 "see whether memory or /dev/shm ran out, or set num_workers=0"
             ) from None
@@ -161,6 +161,8 @@ class Loader:
         if faults and self.on_error == "raise":
             raise DatasetError(faults[0][1])
         self.skipped.update(faults)
+        if faults and len(self.skipped) == len(self.dataset):
+            raise DatasetError(f"no image of {self.dataset.info.name} can be read: {faults[0][1]}")
 
 
 class TrainLoader(Loader):

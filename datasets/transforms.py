@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -81,42 +82,41 @@ def rotate_window(
 ) -> tuple[Tensor, Tensor]:
     """Return the window of the pair turned by whole degrees, counter-clockwise.
 
-    Only the pixels that can reach the window are turned, not the whole frame: up to rounding the result is
-    the same, and a crop of a large frame costs what a crop costs. The frame turns about (W/2, H/2) counted
-    from the centre of the first pixel and keeps its size, image bilinear and truncated to uint8 (corners
-    black), mask nearest (corners `label_fill`).
+    Only the window's pixels are computed, from the part of the frame that can reach them: a crop of a large
+    frame costs what a crop costs. The frame turns about (W/2, H/2) counted from the centre of the first pixel
+    and keeps its size, image bilinear and truncated to uint8 (corners black), mask nearest (corners
+    `label_fill`).
     """
     top, left, height, width = window
-    if degrees:
-        y0, x0, y1, x1 = source_box(image.shape[-2:], degrees, window)
-        centre = [image.shape[-1] / 2 + 0.5 - x0, image.shape[-2] / 2 + 0.5 - y0]
-        # Slices are plain tensors, which torchvision would take for images: wrap them again.
-        part = tv_tensors.Image(image[:, y0:y1, x0:x1].float())
-        image = F.rotate(part, degrees, InterpolationMode.BILINEAR, center=centre).to(torch.uint8)
-        mask = F.rotate(tv_tensors.Mask(mask[y0:y1, x0:x1]), degrees, center=centre, fill=label_fill)
-        top, left = top - y0, left - x0
-    rows, columns = slice(top, top + height), slice(left, left + width)
-    return image[:, rows, columns], mask[rows, columns]
+    if degrees == 0:
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        return image[:, rows, columns], mask[rows, columns]
+    y, x = turned_places(image.shape[-2:], degrees, window)
+    (y0, y1), (x0, x1) = reach(y, image.shape[-2]), reach(x, image.shape[-1])
+    part, labels = image[:, y0:y1, x0:x1].float(), mask[y0:y1, x0:x1].float()
+    size = torch.tensor([labels.shape[1], labels.shape[0]])
+    grid = (torch.stack((x - x0, y - y0), dim=-1) * (2 / size) - 1)[None]
+    part = grid_sample(part[None], grid, "bilinear", "zeros", align_corners=False)[0]
+    # Outside the frame a sample is 0, so the fill is made the zero of the labels.
+    labels = grid_sample((labels - label_fill)[None, None], grid, "nearest", "zeros", align_corners=False)
+    return part.to(torch.uint8), (labels[0, 0] + label_fill).to(torch.uint8)
 
 
-def source_box(shape: Sequence[int], degrees: int, window: Window) -> tuple[int, int, int, int]:
-    """Return (top, left, bottom, right) of the part of a frame that holds a window and what turns into it."""
-    frame_height, frame_width = shape
+def turned_places(shape: Sequence[int], degrees: int, window: Window) -> tuple[Tensor, Tensor]:
+    """Return y and x (h, w), from the frame's corner, where the pixels of a turned window come from."""
     top, left, height, width = window
+    centre_y, centre_x = shape[0] / 2 + 0.5, shape[1] / 2 + 0.5
+    y = (torch.arange(top, top + height) + (0.5 - centre_y))[:, None]
+    x = torch.arange(left, left + width) + (0.5 - centre_x)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    cy, cx = frame_height / 2, frame_width / 2
-    ys, xs = [top, top + height], [left, left + width]
-    for y in (top, top + height):
-        for x in (left, left + width):
-            ys.append(math.floor(cy + sin * (x - cx) + cos * (y - cy)))
-            xs.append(math.floor(cx + cos * (x - cx) - sin * (y - cy)))
+    return sin * x + cos * y + centre_y, cos * x - sin * y + centre_x
+
+
+def reach(places: Tensor, size: int) -> tuple[int, int]:
+    """Return first and last + 1 of the pixels of a line that places along it touch, at least one."""
     margin = 2  # bilinear neighbours, and rounding
-    return (
-        max(min(ys) - margin, 0),
-        max(min(xs) - margin, 0),
-        min(max(ys) + margin + 1, frame_height),
-        min(max(xs) + margin + 1, frame_width),
-    )
+    first = min(max(int(places.min()) - margin, 0), size - 1)
+    return first, min(max(int(places.max()) + margin + 1, first + 1), size)
 
 
 class TrainTransform:

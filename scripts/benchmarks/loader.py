@@ -1,0 +1,98 @@
+"""Loading Cityscapes-size frames, all training augmentation included, against Pillow decoding alone."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from datasets import Cityscapes, EvalLoader, EvalTransform, TrainLoader, TrainTransform
+
+WIDTH, HEIGHT = 2048, 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--root", type=Path, help="a Cityscapes folder; frames are made up where it is not given"
+    )
+    parser.add_argument("--frames", type=int, default=12, help="how many frames a round reads (default 12)")
+    parser.add_argument("--rounds", type=int, default=5, help="how many rounds the median is of (default 5)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0: this one)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print frames a second of each way, and the ratio to Pillow's decoding alone; one thread each."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as made:
+        root = args.root or make_frames(Path(made), args.frames)
+        data = Cityscapes(root, "train")
+        data.pairs, data.names = data.pairs[: args.frames], data.names[: args.frames]
+        rows = measure(data, args)
+    decode = rows["Pillow: decode image and mask"]
+    print("| frames of 1024x2048 | frames/s | against Pillow's decode |\n|---|---|---|")
+    for name, seconds in rows.items():
+        print(f"| {name} | {len(data) / seconds:.1f} | {decode / seconds:.2f} |")
+
+
+def measure(data: Cityscapes, args: argparse.Namespace) -> dict[str, float]:
+    """Return the median seconds for all frames, each way in turn so that drift meets all alike."""
+    mean, std = data.info.mean, data.info.std
+    train = TrainLoader(
+        data, TrainTransform(mean, std, crop=512), 6, seed=0, num_workers=args.workers, drop_last=False
+    )
+    paper = EvalLoader(data, EvalTransform(mean, std, crop=512, legacy=True), 6, num_workers=args.workers)
+    corrected = EvalLoader(data, EvalTransform(mean, std), 1, num_workers=args.workers)
+    ways: dict[str, Callable[[], None]] = {
+        "Pillow: decode image and mask": lambda: pillow(data),
+        "training: rotate, crop 512, flip, normalise": lambda: drain(train.epoch(0)),
+        "evaluation, paper: resize, centre crop 512": lambda: drain(paper),
+        "evaluation, corrected: whole frame": lambda: drain(corrected),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(values[1:]) for name, values in seconds.items()}  # the first round warms up
+
+
+def pillow(data: Cityscapes) -> None:
+    """Decode every frame and mask, and do nothing with them."""
+    for pair in data.pairs:
+        Image.open(pair.image).load()
+        Image.open(pair.mask).load()
+
+
+def drain(batches: object) -> None:
+    """Take every batch."""
+    for _ in batches:  # type: ignore[attr-defined]
+        pass
+
+
+def make_frames(root: Path, count: int) -> Path:
+    """Write frames with the noise of a camera and masks of blocks, in the real layout; return the root."""
+    rng = np.random.default_rng(0)
+    for index in tqdm(range(count), desc="making frames", leave=False):
+        coarse = Image.fromarray(rng.integers(0, 256, (16, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.float32)
+        frame = (smooth + rng.normal(0, 2, smooth.shape)).clip(0, 255).astype(np.uint8)
+        blocks = Image.fromarray(rng.choice(np.array([7, 8, 11, 21, 23, 26], dtype=np.uint8), (16, 32)))
+        stem = f"aachen_{index:06d}_000019"
+        for kind, end, image in (
+            ("leftImg8bit", "leftImg8bit", Image.fromarray(frame)),
+            ("gtFine", "gtFine_labelIds", blocks.resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)),
+        ):
+            folder = root / kind / "train" / "aachen"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{stem}_{end}.png")
+    return root

@@ -1,0 +1,261 @@
+"""Whatever is wrong with data is named with its path and a remedy, before training or at the read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import VOC2012, Cityscapes, DatasetError, Folder, KvasirSEG, Synthetic
+from datasets.base import DatasetInfo, spread
+from datasets.decode import decode_image, decode_mask
+from tests.trees import labels, make_cityscapes, make_folder, make_kvasir, make_voc, picture
+
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    return Folder(make_folder(tmp_path), "train")
+
+
+def complaint(data, index: int = 0) -> str:
+    """The message for one pair; verification says the same as reading."""
+    with pytest.raises(DatasetError) as raised:
+        data.read(index)
+    with pytest.raises(DatasetError) as verified:
+        data.verify(progress=False, sample=None)
+    assert str(raised.value) in str(verified.value)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("source", [KvasirSEG, VOC2012, Cityscapes, Folder])
+def test_a_missing_data_set_shows_the_tree_and_where_to_get_it(source, tmp_path):
+    with pytest.raises(DatasetError, match=r"does not exist; set dataset\.root to a folder like\n") as raised:
+        source(tmp_path / "nowhere", "train")
+    assert source.help_tree in str(raised.value)
+    with pytest.raises(DatasetError, match=r"dataset\.root"):
+        source(tmp_path, "train")  # there, but empty
+
+
+@pytest.mark.parametrize(
+    ("source", "make"), [(KvasirSEG, make_kvasir), (Cityscapes, make_cityscapes), (Folder, make_folder)]
+)
+def test_an_unknown_split_is_named(source, make, tmp_path):
+    with pytest.raises(DatasetError, match="'dev'"):
+        source(make(tmp_path), "dev")
+
+
+def test_a_missing_mask(folder):
+    folder.pairs[0].mask.unlink()
+    assert "case0.png is missing: restore it" in complaint(folder)
+
+
+def test_a_missing_image_is_found_in_split_and_folder(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "images" / "case0.jpg").unlink()
+    data = Folder(root, "train")
+    assert "case0.jpg is missing" in complaint(data)
+    with pytest.raises(DatasetError, match=r"case0.png is a mask without an image"):
+        data.verify(progress=False)
+
+
+def test_an_image_without_a_mask_in_a_listed_folder(tmp_path):
+    root = make_cityscapes(tmp_path)
+    data = Cityscapes(root, "train")
+    data.pairs[1].mask.unlink()
+    again = Cityscapes(root, "train")
+    assert again.names == data.names
+    assert f"{data.pairs[1].mask} is missing" in complaint(again, 1)
+
+
+def test_sizes_that_differ_are_found_by_headers_alone(folder):
+    Image.fromarray(labels(1, (30, 20), 1)).save(folder.pairs[1].mask)
+    assert "40x32 but its mask" in complaint(folder, 1)
+    assert len(folder.check(1, decode=False)) == 1 and not folder.check(0, decode=False)
+
+
+def test_a_truncated_jpeg(folder):
+    path = folder.pairs[0].image
+    path.write_bytes(path.read_bytes()[:-300])
+    assert str(path) in complaint(folder) and "truncated" in complaint(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
+def test_a_file_that_is_no_image(folder, content):
+    folder.pairs[0].image.write_bytes(content)
+    assert "case0.jpg is not an image: fetch it again" in complaint(folder)
+
+
+def test_a_truncated_png_mask(folder):
+    path = folder.pairs[0].mask
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "case0.png is damaged" in complaint(folder)
+
+
+def test_labels_outside_the_table(folder):
+    mask = labels(0, (40, 32), 1)
+    mask[0, :3] = 2, 7, 254
+    Image.fromarray(mask).save(folder.pairs[0].mask)
+    assert "holds labels 2, 7, 254 outside the table" in complaint(folder)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
+def test_masks_of_colours_where_indices_are_needed(tmp_path, mode):
+    path = tmp_path / "mask.tif"
+    Image.fromarray(labels(0, (40, 32), 1)).convert(mode).save(path)
+    with pytest.raises(DatasetError, match=rf"mask.tif is a colour mask \(mode {mode}\).*one-channel PNG"):
+        decode_mask(path)
+
+
+def test_a_palette_mask_gives_indices_not_colours(tmp_path):
+    image = Image.fromarray(labels(0, (40, 32), 1))
+    image.putpalette([*WHITE, *BLACK] + [0] * 762)
+    image.save(tmp_path / "mask.png")
+    assert np.array_equal(decode_mask(tmp_path / "mask.png"), labels(0, (40, 32), 1))
+
+
+def test_masks_of_one_and_of_sixteen_bits(tmp_path):
+    mask = labels(0, (40, 32), 1)
+    Image.fromarray(mask.astype(bool)).save(tmp_path / "bit.png")
+    assert np.array_equal(decode_mask(tmp_path / "bit.png"), mask)
+    Image.fromarray(mask.astype(np.uint16) * 200).save(tmp_path / "deep.png")
+    assert np.array_equal(decode_mask(tmp_path / "deep.png"), mask * 200)
+    Image.fromarray(mask.astype(np.uint16) * 1000).save(tmp_path / "deep.png")
+    with pytest.raises(DatasetError, match=r"deep.png holds labels 0..1000"):
+        decode_mask(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_images_of_other_modes_become_rgb(tmp_path, mode):
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    image = picture(0, (40, 32)).convert(mode)
+    image.save(path)
+    decoded = decode_image(path)
+    assert decoded.shape == (32, 40, 3) and decoded.dtype == np.uint8
+    assert abs(decoded.astype(int) - np.asarray(image.convert("RGB"), dtype=int)).mean() < 4
+
+
+def test_sixteen_bit_grey_images_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 3000, dtype=np.uint16)).save(tmp_path / "ct.png")
+    with pytest.raises(DatasetError, match=r"ct.png has more than 8 bits.*save it as 8 bits"):
+        decode_image(tmp_path / "ct.png")
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def test_exif_rotation_follows_the_mask_where_its_size_tells(tmp_path):
+    path = tmp_path / "photo.jpg"
+    picture(0, (40, 32)).save(path, exif=exif(6), quality=95)
+    assert decode_image(path, mask_size=(40, 32)).shape == (32, 40, 3)
+    upright = decode_image(path, mask_size=(32, 40))
+    stored = decode_image(path, mask_size=(40, 32))
+    assert np.array_equal(upright, np.rot90(stored, -1))
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(3, (40, 32)), (2, (40, 32)), (6, (40, 40))])
+def test_exif_rotation_is_refused_where_nothing_tells(tmp_path, orientation, size):
+    data = Folder(make_folder(tmp_path, size=size), "train")
+    picture(0, size).save(data.pairs[0].image, exif=exif(orientation))
+    message = complaint(data)
+    assert f"EXIF orientation {orientation}" in message and "-auto-orient" in message
+    assert data.check(0, decode=False)  # headers suffice
+
+
+def test_cityscapes_refuses_train_ids(tmp_path):
+    data = Cityscapes(make_cityscapes(tmp_path), "train")
+    Image.fromarray(labels(0, (64, 32), 13, outside=255)).save(data.pairs[0].mask)
+    assert "holds train ids (0..18, 255) where label ids are needed" in complaint(data)
+
+
+def test_cityscapes_notices_train_ids_without_void_over_the_whole_set(tmp_path):
+    data = Cityscapes(make_cityscapes(tmp_path), "train")
+    for pair in data.pairs:
+        Image.fromarray(labels(0, (64, 32), 13, outside=0)).save(pair.mask)
+    with pytest.raises(DatasetError, match="train ids"):
+        data.verify(progress=False)
+
+
+def test_cityscapes_with_only_train_id_files(tmp_path):
+    data = Cityscapes(make_cityscapes(tmp_path), "train")
+    path = data.pairs[0].mask
+    path.rename(path.with_name(path.name.replace("labelIds", "labelTrainIds")))
+    assert "labelTrainIds.png is there" in complaint(data)
+
+
+def test_label_ids_where_train_ids_were_meant(tmp_path):
+    names = ", ".join(f"c{k}" for k in range(19))
+    data = Folder(make_folder(tmp_path, classes=f"classes: [{names}]\n", inside=26), "train")
+    assert "label ids where train ids are needed: use dataset=cityscapes" in complaint(data)
+
+
+def test_a_binary_mask_of_0_and_255_is_not_taken_for_void(tmp_path):
+    data = Folder(make_folder(tmp_path, inside=255), "train")
+    with pytest.raises(DatasetError, match=r"hold 0 and 255 \(void\) only: add `value: 255`"):
+        data.verify(progress=False)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("classes: [a, b", "is not YAML"),
+        ("klasses: [a]", "unknown key 'klasses'"),
+        ("classes: lesion", "must be a list of names"),
+        ("classes: [{title: a}]", "a class has a name"),
+        ("classes: [a, {name: b, value: 0}]", "value 0 of class 'b' must be new"),
+        ("classes: [a, {name: b, color: [1, 2]}]", "not enough values"),
+        ("classes: [a, b]\nscored: [2]", r"scored classes \(2,\) go beyond 0..1"),
+        ("classes: [a, b]\nignore_index: 1", r"ignore_index=1 must lie in 2..255"),
+    ],
+)
+def test_a_faulty_table_of_classes(tmp_path, table, message):
+    with pytest.raises(DatasetError, match=message) as raised:
+        Folder(make_folder(tmp_path, classes=table), "train")
+    assert "classes.yaml" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_table_with_another_number_of_classes_than_configured(tmp_path):
+    with pytest.raises(DatasetError, match=r"num_classes 2, not 3: set dataset\.num_classes=2"):
+        Folder(make_folder(tmp_path), "train", num_classes=3)
+
+
+def test_many_faults_are_counted_and_the_first_are_shown(tmp_path):
+    data = KvasirSEG(make_kvasir(tmp_path, count=25), "train")
+    for pair in data.pairs:
+        pair.image.write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"kvasir_seg train has 22 faults:(\n.*){10}\n  ... and 12 more$"):
+        data.verify(progress=False)
+
+
+def test_the_sample_that_is_decoded_is_spread_evenly():
+    assert spread(10, None) == list(range(10)) == spread(10, 10)
+    assert spread(100, 4) == [12, 37, 62, 87]
+    assert spread(5, 0) == []
+
+
+def test_what_a_data_set_says_of_itself_is_checked():
+    with pytest.raises(ValueError, match="2 classes but 1 colours"):
+        DatasetInfo("x", ("a", "b"), (BLACK,), (1,))
+    with pytest.raises(ValueError, match="300 classes"):
+        DatasetInfo("x", tuple(map(str, range(300))), (BLACK,) * 300, (1,))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"split": "dev"}, {"num_classes": 1}, {"num_classes": 9}, {"num_images": 0}, {"size": 4}]
+)
+def test_synthetic_refuses_what_it_cannot_draw(arguments):
+    with pytest.raises(ValueError, match=str(next(iter(arguments.values())))):
+        Synthetic(**arguments)
+
+
+def test_voc_line_without_files(tmp_path):
+    root = make_voc(tmp_path)
+    path = root / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
+    path.write_text(path.read_text() + "2099_000001\n")
+    data = VOC2012(root, "train")
+    assert "2099_000001.png is missing" in complaint(data, len(data) - 1)

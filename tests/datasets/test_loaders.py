@@ -1,0 +1,234 @@
+"""The batches are a function of (seed, epoch, index): whatever the workers, the shard, or the place of resumption."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from datasets import (
+    DatasetError,
+    DatasetInfo,
+    EvalLoader,
+    EvalTransform,
+    SegmentationDataset,
+    TrainLoader,
+    TrainTransform,
+)
+
+INFO = DatasetInfo("numbered", ("a", "b"), ((0, 0, 0), (255, 255, 255)), (1,))
+
+
+class Numbered(SegmentationDataset):
+    """Image k is filled with k; sizes as given; some are broken, and reads are counted."""
+
+    def __init__(self, sizes: list[tuple[int, int]], broken: tuple[int, ...] = ()) -> None:
+        self.info, self.split, self.sizes, self.broken = INFO, "train", sizes, broken
+        self.names = [f"image{k}" for k in range(len(sizes))]
+        self.reads: list[int] = []
+
+    def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        self.reads.append(index)
+        if index in self.broken:
+            raise DatasetError(f"/data/image{index}.jpg is damaged: fetch it again")
+        height, width = self.sizes[index]
+        noise = np.random.default_rng(index).integers(0, 256, (3, height, width), dtype=np.uint8)
+        return tv_tensors.Image(torch.from_numpy(noise)), tv_tensors.Mask(
+            torch.full((height, width), index % 2).byte()
+        )
+
+
+def numbered(count: int = 11, broken: tuple[int, ...] = ()) -> Numbered:
+    return Numbered([(12, 14)] * count, broken)
+
+
+def train_loader(data: SegmentationDataset, batch_size: int = 4, seed: int = 3, **options) -> TrainLoader:
+    return TrainLoader(data, TrainTransform(INFO.mean, INFO.std, crop=8), batch_size, seed, **options)
+
+
+def eval_loader(data: SegmentationDataset, batch_size: int = 4, **options) -> EvalLoader:
+    return EvalLoader(data, EvalTransform(INFO.mean, INFO.std), batch_size, **options)
+
+
+def same(left, right) -> bool:
+    """Whether two lists of batches are equal to the bit."""
+    return len(left) == len(right) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a[2:] == b[2:]
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_batches_do_not_depend_on_the_workers():
+    data = numbered()
+    expected = [list(train_loader(data).epoch(epoch)) for epoch in range(2)]
+    for workers in (1, 2):
+        loader = train_loader(data, num_workers=workers)
+        assert same(list(loader.epoch(1)), expected[1])  # out of turn, and with workers that stay
+        assert same(list(loader.epoch(0)), expected[0])
+
+
+def test_an_epoch_goes_on_in_its_middle_without_reading_what_was_done():
+    data = numbered()
+    whole = list(train_loader(data).epoch(5))
+    data.reads.clear()
+    assert same(list(train_loader(data).epoch(5, start_step=2)), whole[2:])
+    assert data.reads == whole[2].indices
+    assert list(train_loader(data).epoch(5, start_step=3)) == []
+
+
+def test_an_epoch_that_was_left_early_does_not_disturb_the_next():
+    data = numbered()
+    expected = list(train_loader(data).epoch(1))
+    loader = train_loader(data, num_workers=2)
+    next(iter(loader.epoch(0)))
+    assert same(list(loader.epoch(1)), expected)
+
+
+def test_every_image_once_an_epoch_and_decoded_once():
+    data = numbered()
+    loader = train_loader(data)
+    batches = list(loader.epoch(0))
+    assert [len(batch.indices) for batch in batches] == [4, 4, 3] and len(loader) == 3
+    assert sorted(data.reads) == sorted(k for batch in batches for k in batch.indices) == list(range(11))
+    assert [name for batch in batches for name in batch.names] == [
+        f"image{k}" for batch in batches for k in batch.indices
+    ]
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_augmentation():
+    data = numbered()
+    first, second = (list(train_loader(data).epoch(epoch)) for epoch in (0, 1))
+    assert [b.indices for b in first] != [b.indices for b in second]
+    assert train_loader(data, seed=3).order(0) != train_loader(data, seed=4).order(0)
+    one_image = train_loader(numbered(1), batch_size=1)
+    assert len({next(one_image.epoch(k)).images.sum().item() for k in range(10)}) > 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_callers_random_state_is_left_alone(workers):
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate()
+    list(train_loader(numbered(), num_workers=workers).epoch(0))
+    list(eval_loader(numbered(), num_workers=workers))
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ranks_share_each_batch(world_size, drop_last):
+    data = numbered()
+    whole = list(train_loader(data, drop_last=drop_last).epoch(0))
+    shares = [
+        list(train_loader(data, drop_last=drop_last, rank=rank, world_size=world_size).epoch(0))
+        for rank in range(world_size)
+    ]
+    assert len(whole) == len(train_loader(data, drop_last=drop_last)) == 3 - drop_last
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
+        assert batch.indices == [k for part in parts for k in part.indices]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_scores_every_image_once_over_all_ranks(world_size):
+    data = numbered(6)
+    shares = [eval_loader(data, rank=rank, world_size=world_size) for rank in range(world_size)]
+    seen = [[k for batch in share for k in batch.indices] for share in shares]
+    assert seen == [list(range(rank, 6, world_size)) for rank in range(world_size)]
+    assert [share.num_images for share in shares] == [len(part) for part in seen]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_batches_hold_one_size_and_are_never_padded(workers):
+    sizes = [(9, 9), (9, 9), (9, 7), (9, 7), (9, 7), (9, 9), (5, 5)]
+    batches = list(eval_loader(Numbered(sizes), batch_size=4, num_workers=workers))
+    assert [batch.indices for batch in batches] == [[0, 1], [2, 3], [4], [5], [6]]
+    assert [tuple(batch.images.shape[-2:]) for batch in batches] == [(9, 9), (9, 7), (9, 7), (9, 9), (5, 5)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_stops_with_one_line(workers):
+    for batches in (
+        train_loader(numbered(broken=(6,)), num_workers=workers).epoch(0),
+        eval_loader(numbered(broken=(6,)), num_workers=workers),
+    ):
+        with pytest.raises(DatasetError, match=r"^/data/image6.jpg is damaged: fetch it again$"):
+            list(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_can_be_skipped_and_are_listed(workers):
+    data = numbered(broken=(6, 7))
+    loader = train_loader(data, on_error="skip", num_workers=workers)
+    batches = list(loader.epoch(0))
+    assert [len(batch.indices) for batch in batches] == [4, 4, 3]  # the next readable image steps in
+    assert not {6, 7} & {k for batch in batches for k in batch.indices}
+    assert (
+        loader.skipped.keys() == {"image6", "image7"} and "image6.jpg is damaged" in loader.skipped["image6"]
+    )
+    scored = eval_loader(data, on_error="skip", num_workers=workers)
+    assert [k for batch in scored for k in batch.indices] == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+    assert list(scored.skipped) == ["image6", "image7"]
+
+
+def test_a_data_set_without_a_readable_image_is_not_skipped_silently():
+    with pytest.raises(DatasetError, match="no image of numbered can be read"):
+        list(train_loader(numbered(3, broken=(0, 1, 2)), batch_size=2, on_error="skip").epoch(0))
+
+
+def test_bugs_are_not_skipped():
+    class Buggy(Numbered):
+        def read(self, index: int):
+            raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        list(train_loader(Buggy([(9, 9)] * 3), batch_size=2, on_error="skip").epoch(0))
+
+
+class Failing(Numbered):
+    """A data set whose reads end the process, or do not end."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__([(12, 14)] * 4)
+        self.how = how
+
+    def read(self, index: int):
+        if self.how == "dies":
+            os._exit(1)
+        time.sleep(3)
+
+
+@pytest.mark.parametrize("how", ["dies", "stalls"])
+def test_a_dead_or_stalled_worker_is_named(how):
+    loader = train_loader(Failing(how), num_workers=1, timeout=1)
+    with pytest.raises(
+        ChildProcessError, match=r"a loader process died, or gave nothing for 1 s.*num_workers=0"
+    ):
+        list(loader.epoch(0))
+
+
+def test_images_of_unlike_sizes_cannot_be_trained_on_without_a_crop():
+    data = Numbered([(9, 9), (9, 7), (9, 9), (5, 5)])
+    loader = TrainLoader(data, TrainTransform(INFO.mean, INFO.std), 4, seed=0)
+    with pytest.raises(DatasetError, match=r"unlike sizes .* set dataset\.crop"):
+        list(loader.epoch(0))
+
+
+def test_arguments_that_make_no_sense_are_refused():
+    for arguments in (
+        {"batch_size": 0},
+        {"num_workers": -1},
+        {"rank": 2, "world_size": 2},
+        {"on_error": "ignore"},
+    ):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            eval_loader(numbered(), **arguments)
+    with pytest.raises(ValueError, match="last batch of 1 for 2 processes"):
+        train_loader(numbered(9), world_size=2)
+    with pytest.raises(ValueError, match="drop_last"):
+        train_loader(numbered(3), drop_last=True)

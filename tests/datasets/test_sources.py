@@ -1,0 +1,173 @@
+"""Each data set on a small tree in its real layout: what is found, how it is split, what labels become."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from datasets import (
+    VOC2012,
+    Cityscapes,
+    DatasetError,
+    DatasetInfo,
+    Folder,
+    KvasirSEG,
+    SegmentationDataset,
+    Synthetic,
+)
+from datasets.kvasir_seg import default_split
+from datasets.voc2012 import CLASSES, voc_colour
+from tests.trees import labels, make_cityscapes, make_folder, make_kvasir, make_voc
+
+SOURCES = {
+    "kvasir_seg": lambda path: KvasirSEG(make_kvasir(path), "train"),
+    "voc2012": lambda path: VOC2012(make_voc(path), "train"),
+    "cityscapes": lambda path: Cityscapes(make_cityscapes(path), "train"),
+    "folder": lambda path: Folder(make_folder(path), "train"),
+    "synthetic": lambda path: Synthetic("train", num_images=3, size=32),
+}
+
+
+@pytest.fixture(params=SOURCES)
+def source(request, tmp_path) -> SegmentationDataset:
+    return SOURCES[request.param](tmp_path)
+
+
+def test_every_source_keeps_the_contract(source):
+    assert isinstance(source.info, DatasetInfo) and len(source) == len(source.names) > 0
+    assert len(set(source.names)) == len(source)
+    for index in range(len(source)):
+        image, mask = source.read(index)
+        assert isinstance(image, tv_tensors.Image) and isinstance(mask, tv_tensors.Mask)
+        assert image.dtype == mask.dtype == torch.uint8
+        assert image.shape == (3, *mask.shape)
+        assert set(mask.unique().tolist()) <= {*range(source.info.num_classes), source.info.ignore_index}
+    again = source.read(0)
+    assert torch.equal(again[0], source.read(0)[0]) and torch.equal(again[1], source.read(0)[1])
+    source.verify(progress=False)
+    source.verify(progress=False, sample=None)
+
+
+def test_the_fingerprint_tells_data_apart(tmp_path):
+    root = make_kvasir(tmp_path)
+    before = KvasirSEG(root, "train").fingerprint()
+    assert before == KvasirSEG(root, "train").fingerprint()
+    assert before != KvasirSEG(root, "val").fingerprint()
+    path = KvasirSEG(root, "train").pairs[0].mask
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert before != KvasirSEG(root, "train").fingerprint()
+
+
+@pytest.mark.parametrize("layout", ["released", "files", "split"])
+def test_kvasir_layouts(tmp_path, layout):
+    root = make_kvasir(tmp_path, layout=layout)
+    train, val = KvasirSEG(root, "train"), KvasirSEG(root, "val")
+    assert len(train) + len(val) == 25 and not set(train.names) & set(val.names)
+    assert len(val) == (3 if layout == "released" else 5)
+    index = int(train.names[1][3:6])
+    truth = labels(index, (48, 40), 1)
+    # JPEG blurs the mask's edge but never moves it by more than a pixel or two.
+    assert (train.read(1)[1].numpy() != truth).mean() < 0.02
+
+
+def test_kvasir_default_split_is_pinned():
+    split = default_split([f"image{k}" for k in range(1000)])
+    assert (len(split["train"]), len(split["val"])) == (880, 120)
+    assert split["val"][:3] == ["image107", "image125", "image129"]
+    assert split == default_split([f"image{k}" for k in reversed(range(1000))])
+
+
+@pytest.mark.golden
+def test_kvasir_masks_threshold_or_dither_as_recorded(tmp_path, shared):
+    recorded = np.load(shared / "golden/full/preprocess.npz")
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        # PNG content keeps the recorded pixels; the reader goes by content, not by suffix.
+        Image.fromarray(recorded["kvasir_mask_rgb"]).save(tmp_path / folder / "a.jpg", format="PNG")
+    (tmp_path / "val.txt").write_text("a\n")
+    mask = KvasirSEG(tmp_path, "val", dithered_masks=True).read(0)[1].numpy()
+    assert np.array_equal(mask, recorded["kvasir_mask_label"])
+    mask = KvasirSEG(tmp_path, "val").read(0)[1].numpy()
+    assert np.array_equal(mask, recorded["kvasir_mask_threshold128"])
+
+
+def test_voc_splits_and_roots(tmp_path):
+    root = make_voc(tmp_path, aug=True)
+    train, val = VOC2012(root, "train"), VOC2012(root, "val")
+    assert train.names == ["2007_000000", "2007_000001", "2007_000003", "2007_000004"]
+    assert VOC2012(root / "VOCdevkit", "trainval").names == sorted(train.names + val.names)
+    aug = VOC2012(root / "VOCdevkit" / "VOC2012", "train_aug")
+    assert aug.names == train.names and aug.pairs[0].mask.parent.name == "SegmentationClassAug"
+    assert torch.equal(aug.read(1)[1], train.read(1)[1])
+    mask = train.read(2)[1]  # index 3: class 4, with a void row
+    assert mask.unique().tolist() == [0, 4, 255]
+    with pytest.raises(DatasetError, match=r"split 'test' has no file .*present: train, train_aug, val"):
+        VOC2012(root, "test")
+
+
+def test_voc_facts():
+    assert len(CLASSES) == 21 and VOC2012.info.scored == tuple(range(1, 21))
+    assert [voc_colour(k) for k in (1, 8, 15, 20)] == [(128, 0, 0), (64, 0, 0), (192, 128, 128), (0, 64, 128)]
+
+
+def test_cityscapes_label_ids_become_train_ids(tmp_path):
+    root = make_cityscapes(tmp_path)
+    data = Cityscapes(root, "val")
+    assert data.names[0] == "frankfurt_000000_000019" and data.names[-1].startswith("lindau")
+    raw = np.full((32, 64), 255, dtype=np.uint8)
+    raw[1:, 0][:31] = np.arange(31)
+    raw[:3, 1] = 31, 32, 33
+    Image.fromarray(raw).save(data.pairs[0].mask)
+    train_ids = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5} | {19 + k: 6 + k for k in range(10)}
+    train_ids |= {31: 16, 32: 17, 33: 18}
+    expected = np.vectorize(lambda label: train_ids.get(int(label), 255))(raw)
+    assert np.array_equal(data.read(0)[1].numpy(), expected)
+
+
+@pytest.mark.parametrize("layout", ["files", "split"])
+def test_folder_layouts(tmp_path, layout):
+    data = Folder(make_folder(tmp_path, layout=layout), "val")
+    assert data.names == ["case2", "case5"]
+    assert np.array_equal(data.read(0)[1].numpy(), labels(2, (40, 32), 1))
+    assert data.info.classes == ("background", "lesion") and data.info.scored == (1,)
+
+
+def test_folder_table(tmp_path):
+    table = """
+        classes:
+          - {name: tissue, value: [0, 7], color: [9, 9, 9]}
+          - {name: lesion, value: 255, color: [250, 0, 0]}
+        scored: [1]
+        ignore_index: 254
+        mean: [0.5, 0.5, 0.5]
+    """.replace("        ", "")
+    data = Folder(make_folder(tmp_path, classes=table, inside=255), "train")
+    assert data.read(0)[1].unique().tolist() == [0, 1]
+    assert data.info.palette == ((9, 9, 9), (250, 0, 0)) and data.info.mean == (0.5, 0.5, 0.5)
+
+
+def test_folder_takes_rgb_masks_by_colour(tmp_path):
+    table = "classes: [{name: a, color: [0, 0, 0]}, {name: b, color: [255, 0, 0]}]\nrgb_masks: true\n"
+    root = make_folder(tmp_path, classes=table)
+    colours = np.zeros((32, 40, 3), dtype=np.uint8)
+    colours[5:9, 5:9, 0] = 255
+    for path in (root / "masks").iterdir():
+        Image.fromarray(colours).save(path)
+    data = Folder(root, "train")
+    assert int(data.read(0)[1].sum()) == 16
+    colours[0, 0] = 1, 2, 3
+    Image.fromarray(colours).save(data.pairs[0].mask)
+    with pytest.raises(DatasetError, match=r"case0.png has colours of no class \(#010203\)"):
+        data.read(0)
+
+
+@pytest.mark.golden
+def test_real_trees(shared):
+    kvasir = KvasirSEG(shared / "data/Kvasir-SEG", "val")
+    voc = VOC2012(shared / "data", "trainval")
+    assert (len(kvasir), len(voc)) == (100, 632)
+    for data in (kvasir, voc):
+        data.verify(progress=False, sample=4)
