@@ -49,7 +49,8 @@ class SMP(nn.Module):
         encoder: an encoder of smp, or ``tu-NAME`` for any of timm's.
         num_classes: C.
         weights: of the encoder: None, a path, or ``efficientnet-lite0`` (see ``models.weights``).
-        options: further arguments of the architecture (``encoder_depth``, ``decoder_channels``, ...).
+        options: further arguments of the architecture (``encoder_depth``, ``decoder_channels``, ...). For a
+            shallower encoder take one of timm's: smp's keep the unused stages, which DDP refuses.
 
     Raises:
         ValueError: the architecture, encoder, option or weights are not what can be used; says what can.

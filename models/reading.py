@@ -85,7 +85,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
 
 def _numpy_scalar() -> list[Any]:
     """What unpickling a float64 NumPy scalar calls, under NumPy's present and former names; nothing else."""
-    scalar = type(numpy.float64(0)).__reduce__(numpy.float64(0))[0]
+    scalar = numpy.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return [*((scalar, name) for name in names), numpy.dtype, numpy.dtypes.Float64DType]
 

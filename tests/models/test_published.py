@@ -1,0 +1,179 @@
+"""Released checkpoints: recognised, translated, and refused where they contradict themselves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import CheckpointError, PSPNet, read_checkpoint
+from models.published import is_published, load_published, translate_config, translate_state
+
+LOADER = {"type": "VOC", "args": {"batch_size": 8, "crop_size": 380}}
+CONFIG = {
+    "name": "DeepLab",
+    "arch": {"type": "DeepLab", "args": {"backbone": "resnet50"}},
+    "train_loader": LOADER,
+    "test_loader": {"type": "VOC", "args": {"batch_size": 8, "crop_size": 480}},
+    "loss": "BCEDiceLoss",
+    "predict": {
+        "temperature": 0.05,
+        "CoI": [1, 2],
+        "train": "T",
+        "val": "T",
+        "test": "rankdice",
+        "threshold": 0.4,
+    },
+    "trainer": {"epochs": 300},
+}
+
+
+def test_configuration_in_our_names():
+    assert translate_config(CONFIG) == {
+        "dataset": "voc2012",
+        "model": "deeplabv3plus",
+        "loss": "b_soft_dice",
+        "predictor": "rankdice",
+        "temperature": 0.05,
+        "threshold": 0.4,
+        "scored": [1, 2],
+        "batch_size": 8,
+        "epochs": 300,
+        "crop": 380,
+        "eval_crop": 480,
+    }
+
+
+def test_configurations_older_than_two_settings():
+    """One of the released configurations lacks temperature and threshold."""
+    old = CONFIG | {"predict": {"CoI": "all", "train": "T", "val": "T", "test": "max"}}
+    translated = translate_config(old)
+    assert (
+        translated["temperature"] == 1.0 and translated["threshold"] == 0.5 and translated["scored"] is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("CrossEntropyLoss2d", "ce"),
+        ("FocalLoss", "focal"),
+        ("BCEWithLogitsLoss2d", "bce"),
+        ("DiceLoss", "soft_dice"),
+        ("BDiceLoss", "b_soft_dice"),
+        ("LovaszSoftmax", "lovasz"),
+        ("CE_DiceLoss", "ce_dice"),
+    ],
+)
+def test_every_published_loss(root, theirs, ours):
+    assert translate_config(CONFIG | {"loss": theirs})["loss"] == ours
+    assert (root / f"configs/loss/{ours}.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "Dice"}, r"names an unknown loss 'Dice'; known are CrossEntropyLoss2d, "),
+        ({"arch": {"type": "UNet"}}, r"unknown model 'UNet'; known are DeepLab, PSPNet, FCN8"),
+        ({"train_loader": {}}, r"unknown data set None; known are CityScapes, VOC, kvasirSEG"),
+    ],
+)
+def test_names_of_other_projects(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        translate_config(CONFIG | change)
+
+
+def test_what_is_no_released_checkpoint(tmp_path):
+    assert not is_published({"format": 1, "model": {}, "config": {}})
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth is none of the released ones"):
+        load_published(tmp_path / "a.pth")
+
+
+def test_a_trained_upsampling_of_fcn8_is_refused():
+    with pytest.raises(CheckpointError, match=r"trained 'up_final\.weight'"):
+        translate_state("fcn8", {"up_final.weight": torch.randn(2, 2, 16, 16)})
+
+
+def test_an_unknown_tensor_is_named():
+    with pytest.raises(CheckpointError, match=r"'head\.weight' that pspnet does not know"):
+        translate_state("pspnet", {"head.weight": torch.zeros(1)})
+
+
+@pytest.mark.golden
+class TestReleasedFile:
+    @pytest.fixture(scope="class")
+    def checkpoint(self, released):
+        return released("pspnet", 2)
+
+    def test_reads_from_the_file(self, checkpoint, tmp_path):
+        torch.save(checkpoint, tmp_path / "checkpoint-epoch150.pth")
+        content = read_checkpoint(tmp_path / "checkpoint-epoch150.pth")
+        assert is_published(content) and content["monitor_best"] == 2.6
+        network, config = load_published(tmp_path / "checkpoint-epoch150.pth")
+        assert isinstance(network, PSPNet) and not network.training
+        assert (config["dataset"], config["num_classes"], config["epoch"]) == ("kvasir_seg", 2, 150)
+        theirs = checkpoint["state_dict"]["module.master_branch.0.bottleneck.0.weight"]
+        assert torch.equal(network.pyramid.merge[0].weight, theirs)
+
+    def test_every_key_has_its_place(self, checkpoint):
+        state = {key.removeprefix("module."): tensor for key, tensor in checkpoint["state_dict"].items()}
+        with torch.device("meta"):
+            wanted = PSPNet(2).state_dict()
+        translated = translate_state("pspnet", state)
+        assert translated.keys() == wanted.keys() and len(translated) == len(state)
+
+    def test_the_prefix_may_be_absent(self, checkpoint):
+        bare = {key.removeprefix("module."): tensor for key, tensor in checkpoint["state_dict"].items()}
+        load_published(checkpoint | {"state_dict": bare})
+
+    def test_classes_that_do_not_fit_the_data_set(self, checkpoint):
+        config = copy.deepcopy(checkpoint["config"])
+        config["train_loader"]["type"] = "VOC"
+        with pytest.raises(CheckpointError, match=r"for 2 classes, but its data set voc2012 has 21"):
+            load_published(checkpoint | {"config": config})
+
+    def test_another_model_than_it_says(self, checkpoint):
+        config = checkpoint["config"] | {"arch": {"type": "FCN8"}}
+        with pytest.raises(CheckpointError, match=r"says that it is a fcn8 but lacks"):
+            load_published(checkpoint | {"config": config}, where="a.pth")
+
+    def test_a_tensor_is_missing(self, checkpoint):
+        state = dict(checkpoint["state_dict"])
+        del state["module.layer3.0.conv1.weight"]
+        with pytest.raises(CheckpointError, match=r"it lacks 'backbone\.layer3\.0\.conv1\.weight'"):
+            load_published(checkpoint | {"state_dict": state})
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+def test_conversion_gives_the_same_scores(released, shared, root, tmp_path):
+    """test.py reads the released file and the converted one, and finds the same in both."""
+    torch.save(released("pspnet", 2), tmp_path / "theirs.pth")
+    tree = tmp_path / "Kvasir-SEG"
+    for kind in ("images", "masks"):
+        (tree / kind).mkdir(parents=True)
+        for index in range(2):
+            name = f"val_{index:03}.jpg"
+            (tree / kind / name).symlink_to(shared / "data/Kvasir-SEG" / kind / name)
+    for split in ("train", "val", "test"):
+        (tree / f"{split}.txt").write_text("val_000\nval_001\n")
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run("scripts/convert_checkpoint.py", tmp_path / "theirs.pth", tmp_path / "ours.pth")
+    converted = torch.load(tmp_path / "ours.pth", weights_only=True)
+    assert converted["epoch"] == 150 and converted["config"]["choices"]["protocol"] == "paper"
+    scores = []
+    for name in ("theirs", "ours"):
+        out = tmp_path / name
+        run("test.py", "-r", f"{out}.pth", "-p", "T", "--device", "cpu", "--out", out, f"dataset.root={tree}")
+        scores.append(json.loads(next(out.rglob("T.json")).read_text())["scores"])
+    assert scores[0] == scores[1]

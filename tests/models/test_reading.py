@@ -1,0 +1,124 @@
+"""Checkpoints are read, never run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import CheckpointError, read_checkpoint
+
+
+class Attack:
+    """Creates a file when unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def rename_in_pickle(source: Path, target: Path, old: bytes, new: bytes) -> None:
+    """Copy a checkpoint with a module's name replaced, as another version of NumPy would have written it."""
+    with zipfile.ZipFile(source) as read, zipfile.ZipFile(target, "w") as write:
+        for entry in read.namelist():
+            data = read.read(entry)
+            if entry.endswith("data.pkl"):
+                assert old in data
+                data = data.replace(old, new)
+            write.writestr(entry, data)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_plain_containers_and_a_numpy_scalar(tmp_path, zipped):
+    content = {
+        "weights": torch.arange(3.0),
+        "best": np.float64(2.5),
+        "config": {"loss": "ce", "list": [1, None]},
+    }
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    read = read_checkpoint(str(tmp_path / "a.pth"))
+    assert torch.equal(read["weights"], content["weights"])
+    assert read["best"] == 2.5 and read["config"] == content["config"]
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_a_numpy_scalar_under_the_former_and_the_present_name(tmp_path, module):
+    torch.save({"best": np.float64(2.5)}, tmp_path / "a.pth")
+    own = type(np.float64(0).__reduce__()[0]).__name__ and np.float64(0).__reduce__()[0].__module__.encode()
+    rename_in_pickle(tmp_path / "a.pth", tmp_path / "b.pth", b"c" + own + b"\n", b"c" + module + b"\n")
+    assert read_checkpoint(tmp_path / "b.pth") == {"best": 2.5}
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), np.int64(3), np.float32(1), Path("a"), print])
+def test_nothing_else_is_admitted(tmp_path, value):
+    torch.save({"value": value}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "place", [lambda x: x, lambda x: {"state_dict": x}, lambda x: {"config": [1, {"a": x}]}]
+)
+def test_an_attack_is_refused_and_named(tmp_path, zipped, place):
+    marker = tmp_path / "owned"
+    path = tmp_path / "a.pth"
+    torch.save(place(Attack(marker)), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        CheckpointError, match=r"a\.pth cannot be read: it wants the Python object \w+\.mkdir"
+    ) as caught:
+        read_checkpoint(path)
+    assert "\n" not in str(caught.value) and not marker.exists()
+
+
+def test_a_bare_pickle_is_refused(tmp_path):
+    (tmp_path / "a.pth").write_bytes(pickle.dumps(Attack(tmp_path / "owned"), protocol=2))
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / "a.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"\n<html><body>404</body></html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "cut short, damaged or no PyTorch file"),
+        (b"PK\x03\x04" + bytes(100), "cut short, damaged or no PyTorch file"),
+        (bytes(range(256)) * 8, "cut short, damaged or no PyTorch file"),
+    ],
+)
+def test_unreadable_files_share_a_message(tmp_path, content, message):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=rf"a\.pth cannot be read: [\w ]*{message}.*; .*copy it again"
+    ) as caught:
+        read_checkpoint(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_cut_short_anywhere(tmp_path, zipped):
+    torch.save({"weights": torch.randn(500)}, tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for length in range(0, len(whole) - 1, len(whole) // 40):
+        (tmp_path / "cut.pth").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.pth cannot be read"):
+            read_checkpoint(tmp_path / "cut.pth")
+
+
+def test_missing_files_folders_and_other_contents(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_checkpoint(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_checkpoint(tmp_path)
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="holds a list, not a dictionary"):
+        read_checkpoint(tmp_path / "a.pth")

