@@ -1,0 +1,181 @@
+"""Signals: noted between steps, at once during validation, handed on to whoever puts the job back into a queue."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from trainers.checkpoint import Checkpoints
+from trainers.distributed import World
+from trainers.errors import Interrupted, StopSignals, TrainingError
+from trainers.journal import Journal, read_rows
+from trainers.trainer import Trainer
+from trainers.update import Update
+
+ALONE = World(0, 1, torch.device("cpu"))
+EPOCHS, STEPS = 3, 4
+
+
+class Net(nn.Module):
+    """BatchNorm and dropout: buffers and a random generator that a resumed run has to find again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 2, 1)
+        )
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=self.layers(images), aux=None)
+
+
+class Loader:
+    """Batches by epoch and step; a signal or a failure comes with one of them."""
+
+    def __init__(self, at: int = -1, event: Any = signal.SIGTERM) -> None:
+        self.at, self.event = at, event
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
+        for step in range(start_step, STEPS):
+            if epoch * STEPS + step == self.at:
+                if isinstance(self.event, Exception):
+                    raise self.event
+                os.kill(os.getpid(), self.event)
+            generator = torch.Generator().manual_seed(epoch * STEPS + step)
+            images = torch.randn(4, 3, 6, 6, generator=generator)
+            yield SimpleNamespace(images=images, targets=(images[:, 0, 1:-1, 1:-1] > 0).long(), names=["a"])
+
+
+def trainer(folder: Path, loader: Loader, signal_in_validation: int = -1, **options: Any) -> Trainer:
+    """A fresh process, as it were: everything is built anew, and restored where there is a checkpoint."""
+    torch.manual_seed(0)
+    net = Net()
+    checkpoints = Checkpoints(folder, lambda path: torch.load(path, weights_only=True))
+    found = checkpoints.newest()
+    progress = found["training"]["progress"] if found else {"updates": 0, "step": 0}
+    journal = Journal(folder, progress["updates"] - (progress["step"] > 0), tensorboard=False)
+
+    def validate(model: nn.Module, epoch: int, updates: int) -> float:
+        torch.rand(7)  # validation may draw random numbers: training goes on as if it had not
+        if epoch == signal_in_validation:
+            journal.log(updates, "val_T", epoch=epoch, score=-1.0)
+            os.kill(os.getpid(), signal.SIGUSR2)
+        score = float(sum(p.detach().sum() for p in model.parameters()))
+        journal.log(updates, "val_T", epoch=epoch, score=score)
+        return score
+
+    update = Update(net, nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters(), 0.01), ALONE)
+    made = Trainer(
+        update, lambda k, n: 1 - k / n, loader, validate, checkpoints, journal, {}, epochs=EPOCHS, **options
+    )
+    if found:
+        made.restore(found)
+    return made
+
+
+def result(made: Trainer, folder: Path) -> tuple[Any, ...]:
+    state = made.update.model.state_dict()
+    progress = {k: v for k, v in vars(made.progress).items() if k != "seconds"}
+    return {k: v.tolist() for k, v in state.items()}, progress, read_rows(folder / "metrics.jsonl")
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> tuple[Any, ...]:
+    made = trainer(tmp_path / "whole", Loader())
+    made.fit()
+    return result(made, tmp_path / "whole")
+
+
+def test_stopped_at_every_single_step_the_end_is_the_same(whole: tuple[Any, ...], tmp_path: Path) -> None:
+    for at in range(EPOCHS * STEPS):
+        folder = tmp_path / f"at{at}"
+        with pytest.raises(Interrupted, match=f"SIGTERM at step {at + 1}"):
+            trainer(folder, Loader(at)).fit()
+        resumed = trainer(folder, Loader())
+        assert resumed.progress.updates == at + 1
+        resumed.fit()
+        assert result(resumed, folder) == whole, f"stopped at step {at}"
+
+
+@pytest.mark.parametrize("epoch", range(1, EPOCHS + 1))
+def test_a_signal_ends_a_validation_at_once(epoch: int, whole: tuple[Any, ...], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match=f"SIGUSR2 in the validation after epoch {epoch}"):
+        trainer(tmp_path, Loader(), signal_in_validation=epoch).fit()
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["score"] == -1
+    resumed = trainer(tmp_path, Loader())
+    resumed.fit()
+    assert result(resumed, tmp_path) == whole
+
+
+def test_the_validation_is_not_repeated_where_it_was_done(whole: tuple[Any, ...], tmp_path: Path) -> None:
+    made = trainer(tmp_path, Loader(), save_every=1)
+    made.fit()
+    assert result(made, tmp_path) == whole
+    (tmp_path / "last.pth").unlink()
+    (tmp_path / "previous.pth").unlink()
+    (tmp_path / "checkpoint-epoch3.pth").unlink()
+    resumed = trainer(tmp_path, Loader(), save_every=1)
+    assert resumed.progress.epoch == 2 and resumed.progress.step == 0
+    resumed.fit()
+    assert result(resumed, tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError("a loader process died or gave nothing for 300 s (x): set num_workers=0"),
+            "num_workers=0",
+        ),
+        (
+            RuntimeError("[../gloo/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:3"),
+            "another process",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "smaller batch_size"),
+    ],
+)
+def test_failures_of_the_surroundings_are_one_line(error: Exception, words: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=words) as caught:
+        trainer(tmp_path, Loader(5, error), save_minutes=1e-9).fit()
+    assert "\n" not in str(caught.value)
+    assert trainer(tmp_path, Loader()).progress.updates == 5
+
+
+def test_the_handler_that_was_there_gets_the_signal_once_the_state_is_saved() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    try:
+        with pytest.raises(Interrupted), StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert stop.name == "SIGUSR2" and not heard
+            raise Interrupted(stop.name)
+        assert heard == [signal.SIGUSR2]
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGUSR2)  # too late: training came to its end by itself
+        assert heard == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in StopSignals.CAUGHT]
+    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in StopSignals.CAUGHT] == before
+
+
+def test_a_sweep_does_not_go_on_after_a_signal() -> None:
+    assert not issubclass(Interrupted, Exception)  # Hydra records an Exception and begins the next cell
