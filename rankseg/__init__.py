@@ -6,7 +6,9 @@
 Method: Dai & Li, "RankSEG: A Consistent Ranking-based Framework for Segmentation", JMLR 24(224), 2023.
 """
 
-from rankseg.rank_dice import RankResult, rank_dice
+from rankseg.expected import expected_dice, expected_iou
+from rankseg.masks import RankResult
+from rankseg.rank_dice import rank_dice
 from rankseg.rank_iou import rank_iou
 from rankseg.rules import Predictor, argmax, rankdice, rankiou, threshold
 
@@ -14,6 +16,8 @@ __all__ = [
     "Predictor",
     "RankResult",
     "argmax",
+    "expected_dice",
+    "expected_iou",
     "rank_dice",
     "rank_iou",
     "rankdice",

@@ -1,161 +1,195 @@
-"""Whether probabilities mean what they say, and what to do where they do not.
+"""Calibration: RankDice is only as good as the probabilities it is given.
 
-RankDice and RankIoU are optimal for the *true* probabilities, so they are only as good as the network's are calibrated.
+`Reliability` measures (mergeable counts, so that a data set can pass in batches), `fit_temperature` mends the logits
+on validation data, `focal_correction` undoes the known bias of the focal loss.
 
-Letters of shapes: N images, C classes, *S spatial axes, B bins.
+Shapes: N images, C classes, *S spatial axes, M bins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from rankseg.validation import check_choice, check_probs
+
+
+class ReliabilityCurve(NamedTuple):
+    """Per class and bin, (C, M): mean `confidence`, observed `frequency` (both NaN in empty bins), `count`."""
+
+    confidence: Tensor
+    frequency: Tensor
+    count: Tensor
 
 
 class Reliability:
-    """Counts of a reliability diagram, gathered over batches and mergeable between processes.
+    """Reliability of class probabilities in equal bins, as sufficient statistics: feed batches, merge, read.
 
-    For each class, one against the rest, and for the most probable class of a pixel ("top"), pixels fall into equal
-    bins of probability; a bin knows its number of pixels, the sum of their probabilities and how many were right.
-
-    Args:
-        bins: B.
-        pixels: how many pixels of an image to look at, at a regular stride (0: all). Neighbouring pixels say the same
-            thing, and binning every pixel of every class would cost more than predicting.
+    Every pixel counts once for every class, as a forecast p of the event "the pixel is of this class": what
+    RankDice relies on is each class's map, not the winner's confidence.
     """
 
-    def __init__(self, bins: int = 15, pixels: int = 1 << 14) -> None:
-        if bins < 1:
-            raise ValueError(f"bins={bins} is not a number of bins; use 1 or more")
-        self.bins, self.pixels = bins, pixels
-        self.classes: Tensor | None = None  # (C, 3, B): pixels, summed probabilities, summed truths
-        self.top = torch.zeros(3, bins, dtype=torch.float64)
+    def __init__(self, bins: int = 15) -> None:
+        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+            raise ValueError(f"bins must be a positive integer, got {bins!r}; 15 is usual")
+        self.bins = bins
+        self.count: Tensor | None = None  # (C, M) float64: forecasts, ...
+        self.forecast: Tensor | None = None  # ... the sum of their probabilities, ...
+        self.observed: Tensor | None = None  # ... and how often the event happened
 
-    def update(self, probs: Tensor, truth: Tensor, valid: Tensor | None = None) -> None:
-        """Add a batch.
+    @torch.no_grad()
+    def update(self, probs: Tensor, targets: Tensor, valid: Tensor | None = None) -> None:
+        """Add a batch: `probs` (N, C, *S), one-hot `targets` (N, C, *S), `valid` (N, *S) bool, default all.
 
-        Args:
-            probs: (N, C, *S) in [0, 1].
-            truth: (N, C, *S) bool.
-            valid: (N, *S) bool, pixels to look at; None for all.
+        Raises:
+            ValueError: the shapes do not agree, or the number of classes changed.
         """
-        if probs.numel() == 0:
-            return
-        probs, truth = probs.flatten(2), truth.flatten(2)
-        stride = max(1, probs.shape[2] // self.pixels) if self.pixels else 1
-        probs = probs[..., ::stride].movedim(1, 2).flatten(0, 1).double()  # (pixels, C)
-        truth = truth[..., ::stride].movedim(1, 2).flatten(0, 1)
-        if valid is not None:
-            keep = valid.flatten(1)[:, ::stride].flatten()
-            probs, truth = probs[keep], truth[keep]
-        if self.classes is None:
-            self.classes = torch.zeros(probs.shape[1], 3, self.bins, dtype=torch.float64)
-        offset = torch.arange(probs.shape[1], device=probs.device) * self.bins
-        self.classes += self._binned(probs, truth, offset, probs.shape[1])
-        confidence, label = probs.max(1)
-        self.top += self._binned(confidence, truth.gather(1, label[:, None])[:, 0], torch.zeros_like(label), 1)[0]
+        probs = check_probs(probs)
+        if targets.shape != probs.shape:
+            raise ValueError(
+                f"targets must be one-hot of shape {tuple(probs.shape)}, got {tuple(targets.shape)}; "
+                "torch.nn.functional.one_hot(labels, C).movedim(-1, 1) makes it"
+            )
+        classes = probs.shape[1]
+        if valid is not None and valid.shape != probs.shape[:1] + probs.shape[2:]:
+            raise ValueError(
+                f"valid must be (N, *S), got {tuple(valid.shape)} for probs {tuple(probs.shape)}"
+            )
+        if self.count is None:
+            empty = torch.zeros(classes, self.bins, dtype=torch.float64, device=probs.device)
+            self.count, self.forecast, self.observed = empty, empty.clone(), empty.clone()
+        if self.count.shape[0] != classes:
+            raise ValueError(f"probs has {classes} classes, earlier batches had {self.count.shape[0]}")
+        keep = slice(None) if valid is None else valid.flatten()
+        for c in range(classes):
+            p = probs[:, c].flatten()[keep]
+            place = (p.float() * self.bins).long().clamp(max=self.bins - 1)
+            for sums, weight in (
+                (self.count, torch.ones_like(place)),
+                (self.forecast, p),
+                (self.observed, targets[:, c].flatten()[keep]),
+            ):
+                sums[c] += torch.bincount(place, weight.double(), minlength=self.bins).to(sums.device)
 
-    def _binned(self, probs: Tensor, truth: Tensor, offset: Tensor, rows: int) -> Tensor:
-        index = ((probs * self.bins).long().clamp(0, self.bins - 1) + offset).flatten()
-        size = rows * self.bins
-        sums = [torch.bincount(index, w.flatten(), size) for w in (torch.ones_like(probs), probs, truth.double())]
-        return torch.stack(sums).view(3, rows, self.bins).transpose(0, 1).cpu()
+    def merge(self, other: Reliability) -> Reliability:
+        """Add the statistics of `other` (same bins and classes), for example of another process; return self."""
+        if other.bins != self.bins:
+            raise ValueError(f"cannot merge {other.bins} bins into {self.bins}; use the same number")
+        if other.count is not None:
+            for name in ("count", "forecast", "observed"):
+                mine = getattr(self, name)
+                theirs = getattr(other, name)
+                setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
+        return self
 
-    @classmethod
-    def merge(cls, parts: Sequence[Reliability]) -> Reliability:
-        """The reliability over everything that the parts saw."""
-        merged = cls(parts[0].bins, parts[0].pixels)
-        seen = [part.classes for part in parts if part.classes is not None]
-        merged.classes = torch.stack(seen).sum(0) if seen else None
-        merged.top = torch.stack([part.top for part in parts]).sum(0)
-        return merged
+    def curve(self) -> ReliabilityCurve:
+        """Return the reliability curve of each class."""
+        count, forecast, observed = self._filled()
+        nothing = torch.where(count > 0, count, torch.nan)
+        return ReliabilityCurve(forecast / nothing, observed / nothing, count.long())
 
-    def curve(self, label: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean probability, observed frequency, pixels) of each bin, (B,) each; NaN where a bin is empty.
-
-        Of one class against the rest, or (None) of the most probable class.
-        """
-        if label is not None and self.classes is None:
-            raise ValueError("no batch has been added yet")
-        number, predicted, observed = self.top if label is None else self.classes[label]  # type: ignore[index]
-        return predicted / number, observed / number, number
+    def classwise_ece(self) -> Tensor:
+        """Expected calibration error Σ_bins |observed - forecast| / pixels of each class: (C,), NaN without data."""
+        count, forecast, observed = self._filled()
+        return (observed - forecast).abs().sum(1) / count.sum(1)
 
     def ece(self) -> float:
-        """The expected calibration error of the most probable class (Guo et al., ICML 2017, eq. 3)."""
-        return float(_gap(self.top))
+        """Expected calibration error with the classes pooled in one curve; NaN without data."""
+        if self.count is None:
+            return float("nan")
+        count, forecast, observed = (x.sum(0) for x in self._filled())
+        return float((observed - forecast).abs().sum() / count.sum())
 
-    def classwise_ece(self) -> float:
-        """The mean over classes of the calibration error, one against the rest (Kull et al., NeurIPS 2019)."""
-        return float("nan") if self.classes is None else float(_gap(self.classes).mean())
+    def _filled(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.count is None or self.forecast is None or self.observed is None:
+            raise ValueError("no data yet; call update first")
+        return self.count, self.forecast, self.observed
 
 
-def _gap(bins: Tensor) -> Tensor:
-    """Σ |predicted − observed| / pixels over bins, (…, 3, B) to (…)."""
-    number, predicted, observed = bins.unbind(-2)
-    return (predicted - observed).abs().sum(-1) / number.sum(-1)
+def ece(probs: Tensor, targets: Tensor, bins: int = 15, valid: Tensor | None = None) -> float:
+    """Expected calibration error of one batch, classes pooled; see `Reliability.update` for the arguments."""
+    reliability = Reliability(bins)
+    reliability.update(probs, targets, valid)
+    return reliability.ece()
 
 
 def fit_temperature(
-    logits: Tensor, targets: Tensor, link: str = "softmax", *, ignore_index: int = 255, per_class: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    link: str = "softmax",
+    *,
+    ignore_index: int = 255,
+    classwise: bool = False,
+    max_iterations: int = 100,
 ) -> Tensor:
-    """The temperature T that makes link(logits / T) most likely on held-out data (Guo et al., ICML 2017, section 4.2).
+    """Fit the temperature that minimises the log-loss of validation data (Guo et al., ICML 2017), by LBFGS.
+
+    Divide logits by the result before the link: it is a scalar, or (C,) with `classwise`.
 
     Args:
-        logits: (N, C, *S).
-        targets: (N, *S) integers.
-        link: ``softmax`` or ``sigmoid``.
-        per_class: fit one temperature a class ("vector scaling" without bias) instead of one in all.
-
-    Returns:
-        T > 0, a scalar or (C,). The optimum of a convex problem in 1/T, found by LBFGS.
+        logits: (N, C, *S). With more pixels than memory allows, pass a random subset.
+        targets: (N, *S) integer labels; pixels of `ignore_index` do not count.
+        link: "softmax" or "sigmoid" (one against rest).
 
     Raises:
-        ValueError: an unknown link, or no labelled pixel.
+        ValueError: no valid pixel, unknown link, or non-finite logits.
     """
-    if link not in ("softmax", "sigmoid"):
-        raise ValueError(f"link={link!r} is unknown; use softmax or sigmoid")
+    check_choice("link", link, ("softmax", "sigmoid"))
     classes = logits.shape[1]
-    flat = logits.detach().movedim(1, -1).reshape(-1, classes).double()
-    labels = targets.flatten()
-    keep = labels != ignore_index
-    flat, labels = flat[keep], labels[keep].long()
-    if not len(labels):
-        raise ValueError("no labelled pixel to fit a temperature on; check ignore_index")
-    inverse = torch.ones(classes if per_class else 1, dtype=torch.float64, device=flat.device, requires_grad=True)
-    onehot = F.one_hot(labels, classes).double() if link == "sigmoid" else None
-    search = torch.optim.LBFGS([inverse], max_iter=100, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    valid = targets.flatten() != ignore_index
+    scores = logits.detach().movedim(1, -1).reshape(-1, classes)[valid].double()
+    labels = targets.flatten()[valid].long()
+    if not labels.numel():
+        raise ValueError(
+            f"targets has no pixel other than ignore_index={ignore_index}; fit on labelled images"
+        )
+    if not torch.isfinite(scores).all():
+        raise ValueError("logits holds NaN or infinity; look at the network before its temperature")
+    onehot = torch.nn.functional.one_hot(labels, classes).double() if link == "sigmoid" else None
+    # The inverse temperature makes the loss convex; its logarithm keeps it positive.
+    log_slope = torch.zeros(classes if classwise else 1, dtype=torch.float64, device=logits.device)
+    log_slope.requires_grad_(True)
+    optimizer = torch.optim.LBFGS([log_slope], max_iter=max_iterations, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
-        search.zero_grad()
-        scaled = flat * inverse
-        loss = F.cross_entropy(scaled, labels) if onehot is None else F.binary_cross_entropy_with_logits(scaled, onehot)
+        optimizer.zero_grad()
+        scaled = scores * log_slope.exp()
+        if onehot is None:
+            loss = torch.nn.functional.cross_entropy(scaled, labels)
+        else:
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(scaled, onehot)
         loss.backward()
         return loss
 
     with torch.enable_grad():
-        search.step(closure)  # type: ignore[arg-type]
-    temperature = 1 / inverse.detach().clamp_min(1e-3)
-    return temperature if per_class else temperature[0]
+        step: Callable[[Callable[[], Tensor]], Tensor] = optimizer.step
+        step(closure)
+    temperature = (-log_slope.detach()).exp().clamp(1e-3, 1e3)
+    return temperature if classwise else temperature[0]
 
 
 @torch.no_grad()
 def focal_correction(probs: Tensor, gamma: float = 2.0) -> Tensor:
-    """True class probabilities from those that minimise the focal loss (Charoenphakdee et al., CVPR 2021, Theorem 11).
+    """Turn probabilities trained with the focal loss into class probabilities (Charoenphakdee et al., CVPR 2021).
 
-    The focal loss is not proper: its minimiser q is under-confident. With
-    φ(v) = (1 − v)^γ − γ (1 − v)^(γ−1) v log v the true probabilities are proportional to q / φ(q).
+    The minimiser v of the expected focal loss is not the class probability η but satisfies, for all classes,
+    η_c ∝ v_c / ((1-v_c)^γ - γ (1-v_c)^(γ-1) v_c log v_c): the reciprocal of -∂loss/∂v up to the constant. One
+    normalisation over classes recovers η exactly. `probs` (N, C, *S) softmax; returns the same shape and dtype.
 
-    Args:
-        probs: (N, C, *S), softmax probabilities.
-        gamma: the loss's γ ≥ 0; 0 changes nothing.
-
-    Returns:
-        (N, C, *S), of the dtype of ``probs``.
+    Raises:
+        ValueError: gamma is negative; see also `rankseg.validation.check_probs`.
     """
-    if gamma < 0:
-        raise ValueError(f"gamma={gamma} must not be negative")
-    q = probs.double().clamp(1e-12, 1 - 1e-12)
-    weight = (1 - q) ** gamma - gamma * (1 - q) ** (gamma - 1) * q * q.log()
-    return torch.softmax(q.log() - weight.log(), dim=1).to(probs.dtype)
+    probs = check_probs(probs)
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma!r}; 2.0 is the usual focal loss")
+    if gamma == 0:
+        return probs.clone()
+    v = probs.double()
+    rest = 1 - v
+    slope = rest**gamma - gamma * rest ** (gamma - 1) * torch.special.xlogy(v, v)
+    # At v = 1 the slope vanishes and the class is certain; the floor keeps 1/0 out.
+    weight = v / slope.clamp(min=1e-30)
+    return (weight / weight.sum(1, keepdim=True).clamp(min=1e-300)).to(probs.dtype)

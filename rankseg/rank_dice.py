@@ -1,79 +1,21 @@
-"""rank_dice: the masks that maximise the expected Dice (first, plain version)."""
+"""rank_dice: the masks that maximise the expected Dice, with the published signature.
+
+Shapes: N images, C classes, *S spatial axes.
+"""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rankseg import approximations
+from rankseg.masks import RankResult, as_result, rows_of
+from rankseg.nonoverlap import one_label_a_pixel
+from rankseg.solver import solve
 from rankseg.validation import check_choice, check_probs, check_smooth
 
 
-class RankResult(NamedTuple):
-    """Masks `predict` (N, C, *S) bool, volumes `tau` (N, C) int64, cut-offs `cutpoint` (N, C)."""
-
-    predict: Tensor
-    tau: Tensor
-    cutpoint: Tensor
-
-
-def search_sorted(row: Tensor, smooth: float, score: str) -> int:
-    """Best volume of one class from its float64 probabilities sorted in decreasing order, by all volumes."""
-    pixels = row.numel()
-    taus = torch.arange(pixels + 1, dtype=torch.float64)
-    sums = torch.cat([row.new_zeros(1), row.cumsum(0)])
-    mean = sums[-1]
-    if mean == 0:
-        return 0
-    centre = (
-        float((2 * sums / (taus + mean + 1 + smooth)).argmax())
-        if score == "dice"
-        else float(((sums + smooth) / (taus + mean - sums + smooth + 1e-9)).argmax())
-    )
-    low, high = max(int(centre) - 200, 0), min(int(centre) + 200, pixels)
-    import numpy as np
-
-    x, w = (torch.from_numpy(a) for a in np.polynomial.laguerre.laggauss(32))
-    scale = centre + mean + 1 + smooth
-    values = torch.zeros(high - low + 1, dtype=torch.float64)
-    window = torch.arange(low, high + 1)
-    for node, weight in zip(x, w, strict=True):
-        t = node / scale
-        u = -torch.expm1(-t)
-        logs = torch.log1p(-row * u)
-        if score == "dice":
-            tilted = torch.cat([row.new_zeros(1), (row * torch.exp(-t) / (1 - row * u)).cumsum(0)])
-            inner = logs.sum() - (window + smooth) * t + node
-            values += weight / scale * torch.exp(inner) * (smooth + 2 * tilted[window])
-        else:
-            rest = logs.sum() - torch.cat([row.new_zeros(1), logs.cumsum(0)])
-            values += (
-                weight
-                / scale
-                * torch.exp(rest[window] - (window + smooth) * t + node)
-                * (smooth + sums[window])
-            )
-    return low + int(values.argmax())
-
-
-def plain(probs: Tensor, smooth: float, pruning: bool, score: str) -> RankResult:
-    flat = probs.flatten(2)
-    n, c, d = flat.shape
-    predict = torch.zeros(n, c, d, dtype=torch.bool)
-    tau = torch.zeros(n, c, dtype=torch.int64)
-    cutpoint = torch.zeros(n, c, dtype=probs.dtype)
-    for i in range(n):
-        for j in range(c):
-            values, order = flat[i, j].cpu().sort(descending=True, stable=True)
-            best = 0 if pruning and values[0] <= 0.5 else search_sorted(values.double(), smooth, score)
-            tau[i, j] = best
-            predict[i, j, order[:best]] = True
-            cutpoint[i, j] = 0 if best == d else values[best]
-    device = probs.device
-    return RankResult(predict.view(probs.shape).to(device), tau.to(device), cutpoint.to(device))
-
-
+@torch.no_grad()
 def rank_dice(
     probs: Tensor,
     app: int = 0,
@@ -86,11 +28,57 @@ def rank_dice(
     device: torch.device | str | None = None,
     verbose: int = 0,
 ) -> RankResult:
-    """Masks that maximise the expected Dice of each class of each image."""
+    """Select, for each class of each image, the mask of the highest expected Dice.
+
+    The labels of the pixels are taken as independent with the probabilities given, and
+    Dice = (2 |A∩B| + smooth) / (|A| + |B| + smooth), 0/0 = 0 (Dai & Li, JMLR 24(224), 2023, section 3).
+
+    Args:
+        probs: (N, C, *S) in [0, 1], any floating dtype; calibrated probabilities give the best masks.
+        app: 0 exact; 1 the published T-RNA, 2 the published blind approximation (BA).
+        smooth: the constant γ of the score, at least 0.
+        allow_overlap: classes are decided one by one; False gives each pixel one label at most
+            (`rankseg.nonoverlap`), with `app=0` only.
+        truncate_mean: count the pixels with p >= 1/2 in place of the mean (`app` 1 and 2 only).
+        pruning: give the empty mask to classes whose largest probability is at most 1/2, as published. Such a
+            class is probably absent, and where it is, any pixel selected turns an image that would not have
+            counted for this class into a zero. Without pruning the expected Dice alone decides, and (for
+            smooth = 0) hardly any mask is empty.
+        variant: "published" or "experiments", what made the paper's tables (`app` 1 and 2 only): pruned are
+            classes whose largest probability is below 1/2, and the mask stays empty where the published
+            function takes the end of its search range for an answer.
+        device: where to compute; the results are there too. Default: where `probs` is.
+        verbose: 1 prints the volumes.
+
+    Returns:
+        `predict` (N, C, *S) bool, `tau` (N, C) int64, `cutpoint` (N, C): see `RankResult`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it and the remedy.
+    """
     probs = check_probs(probs)
     smooth = check_smooth(smooth)
     check_choice("app", app, (0, 1, 2))
     check_choice("variant", variant, ("published", "experiments"))
+    if app == 0 and (truncate_mean or variant != "published"):
+        raise ValueError(
+            "truncate_mean and variant belong to the approximations; pass app=1 or app=2 with them"
+        )
+    if app != 0 and not allow_overlap:
+        raise ValueError(
+            f"allow_overlap=False is solved for app=0 only, got app={app}; leave out one of the two"
+        )
     if device is not None:
         probs = probs.to(device)
-    return plain(probs, smooth, pruning, "dice")
+    if not allow_overlap or probs.numel() == 0:
+        result = one_label_a_pixel(probs, "dice", smooth, pruning)
+    else:
+        flat = rows_of(probs)
+        if app == 0:
+            found = solve(flat, "dice", smooth, pruning)
+        else:
+            found = approximations.search(flat, app, smooth, truncate_mean, pruning, variant)
+        result = as_result(probs, flat, found.tau, found.cutpoint, found.tied)
+    if verbose:
+        print(f"rank_dice: volumes {result.tau.tolist()}")
+    return result

@@ -1,0 +1,191 @@
+"""The published approximations of the expected Dice, T-RNA (app=1) and BA (app=2), vectorised.
+
+Both replace the law of Γ, the number of object pixels, by the refined normal law w on the central 1 - 2e-4 of its
+mass, and score the volumes τ = 1..U, p_1 >= p_2 >= ... the sorted probabilities and S_τ the sum of the first τ:
+
+    BA      S_τ Σ_l 2 w_l / (l+τ+γ+1) + Σ_l γ w_l / (l+τ+γ)              γ = smooth
+    T-RNA   Σ_l 2 W_l(τ) / (l+τ+γ+2) + Σ_l γ w_l / (l+τ+γ+1)             W(τ) = Σ_{j≤τ} p_j w^(j)
+
+with w^(j) the law without pixel j (Dai & Li, JMLR 24(224), 2023, section 3). Two ideas take the loops away: sums over
+l are correlations with 1/n, one FFT for all τ; and w^(j) depends on j only through p_j, smoothly, so that a
+Chebyshev interpolant in p needs it at `_DEGREE` probabilities instead of D.
+
+Differences from the original, on purpose: the range of τ reaches U itself and D (the original stops one
+short); and where the refined normal law breaks down (less than `_SPREAD` variance, skewness beyond `_SKEW`: the
+original crashes or selects nothing there), the row is solved exactly.
+
+Shapes: R rows, D pixels a row, L values of Γ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rankseg.poisson_binomial import moments, refined_cdf, refined_quantile
+from rankseg.solver import Solution, solve
+
+_TAIL = 1e-4
+_FEW = 50.0  # up to this mean T-RNA is used whatever was asked for
+_DEGREE = 12
+_SPREAD, _SKEW = 0.25, 5.0
+_BUDGET = 1 << 22  # numbers held at once by a group of rows
+
+
+def search(
+    flat: Tensor, app: int, smooth: float, truncate_mean: bool, pruning: bool, variant: str
+) -> Solution:
+    """Volumes of the rows `flat` (R, D) by T-RNA or BA; see `rankseg.rank_dice` for the options."""
+    rows, pixels = flat.shape
+    peak = flat.amax(1)
+    kept = torch.ones_like(peak, dtype=torch.bool)
+    if pruning:
+        kept = peak >= 0.5 if variant == "experiments" else peak > 0.5
+    result = Solution(
+        torch.zeros(rows, dtype=torch.int64, device=flat.device),
+        peak.clone(),
+        torch.zeros(rows, dtype=torch.int64, device=flat.device),
+        torch.full((rows,), torch.nan, dtype=torch.float64, device=flat.device),
+    )
+    for group in kept.nonzero()[:, 0].split(max(1, _BUDGET // (pixels * _DEGREE))):
+        part = _search_rows(flat[group], app, smooth, truncate_mean, variant)
+        for whole, piece in zip(result, part, strict=True):
+            whole[group] = piece
+    return result
+
+
+def _search_rows(rows: Tensor, app: int, smooth: float, truncate_mean: bool, variant: str) -> Solution:
+    values = rows.sort(dim=1, descending=True).values
+    ordered = values.double()
+    mean, variance, third = moments(ordered)
+    skewness = third / variance.clamp(min=1e-300) ** 1.5
+    sound = (variance >= _SPREAD) & (skewness.abs() <= _SKEW)
+    if truncate_mean:
+        mean = (ordered >= 0.5).sum(1).double()
+    few = mean <= _FEW
+    upper = torch.where(
+        few, torch.floor(5 * mean + 1).long().clamp(max=rows.shape[1]), _upper(ordered, smooth)
+    )
+    tau = torch.zeros_like(upper)
+    value = torch.full_like(mean, torch.nan)
+    for refined in (True, False):
+        members = (sound & ((few | (app == 1)) == refined)).nonzero()[:, 0]
+        if members.numel():
+            law = (mean[members], variance[members], third[members])
+            tau[members], value[members] = _best(
+                ordered[members], law, upper[members], smooth, refined, variant
+            )
+    result = _with_cutpoint(values, tau, value)
+    broken = (~sound).nonzero()[:, 0]
+    if broken.numel():
+        exact = solve(rows[broken], "dice", smooth, pruning=False)
+        for whole, piece in zip(result, exact, strict=True):
+            whole[broken] = piece
+    return result
+
+
+def _with_cutpoint(values: Tensor, tau: Tensor, value: Tensor) -> Solution:
+    """Add the largest probability left out, and how many selected pixels equal it, to volumes (R,)."""
+    padded = torch.nn.functional.pad(values, (0, 1))
+    cutpoint = padded.gather(1, tau[:, None])
+    selected = torch.arange(values.shape[1], device=values.device) < tau[:, None]
+    tied = ((values == cutpoint) & selected).sum(1)
+    return Solution(tau, cutpoint[:, 0], tied, value)
+
+
+def _upper(ordered: Tensor, smooth: float) -> Tensor:
+    """First τ with S_τ / (p_{τ+1} + 1e-5) > τ + γ + D, else D: no later volume can be best. (R,) int64."""
+    pixels = ordered.shape[1]
+    volume = torch.arange(1, pixels, device=ordered.device)
+    enough = ordered.cumsum(1)[:, :-1] / (ordered[:, 1:] + 1e-5) > volume + smooth + pixels
+    found = enough.any(1)
+    first = enough.to(torch.uint8).argmax(1) + 1 if pixels > 1 else found.long()
+    return torch.where(found, first, pixels)
+
+
+def _best(
+    ordered: Tensor,
+    law: tuple[Tensor, Tensor, Tensor],
+    upper: Tensor,
+    smooth: float,
+    refined: bool,
+    variant: str,
+) -> tuple[Tensor, Tensor]:
+    """Best volume in 1..`upper`, or 0, and its approximate score, for sorted rows (R, D): (R,) each."""
+    mean, variance, third = law
+    pixels = ordered.shape[1]
+    deviation = variance.sqrt()
+    skewness = third / deviation**3
+    low = torch.floor(mean + deviation * refined_quantile(_TAIL, skewness + 1e-5)).long() - 1
+    high = torch.ceil(mean + deviation * refined_quantile(1 - _TAIL, skewness + 1e-5)).long()
+    low, high = low.clamp(min=0), high.clamp(max=pixels)
+    support = low[:, None] + torch.arange(int((high - low).max().clamp(min=1)), device=low.device)
+    inside = support < high[:, None]
+
+    def weights(p: float) -> Tensor:
+        """Law of Γ without one pixel of probability `p`, on the support: (R, L)."""
+        spread = p * (1 - p)
+        sigma = (variance - spread).clamp(min=1e-12).sqrt()[:, None]
+        skew = (third - spread * (1 - 2 * p))[:, None] / sigma**3
+        centre = (mean - p)[:, None]
+        steps = [refined_cdf((support + shift - centre) / sigma, skew) for shift in (0.5, -0.5)]
+        mass = (steps[0] - steps[1]).clamp(0, 1) * inside
+        return mass / mass.sum(1, keepdim=True).clamp(min=1e-300)
+
+    longest = int(upper.max())
+    volume = torch.arange(1, longest + 1, device=low.device)
+    chosen = ordered[:, :longest]
+    whole = weights(0.0)
+    if refined:
+        score = torch.zeros_like(chosen)
+        for polynomial, coefficient in zip(_chebyshev(chosen), _coefficients(weights), strict=True):
+            sums = (chosen * polynomial).cumsum(1)
+            score += 2 * sums * _correlate(coefficient, low, longest, smooth + 2)
+    else:
+        score = 2 * chosen.cumsum(1) * _correlate(whole, low, longest, smooth + 1)
+    if smooth:
+        score += smooth * _correlate(whole, low, longest, smooth + (1 if refined else 0))
+    score.masked_fill_(volume > upper[:, None], -torch.inf)
+    value, step = score.max(1)
+    tau = step + 1
+    empty = (
+        (smooth * whole / (support + smooth).clamp(min=1e-300)).sum(1) if smooth else torch.zeros_like(mean)
+    )
+    tau = torch.where(value > empty, tau, 0)
+    # A range that ends before the support begins is an answer to the one variant, no object to the other.
+    out_of_reach = upper <= low
+    tau = torch.where(out_of_reach, upper if variant == "published" else 0, tau)
+    return tau, torch.where(out_of_reach, torch.nan, torch.maximum(value, empty))
+
+
+def _chebyshev(p: Tensor) -> list[Tensor]:
+    """T_0 .. T_{_DEGREE-1} at 2p - 1."""
+    x = 2 * p - 1
+    polynomials = [torch.ones_like(x), x]
+    while len(polynomials) < _DEGREE:
+        polynomials.append(2 * x * polynomials[-1] - polynomials[-2])
+    return polynomials
+
+
+def _coefficients(function) -> list[Tensor]:
+    """Chebyshev coefficients in p of `function`(p) -> (R, L), from its values at the Chebyshev points."""
+    angles = [math.pi * (k + 0.5) / _DEGREE for k in range(_DEGREE)]
+    samples = [function((1 + math.cos(angle)) / 2) for angle in angles]
+    return [
+        sum(math.cos(order * angle) * sample for angle, sample in zip(angles, samples, strict=True))
+        * ((1 if order == 0 else 2) / _DEGREE)
+        for order in range(_DEGREE)
+    ]
+
+
+def _correlate(weights: Tensor, low: Tensor, longest: int, shift: float) -> Tensor:
+    """Σ_l w_l / (l + τ + shift) for τ = 1..`longest`, l from `low`: (R, longest)."""
+    length = weights.shape[1]
+    size = longest + length
+    ramp = torch.arange(1, size + 1, device=weights.device)
+    kernel = 1 / (ramp + low[:, None] + shift)
+    fast = 1 << (size - 1).bit_length()
+    product = torch.fft.rfft(kernel, fast) * torch.fft.rfft(weights, fast).conj()
+    return torch.fft.irfft(product, fast)[:, :longest]

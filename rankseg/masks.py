@@ -1,0 +1,52 @@
+"""From volumes and cut-offs to masks of exactly that volume.
+
+Shapes: N images, C classes, *S spatial axes, R = N·C rows, D pixels a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RankResult(NamedTuple):
+    """What `rank_dice` and `rank_iou` return.
+
+    `predict` (N, C, *S) bool: the masks. `tau` (N, C) int64: their volumes in pixels. `cutpoint` (N, C), in the
+    dtype of the probabilities: the largest probability left out, 0 where no pixel is.
+    """
+
+    predict: Tensor
+    tau: Tensor
+    cutpoint: Tensor
+
+
+def rows_of(probs: Tensor) -> Tensor:
+    """View `probs` (N, C, *S) as rows (N·C, D); only what cannot be viewed is copied."""
+    return probs.reshape(probs.shape[0] * probs.shape[1], -1)
+
+
+def select(flat: Tensor, tau: Tensor, cutpoint: Tensor, tied: Tensor) -> Tensor:
+    """Masks (R, D) of the `tau` (R,) most probable pixels of each row; of tied pixels the first ones.
+
+    `cutpoint` (R,) is the largest probability left out (anything where `tau` is D), `tied` (R,) the number of
+    selected pixels that equal it.
+    """
+    everything = tau == flat.shape[1]
+    masks = flat > torch.where(everything, -1, cutpoint)[:, None]
+    missing = tied.masked_fill(everything, 0)
+    for row in missing.nonzero()[:, 0].split(max(1, (1 << 22) // flat.shape[1])):
+        tied = flat[row] == cutpoint[row, None]
+        tied &= tied.cumsum(1, dtype=torch.int32) <= missing[row, None]
+        masks[row] |= tied
+    return masks
+
+
+def as_result(probs: Tensor, flat: Tensor, tau: Tensor, cutpoint: Tensor, tied: Tensor) -> RankResult:
+    """Build the published triple from row-wise volumes and cut-offs."""
+    masks = select(flat, tau, cutpoint, tied)
+    cutpoint = cutpoint.masked_fill(tau == flat.shape[1], 0)
+    shape = probs.shape[:2]
+    return RankResult(masks.view(probs.shape), tau.view(shape), cutpoint.view(shape))

@@ -1,0 +1,83 @@
+"""The reciprocal-moment surrogate: where the optimum lies, and the proof that it lies nowhere else.
+
+With m = E of the denominator, Jensen's inequality and 1 - pu <= e^{-pu} enclose every expected score:
+
+    Dice   (2C + γ) / (τ + μ + γ + 1)  <=  Dice_γ(τ)  <=  (2C + γ) / (τ + μ + γ - 1)
+    IoU    (C + γ) / (τ + μ + γ - C)   <=   IoU_γ(τ)  <=  (C + γ) / (τ + μ + γ - C - 1)
+
+for every volume τ >= 1, where C = C(τ) is the sum of the τ largest probabilities and μ that of all. The lower
+bound is the surrogate of Wang & Dai (NeurIPS 2025). A volume whose upper bound lies below the best lower bound
+cannot be optimal; see `possible` for why checking the two ends of a bracket settles all volumes outside.
+
+Shapes: R rows, D pixels a row, W + 1 volumes of a bracket.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lower_bound(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float) -> Tensor:
+    """Surrogate score of masks of `volume` pixels which capture the probability mass `captured`."""
+    if score == "dice":
+        return (2 * captured + smooth) / (volume + mean + smooth + 1)
+    # 0/0 is 0: the empty mask of an impossible object.
+    return (captured + smooth) / (volume + mean + smooth - captured).clamp(min=1e-300)
+
+
+def possible(
+    score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float, best: Tensor
+) -> Tensor:
+    """Whether the upper bound reaches `best`, a score that some volume is known to attain.
+
+    Multiplied out, "upper bound >= best" reads g(τ) >= 0 with g = 2C + γ - best·(τ + μ + γ - 1) for Dice and
+    g = (1 + best)·C + γ - best·(τ + μ + γ - 1) for IoU. C(τ) is concave in τ (its steps are the sorted
+    probabilities), hence so is g: the volumes with g >= 0 are an interval around the surrogate's optimum,
+    and once g < 0 on either side of it, no volume further out can be optimal.
+    """
+    weight = 2 * captured if score == "dice" else (1 + best) * captured
+    slack = 1e-12 * (volume + mean + smooth)
+    return weight + smooth - best * (volume + mean + smooth - 1) >= -slack
+
+
+def cutoff(score: str, value: Tensor) -> Tensor:
+    """Probability at which adding a pixel stops raising a surrogate score of `value`."""
+    return value / 2 if score == "dice" else value / (1 + value)
+
+
+def excess_root(
+    score: str, cut: Tensor, excess: Tensor, volume: Tensor, mean: Tensor, smooth: float
+) -> Tensor:
+    """One Dinkelbach step: the cut-off after `cut` (R,), from `excess` = Σ_{p > cut} (p - cut) and the volume.
+
+    The optimal cut-off is the root of a convex decreasing function, Σ (p - cut)_+ + γ/2 - cut·(μ + γ + 1) for Dice
+    and Σ (p - cut)_+ + γ - cut·(μ + 2γ) for IoU; Dinkelbach's iteration is Newton's on it.
+    """
+    constant, slope = (smooth / 2, mean + smooth + 1) if score == "dice" else (smooth, mean + 2 * smooth)
+    return (cut + (excess + constant - cut * slope) / (volume + slope)).clamp(0.001, 0.999)
+
+
+def from_sample(score: str, sample: Tensor, stride: int, mean: Tensor, smooth: float) -> tuple[Tensor, ...]:
+    """Estimate the cut-off, its volume, and the density of pixels there, from every `stride`-th pixel: (R,) each.
+
+    Dinkelbach's iteration needs no sort: every step is a count and a sum over {p > cut}.
+    """
+    sample = sample.float()
+    cut = torch.full_like(mean, 0.35)
+    for _ in range(4):
+        above = sample - cut[:, None]
+        volume = (above > 0).sum(1) * float(stride)
+        cut = excess_root(score, cut, above.relu_().sum(1) * stride, volume, mean, smooth)
+    near = (sample - cut[:, None]).abs_() < 0.05
+    return cut, volume, (near.sum(1) + 1) * (stride / 0.1)
+
+
+def bracket(cut: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
+    """Bracket (low, high) of cut-offs around `cut` that will most likely hold all volumes `possible` admits.
+
+    Leaving out k pixels at distance x from the cut-off costs about 2kx, and 4·cut is the gap of the bounds.
+    The width is only a guess: the exact pass proves it or widens it.
+    """
+    half = 1.5 * torch.sqrt(8 * cut / density) + 0.005 * cut
+    return (cut - half).clamp(min=1e-3), cut + half
