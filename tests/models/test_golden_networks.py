@@ -37,8 +37,8 @@ def training_path(network: nn.Module) -> nn.Module:
     ("name", "num_classes"),
     [
         ("deeplabv3plus", 19),
-        ("deeplabv3plus", 2),
-        ("pspnet", 19),
+        pytest.param("deeplabv3plus", 2, marks=slow),
+        pytest.param("pspnet", 19, marks=slow),
         ("pspnet", 2),
         pytest.param("fcn8", 19, marks=slow),
         ("fcn8", 2),
