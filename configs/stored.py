@@ -20,7 +20,17 @@ from configs.cli import CONFIGS, options, unknown_key, unknown_option
 _INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 _RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:...} and the like; ${dataset.root} is a plain reference
 # What may differ between two starts of the same run: no number depends on it.
-_FREE = ("num_workers", "device", "verify", "resume", "validation", "save_dir", "run_dir", "dataset.root")
+_FREE = (
+    "expected",
+    "num_workers",
+    "device",
+    "verify",
+    "resume",
+    "validation",
+    "save_dir",
+    "run_dir",
+    "dataset.root",
+)
 _FREE_TRAINER = ("tensorboard", "panels", "save_minutes", "save_every", "keep")
 
 

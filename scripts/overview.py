@@ -28,7 +28,9 @@ QUANTILES = (0.95, 0.75, 0.5, 0.25, 0.05)
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint")
     parser.add_argument("--out", type=Path, default=Path("overview.png"))
     parser.add_argument("--scale", type=int, default=2, help="enlargement of small images")
@@ -49,7 +51,9 @@ def main() -> None:
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
         rows = [
             picture
-            for _, picture in panels(network, data, loader.transform, rules, criterion.link, where, picked, scale=args.scale)
+            for _, picture in panels(
+                network, data, loader.transform, rules, criterion.link, where, picked, scale=args.scale
+            )
         ]
     width = max(row.shape[2] for row in rows)
     rows = [torch.nn.functional.pad(row, (0, width - row.shape[2]), value=255) for row in rows]
@@ -57,7 +61,9 @@ def main() -> None:
     to_pil_image(torch.cat(rows, dim=1)).save(args.out)
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     print(f"{args.out}: RankDice against T: better on {better} images, worse on {worse}, of {len(order)}")
-    print(f"rows: gain at the quantiles {', '.join(f'{q:.0%} ({100 * gain[i]:+.1f})' for q, i in zip(QUANTILES, picked, strict=True))}")
+    print(
+        f"rows: gain at the quantiles {', '.join(f'{q:.0%} ({100 * gain[i]:+.1f})' for q, i in zip(QUANTILES, picked, strict=True))}"
+    )
 
 
 if __name__ == "__main__":
