@@ -20,7 +20,7 @@ import _root
 from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
-from scripts.reporting import sections
+from scripts.reporting import explain, sections
 from scripts.reporting.measure import Findings, Key, by_size, measure, temperature, variants
 from scripts.reporting.page import html_page
 from scripts.reporting.pictures import pick, strips
@@ -89,8 +89,8 @@ def report(args: argparse.Namespace, where: World) -> Path:
             sections.difference_section(differences),
         ),
         ("classes", "Classes", sections.class_section(findings, data.info.classes, RULES)),
-        ("gain", "What explains the gain", sections.explain_section(findings, RULES)),
-        ("calibration", "Calibration", sections.reliability_section(findings)),
+        ("gain", "What explains the gain", explain.explain_section(findings, RULES)),
+        ("calibration", "Calibration", explain.reliability_section(findings)),
         ("images", "Images", sections.picture_section(groups, drawn)),
         ("learning", "Learning", sections.learning_section(read_rows(path.parent / "metrics.jsonl"))),
         ("provenance", "Provenance", sections.fact_section(facts(cfg, path, checkpoint, data))),

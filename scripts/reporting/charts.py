@@ -40,6 +40,35 @@ def interval_dots(rows: Sequence[tuple[str, float, Range]], xlabel: str) -> str:
     return plot.svg()
 
 
+def class_gains(rows: Sequence[tuple[str, float, Range]], xlabel: str) -> str:
+    """The mean difference of each class with its interval, zero marked."""
+    known = [(value, *ends) for _, value, ends in rows if math.isfinite(value)]
+    plot = Plot(
+        f"{xlabel}, class by class",
+        padded([v for row in known for v in row], include=(0,)),
+        (len(rows) - 0.4, -0.6),
+        (560, 50 + max(24, 45 - len(rows)) * len(rows)),
+        (6, 16, 44, 24 + 7 * min(max(len(name) for name, _, _ in rows), 18)),
+    )
+    plot.axes(xlabel, yticks=[])
+    plot.rule(x=0)
+    for row, (name, value, (low, high)) in enumerate(rows):
+        plot.text(plot.left - 8, plot.py(row) + 4, shortened(name), "end", "name")
+        if math.isfinite(value):
+            side, text = (
+                "gain" if value > 0 else "loss",
+                f"{name}: {value:+.2f}, 95 % {low:+.2f} to {high:+.2f}",
+            )
+            plot.line([(low, row), (high, row)], side, tip=text)
+            plot.marks([(value, row)], side, [text])
+    return plot.svg()
+
+
+def shortened(name: str, most: int = 18) -> str:
+    """A name that fits beside an axis."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def sorted_differences(values: Sequence[float], mean: float, ylabel: str) -> str:
     """One bar an image, from the largest loss to the largest gain."""
     ordered = sorted(values)
@@ -60,8 +89,8 @@ def sorted_differences(values: Sequence[float], mean: float, ylabel: str) -> str
 def class_bars(rows: Sequence[tuple[str, Mapping[str, float]]], xlabel: str) -> str:
     """A group of bars for each class, a bar a rule."""
     rules = list(rows[0][1])
-    thick = 9
-    height = (thick * len(rules) + 10) * len(rows)
+    thick = 11
+    height = (thick * len(rules) + 12) * len(rows)
     widest = max(len(name) for name, _ in rows)
     top = max([v for _, scores in rows for v in scores.values() if math.isfinite(v)], default=1.0)
     plot = Plot(
@@ -72,7 +101,7 @@ def class_bars(rows: Sequence[tuple[str, Mapping[str, float]]], xlabel: str) -> 
         (6, 52, 44, 24 + 7 * min(widest, 18)),
     )
     plot.axes(xlabel, yticks=[])
-    share = thick / (thick * len(rules) + 10)
+    share = thick / (thick * len(rules) + 12)
     for row, (name, scores) in enumerate(rows):
         start = row + (1 - share * len(rules)) / 2
         for index, (rule, value) in enumerate(scores.items()):
@@ -83,8 +112,7 @@ def class_bars(rows: Sequence[tuple[str, Mapping[str, float]]], xlabel: str) -> 
                 (0, value), (upper + 0.01, upper + share - 0.01), colour(rule), f"{name}, {rule}: {value:.2f}"
             )
             plot.text(plot.px(value) + 4, plot.py(upper + share / 2) + 3.5, f"{value:.1f}", css="value")
-        shown = name if len(name) <= 18 else name[:17] + "…"
-        plot.text(plot.left - 8, plot.py(row + 0.5) + 4, shown, "end", "name")
+        plot.text(plot.left - 8, plot.py(row + 0.5) + 4, shortened(name), "end", "name")
     return plot.svg()
 
 
@@ -126,12 +154,12 @@ def lines(
     xs, ys = [x for x, _ in points], [y for _, y in points]
     span = (min(xs), max(xs)) if len(set(xs)) > 1 else (xs[0] - 1, xs[0] + 1)
     plot = Plot(title, span, padded(ys, include=[level[1]] if level else []), size)
-    marked = [t for t in ticks(*span) if not whole or t == int(t)]
+    marked = [t for t in ticks(*span, about=8) if not whole or t == int(t)]
     plot.axes(xlabel, ylabel, xticks=marked)
     if level:
         name, value = level
         plot.line([(span[0], value), (span[1], value)], colour(name), tip=f"{name}: {value:.2f}")
-        plot.text(plot.px(span[0]) + 6, plot.py(value) - 6, f"{name} {value:.2f}", css="name")
+        plot.text(plot.px(span[1]), plot.py(value) - 7, f"{name} {value:.2f}", "end", "name")
     for name, line in series.items():
         plot.line(line, colours[name], dash(name))
         plot.marks(line, colours[name], [f"{name}: {y:.4g} at {x:g}" for x, y in line])
@@ -144,7 +172,7 @@ def histogram(shares: Sequence[float], edges: Sequence[float], xlabel: str) -> s
     plot.axes(xlabel, "share, %")
     for share, low, high in zip(shares, edges, edges[1:], strict=False):
         plot.box(
-            (low + 0.002, high - 0.002),
+            (low + 0.001, high - 0.001),
             (0, share),
             "rule-rankdice",
             f"{low:.2f} to {high:.2f}: {share:.1f} %",

@@ -23,7 +23,7 @@ from trainers.losses import link_probs
 from trainers.metrics import Counts, count, mean_over_classes
 
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
-CUTOFF_BINS = 40
+CUTOFF_BINS = 30
 _SAMPLE = 1 << 18  # pixels, over all images, that the temperature is fitted on
 
 

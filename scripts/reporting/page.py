@@ -84,8 +84,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str = "") -> 
 
 def signed(value: float) -> str:
     """A difference in points, coloured by its sign."""
-    css = "gain" if value > 0 else "loss"
-    return f'<span class="{css}">{value:+.2f}</span>'.replace("-", "−", 1)
+    css = "none" if abs(value) < 0.005 else "gain" if value > 0 else "loss"
+    return f'<span class="{css}">{value:+.2f}</span>'.replace("-", "−")
 
 
 def strip(picture: Strip) -> str:

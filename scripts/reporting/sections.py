@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from rankseg.calibration import Reliability
 from scripts.paired.inference import bca_of_mean, wilcoxon
 from scripts.reporting import charts, page
-from scripts.reporting.measure import CUTOFF_BINS, THRESHOLDS, Findings, Key, by_size, false_alarms
+from scripts.reporting.measure import Findings
 from scripts.reporting.pictures import Strip
 from scripts.reporting.svg import Range
 from trainers.metrics import mean_over_classes
@@ -110,7 +109,8 @@ def score_section(table: Mapping[str, Any]) -> str:
         "the choice of images, not that of the training run; the rules move together, so judge by the "
         "differences below."
     )
-    return page.table(head, rows) + page.figure(charts.interval_dots(dots, "mDice")) + page.paragraph(note)
+    dots_figure = page.figure(charts.interval_dots(dots, "mDice, %"))
+    return page.table(head, rows) + page.charts(dots_figure, f"<div>{page.paragraph(note)}</div>")
 
 
 def difference_section(differences: Mapping[str, Any]) -> str:
@@ -130,109 +130,18 @@ def difference_section(differences: Mapping[str, Any]) -> str:
 
 
 def class_section(findings: Findings, names: Sequence[str], rules: Sequence[str]) -> str:
-    """Bars a class and rule, those with the largest gain first when there are many."""
+    """Bars a class and rule, and the gain of RankDice over T in each class."""
     means = {rule: 100 * findings.counts[findings.key(rule)].dice().nanmean(0) for rule in rules}
     rows = [
         (names[c], {rule: float(mean[c]) for rule, mean in means.items()}) for c in findings.scoring.scored
     ]
     half = math.ceil(len(rows) / 2) if len(rows) > 8 else len(rows)
     parts = [page.figure(charts.class_bars(part, "Dice, %")) for part in (rows[:half], rows[half:]) if part]
-    return page.rule_legend(rules) + page.charts(*parts)
-
-
-def reliability_section(findings: Findings) -> str:
-    """How far probabilities can be believed, before and after fitting a temperature."""
-    colours = dict(zip(findings.reliability, ("rule-rankdice", "rule-max", "rule-other"), strict=False))
-    curves = {name: points(one, findings.scoring.scored) for name, one in findings.reliability.items()}
-    rows = [
-        [escape(name), f"{100 * one.ece():.2f}", f"{100 * one.classwise_ece():.2f}"]
-        for name, one in findings.reliability.items()
-    ]
-    note = (
-        "RankDice is the best rule for the expected Dice if the probabilities are right: calibration is "
-        f"what it stands on. The temperature, {findings.temperature:.3f}, was fitted on the validation "
-        "split; above 1 the network is surer than it should be. Bars: the share of decisions in each bin, "
-        "on a logarithmic scale."
-    )
-    chart = page.figure(charts.reliability(curves, colours), legend=page.legend(colours))
-    table = page.table(["probabilities", "ECE, %", "class-wise ECE, %"], rows)
-    return page.charts(chart, f"<div>{table}{page.paragraph(note)}</div>")
-
-
-def points(reliability: Reliability, scored: Sequence[int]) -> list[tuple[float, float, float]]:
-    """(mean probability, frequency, share) of each filled bin, over all scored classes."""
-    if reliability.classes is None:
-        return []
-    number, predicted, observed = reliability.classes[list(scored)].sum(0)
-    filled = number > 0
-    rows = (predicted / number, observed / number, number / number.sum())
-    return [tuple(row) for row in torch.stack(rows, 1)[filled].tolist()]  # type: ignore[misc]
-
-
-def explain_section(findings: Findings, rules: Sequence[str]) -> str:
-    """The same run scored in other ways: what the gain depends on."""
-    rows: list[list[str]] = [["Void pixels"]]
-    for void, text in (
-        ("masked", "left out (the corrected protocol)"),
-        ("counted", "count as false (the paper)"),
-    ):
-        rows.append([text, *_means({rule: findings.mean(Key(rule, "raw", void)) for rule in rules})])
-    rows.append(["Size of the object: mean over pairs of image and class"])
-    rows += [[f"{name}, {count} pairs", *_means(means)] for name, count, means in by_size(findings, rules)]
-    rows.append(["Probabilities"])
-    texts = {
-        "raw": "as the network gives them",
-        "calibrated": f"temperature {findings.temperature:.3f}, fitted on validation",
-        "focal-corrected": "corrected for the focal loss (closed form)",
-    }
-    for kind in findings.reliability:
-        rows.append([texts[kind], *_means({rule: findings.mean(findings.key(rule, kind)) for rule in rules})])
-    table = page.table(
-        ["mDice, %", *rules, *(f"rankdice − {rule}" for rule in rules if rule != "rankdice")], rows
-    )
-    alarms = [f"{escape(rule)} {false_alarms(findings, rule)[0]}" for rule in rules]
-    absent = false_alarms(findings, "rankdice")[1]
-    more = ""
-    if absent:
-        more = page.paragraph(
-            f"Of {absent} pairs of image and absent class, something was predicted in: {', '.join(alarms)}. "
-            "Each is a Dice of 0 where an empty mask would not have counted."
-        )
-    return table + more + threshold_charts(findings)
-
-
-def _means(means: Mapping[str, float]) -> list[str]:
-    cells = [f"{value:.2f}" for value in means.values()]
-    return cells + [page.signed(means["rankdice"] - v) for rule, v in means.items() if rule != "rankdice"]
-
-
-def threshold_charts(findings: Findings) -> str:
-    """Dice against a fixed threshold, and where RankDice cuts."""
-    curve = [(at, findings.mean(findings.key(f"at {at:.1f}"))) for at in THRESHOLDS]
-    best = max(curve, key=lambda point: point[1])
-    ours = findings.mean(findings.key("rankdice"))
-    fixed = charts.lines(
-        "mean Dice against threshold",
-        {"one threshold for all": curve},
-        "threshold",
-        "mDice, %",
-        {"one threshold for all": "rule-t"},
-        level=("rankdice", ours),
-    )
-    caption = (
-        f"The best of these thresholds, {best[0]:.1f}, chosen on this very split, reaches {best[1]:.2f}; "
-        "RankDice, which chooses a cut-off for each image and class from the probabilities alone, "
-        f"{ours:.2f}."
-    )
-    cut = findings.cutoffs[:, list(findings.scoring.scored)]
-    cut = cut[~cut.isnan()]
-    histogram = torch.histc(cut.float(), CUTOFF_BINS, 0, 1)
-    shares = (100 * histogram / max(cut.numel(), 1)).tolist()
-    edges = [k / CUTOFF_BINS for k in range(CUTOFF_BINS + 1)]
-    where = charts.histogram(shares, edges, "cut-off: smallest probability selected by RankDice")
-    lower = 100 * float((cut < 0.5).float().mean()) if cut.numel() else 0.0
-    below = f"{cut.numel()} masks, {lower:.0f} % of them cut below one half."
-    return page.charts(page.figure(fixed, caption), page.figure(where, below))
+    best, least = (findings.counts[findings.key(rule)].dice() for rule in ("rankdice", "T"))
+    gained = [(names[c], *interval((best - least)[:, c])) for c in findings.scoring.scored]
+    chart = charts.class_gains(gained, "rankdice − T, points of Dice")
+    caption = "Paired over the images in which the class has a score under both, with 95 % intervals."
+    return page.rule_legend(rules) + page.charts(*parts, page.figure(chart, caption))
 
 
 def picture_section(groups: Mapping[str, Sequence[int]], strips: Mapping[int, Strip]) -> str:

@@ -47,7 +47,7 @@ class Plot:
         x: Range,
         y: Range,
         size: tuple[int, int] = (560, 300),
-        margins: tuple[int, int, int, int] = (14, 16, 44, 54),
+        margins: tuple[int, int, int, int] = (14, 16, 44, 62),
     ) -> None:
         self.title, self.x, self.y, self.size = title, x, y, size
         self.top, self.right, self.bottom, self.left = margins
