@@ -1,0 +1,1 @@
+"""What scripts/predict_images.py is made of."""

@@ -1,0 +1,31 @@
+"""What a prediction has to know of the data set: its classes, colours and normalisation, without its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.utils import get_class
+from omegaconf import DictConfig
+
+from configs import build
+from datasets import DatasetInfo, Folder
+from datasets.folder import as_entry, load_table, make_info
+
+
+def facts(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
+    """Return the facts of the data set that a network was trained on, or of a classes.yaml.
+
+    Raises:
+        FileNotFoundError: the network was trained on a folder whose classes.yaml is not there.
+    """
+    kind = get_class(cfg.dataset.source._target_)
+    if classes is None and kind is Folder:
+        classes = Path(cfg.dataset.classes or Path(cfg.dataset.root) / "classes.yaml").expanduser()
+        if not classes.is_file():
+            raise FileNotFoundError(f"{classes}, which names the classes, is not there: pass --classes PATH")
+    if classes is not None:
+        table = load_table(classes)
+        entries = [as_entry(item, str(classes)) for item in table["classes"]]
+        return make_info(str(cfg.dataset.name), table, entries, str(classes))
+    known = getattr(kind, "info", None)
+    return known or build.dataset(cfg, next(iter(cfg.dataset.splits))).info

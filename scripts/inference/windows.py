@@ -1,0 +1,162 @@
+"""Class probabilities of one image of any size: sliding windows, several scales, mirror images.
+
+Windows blend PROBABILITIES; a rule that ranks pixels, such as RankDice, then sees the whole map. Deciding window
+by window would give another mask, because the best cut-off depends on all pixels of a class.
+
+Shapes: C classes, H × W pixels of the image, B windows in a batch, h × w of a window.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from datasets.transforms import Size, resize_to
+
+Network = Callable[[Tensor], Tensor]  # normalised (B, 3, h, w) -> logits (B, C, h', w')
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image is looked at.
+
+    window: side, in pixels of the network's input, of the largest part that goes through it at once; None: the
+        whole image. overlap: the share of a window that the next one sees too. scales: sizes relative to
+        the one the network is evaluated at. flip: mirror images too. resize: that size (`dataset.resize`).
+        batch: windows at once. memory: bytes of probabilities above which they live in a file in the
+        folder `scratch` (default: where temporary files go) in place of memory.
+    """
+
+    window: int | None = None
+    overlap: float = 0.25
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    resize: Size | None = None
+    batch: int = 1
+    memory: int = 2 << 30
+    scratch: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 16:
+            raise ValueError(f"window={self.window}: give at least 16 pixels")
+        if not 0 <= self.overlap <= 0.75:
+            raise ValueError(f"overlap={self.overlap}: give a share from 0 to 0.75")
+        if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
+            raise ValueError(f"scales={self.scales}: give numbers from 0.1 to 10")
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch}: give 1 or more")
+
+
+@torch.inference_mode()
+def probabilities(
+    image: Tensor,
+    network: Network,
+    to_probs: Callable[[Tensor], Tensor],
+    normalise: Callable[[Tensor], Tensor],
+    view: View,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return the probabilities (C, H, W) float32 of an image (3, H, W) uint8, the mean over all that looked at it.
+
+    A whole image at one scale is computed exactly as in testing: resized, passed through the network, the logits
+    resized back, and then turned into probabilities by `to_probs`.
+    """
+    height, width = image.shape[-2:]
+    total: Tensor | None = None
+    weights = torch.zeros(height, width)
+    for boxes, size in _windows((height, width), view):
+        pixels = torch.stack([normalise(_cut(image, box, size)) for box in boxes]).to(device)
+        probs = _look(network, to_probs, pixels, boxes[0][2:], view.flip).cpu()
+        if len(boxes) == 1 and boxes[0] == (0, 0, height, width) and len(view.scales) == 1:
+            return probs[0]
+        if total is None:
+            total = zeros((probs.shape[1], height, width), view.memory, view.scratch)
+        ramp = _ramp(boxes[0][2:], view.overlap)
+        for (top, left, h, w), part in zip(boxes, probs, strict=True):
+            total[:, top : top + h, left : left + w] += part * ramp
+            weights[top : top + h, left : left + w] += ramp
+    assert total is not None
+    for channel in total:  # one class at a time: no second copy of the whole map
+        channel.div_(weights).clamp_(0, 1)
+    return total
+
+
+def zeros(shape: Sequence[int], memory: int, folder: Path | None = None) -> Tensor:
+    """Return float32 zeros, in a temporary file where they are larger than ``memory`` bytes."""
+    count = math.prod(shape)
+    if 4 * count <= memory:
+        return torch.zeros(*shape)
+    with tempfile.NamedTemporaryFile(prefix=".probabilities-", dir=folder) as file:
+        # The mapping outlives the name: the space is given back when the tensor goes.
+        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).view(*shape)
+
+
+def _look(
+    network: Network, to_probs: Callable[[Tensor], Tensor], pixels: Tensor, size: Sequence[int], flip: bool
+) -> Tensor:
+    """Return (B, C, *size) probabilities of windows (B, 3, h, w), averaged with those of their mirror images."""
+    probs = None
+    for mirrored in (False, True) if flip else (False,):
+        logits = network(pixels.flip(-1) if mirrored else pixels).float()
+        logits = logits.flip(-1) if mirrored else logits
+        if logits.shape[-2:] != tuple(size):
+            logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+        one = to_probs(logits)
+        probs = one if probs is None else (probs + one) / 2
+    assert probs is not None
+    return probs
+
+
+def _windows(shape: tuple[int, int], view: View) -> Iterator[tuple[list[Box], tuple[int, int]]]:
+    """Yield batches of boxes of one size in the image, and the size that the network gets to see them at."""
+    base = resize_to(shape, view.resize) if view.resize is not None else list(shape)
+    for scale in view.scales:
+        seen = [max(1, round(side * scale)) for side in base]
+        if view.window is None or max(seen) <= view.window:
+            yield [(0, 0, *shape)], (seen[0], seen[1])
+            continue
+        sizes = [min(side, view.window) for side in seen]
+        # The same part in pixels of the image itself.
+        sides = [
+            min(full, max(1, round(s * full / side)))
+            for s, side, full in zip(sizes, seen, shape, strict=True)
+        ]
+        tops, lefts = (starts(full, side, view.overlap) for full, side in zip(shape, sides, strict=True))
+        boxes = [(top, left, sides[0], sides[1]) for top in tops for left in lefts]
+        for first in range(0, len(boxes), view.batch):
+            yield boxes[first : first + view.batch], (sizes[0], sizes[1])
+
+
+def starts(length: int, side: int, overlap: float) -> list[int]:
+    """Return where windows of this side begin so that they cover the length, evenly spread, the last flush."""
+    if side >= length:
+        return [0]
+    step = max(1, round(side * (1 - overlap)))
+    count = -(-(length - side) // step) + 1
+    return [round(k * (length - side) / (count - 1)) for k in range(count)]
+
+
+def _cut(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    top, left, height, width = box
+    part = image[:, top : top + height, left : left + width]
+    return part if size == (height, width) else TF.resize(part, list(size), antialias=True)
+
+
+def _ramp(size: Sequence[int], overlap: float) -> Tensor:
+    """Return weights (h, w) that fall off linearly towards the edges, over as much as windows overlap."""
+    rows, columns = (_slope(side, overlap) for side in size)
+    return rows[:, None] * columns
+
+
+def _slope(side: int, overlap: float) -> Tensor:
+    from_edge = torch.minimum(torch.arange(1, side + 1), torch.arange(side, 0, -1)).float()
+    return (from_edge / max(1.0, side * overlap)).clamp(max=1)

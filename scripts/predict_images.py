@@ -1,0 +1,291 @@
+"""Segment images of any size with a trained network and any rule.
+
+    python scripts/predict_images.py -r RUN/best_model.pth photos/ --out masks/
+    python scripts/predict_images.py -r RUN/best_model.pth a.jpg b.jpg -p rankdice --overlay --out masks/
+    python scripts/predict_images.py -r RUN/best_model.pth slides/ --window 512 --scales 0.75,1,1.25 --flip --out masks/
+
+NAME.jpg becomes masks/NAME.png, a palette PNG: index = class. It lies pixel upon pixel over the image's stored
+pixels and carries its EXIF orientation. On request:
+    --overlay        masks/overlay/NAME.png          the mask over the image, upright, to look at
+    --per-class      masks/classes/NAME/CLASS.png    each class's mask (0 and 255), overlaps kept
+    --probabilities  masks/probabilities/NAME.npy    (classes, height, width) float16
+
+Windows blend probabilities, and the rule then decides on the whole image. A rule such as rankdice may give a pixel
+to several classes: in the palette PNG the most probable of them has it; a pixel that no class has is background,
+or 255 (void) where the data set has no background. Without -p the rule is rankdice where one class is scored,
+rankdice_nonoverlap where several are.
+
+The same command again goes on where it was stopped; another checkpoint, rule or view into the same folder is refused.
+Exit codes: 0 done, 1 some images could not be read (each is named), 2 bad input, 3 the disk failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from configs import build
+from configs.checkpoint import load
+from configs.cli import guarded, options
+from datasets import DatasetError, DatasetInfo
+from datasets.transforms import Normalise
+from rankseg import Predictor
+from rankseg.calibration import focal_correction
+from scripts.inference import files
+from scripts.inference.facts import facts
+from scripts.inference.labels import label_map
+from scripts.inference.windows import View, probabilities
+from scripts.parallel import ahead, default_workers
+from trainers.device import pick_device
+from trainers.journal import write_json
+from trainers.losses import link_probs
+from trainers.results import file_sha256
+from trainers.update import PRECISIONS
+
+WHOLE = 4 << 20  # pixels up to which an image goes through the network at once
+WINDOW = 1024  # side of the windows of larger ones
+SOME_FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = _arguments(argv)
+    found = files.find(args.images)
+    network, cfg, _ = load(args.resume, args.overrides)
+    info = facts(cfg, args.classes)
+    name = args.predictor or ("rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap")
+    rule = build.rules([name], dict(cfg.protocol.rules))[name]
+    segment = Segmenter(network, cfg, info, rule, _view(args, cfg), pick_device(args.device))
+    _settle(args, cfg, name, info)
+    outputs = {image: Outputs(args, image) for image in found}
+    todo = [image for image in found if args.force or not outputs[image].done(info)]
+    failed = 0
+    bar = tqdm(total=len(todo), desc=name, unit="image", disable=True if args.quiet else None)
+    with bar:
+        for image, picture in zip(todo, ahead(_reading(found), todo, args.workers), strict=True):
+            if isinstance(picture, DatasetError):
+                tqdm.write(f"error: {picture}", file=sys.stderr)
+                failed += 1
+            else:
+                segment(picture, outputs[image])
+            bar.update()
+    before = len(found) - len(todo)
+    parts = [f"{len(todo) - failed} images segmented with {name}"]
+    parts += [f"{before} done before"] * bool(before) + [f"{failed} failed"] * bool(failed)
+    print(f"{args.out}: {', '.join(parts)}")
+    return SOME_FAILED if failed else 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("-r", "--resume", required=True, type=Path, metavar="CHECKPOINT", help="ours, or a released one")
+    add("-p", "--predictor", metavar="RULE", help=f"one of: {', '.join(options('predictor'))}")
+    add("--out", type=Path, required=True, metavar="FOLDER")
+    add("--overlay", action="store_true", help="the mask over the image too")
+    add("--per-class", action="store_true", help="a mask for each class too")
+    add("--probabilities", action="store_true", help="the probabilities too")
+    add("--window", type=int, metavar="PIXELS",
+        help=f"side of sliding windows, as the network sees them (default: whole images up to "
+        f"{WHOLE >> 20} Mpixel, {WINDOW} above; 0: always whole)")  # fmt: skip
+    add(
+        "--overlap",
+        type=float,
+        default=0.25,
+        help="share of a window that the next one sees too (default: 0.25)",
+    )
+    add("--scales", default="1", help="sizes that the image is looked at, such as 0.75,1,1.25")
+    add("--flip", action="store_true", help="look at the mirror image too")
+    add("--batch", type=int, default=1, help="windows that go through the network at once (default: 1)")
+    add(
+        "--memory",
+        type=float,
+        default=2,
+        metavar="GIB",
+        help="probabilities beyond this go to a file in --out",
+    )
+    add(
+        "--classes",
+        type=Path,
+        metavar="YAML",
+        help="names and colours of a folder data set that is elsewhere",
+    )
+    add("--workers", type=int, default=default_workers(), help="threads that read ahead (default: all cores)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--force", action="store_true", help="segment again what is there")
+    add("--quiet", action="store_true", help="no progress bar")
+    add(
+        "images",
+        nargs="+",
+        metavar="IMAGE | FOLDER | key=value",
+        help="what to segment; overrides as of test.py",
+    )
+    args = parser.parse_intermixed_args(argv)
+    is_override = [("=" in given and not Path(given).exists()) for given in args.images]
+    args.overrides = [given for given, yes in zip(args.images, is_override, strict=True) if yes]
+    args.images = [Path(given) for given, yes in zip(args.images, is_override, strict=True) if not yes]
+    if not args.images:
+        parser.error("give images or folders of images")
+    return args
+
+
+def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]:
+    """Return how to look at an image of a given size."""
+    try:
+        scales = tuple(float(scale) for scale in args.scales.split(","))
+    except ValueError:
+        raise ValueError(f"--scales {args.scales}: give numbers, such as 0.75,1,1.25") from None
+    resize = OmegaConf.to_container(cfg.dataset)["resize"]  # type: ignore[index,call-overload]
+    if cfg.protocol.legacy_preprocessing:
+        resize = cfg.dataset.eval_crop  # the paper's networks are scored on images of this shorter side
+
+    def view(pixels: Tensor) -> View:
+        window = args.window
+        if window is None:
+            window = WINDOW if pixels[0].numel() > WHOLE else 0
+        return View(
+            window=window or None,
+            overlap=args.overlap,
+            scales=scales,
+            flip=args.flip,
+            resize=resize,
+            batch=args.batch,
+            memory=int(args.memory * 2**30),
+            scratch=args.out,
+        )
+
+    view(torch.empty(1, 1))  # refuse impossible options before work begins
+    return view
+
+
+def _settle(args: argparse.Namespace, cfg: DictConfig, rule: str, info: DatasetInfo) -> None:
+    """Note in the folder how its masks are made; refuse to mix them with masks made otherwise.
+
+    Raises ValueError, naming what differs.
+    """
+    settings: dict[str, Any] = {
+        "checkpoint": file_sha256(args.resume),
+        "predictor": rule,
+        "classes": list(info.classes),
+        **{key: getattr(args, key) for key in ("window", "overlap", "scales", "flip", "overrides")},
+    }
+    path = args.out / "predict.json"
+    if path.exists() and not args.force:
+        before = json.loads(path.read_text())
+        changed = [key for key, value in settings.items() if before.get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{args.out} holds masks made with another {', '.join(changed)}: choose another --out, or --force"
+            )
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def _reading(found: dict[str, Path]) -> Callable[[str], files.Picture | DatasetError]:
+    """Return a function that reads an image ahead, and hands on what is wrong with it."""
+
+    def read(image: str) -> files.Picture | DatasetError:
+        try:
+            return files.read(found[image])
+        except DatasetError as error:
+            return error
+
+    return read
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files that an image becomes; the palette PNG is written last and says that all are there."""
+
+    args: argparse.Namespace
+    image: str
+
+    @property
+    def labels(self) -> Path:
+        return self.args.out / f"{self.image}.png"
+
+    @property
+    def overlay(self) -> Path | None:
+        return self.args.out / "overlay" / f"{self.image}.png" if self.args.overlay else None
+
+    @property
+    def probabilities(self) -> Path | None:
+        return self.args.out / "probabilities" / f"{self.image}.npy" if self.args.probabilities else None
+
+    def mask(self, name: str) -> Path | None:
+        """Return where the mask of a class goes."""
+        safe = name.replace("/", "_")
+        return self.args.out / "classes" / self.image / f"{safe}.png" if self.args.per_class else None
+
+    def done(self, info: DatasetInfo) -> bool:
+        """Whether every file is there."""
+        wanted = [self.labels, self.overlay, self.probabilities, *map(self.mask, info.classes)]
+        return all(path.exists() for path in wanted if path is not None)
+
+
+class Segmenter:
+    """A network, a rule and a view: pictures in, files out."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        cfg: DictConfig,
+        info: DatasetInfo,
+        rule: Predictor,
+        view: Callable[[Tensor], View],
+        device: torch.device,
+    ) -> None:
+        self.network, self.cfg, self.info = network.to(device).eval(), cfg, info
+        self.rule, self.view, self.device = rule, view, device
+        self.link, self.normalise = build.loss(cfg).link, Normalise(info.mean, info.std)
+        precision = PRECISIONS[cfg.trainer.precision]
+        self.cast = torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits (N, C, h, w) of normalised images (N, 3, h, w)."""
+        with self.cast:
+            return self.network(pixels).logits
+
+    def to_probs(self, logits: Tensor) -> Tensor:
+        """Return probabilities as test.py makes them."""
+        probs = link_probs(logits / self.cfg.temperature, self.link)
+        return focal_correction(probs) if self.cfg.correct_focal else probs
+
+    def __call__(self, picture: files.Picture, outputs: Outputs) -> None:
+        """Segment one picture and write its files."""
+        pixels, orientation = picture
+        probs = probabilities(
+            pixels, self.forward, self.to_probs, self.normalise, self.view(pixels), self.device
+        )
+
+        def save_mask(index: int, mask: Tensor) -> None:
+            path = outputs.mask(self.info.classes[index])
+            if path is not None:
+                files.save_mask(mask, orientation, path)
+
+        labels = label_map(probs, self.rule, self.info, save_mask)
+        if outputs.probabilities:
+            files.save_probabilities(probs, orientation, outputs.probabilities)
+        if outputs.overlay:
+            files.save_overlay(pixels, labels, self.info, outputs.overlay)
+        files.save_labels(labels, orientation, self.info, outputs.labels)
+
+
+if __name__ == "__main__":
+    Image.MAX_IMAGE_PIXELS = 2**31  # one's own large images are no attack
+    guarded(lambda: sys.exit(main()))

@@ -1,0 +1,291 @@
+"""Prediction on images of any size: windows, orientation, palettes, resuming."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from configs import build, stored
+from datasets import DatasetError, DatasetInfo
+from datasets.decode import EXIF_ORIENTATION
+from datasets.transforms import EvalTransform, Normalise
+from rankseg import argmax, rankdice, threshold
+from scripts.inference import files
+from scripts.inference.labels import label_map, masks_of, one_by_one
+from scripts.inference.windows import View, probabilities, starts, zeros
+from scripts.predict_images import main
+from trainers.checkpoint import save
+
+INFO = DatasetInfo("three", ("background", "a", "b"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)), (1, 2))
+
+
+def picture(height: int, width: int, seed: int = 0) -> Tensor:
+    """A smooth random image (3, H, W) uint8."""
+    noise = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return (nn.functional.interpolate(noise, (height, width), mode="bicubic")[0].clamp(0, 1) * 255).byte()
+
+
+class Spy(nn.Module):
+    """Logits that depend on each pixel alone, so that windows cannot matter; notes the sizes it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(tuple(images.shape))
+        return torch.stack([images[:, 0], 2 * images[:, 1], images[:, 2] - images[:, 0]], 1)
+
+
+def look(image: Tensor, network: nn.Module, **options: object) -> Tensor:
+    normalise = Normalise(INFO.mean, INFO.std)
+    return probabilities(image, network, lambda logits: logits.softmax(1), normalise, View(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.6])
+@pytest.mark.parametrize("size", [(64, 64), (97, 41), (33, 150), (20, 20)])
+def test_windows_of_a_pixelwise_network_equal_the_whole(size: tuple[int, int], overlap: float) -> None:
+    image, spy = picture(*size), Spy()
+    whole = look(image, Spy())
+    torch.testing.assert_close(
+        look(image, spy, window=32, overlap=overlap, batch=3), whole, atol=1e-5, rtol=0
+    )
+    assert all(n <= 3 and h <= 32 and w <= 32 for n, _, h, w in spy.seen)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 100, 257])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.75])
+def test_windows_cover_everything_and_stay_inside(length: int, overlap: float) -> None:
+    begins = starts(length, min(32, length), overlap)
+    assert begins[0] == 0 and begins[-1] + min(32, length) == length
+    gaps = np.diff(begins)
+    assert (gaps > 0).all() and (gaps <= max(1, round(32 * (1 - overlap)))).all()
+
+
+def test_flips_and_scales_average_probabilities() -> None:
+    image = picture(40, 60)
+
+    class LeftRight(nn.Module):  # depends on where a pixel lies, as a network with padding does
+        def forward(self, images: Tensor) -> Tensor:
+            ramp = torch.linspace(-1, 1, images.shape[-1]).expand_as(images[:, 0])
+            return torch.stack([ramp, -ramp, images[:, 0]], 1)
+
+    plain, mirrored = look(image, LeftRight()), look(image.flip(-1), LeftRight()).flip(-1)
+    torch.testing.assert_close(look(image, LeftRight(), flip=True), (plain + mirrored) / 2)
+    double = look(image, LeftRight(), scales=(2.0,))
+    both = look(image, LeftRight(), scales=(1.0, 2.0))
+    torch.testing.assert_close(both, (plain + double) / 2, atol=1e-6, rtol=0)
+    torch.testing.assert_close(both.sum(0), torch.ones(40, 60))
+
+
+def test_windows_are_measured_as_the_network_sees_them() -> None:
+    spy = Spy()
+    probs = look(picture(120, 90), spy, window=32, scales=(0.5, 2.0), resize=60)
+    assert probs.shape == (3, 120, 90) and all(max(h, w) <= 32 for _, _, h, w in spy.seen)
+
+
+def test_probabilities_beyond_the_memory_are_the_same(tmp_path: Path) -> None:
+    image = picture(70, 80)
+    inside = look(image, Spy(), window=32)
+    outside = look(image, Spy(), window=32, memory=0, scratch=tmp_path)
+    assert torch.equal(inside, outside)
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+    assert torch.equal(zeros((2, 3), 0), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    "options", [{"window": 3}, {"overlap": 0.9}, {"scales": ()}, {"scales": (0,)}, {"batch": 0}]
+)
+def test_impossible_views_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}="):
+        View(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "rule", [threshold, argmax, rankdice, partial(rankdice, app=2), partial(rankdice, allow_overlap=False)]
+)
+def test_classes_one_by_one_are_classes_at_once(rule: partial) -> None:
+    probs = (3 * torch.randn(3, 24, 31, generator=torch.Generator().manual_seed(0))).softmax(0)
+    assert torch.equal(torch.stack(list(masks_of(probs, rule))), rule(probs[None])[0])
+    expected = rule is not argmax and not (isinstance(rule, partial) and "allow_overlap" in rule.keywords)
+    assert one_by_one(rule) == expected
+
+
+def test_labels_resolve_overlaps_and_gaps_as_documented() -> None:
+    #         overlap a<b | a alone | nobody | background too | tie
+    probs = torch.tensor([[0.1, 0.1, 0.3, 0.9, 0.0], [0.6, 0.7, 0.4, 0.6, 0.5], [0.8, 0.2, 0.3, 0.1, 0.5]])
+    labels = label_map(probs[:, None], threshold, INFO)
+    assert labels.tolist() == [[2, 1, 0, 1, 1]]
+    all_scored = DatasetInfo("all", INFO.classes, INFO.palette, (0, 1, 2))
+    assert label_map(probs[:, None], threshold, all_scored).tolist() == [[2, 1, 255, 0, 1]]
+
+
+def test_labels_of_argmax_are_argmax() -> None:
+    probs = torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(1)).softmax(0)
+    assert torch.equal(label_map(probs, argmax, INFO).long(), probs.argmax(0))
+    with pytest.raises(ValueError, match="gives 2 classes"):
+        label_map(probs[:2], argmax, INFO)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_masks_lie_over_their_images_for_every_reader(tmp_path: Path, orientation: int, suffix: str) -> None:
+    stored = np.zeros((24, 40, 3), dtype=np.uint8)
+    stored[:8, :16] = 255  # no symmetry
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(stored).save(path, exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
+    seen = files.read(path)
+    assert seen.pixels.shape == ((3, 40, 24) if orientation > 4 else (3, 24, 40))
+    labels = (seen.pixels[0] > 127).byte()
+    files.save_labels(labels, seen.orientation, INFO, tmp_path / "mask.png")
+    probs = labels.float().expand(3, -1, -1)
+    files.save_probabilities(probs, seen.orientation, tmp_path / "probs.npy")
+    mask = Image.open(tmp_path / "mask.png")
+    assert np.array_equal(np.asarray(mask), stored[..., 0] > 127)  # who ignores EXIF
+    assert np.array_equal(np.asarray(ImageOps.exif_transpose(mask)), labels.numpy())  # who honours it
+    assert np.array_equal(np.load(tmp_path / "probs.npy")[1] > 0.5, stored[..., 0] > 127)
+
+
+def test_palette_pictures_hold_indices_and_colours(tmp_path: Path) -> None:
+    labels = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8)
+    files.save_labels(labels, 1, INFO, tmp_path / "deep" / "x.png")
+    image = Image.open(tmp_path / "deep" / "x.png")
+    assert image.mode == "P" and np.array_equal(np.asarray(image), labels.numpy())
+    assert np.asarray(image.convert("RGB"))[0].tolist() == [*map(list, INFO.palette), list(files.VOID_COLOUR)]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), files.aside(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_finding_images(tmp_path: Path) -> None:
+    for name in ("a.jpg", "sub/b.PNG", "sub/.hidden.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert files.find([tmp_path]) == {"a": tmp_path / "a.jpg", "sub/b": tmp_path / "sub" / "b.PNG"}
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="both be written as a"):
+        files.find([tmp_path])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        files.find([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no image"):
+        files.find([tmp_path / "empty"])
+
+
+def test_damaged_and_deep_images_are_named(tmp_path: Path) -> None:
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(deep)
+    with pytest.raises(DatasetError, match=r"deep\.png has more than 8 bits"):
+        files.read(deep)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network of three classes, stored as train.py stores one."""
+    torch.manual_seed(0)
+    choices = dict.fromkeys(build.GROUPS, "") | {
+        "dataset": "synthetic", "model": "tiny", "loss": "ce", "optimizer": "adamw", "schedule": "poly",
+        "predictor": "rankdice", "protocol": "corrected", "trainer": "default",
+    }  # fmt: skip
+    cfg = build.compose("train", ["dataset.num_classes=3", "run_dir=x"])
+    path = tmp_path_factory.mktemp("run") / "best_model.pth"
+    network = build.model(cfg)
+    save({"format": 1, "model": network.state_dict(), "config": stored.pack(cfg, choices), "epoch": 1}, path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    for k, (name, size) in enumerate({"one": (48, 64), "deep/two": (90, 50), "three": (33, 35)}.items()):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(*size, seed=k).permute(1, 2, 0).numpy()).save(path)
+    return folder
+
+
+def test_a_folder_becomes_masks(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    everything = ("--overlay", "--per-class", "--probabilities", "--quiet", "--workers", "2")
+    assert main(["-r", str(checkpoint), str(photos), "--out", str(out), "-p", "rankdice", *everything]) == 0
+    written = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    names = ("one", "deep/two", "three")
+    expected = [f"{name}.png" for name in names] + [f"overlay/{name}.png" for name in names]
+    expected += [f"probabilities/{name}.npy" for name in names]
+    expected += [f"classes/{name}/{c}.png" for name in names for c in ("background", "disc", "box")]
+    assert written == sorted([*expected, "predict.json"])
+
+    image = files.read(photos / "deep" / "two.png").pixels
+    probs = torch.from_numpy(np.load(out / "probabilities" / "deep" / "two.npy").astype(np.float32))
+    torch.testing.assert_close(probs.sum(0), torch.ones(90, 50), atol=2e-3, rtol=0)
+    labels = np.asarray(Image.open(out / "deep" / "two.png"))
+    assert labels.shape == (90, 50) and Image.open(out / "overlay" / "deep" / "two.png").size == (50, 90)
+    masks = [
+        np.asarray(Image.open(out / "classes" / "deep" / "two" / f"{c}.png")) > 0 for c in ("disc", "box")
+    ]
+    assert ((labels > 0) == (masks[0] | masks[1])).all()
+
+    from configs.checkpoint import load  # the same image as test.py would see it
+
+    network, cfg, _ = load(checkpoint)
+    data = build.dataset(cfg, "test").info
+    mask = tv_tensors.Mask(torch.zeros(90, 50, dtype=torch.uint8))
+    pixels, _ = EvalTransform(data.mean, data.std)(tv_tensors.Image(image), mask)
+    with torch.inference_mode():
+        wanted = network.eval()(pixels[None]).logits.softmax(1)
+    torch.testing.assert_close(probs, wanted[0], atol=1e-3, rtol=0)
+    assert np.array_equal(np.stack(masks), rankdice(wanted)[0, 1:].numpy())
+
+
+def test_the_same_command_again_does_what_is_missing(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["-r", str(checkpoint), str(photos), "--out", str(out), "--quiet", "--window", "32", "--flip"]
+    assert main(command) == 0 and "3 images segmented with rankdice_nonoverlap" in capsys.readouterr().out
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*.png")}
+    (out / "one.png").unlink()
+    assert main(command) == 0
+    assert "1 images segmented with rankdice_nonoverlap, 2 done before" in capsys.readouterr().out
+    for path, (changed, content) in before.items():
+        assert path.read_bytes() == content and (path.name == "one.png" or path.stat().st_mtime_ns == changed)
+    with pytest.raises(ValueError, match="made with another predictor, window"):
+        main([*command[:-3], "-p", "T"])
+    assert main([*command[:-3], "-p", "T", "--force"]) == 0
+
+
+def test_a_damaged_image_does_not_stop_the_others(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = photos / "broken.png"
+    path.write_bytes((photos / "one.png").read_bytes()[:200])
+    assert main(["-r", str(checkpoint), str(photos), "--out", str(tmp_path / "out"), "--quiet"]) == 1
+    said = capsys.readouterr()
+    assert str(path) in said.err and "3 images segmented" in said.out and "1 failed" in said.out
+    assert not list((tmp_path / "out").glob("*broken*"))
+
+
+def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    image = photos / "one.png"
+    main(["-r", str(checkpoint), str(image), "dataset.resize=32", "--out", str(out), "--quiet", "-p", "max"])
+    assert Image.open(out / "one.png").size == (64, 48)
+    with pytest.raises(ValueError, match="rankdise is unknown"):
+        main(["-r", str(checkpoint), str(image), "--out", str(out), "-p", "rankdise"])
+    with pytest.raises(ValueError, match="--scales"):
+        main(["-r", str(checkpoint), str(image), "--out", str(out / "x"), "--scales", "big"])
