@@ -39,7 +39,7 @@ def bilinear_window(image: Tensor, size: tuple[int, int], top: int, left: int, c
     column, next_column, column_share = taps(image.shape[-1], size[1], left, crop)
     first, last = int(row[0]), int(next_row[-1]) + 1
     pixels = image.permute(1, 2, 0)[first:last]  # channels last, as decoded: columns are then cheap to pick
-    left_pixels, right_pixels = (pixels.index_select(1, at).float() for at in (column, next_column))
+    left_pixels, right_pixels = (pixels.index_select(1, at).short() for at in (column, next_column))
     across = mix(left_pixels, right_pixels, column_share[:, None])
     upper, lower = (across.index_select(0, at - first) for at in (row, next_row))
     return mix(upper, lower, row_share[:, None, None]).to(torch.uint8).permute(2, 0, 1)
@@ -55,4 +55,4 @@ def taps(size: int, new_size: int, start: int, count: int) -> tuple[Tensor, Tens
 
 def mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     """Return `a + (b - a) share` in float32 with one rounding of product and sum."""
-    return torch.addcmul(a.double(), (b - a).double(), share.double()).float()
+    return (b - a).double().mul_(share.double()).add_(a).float()
