@@ -18,11 +18,11 @@ from rankseg.validation import check_choice, check_probs
 
 
 class ReliabilityCurve(NamedTuple):
-    """Per class and bin, (C, M): mean `confidence`, observed `frequency` (both NaN in empty bins), `count`."""
+    """Per class and bin, (C, M): mean `confidence`, observed `frequency` (both NaN in empty bins), number of `pixels`."""
 
     confidence: Tensor
     frequency: Tensor
-    count: Tensor
+    pixels: Tensor
 
 
 class Reliability:
@@ -61,16 +61,19 @@ class Reliability:
         if self.count is None:
             empty = torch.zeros(classes, self.bins, dtype=torch.float64, device=probs.device)
             self.count, self.forecast, self.observed = empty, empty.clone(), empty.clone()
-        if self.count.shape[0] != classes:
-            raise ValueError(f"probs has {classes} classes, earlier batches had {self.count.shape[0]}")
+        counts, forecasts, observations = self._filled()
+        if counts.shape[0] != classes:
+            raise ValueError(
+                f"probs has {classes} classes, earlier batches had {counts.shape[0]}; keep them apart"
+            )
         keep = slice(None) if valid is None else valid.flatten()
         for c in range(classes):
             p = probs[:, c].flatten()[keep]
             place = (p.float() * self.bins).long().clamp(max=self.bins - 1)
             for sums, weight in (
-                (self.count, torch.ones_like(place)),
-                (self.forecast, p),
-                (self.observed, targets[:, c].flatten()[keep]),
+                (counts, torch.ones_like(place)),
+                (forecasts, p),
+                (observations, targets[:, c].flatten()[keep]),
             ):
                 sums[c] += torch.bincount(place, weight.double(), minlength=self.bins).to(sums.device)
 
@@ -188,7 +191,8 @@ def focal_correction(probs: Tensor, gamma: float = 2.0) -> Tensor:
     if gamma == 0:
         return probs.clone()
     v = probs.double()
-    rest = 1 - v
+    # Away from 0, because for gamma < 1 the derivative has a pole at v = 1 that its numerator cancels.
+    rest = (1 - v).clamp(min=1e-150)
     slope = rest**gamma - gamma * rest ** (gamma - 1) * torch.special.xlogy(v, v)
     # At v = 1 the slope vanishes and the class is certain; the floor keeps 1/0 out.
     weight = v / slope.clamp(min=1e-30)

@@ -77,7 +77,11 @@ def gather(
         extracted = tile > low[across, None]
         total[across] += _sums(exact, exact, square)
         if any(some_above[across]):
-            above = tile > high[across, None] if high is not None else tile_of(masks, numbers, across, along)
+            if masks is not None:
+                above = tile_of(masks, numbers, across, along)
+            else:
+                assert high is not None
+                above = tile > high[across, None]
             picked = exact * above.double()
             part = _sums(picked, exact, square)
             part[:, 0] = above.view(torch.uint8).sum(1)

@@ -1,6 +1,7 @@
 """The search for the optimal volume of every row: guess, one pass, proof; widen where the proof fails.
 
-1. `surrogate` guesses a bracket of cut-offs for large objects; small objects are taken whole, down to probabilities so small that power sums describe the rest exactly.
+1. `surrogate` guesses a bracket of cut-offs for large objects; small objects are taken whole, down to
+   probabilities so small that power sums describe the rest exactly.
 2. `gather.gather` passes once over the pixels: power sums, and the pixels inside the bracket.
 3. `exact.window_scores` evaluates every volume which the bounds of `surrogate.possible` leave over.
 4. A row whose bracket does not contain all those volumes comes again with a wider one.

@@ -1,0 +1,112 @@
+"""Calibration: known miscalibration is measured, and undone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankseg.calibration import Reliability, ece, fit_temperature, focal_correction
+
+
+def sample(temperature: float, link: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits that are `temperature` times too sharp, their labels (4, 60, 60), and the one-hot labels."""
+    generator = torch.Generator().manual_seed(seed)
+    true = 1.5 * torch.randn(4, 3, 60, 60, generator=generator)
+    probs = torch.softmax(true, 1).movedim(1, -1).reshape(-1, 3)
+    labels = torch.multinomial(probs, 1, generator=generator).view(4, 60, 60)
+    return temperature * true, labels, torch.nn.functional.one_hot(labels, 3).movedim(-1, 1)
+
+
+def test_ece_of_a_forecaster_that_is_right_and_one_that_is_not() -> None:
+    probs = torch.full((1, 1, 1000), 0.7)
+    right = (torch.arange(1000) < 700).long().view(1, 1, 1000)
+    assert ece(probs, right) == pytest.approx(0, abs=1e-6)
+    assert ece(probs, torch.ones_like(right)) == pytest.approx(0.3, abs=1e-6)
+    assert math.isnan(Reliability().ece())
+
+
+def test_batches_merge_to_the_whole() -> None:
+    logits, labels, onehot = sample(2.0, "softmax")
+    probs, valid = torch.softmax(logits, 1), labels != 2
+    whole, parts, rest = Reliability(10), Reliability(10), Reliability(10)
+    whole.update(probs, onehot, valid)
+    parts.update(probs[:1], onehot[:1], valid[:1])
+    rest.update(probs[1:], onehot[1:], valid[1:])
+    parts.merge(rest).merge(Reliability(10))
+    assert parts.ece() == pytest.approx(whole.ece())
+    assert torch.allclose(parts.classwise_ece(), whole.classwise_ece())
+    curve = whole.curve()
+    assert int(curve.pixels.sum()) == 3 * int(valid.sum())
+    assert torch.equal(curve.confidence.isnan(), curve.pixels == 0)
+    # By hand, one bin of one class.
+    inside = (probs[:, 1] >= 0.3) & (probs[:, 1] < 0.4) & valid
+    assert float(curve.confidence[1, 3]) == pytest.approx(float(probs[:, 1][inside].mean()), rel=1e-5)
+    assert float(curve.frequency[1, 3]) == pytest.approx(float(onehot[:, 1][inside].double().mean()))
+
+
+@pytest.mark.parametrize("classwise", [False, True])
+def test_temperature_is_recovered(classwise: bool) -> None:
+    logits, labels, onehot = sample(2.5, "softmax")
+    labels[0, :5] = 255
+    temperature = fit_temperature(logits, labels, classwise=classwise)
+    assert temperature.shape == ((3,) if classwise else ())
+    assert torch.allclose(temperature, torch.tensor(2.5).double(), rtol=0.08)
+    if not classwise:
+        before, after = (ece(torch.softmax(x, 1), onehot) for x in (logits, logits / temperature))
+        assert after < 0.2 * before
+
+
+def test_temperature_of_one_against_rest() -> None:
+    generator = torch.Generator().manual_seed(1)
+    true = 2 * torch.randn(4, 2, 50, 50, generator=generator)
+    true[:, 1] = -true[:, 0]
+    labels = (torch.rand(4, 50, 50, generator=generator) < torch.sigmoid(true[:, 1])).long()
+    assert float(fit_temperature(3 * true, labels, link="sigmoid")) == pytest.approx(3, rel=0.08)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
+def test_focal_correction_inverts_the_focal_minimiser(gamma: float) -> None:
+    """Minimise the expected focal loss numerically; the correction must give the true probabilities back."""
+    true = torch.tensor([[0.6, 0.3, 0.1], [0.05, 0.9, 0.05], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+    scores = torch.log(true).requires_grad_(True)
+    optimizer = torch.optim.LBFGS([scores], max_iter=500, tolerance_grad=1e-13, tolerance_change=1e-16)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        v = torch.softmax(scores, 1)
+        loss = -(true * (1 - v) ** gamma * torch.log(v)).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        optimizer.step(closure)
+    trained = torch.softmax(scores.detach(), 1)[:, :, None]
+    if gamma > 1:
+        assert not torch.allclose(trained[:, :, 0], true, atol=0.02)  # focal is not calibrated by itself
+    assert torch.allclose(focal_correction(trained, gamma)[:, :, 0], true, atol=1e-5)
+
+
+def test_focal_correction_at_the_ends() -> None:
+    certain = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[:, :, None]
+    for gamma in (0.0, 0.5, 2.0):
+        assert torch.equal(focal_correction(certain, gamma), certain)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="bins"):
+        Reliability(0)
+    with pytest.raises(ValueError, match="one-hot"):
+        Reliability().update(torch.rand(1, 2, 4), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="merge"):
+        Reliability(5).merge(Reliability(6))
+    with pytest.raises(ValueError, match="call update first"):
+        Reliability().curve()
+    with pytest.raises(ValueError, match="ignore_index"):
+        fit_temperature(torch.zeros(1, 2, 3), torch.full((1, 3), 255))
+    with pytest.raises(ValueError, match="link"):
+        fit_temperature(torch.zeros(1, 2, 3), torch.zeros(1, 3).long(), link="tanh")
+    with pytest.raises(ValueError, match="gamma"):
+        focal_correction(torch.rand(1, 2, 3), gamma=-1)

@@ -1,0 +1,161 @@
+"""The interface: what every rule accepts, returns and refuses."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+
+import rankseg
+from rankseg.quadrature import jacobi, laguerre
+
+ALL = {
+    "threshold": rankseg.threshold,
+    "argmax": rankseg.argmax,
+    "rankdice": rankseg.rankdice,
+    "rankiou": rankseg.rankiou,
+    "rankdice_trna": functools.partial(rankseg.rankdice, app=1),
+    "rankdice_ba": functools.partial(rankseg.rankdice, app=2),
+    "rankdice_paper": functools.partial(rankseg.rankdice, app=2, truncate_mean=True, variant="experiments"),
+    "rankdice_nonoverlap": functools.partial(rankseg.rankdice, allow_overlap=False),
+    "rankiou_nonoverlap": functools.partial(rankseg.rankiou, allow_overlap=False),
+}
+
+
+@pytest.fixture
+def probs() -> torch.Tensor:
+    return torch.softmax(3 * torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+class TestEveryRule:
+    def test_masks_and_untouched_input(self, name: str, probs: torch.Tensor) -> None:
+        before = probs.clone()
+        masks = ALL[name](probs.requires_grad_(True))
+        assert masks.shape == probs.shape and masks.dtype == torch.bool and not masks.requires_grad
+        assert torch.equal(probs, before)
+
+    def test_layout_does_not_matter(self, name: str, probs: torch.Tensor) -> None:
+        turned = probs.transpose(2, 3).contiguous().transpose(2, 3)
+        assert torch.equal(ALL[name](turned), ALL[name](probs))
+        wide = probs[:1].expand(4, -1, -1, -1)
+        assert torch.equal(ALL[name](wide), ALL[name](probs[:1]).expand(4, -1, -1, -1))
+        skipped = torch.stack([probs, probs], dim=-1)[..., 0]
+        assert torch.equal(ALL[name](skipped), ALL[name](probs))
+
+    @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 1, 1), (1, 1, 1, 1), (2, 2, 3, 4, 5), (1, 2, 7)])
+    def test_shapes(self, name: str, shape: tuple[int, ...]) -> None:
+        maps = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+        assert ALL[name](maps).shape == shape
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_dtypes(self, name: str, dtype: torch.dtype, probs: torch.Tensor) -> None:
+        assert ALL[name](probs.to(dtype)).shape == probs.shape
+
+    def test_constant_maps(self, name: str) -> None:
+        assert not ALL[name](torch.zeros(1, 2, 4, 4))[:, 1].any()
+        assert ALL[name](torch.ones(1, 1, 4, 4)).all()
+
+    @pytest.mark.parametrize(
+        ("bad", "error", "words"),
+        [
+            ([[0.5]], TypeError, "probs must be a torch.Tensor"),
+            (torch.zeros(1, 2, 4, 4, dtype=torch.int64), TypeError, "int64"),
+            (torch.zeros(4, 4), ValueError, r"\(N, C, \*S\)"),
+            (torch.zeros(1, 0, 4), ValueError, "no class"),
+            (torch.zeros(1, 2, 0, 4), ValueError, "empty spatial axis"),
+            (torch.full((1, 1, 2), math.nan), ValueError, "NaN"),
+            (torch.full((1, 1, 2), math.inf), ValueError, "inf"),
+            (torch.tensor([[[0.2, -0.1]]]), ValueError, "softmax or sigmoid"),
+            (torch.tensor([[[0.2, 1.1]]]), ValueError, "softmax or sigmoid"),
+        ],
+    )
+    def test_refusals(self, name: str, bad: object, error: type[Exception], words: str) -> None:
+        with pytest.raises(error, match=words):
+            ALL[name](bad)
+
+
+def test_values_outside_by_rounding_are_clamped() -> None:
+    probs = torch.tensor([[[1 + 1e-6, -1e-7, 0.3]]])
+    assert rankseg.rank_dice(probs).predict.tolist() == [[[True, False, False]]]
+    assert probs[0, 0, 0] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"app": 3}, ValueError, "app must be one of 0, 1, 2"),
+        ({"app": True}, ValueError, "app"),
+        ({"smooth": -1.0}, ValueError, "smooth"),
+        ({"smooth": math.inf}, ValueError, "smooth"),
+        ({"smooth": "1"}, TypeError, "smooth"),
+        ({"variant": "mine"}, ValueError, "'published', 'experiments'"),
+        ({"truncate_mean": True}, ValueError, "app=1 or app=2"),
+        ({"app": 2, "allow_overlap": False}, ValueError, "allow_overlap"),
+    ],
+)
+def test_options_refused(options: dict, error: type[Exception], words: str, probs: torch.Tensor) -> None:
+    with pytest.raises(error, match=words):
+        rankseg.rank_dice(probs, **options)
+
+
+def test_expected_scores_refuse_other_masks(probs: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="shape of probs"):
+        rankseg.expected_dice(probs, torch.zeros(1, 3, 12, 10, dtype=torch.bool))
+    with pytest.raises(TypeError, match="bool"):
+        rankseg.expected_iou(probs, torch.zeros(2, 3, 12, 10))
+    with pytest.raises(ValueError, match="at must be"):
+        rankseg.threshold(probs, at=2)
+
+
+def test_published_call_and_result(probs: torch.Tensor, capsys: pytest.CaptureFixture) -> None:
+    predict, tau, cutpoint = rankseg.rank_dice(probs, app=2, device="cpu", verbose=1)
+    assert tau.dtype == torch.int64 and tau.shape == cutpoint.shape == (2, 3)
+    assert torch.equal(predict.flatten(2).sum(2), tau)
+    assert "volumes" in capsys.readouterr().out
+
+
+def test_pruning() -> None:
+    probs = torch.full((1, 1, 10, 10), 0.5)
+    assert int(rankseg.rank_dice(probs).tau) == 0 and float(rankseg.rank_dice(probs).cutpoint) == 0.5
+    full = rankseg.rank_dice(probs, pruning=False)
+    assert int(full.tau) == 100 and float(full.cutpoint) == 0
+
+
+def test_threshold_includes_its_level_and_argmax_takes_the_first() -> None:
+    probs = torch.full((1, 2, 3), 0.5)
+    assert rankseg.threshold(probs).all()
+    assert rankseg.argmax(probs)[0].tolist() == [[True] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize("nodes", [8, 10, 16])
+def test_laguerre_is_exact_for_polynomials(nodes: int) -> None:
+    times, weights = laguerre(nodes)
+    for power in range(2 * nodes):
+        found = torch.exp(weights - times + power * torch.log(times)).sum()
+        assert float(found) == pytest.approx(math.factorial(power), rel=1e-11)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.3, 0.75])
+def test_jacobi_is_exact_for_polynomials(power: float) -> None:
+    times, weights = jacobi(64, power)
+    for degree in range(1, 128):
+        found = torch.exp(weights - (degree + power) * times).sum()
+        assert float(found) == pytest.approx(1 / (degree + power), rel=1e-11)
+
+
+def test_imports_torch_alone() -> None:
+    """The package works with torch and the standard library, and so does every module of it."""
+    import ast
+    import sys
+    from pathlib import Path
+
+    for file in Path(rankseg.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top in {"torch", "rankseg"} or top in sys.stdlib_module_names, (file.name, name)
