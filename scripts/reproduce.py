@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import _root
@@ -43,6 +44,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", help="such as 0,1,2")
     parser.add_argument("--rules", default="T,max,rankdice", help="what to score (default: %(default)s)")
     parser.add_argument("--protocols", default="corrected,paper", help="how to score (default: %(default)s)")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("best_model.pth", "last.pth"),
+        default="best_model.pth",
+        help="what to score (default: %(default)s, by the validation score; the paper's tables: last.pth)",
+    )
     parser.add_argument("--threads", type=int, help="threads of each process")
     parser.add_argument(
         "--record", type=Path, metavar="DIR", help="copy results, journals and configurations to DIR"
@@ -51,6 +58,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="no progress; the table only")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed on to train.py")
     return parser.parse_intermixed_args(argv)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to score: rules, the folder of each protocol's results, and which checkpoint."""
+
+    rules: list[str]
+    folders: dict[str, str]
+    checkpoint: str
+
+    def done(self, cell: Cell) -> bool:
+        """Whether nothing is left to do for a cell."""
+        return cell.trained() and all(
+            cell.scored(self.checkpoint, folder, self.rules) for folder in self.folders.values()
+        )
 
 
 def main() -> None:
@@ -62,12 +84,11 @@ def main() -> None:
         if value
     ]
     grid = cells([*args.overrides, *chosen])
-    rules = args.rules.split(",")
-    folders = {name: _results(name) for name in args.protocols.split(",")}
-    build.rules(rules)  # an unknown rule is said now, not after the first training
-    todo = [
-        c for c in grid if not (c.trained() and all(c.scored(folder, rules) for folder in folders.values()))
-    ]
+    wanted = Wanted(
+        args.rules.split(","), {name: _results(name) for name in args.protocols.split(",")}, args.checkpoint
+    )
+    build.rules(wanted.rules)  # an unknown rule is said now, not after the first training
+    todo = [cell for cell in grid if not wanted.done(cell)]
     if args.dry_run:
         for cell in grid:
             state = "finished" if cell not in todo else f"epoch {cell.epochs_done()} of {cell.cfg.epochs}"
@@ -75,7 +96,7 @@ def main() -> None:
         print(f"{len(grid)} cells, {len(grid) - len(todo)} finished")
         return
     check_data(todo)
-    failures = run(todo, len(grid), rules, folders, args)
+    failures = run(todo, len(grid), wanted, args)
     if args.record:
         finished = [cell for cell in grid if cell.trained()]
         count = sum(record(cell, args.record, _root.ROOT) for cell in finished)
@@ -104,14 +125,12 @@ def check_data(todo: Sequence[Cell]) -> None:
         if key in seen or not cell.cfg.verify:
             continue
         seen.add(key)
-        for split in dict.fromkeys(("train", "val", "test")):
-            if split in cell.cfg.dataset.splits:
-                build.dataset(cell.cfg, split).verify(progress=sys.stderr.isatty())
+        named = {actual: split for split, actual in cell.cfg.dataset.splits.items()}  # two may be the same
+        for split in named.values():
+            build.dataset(cell.cfg, split).verify(progress=sys.stderr.isatty())
 
 
-def run(
-    todo: Sequence[Cell], total: int, rules: Sequence[str], folders: dict[str, str], args: argparse.Namespace
-) -> dict[Cell, str]:
+def run(todo: Sequence[Cell], total: int, wanted: Wanted, args: argparse.Namespace) -> dict[Cell, str]:
     """Train and score each cell; return those that failed, with the reason."""
     signal.signal(signal.SIGTERM, _interrupt)
     display, failures = Display(todo, args.quiet), {}
@@ -121,7 +140,7 @@ def run(
         for number, cell in enumerate(todo, 1):
             started = time.monotonic()
             try:
-                reason = _cell(cell, number, display, rules, folders, args.threads)
+                reason = _cell(cell, number, display, wanted, args.threads)
             except KeyboardInterrupt:
                 raise Interrupted("Ctrl-C") from None
             seconds = time.monotonic() - started
@@ -130,7 +149,7 @@ def run(
                 failures[cell] = reason
             if not args.quiet:
                 ahead = f", about {clock(left)} left" if left else ""
-                text = reason or _shown(cell, rules, folders)
+                text = reason or _shown(cell, wanted)
                 display.say(f"[{number}/{len(todo)}] {cell}: {text}  ({clock(seconds)}{ahead})")
     return failures
 
@@ -139,14 +158,7 @@ def _interrupt(number: int, _frame: object) -> None:
     raise Interrupted(signal.Signals(number).name)
 
 
-def _cell(
-    cell: Cell,
-    number: int,
-    display: Display,
-    rules: Sequence[str],
-    folders: dict[str, str],
-    threads: int | None,
-) -> str:
+def _cell(cell: Cell, number: int, display: Display, wanted: Wanted, threads: int | None) -> str:
     """Train and score one cell; return the reason if it failed, else an empty text."""
     log, before, started = cell.folder / "reproduce.log", cell.epochs_done(), time.monotonic()
 
@@ -160,30 +172,23 @@ def _cell(
         failed = stage("training", "train.py", *cell.overrides, "verify=false", "hydra.mode=RUN")
         if failed:
             return failed
-    wanted = [part for rule in rules for part in ("-p", rule)]
-    for protocol, folder in folders.items():
-        if not cell.scored(folder, rules):
-            best = str(cell.folder / "best_model.pth")
-            failed = stage(
-                f"scoring ({protocol})",
-                "test.py",
-                "-r",
-                best,
-                *wanted,
-                "--device",
-                cell.cfg.device,
-                f"protocol={protocol}",
-            )
+    path = str(cell.folder / wanted.checkpoint)
+    rules = [part for rule in wanted.rules for part in ("-p", rule)]
+    for protocol, folder in wanted.folders.items():
+        if not cell.scored(wanted.checkpoint, folder, wanted.rules):
+            options = ["--device", cell.cfg.device, f"protocol={protocol}"]
+            failed = stage(f"scoring ({protocol})", "test.py", "-r", path, *rules, *options)
             if failed:
                 return failed
     return ""
 
 
-def _shown(cell: Cell, rules: Sequence[str], folders: dict[str, str]) -> str:
+def _shown(cell: Cell, wanted: Wanted) -> str:
     """The mean Dice of each rule under the first protocol, in percent."""
-    folder = cell.folder / next(iter(folders.values()))
+    folder = cell.folder / next(iter(wanted.folders.values()))
     scores = {
-        rule: json.loads((folder / f"{rule}.json").read_text(encoding="utf-8"))["scores"] for rule in rules
+        rule: json.loads((folder / f"{rule}.json").read_text(encoding="utf-8"))["scores"]
+        for rule in wanted.rules
     }
     return "mDice " + "  ".join(
         f"{rule} {100 * (score['mean_dice'] or 0):.2f}" for rule, score in scores.items()

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from configs import stored
+from configs.build import absolute_root
 from configs.cli import CONFIGS
 from trainers.journal import read_rows
 from trainers.results import file_sha256
@@ -52,13 +53,13 @@ class Cell:
         before = OmegaConf.to_container(OmegaConf.load(config))
         return not stored.differences(before, _resolved(self.cfg))
 
-    def scored(self, folder: str, rules: Iterable[str]) -> bool:
-        """Whether these rules were scored on the run's best checkpoint, with results in this folder of it."""
-        best = self.folder / "best_model.pth"
+    def scored(self, checkpoint: str, folder: str, rules: Iterable[str]) -> bool:
+        """Whether these rules were scored on this checkpoint of the run, with results in this folder of it."""
+        path = self.folder / checkpoint
         files = [self.folder / folder / f"{rule}.json" for rule in rules]
-        if not best.exists() or not all(file.exists() for file in files):
+        if not path.exists() or not all(file.exists() for file in files):
             return False
-        digest = file_sha256(best)
+        digest = file_sha256(path)
         return all(digest in file.read_text(encoding="utf-8") for file in files)
 
 
@@ -96,7 +97,9 @@ def cells(overrides: Sequence[str]) -> list[Cell]:
         found = []
         for values in product(*(swept[key] for key in keys)):
             line = (*fixed, *(f"{key}={value}" for key, value in zip(keys, values, strict=True)))
-            found.append(Cell(line, compose("train", list(line))))
+            cfg = compose("train", list(line))
+            absolute_root(cfg)
+            found.append(Cell(line, cfg))
     folders = [cell.folder for cell in found]
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
