@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -182,4 +183,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # The jobs of a launcher start from nothing, wherever they are, and import this project too.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     guarded(main)

@@ -171,7 +171,10 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """Every image once, in order, sharded without padding: rank r has the images r, r + world_size, ...
+    """Every image once, in order, sharded without padding: rank r has the batches r, r + world_size, ...
+
+    The batches are those of one process, so that every probability is, to the last bit: convolutions round differently
+    in batches of another size.
 
     Images and targets of one batch have one size; where sizes change a batch ends early. With on_error="skip"
     an image that cannot be read is left out, and `skipped` lists it.
@@ -202,7 +205,8 @@ class EvalLoader(Loader):
             timeout=timeout,
             substitute=False,
         )
-        self.indices = range(rank, len(dataset), world_size)
+        starts = range(rank * batch_size, len(dataset), world_size * batch_size)
+        self.indices = [k for start in starts for k in range(start, min(start + batch_size, len(dataset)))]
 
     @property
     def num_images(self) -> int:

@@ -136,11 +136,12 @@ def test_the_ranks_share_each_batch(world_size, drop_last):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_scores_every_image_once_over_all_ranks(world_size):
-    data = numbered(6)
+    data = numbered(9)
+    whole = [batch.indices for batch in eval_loader(data)]
     shares = [eval_loader(data, rank=rank, world_size=world_size) for rank in range(world_size)]
-    seen = [[k for batch in share for k in batch.indices] for share in shares]
-    assert seen == [list(range(rank, 6, world_size)) for rank in range(world_size)]
-    assert [share.num_images for share in shares] == [len(part) for part in seen]
+    seen = [[batch.indices for batch in share] for share in shares]
+    assert seen == [whole[rank::world_size] for rank in range(world_size)]  # the very batches, shared out
+    assert [share.num_images for share in shares] == [sum(map(len, part)) for part in seen]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
