@@ -13,7 +13,7 @@ from torch import nn
 
 from configs import build
 from configs.checkpoint import load
-from configs.cli import guarded, options
+from configs.cli import guarded, list_skipped, options
 from rankseg.calibration import focal_correction
 from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
@@ -90,9 +90,10 @@ def score(args: argparse.Namespace, where: World) -> None:
     data = build.dataset(cfg, cfg.split)
     criterion = build.loss(cfg)
     temperature = find_temperature(cfg, network, criterion.link, where)
+    loader = build.eval_loader(cfg, data, where)
     results = evaluate(
         network,
-        build.eval_loader(cfg, data, where),
+        loader,
         rules,
         criterion,
         build.scoring(cfg, data.info),
@@ -104,6 +105,7 @@ def score(args: argparse.Namespace, where: World) -> None:
     )
     if not where.is_main:
         return
+    list_skipped(loader.skipped)
     folder = args.out or args.resume.resolve().parent / cfg.protocol.results
     if not args.out and (temperature != 1 or cfg.correct_focal):
         folder /= "calibrated"  # beside the results on the probabilities as they are, never over them

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs import build, stored
-from configs.cli import guarded
+from configs.cli import guarded, list_skipped
 from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier, world, wrap
@@ -48,8 +48,11 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     seed_everything(cfg.seed, cfg.trainer.deterministic)
     train_set, val_set = build.dataset(cfg, "train"), build.dataset(cfg, "val")
     if cfg.verify and where.is_main:
-        train_set.verify()
-        val_set.verify()
+        for data in (train_set, val_set):
+            if cfg.on_error == "raise":
+                data.verify()
+            else:
+                print(*data.faults(progress=True, sample=32), sep="\n")
     barrier(where)
     loader, val_loader = build.train_loader(cfg, train_set, where), build.eval_loader(cfg, val_set, where)
     criterion = build.loss(cfg)
@@ -136,6 +139,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
         )
     trainer.fit()
     journal.close()
+    list_skipped({**loader.skipped, **val_loader.skipped})
     say(where, f"done. Score it: python test.py -r {checkpoints.best} -p all")
 
 

@@ -10,6 +10,7 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -35,7 +36,12 @@ def _make(node: Any, **arguments: Any) -> Any:
     """Build what a node's ``_target_`` names; ``name`` is for people and paths."""
     node = OmegaConf.to_container(node, resolve=True)
     node.pop("name", None)
-    return instantiate(node, **arguments, _convert_="all")
+    try:
+        return instantiate(node, **arguments, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, (ValueError, TypeError, OSError, ImportError)):
+            raise error.__cause__ from None  # what the constructor itself said, without Hydra's words around it
+        raise
 
 
 def rules(names: Iterable[str], aliases: dict[str, str] | None = None) -> dict[str, Predictor]:
@@ -82,6 +88,8 @@ def train_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> Tr
         rank=where.rank,
         world_size=where.size,
         pin_memory=where.device.type == "cuda",
+        on_error=cfg.on_error,
+        timeout=cfg.loader_timeout,
     )
 
 
@@ -92,7 +100,15 @@ def eval_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> Eva
     else:
         transform = EvalTransform(data.info.mean, data.info.std, resize=_size(cfg.dataset.resize))
     return EvalLoader(
-        data, transform, cfg.batch_size, num_workers=cfg.num_workers, rank=where.rank, world_size=where.size
+        data,
+        transform,
+        cfg.batch_size,
+        num_workers=cfg.num_workers,
+        rank=where.rank,
+        world_size=where.size,
+        pin_memory=where.device.type == "cuda",
+        on_error=cfg.on_error,
+        timeout=cfg.loader_timeout,
     )
 
 

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from datasets import DatasetError
 from trainers.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUME, Interrupted, TrainingError
 
 CONFIGS = Path(__file__).parent
@@ -39,18 +40,28 @@ def guarded(main: Callable[[], Any]) -> None:
         )
     except KeyboardInterrupt:
         _leave(130, "interrupted", "stopped")
+    except DatasetError as error:  # one line, and below it the faults or the tree that is expected
+        _leave(EXIT_BAD_INPUT, str(error), flat=False)
     except (ValueError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError) as error:
         _leave(EXIT_BAD_INPUT, str(error))
     except OSError as error:
         _leave(EXIT_FAILED, str(error))
 
 
-def _leave(code: int, message: str, kind: str = "error") -> None:
+def _leave(code: int, message: str, kind: str = "error", flat: bool = True) -> None:
     if os.environ.get("RANKSEG_TRACEBACK") == "1":
         raise
     sys.stdout.flush()
-    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{kind}: {' '.join(message.split()) if flat else message}", file=sys.stderr)
     sys.exit(code)
+
+
+def list_skipped(skipped: Mapping[str, str]) -> None:
+    """Say which images ``on_error=skip`` left out, and why."""
+    if skipped:
+        print(f"skipped {len(skipped)} unreadable images:", file=sys.stderr)
+    for name, reason in skipped.items():
+        print(f"  {name}: {reason}", file=sys.stderr)
 
 
 def explain(error: BaseException) -> str:

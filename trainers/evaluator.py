@@ -19,7 +19,7 @@ from rankseg import Predictor
 from rankseg.calibration import Reliability
 from trainers.distributed import World, gather
 from trainers.losses import link_probs
-from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, summary
+from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, mean_over_classes, summary
 from trainers.results import EvalResult
 from trainers.update import PRECISIONS
 
@@ -47,7 +47,11 @@ class Scoring:
     def encode(self, targets: Tensor) -> Truth:
         """The truth that every rule is counted against."""
         return encode(
-            targets, self.num_classes, self.ignore_index, self.void, legacy_soft_dice_void=self.legacy_soft_dice_void
+            targets,
+            self.num_classes,
+            self.ignore_index,
+            self.void,
+            legacy_soft_dice_void=self.legacy_soft_dice_void,
         )
 
     def summary(self, counts: Counts) -> dict[str, Any]:
@@ -101,10 +105,21 @@ def evaluate(
     counts: dict[str, list[Counts]] = {name: [] for name in rules}
     seconds = dict.fromkeys(rules, 0.0)
     reliability = Reliability()
-    cast = torch.autocast(where.device.type, PRECISIONS[precision] or torch.bfloat16, enabled=precision != "fp32")
+    cast = torch.autocast(
+        where.device.type, PRECISIONS[precision] or torch.bfloat16, enabled=precision != "fp32"
+    )
 
-    bar = tqdm(batches, desc=progress, disable=None if progress and where.is_main else True, leave=False)
-    for batch in bar:
+    bar = tqdm(
+        total=len(range(where.rank, batches.num_images, where.size))
+        if hasattr(batches, "num_images")
+        else None,
+        unit="img",
+        desc=progress,
+        disable=None if progress and where.is_main else True,
+        leave=False,
+    )
+    for batch in batches:
+        bar.update(len(batch.names))
         images = batch.images.to(where.device, non_blocking=True)
         targets = batch.targets.to(where.device, non_blocking=True)
         if scoring.paper and (targets == scoring.ignore_index).all():
@@ -126,10 +141,11 @@ def evaluate(
             counts[name].append(count(masks, truth).to("cpu"))
         reliability.update(probs, truth.onehot, truth.valid)
         rows += zip(batch.indices, batch.names, strict=True)
-        if rules:
+        if not bar.disable and rules:
             shown, last = next(reversed(counts.items()))
-            bar.set_postfix({f"mDice {shown}": f"{scoring.summary(last[-1])['mean_dice']:.3f}"}, refresh=False)
-
+            dice = mean_over_classes(torch.cat([part.dice() for part in last]), scoring.scored).nanmean()
+            bar.set_postfix({f"mDice {shown}": f"{dice:.3f}"}, refresh=False)
+    bar.close()
     return _collect(rows, losses, counts, seconds, reliability, scoring, where)
 
 

@@ -53,7 +53,9 @@ def shown(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
     return (image * 255).round().to(torch.uint8)
 
 
-def row(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any, scale: int = 1) -> Tensor:
+def row(
+    image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any, scale: int = 1
+) -> Tensor:
     """One image as a strip: image | truth | probability | a mask a rule, each rule with its mean Dice.
 
     Args:
@@ -68,10 +70,16 @@ def row(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor
         (3, H + title, columns · W) uint8.
     """
     truth = target == torch.arange(info.num_classes)[:, None, None]
-    tiles = {"image": image, "truth": overlay(image, truth, info), "probability": heat(probs[list(info.scored)].amax(0))}
+    tiles = {
+        "image": image,
+        "truth": overlay(image, truth, info),
+        "probability": heat(probs[list(info.scored)].amax(0)),
+    }
     for name, mask in masks.items():
         tiles[f"{name}  Dice {_dice(mask, truth, info.scored):.3f}"] = overlay(image, mask, info)
-    enlarged = {title: tile.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for title, tile in tiles.items()}
+    enlarged = {
+        title: tile.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for title, tile in tiles.items()
+    }
     return torch.cat([titled(tile, title) for title, tile in enlarged.items()], dim=2)
 
 

@@ -101,7 +101,12 @@ class EvalResult:
 
 def comparison(results: Mapping[str, EvalResult]) -> str:
     """One table over all rules, in percent, the best of each column marked with ``*``."""
-    columns = [("mDice", "mean_dice"), ("mIoU", "mean_iou"), ("pooled Dice", "pooled_mean_dice"), ("pooled IoU", "pooled_mean_iou")]
+    columns = [
+        ("mDice", "mean_dice"),
+        ("mIoU", "mean_iou"),
+        ("pooled Dice", "pooled_mean_dice"),
+        ("pooled IoU", "pooled_mean_iou"),
+    ]
     best = {key: max(result.scores[key] for result in results.values()) for _, key in columns}
     header = ["predictor", *(label for label, _ in columns), "seconds"]
     rows = [
@@ -113,7 +118,13 @@ def comparison(results: Mapping[str, EvalResult]) -> str:
         for name, r in results.items()
     ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    line = ["  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in [header, *rows]]
+    line = [
+        "  ".join(
+            cell.ljust(w) if not i else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    ]
     return "\n".join([line[0], "-" * len(line[0]), *line[1:]])
 
 
