@@ -5,6 +5,7 @@ Letters of shapes: N images, C classes, H × W pixels.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def evaluate(
             masks = rule(probs)
             seconds[name] += _now(where) - started
             counts[name].append(count(masks, truth).to("cpu"))
-        reliability.update(probs, truth.onehot, truth.valid)
+        _add(reliability, probs, truth)
         rows += zip(batch.indices, batch.names, strict=True)
         if not bar.disable and rules:
             shown, last = next(reversed(counts.items()))
@@ -163,6 +164,16 @@ def _losses(
     ]
 
 
+def _add(reliability: Reliability, probs: Tensor, truth: Truth, pixels: int = 1 << 14) -> None:
+    """Bin the probabilities of at most some ``pixels`` of an image, at a regular stride.
+
+    Neighbouring pixels say the same thing, and binning all of them would cost more than predicting does.
+    """
+    step = max(1, truth.onehot[0, 0].numel() // pixels)
+    valid = None if truth.valid is None else truth.valid.flatten(1)[:, ::step]
+    reliability.update(probs.flatten(2)[..., ::step], truth.onehot.flatten(2)[..., ::step], valid)
+
+
 def _collect(
     rows: list[tuple[int, str]],
     losses: list[tuple[int, float]],
@@ -180,7 +191,7 @@ def _collect(
         raise ValueError("there is no image to score; check the split and dataset.root")
     order = sorted(range(len(rows)), key=lambda i: rows[i][0])
     loss = [value for _, value in sorted(pair for share in shares for pair in share[1])]
-    merged = Reliability.merge([share[4] for share in shares])
+    merged = functools.reduce(Reliability.merge, (share[4] for share in shares))
     results = {}
     for name in counts:
         joined = Counts.cat([share[2][name] for share in shares if share[2][name] is not None]).select(order)
@@ -193,7 +204,7 @@ def _collect(
                 "test_loss": sum(loss) / len(loss) if loss else float("nan"),
                 **scoring.summary(joined),
                 "ece": merged.ece(),
-                "classwise_ece": merged.classwise_ece(),
+                "classwise_ece": float(merged.classwise_ece().nanmean()),
             },
             seconds=sum(share[3][name] for share in shares),
         )
