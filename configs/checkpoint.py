@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from configs import build, stored
-from models import read_checkpoint
+from models import load_state, read_checkpoint
 from models.published import is_published, load_published
 
 
@@ -24,16 +24,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     """
     checkpoint = read_checkpoint(path, "cpu")
     if is_published(checkpoint):
-        network, theirs = load_published(checkpoint)
+        network, theirs = load_published(checkpoint, where=f"checkpoint {path}")
         choices = {group: theirs[group] for group in ("dataset", "model", "loss")}
-        values = {"temperature": theirs.get("temperature", 1.0)}
-        return (
-            network,
-            stored.unpack({"choices": {**choices, "protocol": "paper"}, "values": values}, overrides),
-            checkpoint,
-        )
-    cfg = stored.unpack(checkpoint.get("config"), overrides)
+        values = {key: theirs[key] for key in ("temperature", "batch_size") if theirs.get(key)}
+        cfg = stored.unpack({"choices": {**choices, "protocol": "paper"}, "values": values}, overrides)
+        return network, cfg, checkpoint
+    if not {"model", "config", "epoch"} <= set(checkpoint):
+        raise ValueError(f"{path} is a checkpoint of another project: it lacks model, config or epoch")
+    cfg = stored.unpack(checkpoint["config"], overrides)
     cfg.model.weights = None  # they are about to be replaced
     network = build.model(cfg)
-    network.load_state_dict(checkpoint["model"])
+    load_state(network, checkpoint["model"], path)
     return network, cfg, checkpoint
