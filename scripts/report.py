@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import _root
 
@@ -26,6 +26,7 @@ from scripts.reporting.page import html_page
 from scripts.reporting.pictures import pick, strips
 from trainers.distributed import World, world
 from trainers.journal import read_rows, write_json
+from trainers.losses import Link
 from trainers.reproducibility import provenance
 
 RULES = ("T", "max", "rankdice")
@@ -52,14 +53,14 @@ def report(args: argparse.Namespace, where: World) -> Path:
     network, cfg, checkpoint = load(path, args.overrides)
     network = network.to(where.device).eval()
     build.absolute_root(cfg)
-    data, criterion = build.dataset(cfg, cfg.split), build.loss(cfg)
+    data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)
     scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, dict(cfg.protocol.rules))
     loader = build.eval_loader(cfg, data, where)
     held_out = build.dataset(cfg, "val")
     fitted = temperature(
-        network, build.eval_loader(cfg, held_out, where), len(held_out), criterion.link, scoring, where
+        network, build.eval_loader(cfg, held_out, where), len(held_out), link, scoring, where
     )
-    ways = variants(criterion.link, fitted, cfg.loss.name)
+    ways = variants(link, fitted, cfg.loss.name)
     findings = measure(network, loader, rules, ways, scoring, where, fitted)
 
     folder = args.out or path.resolve().parent / "report"
@@ -69,7 +70,7 @@ def report(args: argparse.Namespace, where: World) -> Path:
         data,
         loader.transform,
         rules,
-        criterion.link,
+        link,
         where,
         findings,
         [index for picked in groups.values() for index in picked],

@@ -17,7 +17,7 @@ def reliability_section(findings: Findings) -> str:
     colours = dict(zip(findings.reliability, ("rule-rankdice", "rule-max", "rule-other"), strict=False))
     curves = {name: points(one, findings.scoring.scored) for name, one in findings.reliability.items()}
     rows = [
-        [escape(name), f"{100 * one.ece():.2f}", f"{100 * one.classwise_ece():.2f}"]
+        [escape(name), f"{100 * one.ece():.2f}", f"{100 * float(one.classwise_ece().nanmean()):.2f}"]
         for name, one in findings.reliability.items()
     ]
     note = (
@@ -27,18 +27,18 @@ def reliability_section(findings: Findings) -> str:
         "on a logarithmic scale."
     )
     chart = page.figure(charts.reliability(curves, colours), legend=page.legend(colours))
-    table = page.table(["probabilities", "ECE, %", "class-wise ECE, %"], rows)
+    table = page.table(["probabilities", "ECE, %", "mean over classes, %"], rows)
     return page.charts(chart, f"<div>{table}{page.paragraph(note)}</div>")
 
 
 def points(reliability: Reliability, scored: Sequence[int]) -> list[tuple[float, float, float]]:
     """(mean probability, frequency, share) of each filled bin, over all scored classes."""
-    if reliability.classes is None:
-        return []
-    number, predicted, observed = reliability.classes[list(scored)].sum(0)
+    confidence, frequency, pixels = (part[list(scored)] for part in reliability.curve())
+    number = pixels.sum(0)
     filled = number > 0
-    rows = (predicted / number, observed / number, number / number.sum())
-    return [tuple(row) for row in torch.stack(rows, 1)[filled].tolist()]  # type: ignore[misc]
+    predicted, observed = ((pixels * part.nan_to_num()).sum(0) / number for part in (confidence, frequency))
+    rows = torch.stack((predicted, observed, number / number.sum()), 1)[filled]
+    return [(predicted, observed, share) for predicted, observed, share in rows.tolist()]
 
 
 def explain_section(findings: Findings, rules: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from rankseg import Predictor, rules
 from rankseg.calibration import Reliability, fit_temperature, focal_correction
 from trainers.distributed import World
 from trainers.evaluator import Scoring
-from trainers.losses import link_probs
+from trainers.losses import Link, link_probs
 from trainers.metrics import Counts, count, mean_over_classes
 
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
@@ -82,7 +82,7 @@ def logits_of(
 
 
 def temperature(
-    model: nn.Module, batches: Iterable[Any], images: int, link: str, scoring: Scoring, where: World
+    model: nn.Module, batches: Iterable[Any], images: int, link: Link, scoring: Scoring, where: World
 ) -> float:
     """The temperature that makes probabilities fit the labels best, on pixels drawn of each image."""
     generator, share = torch.Generator().manual_seed(0), max(64, _SAMPLE // images)
@@ -100,7 +100,7 @@ def temperature(
     )
 
 
-def variants(link: str, temperature: float, loss: str) -> dict[str, Callable[[Tensor], Tensor]]:
+def variants(link: Link, temperature: float, loss: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """The ways to make probabilities of logits that the report compares."""
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "raw": lambda logits: link_probs(logits, link),

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from rankseg import Predictor
 from scripts.reporting.measure import Findings
 from trainers.distributed import World
-from trainers.losses import link_probs
+from trainers.losses import Link, link_probs
 from trainers.panels import heat, overlay, row, shown
 
 _WIDTH = 320  # tiles are stored no wider than this
@@ -53,7 +53,7 @@ def strips(
     data: Any,
     transform: Any,
     rules: Mapping[str, Predictor],
-    link: str,
+    link: Link,
     where: World,
     findings: Findings,
     indices: Iterable[int],

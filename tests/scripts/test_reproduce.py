@@ -1,0 +1,242 @@
+"""A grid from one command: what it multiplies out, skips, survives and keeps. Training is played by stand-ins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from scripts.grid import running
+from scripts.grid.cells import Cell, cells
+from scripts.grid.record import record
+from scripts.grid.running import Estimate, clock, remaining
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = ("experiment=smoke", "epochs=3")
+
+
+@pytest.fixture(scope="module")
+def reproduce() -> object:
+    """scripts/reproduce.py as a module."""
+    sys.path.append(str(ROOT / "scripts"))
+    try:
+        import scripts.reproduce as module
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    return module
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reproduce: object) -> Path:
+    """Stand-ins for train.py and test.py; returns the folder of the runs. loss=bce fails."""
+
+    def play(arguments: list[str], log: Path, threads: int | None, tick: object) -> tuple[int, str]:
+        script, *rest = arguments
+        if script == "test.py":
+            score(Path(rest[1]), [rule for flag, rule in pairwise(rest) if flag == "-p"], rest[-1])
+            return 0, ""
+        assert {"verify=false", "hydra.mode=RUN"} <= set(rest)
+        cell = cells([word for word in rest if not word.startswith(("verify=", "hydra."))])[0]
+        return (3, "error: the loss is not finite") if cell.cfg.loss.name == "bce" else train(cell)
+
+    monkeypatch.setattr(reproduce, "call", play)
+    monkeypatch.setattr(reproduce, "table", lambda grid: None)
+    return tmp_path / "saved"
+
+
+def train(cell: Cell) -> tuple[int, str]:
+    """What train.py leaves behind."""
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "epoch": 1, "loss": 1.0}\n')
+    OmegaConf.save(cell.cfg, cell.folder / "config.yaml", resolve=True)
+    for name in (f"checkpoint-epoch{cell.cfg.epochs}.pth", "best_model.pth"):
+        (cell.folder / name).write_text(f"weights of {cell}")
+    return 0, ""
+
+
+def score(checkpoint: Path, rules: list[str], protocol: str) -> None:
+    """What test.py leaves behind."""
+    folder = checkpoint.parent / ("results/paper" if protocol == "protocol=paper" else "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    for rule in rules:
+        result = {"scores": {"mean_dice": 0.5}, "checkpoint": {"sha256": digest}}
+        (folder / f"{rule}.json").write_text(json.dumps(result))
+        (folder / f"{rule}.csv").write_text("image,class\n")
+
+
+def run(reproduce: object, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    try:
+        reproduce.main()  # type: ignore[attr-defined]
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def test_a_grid_is_every_combination_seeds_slowest() -> None:
+    found = [str(cell) for cell in cells(["model=tiny,smp_unet", "loss=ce,bce", "seed=0,1"])]
+    expected = [f"{m}/{lo}/seed{s}" for s in (0, 1) for m in ("tiny", "smp_unet") for lo in ("ce", "bce")]
+    assert found == [f"synthetic/{name}" for name in expected]
+
+
+def test_an_experiment_says_what_is_swept_and_the_command_line_overrides_it() -> None:
+    swept = cells(["experiment=paper/kvasir_seg", "model=tiny"])
+    names = OmegaConf.load(ROOT / "configs/experiment/paper/kvasir_seg.yaml").hydra.sweeper.params
+    assert [cell.cfg.loss.name for cell in swept] == names.loss.split(",")
+    assert len(names.model.split(",")) > 1 and {cell.cfg.model.name for cell in swept} == {"tiny"}
+    assert {cell.cfg.protocol.name for cell in swept} == {"paper"}
+
+
+def test_two_cells_in_one_folder_are_refused() -> None:
+    with pytest.raises(ValueError, match="suffix"):
+        cells(["optimizer.lr=0.1,0.2"])
+
+
+def test_the_time_left_is_that_of_the_same_network_if_known() -> None:
+    estimate = Estimate()
+    assert estimate.left([("a", 1)]) is None
+    estimate.add("a", 10, 100)
+    estimate.add("b", 10, 300)
+    assert estimate.left([("a", 2), ("b", 1)]) == pytest.approx(50)
+    assert estimate.left([("new", 1)]) == pytest.approx(20)  # the mean of all
+    assert [clock(seconds) for seconds in (59.6, 61, 3601)] == ["1:00", "1:01", "1:00:01"]
+
+
+def test_cells_run_a_failure_is_named_and_what_is_done_is_skipped(
+    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--losses", "ce,bce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T,max"]
+    assert run(reproduce, monkeypatch, *command) == 3
+    out, err = capfd.readouterr()
+    assert "3 cells, 0 finished before, 3 to do" in out and "mDice T 50.00  max 50.00" in out
+    assert "1 of 3 cells failed" in err and "exit 3" in err and "the loss is not finite" in err
+    assert "[3/3] synthetic/tiny/focal/seed0: mDice" in out  # went on after the failure
+    assert (stand_ins / "synthetic/tiny/focal/seed0/results/paper/max.json").exists()
+
+    before = {path: path.stat().st_mtime_ns for path in stand_ins.rglob("*") if "bce" not in str(path)}
+    assert run(reproduce, monkeypatch, *command) == 3
+    assert "3 cells, 2 finished before, 1 to do" in capfd.readouterr().out
+    assert before == {
+        path: path.stat().st_mtime_ns for path in stand_ins.rglob("*") if "bce" not in str(path)
+    }
+
+    # A checkpoint that changed is scored again, another configuration is not taken for this one.
+    (stand_ins / "synthetic/tiny/ce/seed0/best_model.pth").write_text("better weights")
+    assert run(reproduce, monkeypatch, *command, "--dry-run") == 0
+    assert "3 cells, 1 finished" in capfd.readouterr().out
+    assert run(reproduce, monkeypatch, *command, "optimizer.lr=0.5", "--dry-run") == 0
+    assert "3 cells, 0 finished" in capfd.readouterr().out
+
+
+def test_bad_input_is_said_before_anything_runs(
+    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="rankdise"):
+        run(reproduce, monkeypatch, *SMALL, f"save_dir={stand_ins}", "--rules", "rankdise")
+    with pytest.raises(ValueError, match="papper"):
+        run(reproduce, monkeypatch, *SMALL, f"save_dir={stand_ins}", "--protocols", "papper")
+    with pytest.raises(ValueError, match="nowhere"):
+        run(reproduce, monkeypatch, "dataset=kvasir_seg", "dataset.root=/nowhere", f"save_dir={stand_ins}")
+    assert not stand_ins.exists()
+
+
+def test_a_record_holds_small_files_and_no_absolute_path(
+    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    assert run(reproduce, monkeypatch, *SMALL, f"save_dir={stand_ins}", "--record", str(kept)) == 0
+    names = {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()}
+    cell = "synthetic/tiny/ce/seed0"
+    expected = {f"{cell}/results/{sub}{rule}.{kind}" for sub in ("", "paper/") for rule in ("T", "max", "rankdice")
+                for kind in ("json", "csv")}  # fmt: skip
+    assert names == expected | {f"{cell}/config.yaml", f"{cell}/metrics.jsonl"}
+    assert OmegaConf.load(kept / cell / "config.yaml").save_dir == os.path.relpath(stand_ins, ROOT)
+
+
+def test_the_data_is_named_relative_to_the_repository(tmp_path: Path) -> None:
+    cell = cells(["dataset=kvasir_seg", f"dataset.root={ROOT.parent}/elsewhere", f"save_dir={tmp_path}"])[0]
+    cell.folder.mkdir(parents=True)
+    OmegaConf.save(cell.cfg, cell.folder / "config.yaml", resolve=True)
+    assert record(cell, tmp_path / "kept", ROOT) == 1
+    copy = OmegaConf.load(tmp_path / "kept" / str(cell) / "config.yaml")
+    assert copy.dataset.root == "../elsewhere" and copy.dataset.source.root == "../elsewhere"
+
+
+def test_what_is_left_of_an_interrupted_cell(tmp_path: Path) -> None:
+    cell = cells([*SMALL, f"save_dir={tmp_path}"])[0]
+    assert remaining(cell) == 4  # three epochs and the scoring
+    cell.folder.mkdir(parents=True)
+    rows = [{"step": 9, "kind": "train", "epoch": e, "loss": 1} for e in (1, 2)]
+    (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert remaining(cell) == 2 and not cell.trained()
+    assert isinstance(cell, Cell)
+
+
+@pytest.fixture
+def speaker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A script in the place of train.py, and the log that it writes to."""
+    script = "import sys, time\nprint('epoch 1')\nprint('error: ' + sys.argv[1], file=sys.stderr)\n"
+    (tmp_path / "train.py").write_text(script + "time.sleep(float(sys.argv[2]))\nsys.exit(3)\n")
+    monkeypatch.setattr(running, "ROOT", tmp_path)
+    return tmp_path / "run" / "reproduce.log"
+
+
+def test_a_process_writes_to_the_log_and_its_last_line_is_the_reason(speaker: Path) -> None:
+    assert running.call(["train.py", "first", "0"], speaker, 1, lambda: None) == (3, "error: first")
+    assert running.call(["train.py", "second", "0"], speaker, 1, lambda: None) == (3, "error: second")
+    text = speaker.read_text()
+    assert text.count("$ python train.py") == 2 and "epoch 1" in text and "error: first" in text
+
+
+def test_the_process_stops_when_the_command_is_stopped(speaker: Path) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        running.call(["train.py", "x", "300"], speaker, 1, stop)
+    assert time.monotonic() - started < 100  # it waited for the child, which had 300 seconds to go
+
+
+@pytest.mark.slow
+def test_killed_half_way_and_resumed(tmp_path: Path) -> None:
+    """The real commands: SIGTERM during the first training, then the same command again, to the table."""
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "reproduce.py"),
+        "--losses",
+        "ce,bce",
+        "experiment=smoke",
+    ]
+    command += ["epochs=12", f"save_dir={tmp_path}", "--protocols", "corrected"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    first = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    journal = tmp_path / "synthetic/tiny/ce/seed0/metrics.jsonl"
+    for _ in range(600):
+        if journal.exists() and journal.read_text().count('"train"') >= 2:
+            break
+        time.sleep(0.2)
+    first.terminate()
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 75 and "run the same command again" in err
+    assert not (tmp_path / "synthetic/tiny/ce/seed0/checkpoint-epoch12.pth").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "going on after epoch" in (journal.parent / "reproduce.log").read_text()
+    assert "| synthetic" in again.stdout and again.stdout.count("[2/2]") == 1
