@@ -22,6 +22,7 @@ _RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:...} and the like; ${dataset.r
 # What may differ between two starts of the same run: no number depends on it.
 _FREE = (
     "expected",
+    "loader_timeout",
     "num_workers",
     "device",
     "verify",
