@@ -149,6 +149,7 @@ def _print_report(report: Report, entry: Entry, num_classes: int, shown: int | N
     print(f"{report.dataset} in {report.root}: {sizes} images, {num_classes} classes, {verdict}")
     if not report.faults:
         own = f" dataset.num_classes={num_classes}" if entry.name == "folder" else ""
+        own += " dataset.splits.test=test" if "test" in report.splits and entry.name != "voc2012" else ""
         print(f"train on it: python train.py dataset={entry.name} dataset.root={report.root}{own}")
 
 

@@ -1,0 +1,130 @@
+"""The tutorial docs/own-data.md, followed to the letter on generated images."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import predict_images, prepare_data
+
+LESS = ("epochs=2", "trainer.tensorboard=false")  # what the test adds to training, so that it takes seconds
+
+
+def scene(generator: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """A bright disc and a blue stripe, and their mask of 0, 1 and 2."""
+    y, x = np.mgrid[:72, :88]
+    cy, cx, radius, column = generator.integers((20, 20, 8, 60), (50, 50, 16, 80))
+    mask = np.zeros((72, 88), dtype=np.uint8)
+    mask[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = 1
+    mask[abs(x - column) < 4] = 2
+    colours = np.array([[80, 60, 60], [220, 160, 150], [70, 90, 220]])
+    pixels = colours[mask] + generator.normal(0, 12, (72, 88, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), Image.fromarray(mask)
+
+
+@pytest.fixture
+def here(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with ``mine`` and ``new`` in it, as the reader would have them."""
+    generator = np.random.default_rng(0)
+    for folder in ("mine/images", "mine/masks", "new"):
+        (tmp_path / folder).mkdir(parents=True)
+    for patient in range(10):
+        for letter in "ab":
+            image, mask = scene(generator)
+            image.save(tmp_path / "mine" / "images" / f"p{patient:02d}_{letter}.jpg", quality=95)
+            mask.save(tmp_path / "mine" / "masks" / f"p{patient:02d}_{letter}.png")
+    for name in ("first", "second"):
+        scene(generator)[0].save(tmp_path / "new" / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def run(command: str, root: Path) -> None:
+    """Run a line of the tutorial; the scripts in this process, which saves their start-up."""
+    python, script, *arguments = shlex.split(command)
+    assert python == "python"
+    main = {
+        "scripts/prepare_data.py": prepare_data.main,
+        "scripts/predict_images.py": predict_images.main,
+    }.get(script)
+    if main:
+        assert main(arguments) == 0, command
+        return
+    extra = LESS if script == "train.py" else ()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(root / script), *arguments, *extra],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_tutorial(here: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (root / "docs" / "own-data.md").read_text()
+    (classes,) = blocks(text, "yaml")
+    (here / "mine" / "classes.yaml").write_text(classes)
+    commands = [line for block in blocks(text, "bash") for line in block.splitlines() if line.strip()]
+    assert len(commands) == 7
+    for command in commands:
+        run(command, root)
+    said = capsys.readouterr().out
+    assert "train 12, val 4, test 4 images, 3 classes, no fault" in said
+    assert "dataset.num_classes=3" in said
+
+    patients = {}
+    for split in ("train", "val", "test"):
+        patients[split] = {line[:3] for line in (here / "mine" / f"{split}.txt").read_text().split()}
+    assert len(set.union(*patients.values())) == sum(map(len, patients.values())) == 10
+    for rule in ("T", "max", "rankdice"):
+        result = json.loads((here / f"saved/mine/tiny/ce/seed0/results/{rule}.json").read_text())
+        assert len(result["images"]) == 4 and result["classes"] == ["background", "lesion", "vessel"]
+    for name in ("first", "second"):
+        labels = Image.open(here / "predicted" / f"{name}.png")
+        assert labels.mode == "P" and labels.size == (88, 72) and np.asarray(labels).max() <= 2
+        assert labels.getpalette()[3:9] == [230, 60, 60, 60, 120, 230]
+        assert (here / "predicted" / "overlay" / f"{name}.png").exists()
+        for part in ("background", "lesion", "vessel"):
+            assert Image.open(here / "predicted-windows" / "classes" / name / f"{part}.png").size == (88, 72)
+
+
+def test_the_table_of_faults_quotes_real_messages(here: Path, root: Path) -> None:
+    text = (root / "docs" / "own-data.md").read_text()
+    quoted = re.findall(r"^\| `([^`]+)` \|", text.split("## When something is wrong")[1], re.MULTILINE)
+    source = "".join(path.read_text() for path in (root / "datasets").glob("*.py"))
+    for message in quoted:
+        words = re.sub(r"\d+", "~", message)
+        pattern = (
+            re.escape(words)
+            .replace(re.escape("~"), r"\{[^}]*\}")
+            .replace("num_classes", r"(num_classes|\{[^}]*\})")
+        )
+        assert re.search(pattern, source), message
+
+
+def test_prediction_needs_the_classes_and_not_the_images(here: Path, root: Path) -> None:
+    from configs import build
+    from scripts.inference.facts import facts
+
+    (here / "classes.yaml").write_text("classes: [background, cell]\nmean: [0.1, 0.2, 0.3]\n")
+    cfg = build.compose("train", ["dataset=folder", "dataset.root=gone"])
+    with pytest.raises(FileNotFoundError, match=r"gone/classes\.yaml.*--classes"):
+        facts(cfg)
+    info = facts(cfg, here / "classes.yaml")
+    assert info.classes == ("background", "cell") and info.mean == (0.1, 0.2, 0.3) and info.scored == (1,)
+    assert facts(build.compose("train", ["dataset=cityscapes"])).num_classes == 19
+    assert facts(build.compose("train", ["dataset.num_classes=4"])).num_classes == 4
