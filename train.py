@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from configs import build, stored
 from configs.cli import guarded, list_skipped
+from datasets import EvalLoader, SegmentationDataset
 from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier, world, wrap
@@ -75,41 +77,11 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     checkpoint = checkpoints.newest()
     journal = Journal(folder if where.is_main else None, rows_until(checkpoint), cfg.trainer.tensorboard)
 
-    rules = build.rules(dict.fromkeys([*cfg.validation, cfg.predictor.name]), dict(cfg.protocol.rules))
-    scoring = build.scoring(cfg, val_set.info)
-
-    def validate(net: nn.Module, epoch: int, step: int) -> float:
-        results = evaluate(
-            net,
-            val_loader,
-            rules,
-            criterion,
-            scoring,
-            where,
-            precision=cfg.trainer.precision,
-            progress="validating",
-        )
-        for name, result in results.items():
-            journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
-        if journal.events is not None and cfg.trainer.panels:
-            first = range(min(cfg.trainer.panels, len(val_set)))
-            for name, picture in panels(
-                net, val_set, val_loader.transform, rules, criterion.link, where, first
-            ):
-                journal.image(step, f"val/{name}", picture)
-        shown = "  ".join(
-            f"{name} {100 * result.scores['mean_dice']:.2f}" for name, result in results.items()
-        )
-        loss = next(iter(results.values())).scores["test_loss"]
-        say(where, f"epoch {epoch:>3}/{cfg.epochs}  val loss {loss:.4f}  mDice: {shown}")
-        score = results[cfg.predictor.name].scores["mean_dice"]
-        return score if math.isfinite(score) else 0.0
-
     trainer = Trainer(
         update,
         build.schedule(cfg),
         loader,
-        validate,
+        validation(cfg, val_set, val_loader, criterion, journal, where),
         checkpoints,
         journal,
         config,
@@ -141,6 +113,37 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     journal.close()
     list_skipped({**loader.skipped, **val_loader.skipped})
     say(where, f"done. Score it: python test.py -r {checkpoints.best} -p all")
+
+
+def validation(
+    cfg: DictConfig,
+    data: SegmentationDataset,
+    loader: EvalLoader,
+    criterion: nn.Module,
+    journal: Journal,
+    where: World,
+) -> Callable[[nn.Module, int, int], float]:
+    """What to do after an epoch: score every rule, log, draw; the score of ``predictor`` picks the best epoch."""
+    rules = build.rules(dict.fromkeys([*cfg.validation, cfg.predictor.name]), dict(cfg.protocol.rules))
+    scoring, precision = build.scoring(cfg, data.info), cfg.trainer.precision
+
+    def validate(network: nn.Module, epoch: int, step: int) -> float:
+        results = evaluate(
+            network, loader, rules, criterion, scoring, where, precision=precision, progress="validating"
+        )
+        for name, result in results.items():
+            journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
+        if journal.events is not None:
+            first = range(min(cfg.trainer.panels, len(data)))
+            for name, picture in panels(network, data, loader.transform, rules, criterion.link, where, first):
+                journal.image(step, f"val/{name}", picture)
+        dice = {name: result.scores["mean_dice"] for name, result in results.items()}
+        shown = "  ".join(f"{name} {100 * score:.2f}" for name, score in dice.items())
+        loss = results[cfg.predictor.name].scores["test_loss"]
+        say(where, f"epoch {epoch:>3}/{cfg.epochs}  val loss {loss:.4f}  mDice: {shown}")
+        return dice[cfg.predictor.name] if math.isfinite(dice[cfg.predictor.name]) else 0.0
+
+    return validate
 
 
 def rows_until(checkpoint: dict[str, Any] | None) -> int:
