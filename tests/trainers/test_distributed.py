@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def test_torchrun_itself_and_a_signal_to_it(tmp_path: Path) -> None:
     )
     run = run_dir(tmp_path)
     while process.poll() is None and not (run / "last.pth").exists():
-        pass
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode not in (0, None) and "the state is saved" in printed, printed
