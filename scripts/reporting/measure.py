@@ -20,10 +20,11 @@ from rankseg.calibration import Reliability, fit_temperature, focal_correction
 from trainers.distributed import World
 from trainers.evaluator import Scoring
 from trainers.losses import Link, link_probs
-from trainers.metrics import Counts, count, mean_over_classes
+from trainers.metrics import Counts, Truth, count, mean_over_classes
 
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 CUTOFF_BINS = 30
+_PIXELS = 1 << 14  # of an image that the reliability is read from
 _SAMPLE = 1 << 18  # pixels, over all images, that the temperature is fitted on
 
 
@@ -152,7 +153,7 @@ def measure(
 
         for kind, way in ways.items():
             probs = way(logits)
-            reliabilities[kind].update(probs, truth.onehot, truth.valid)
+            observe(reliabilities[kind], probs, truth)
             for rule, predictor in ({**compared, **sweep} if kind == "raw" else compared).items():
                 masks = predictor(probs)
                 add(rule, kind, masks, truth, scoring.void)
@@ -170,6 +171,13 @@ def measure(
         scoring,
         temperature,
     )
+
+
+def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
+    """Add a batch's pixels, of large images at a regular stride: neighbours say the same thing."""
+    step = max(1, probs[0, 0].numel() // _PIXELS)
+    valid = None if truth.valid is None else truth.valid.flatten(1)[:, ::step]
+    reliability.update(probs.flatten(2)[..., ::step], truth.onehot.flatten(2)[..., ::step], valid)
 
 
 def lowest(probs: Tensor, masks: Tensor) -> Tensor:

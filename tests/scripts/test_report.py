@@ -1,0 +1,322 @@
+"""The report of a run: its numbers against evaluate(), its charts, and the page as a browser sees it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from configs import build, stored
+from rankseg import rules
+from scripts.reporting import charts, explain
+from scripts.reporting.measure import (
+    Findings,
+    Key,
+    by_size,
+    false_alarms,
+    lowest,
+    measure,
+    temperature,
+    variants,
+)
+from scripts.reporting.pictures import pick
+from scripts.reporting.svg import Plot, padded, ticks
+from trainers.checkpoint import save
+from trainers.distributed import World
+from trainers.evaluator import Scoring, evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = World(0, 1, torch.device("cpu"))
+SMALL = ("dataset.num_images={train: 16, val: 6, test: 8}", "dataset.size=48")
+RULES = ("T", "max", "rankdice")
+VOID_TAGS = {"meta", "img", "br"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def report() -> object:
+    """scripts/report.py as a module."""
+    sys.path.append(str(ROOT / "scripts"))
+    try:
+        import scripts.report as module
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder: the small network after forty steps, with a journal of two epochs."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = build.compose("train", SMALL)
+    torch.manual_seed(0)
+    network, criterion = build.model(cfg), build.loss(cfg)
+    optimizer = torch.optim.AdamW(network.parameters(), 5e-3)
+    loader = build.train_loader(cfg, build.dataset(cfg, "train"), HERE)
+    for epoch in range(20):
+        for batch in loader.epoch(epoch):
+            optimizer.zero_grad()
+            criterion(network(batch.images).logits, batch.targets).backward()
+            optimizer.step()
+    named = ("dataset", "model", "loss", "predictor", "protocol")
+    choices = {"optimizer": "adamw", "schedule": "poly", "trainer": "default"} | {
+        g: cfg[g].name for g in named
+    }
+    payload = {"format": 1, "model": network.state_dict(), "config": stored.pack(cfg, choices), "epoch": 2}
+    save(payload, folder / "best_model.pth")
+    rows = [{"step": 2 * e, "kind": "train", "epoch": e, "loss": 1 / e} for e in (1, 2)]
+    rows += [
+        {
+            "step": 2 * e,
+            "kind": f"val_{r}",
+            "epoch": e,
+            "mean_dice": None if e == 1 else 0.5,
+            "test_loss": 0.7,
+        }
+        for e in (1, 2)
+        for r in RULES
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(report: object, run: Path) -> Path:
+    arguments = argparse.Namespace(run=run, out=None, images=2, overrides=[])
+    return report.report(arguments, HERE)  # type: ignore[attr-defined]
+
+
+class Strict(HTMLParser):
+    """Complains about what is not closed, and notes every reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.ids: set[str] = set()
+        self.count: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"<{tag}> has an attribute twice"
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.references += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")
+        ]
+        self.ids |= {value or "" for name, value in attrs if name == "id"}
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes <{self.open[-1:]}>"
+        self.open.pop()
+
+
+def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    parser = Strict()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == []
+    outside = [ref for ref in parser.references if not ref.startswith(("data:image/", "#"))]
+    assert outside == [] and "url(" not in text and "@import" not in text and "<script" not in text
+    assert {ref[1:] for ref in parser.references if ref.startswith("#")} <= parser.ids
+    assert parser.count["svg"] >= 9 and parser.count["img"] % 6 == 0
+    shown = re.sub(r'src="data:[^"]*"', "", text)
+    assert not re.search(r"\bnan\b", shown, re.IGNORECASE)
+    assert list((page.parent / "images").glob("*.png"))
+
+
+def test_the_numbers_are_those_of_evaluate(page: Path, run: Path) -> None:
+    from configs.checkpoint import load
+
+    network, cfg, _ = load(run / "best_model.pth", [])
+    data = build.dataset(cfg, "test")
+    loader, scoring = build.eval_loader(cfg, data, HERE), build.scoring(cfg, data.info)
+    results = evaluate(network, loader, build.rules(RULES), build.loss(cfg), scoring, HERE)
+    numbers = json.loads((page.parent / "report.json").read_text())
+    assert numbers["images"] == results["T"].names
+    for rule, result in results.items():
+        for key in ("mean_dice", "mean_iou", "pooled_mean_dice", "pixel_accuracy"):
+            assert numbers["scores"][rule][key] == pytest.approx(result.scores[key], abs=1e-12)
+        low, high = numbers["scores"][rule]["dice_interval"]
+        assert low <= 100 * result.scores["mean_dice"] <= high
+    assert numbers["threshold"]["at 0.5"] == pytest.approx(numbers["scores"]["T"]["mean_dice"], abs=1e-12)
+    gain = numbers["gains"]["rankdice - T"]
+    assert gain["mean"] / 100 == pytest.approx(
+        numbers["scores"]["rankdice"]["mean_dice"] - numbers["scores"]["T"]["mean_dice"], abs=1e-9
+    )
+    assert gain["better"] + gain["worse"] <= len(gain["values"])
+
+
+class Given(nn.Module):
+    """A network that returns what it is given: images are logits, with a third channel of no meaning."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.scale * images)
+
+
+def batch_of(probs: Tensor, targets: Tensor) -> SimpleNamespace:
+    count = len(targets)
+    return SimpleNamespace(
+        images=probs.logit(),
+        targets=targets,
+        names=[f"i{k}" for k in range(count)],
+        indices=list(range(count)),
+    )
+
+
+def findings_of(probs: Tensor, targets: Tensor) -> Findings:
+    scoring = Scoring(probs.shape[1], tuple(range(1, probs.shape[1])))
+    compared = {"T": rules.threshold, "max": rules.argmax, "rankdice": rules.rankdice}
+    ways = variants("sigmoid", 1.0, "bce")
+    return measure(Given(), [batch_of(probs, targets)], compared, ways, scoring, HERE, 1.0)
+
+
+def test_void_is_left_out_and_counted() -> None:
+    first = torch.tensor([[0.9, 0.9, 0.9, 0.1]]).view(1, 1, 2, 2)
+    findings = findings_of(torch.cat([1 - first, first], 1), torch.tensor([[[1, 1], [255, 0]]]))
+    assert findings.mean(Key("T", "raw", "masked")) == pytest.approx(100)
+    assert findings.mean(Key("T", "raw", "counted")) == pytest.approx(80)  # 2·2 / (3 + 2)
+    text = explain.explain_section(findings, RULES)
+    assert "left out" in text and "80.00" in text and "100.00" in text
+
+
+def test_thirds_by_size_and_false_alarms() -> None:
+    probs = torch.full((4, 2, 3, 4), 0.05)
+    targets = torch.zeros(4, 3, 4, dtype=torch.int64)
+    for image, size in enumerate((1, 4, 12)):
+        targets[image].view(-1)[:size] = 1
+        probs[image, 1].view(-1)[:size] = 0.95
+    probs[1, 1].view(-1)[2:] = 0.05  # half of the middle one is missed
+    probs[3, 1, 0, 0] = 0.95  # and one is seen where there is none
+    findings = findings_of(probs, targets)
+    rows = by_size(findings, ["T"])
+    assert [count for _, count, _ in rows] == [1, 1, 1]
+    assert [means["T"] for *_, means in rows] == pytest.approx([100, 200 / 3, 100])
+    assert "8.33" in rows[0][0] and "100 %" in rows[2][0]
+    assert false_alarms(findings, "T") == (1, 1)
+
+
+def test_a_cut_off_is_the_smallest_probability_selected() -> None:
+    probs = torch.tensor([[[[0.9, 0.4, 0.2]], [[0.1, 0.2, 0.3]]]])
+    found = lowest(probs, probs >= 0.35)
+    assert found[0, 0] == pytest.approx(0.4) and found[0, 1].isnan()
+
+
+def test_images_are_picked_by_gain_and_by_dice() -> None:
+    torch.manual_seed(0)
+    findings = findings_of(torch.rand(8, 2, 6, 6), torch.randint(0, 2, (8, 6, 6)))
+    dice = findings.dice(findings.key("rankdice"))
+    gain = dice - findings.dice(findings.key("T"))
+    groups = pick(findings, 2)
+    best, worst = groups["Best images of RankDice"], groups["Worst images of RankDice"]
+    assert dice[best[0]] == dice.max() and dice[worst[0]] == dice.min()
+    assert gain[groups["Largest gains of RankDice over T"][0]] == gain.max()
+
+
+def test_twice_the_logits_are_twice_the_temperature() -> None:
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(3, 4, 20, 20)
+    targets = torch.distributions.Categorical(logits=logits.movedim(1, -1)).sample()
+    targets[:, :3] = 255
+    batch = SimpleNamespace(images=logits, targets=targets, names=["a", "b", "c"], indices=[0, 1, 2])
+    once, twice = (
+        temperature(Given(scale), [batch], 3, "softmax", Scoring(4, (1, 2, 3)), HERE) for scale in (1.0, 2.0)
+    )
+    assert once == pytest.approx(1, abs=0.1) and twice == pytest.approx(2 * once, rel=1e-3)
+
+
+def test_focal_losses_are_corrected_as_well() -> None:
+    assert list(variants("softmax", 1.0, "ce")) == ["raw", "calibrated"]
+    ways = variants("softmax", 2.0, "focal")
+    logits = torch.randn(2, 3, 4, 4)
+    assert torch.allclose(ways["calibrated"](logits), (logits / 2).softmax(1))
+    assert ways["focal-corrected"](logits).amax() > ways["raw"](logits).amax()  # focal is under-confident
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.3, 71), (55, 56.5), (1e-5, 3e-5), (0, 100)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 11 and all(low - 1e-9 <= t <= high + 1e-9 for t in found)
+    steps = [b - a for a, b in pairwise(found)]
+    assert max(steps) == pytest.approx(min(steps))
+
+
+def test_plots_place_the_ends_of_the_axes() -> None:
+    plot = Plot("a", (0, 10), (-1, 1), size=(200, 100), margins=(10, 20, 30, 40))
+    assert (plot.px(0), plot.px(10)) == (40, 180) and (plot.py(-1), plot.py(1)) == (70, 10)
+    assert padded([1, 1]) != (1, 1) and padded([math.nan]) == pytest.approx((-0.06, 1.06))
+
+
+def test_charts_escape_names_and_survive_what_is_undefined() -> None:
+    rows = [("<b>&", {"T": math.nan, "rankdice": 50.0})]
+    text = charts.class_bars(rows, "Dice") + charts.class_gains(
+        [("<b>&", math.nan, (math.nan, math.nan))], "gain"
+    )
+    assert "<b>" not in text and "&lt;b&gt;&amp;" in text and "nan" not in text
+    assert "nan" not in charts.sorted_differences([0.0], 0.0, "points")
+
+
+def test_a_run_that_is_not_there_is_named(report: object, tmp_path: Path) -> None:
+    absent = argparse.Namespace(run=tmp_path / "absent", out=None, images=2, overrides=[])
+    with pytest.raises((FileNotFoundError, ValueError), match="absent"):
+        report.report(absent, HERE)  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [1280, 480])
+def test_a_browser_shows_the_page(page: Path, tmp_path: Path, width: int) -> None:
+    picture = tmp_path / "page.png"
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+    ]
+    command += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--hide-scrollbars",
+    ]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},2400",
+        f"--screenshot={picture}",
+    ]
+    subprocess.run(
+        [*command, page.as_uri()], capture_output=True, timeout=240, env={**os.environ, "HOME": str(tmp_path)}
+    )
+    with Image.open(picture) as image:
+        colours = image.convert("RGB").getcolors(1 << 24)
+    assert image.size == (width, 2400) and colours is not None
+    seen = {colour: number for number, colour in colours}
+    # The bars of the three rules are there, each in its colour, on white.
+    assert seen[(255, 255, 255)] > 0.5 * width * 2400
+    for rule in ((0x77, 0x82, 0x8E), (0x2F, 0x77, 0xC2), (0xD9, 0x56, 0x1F)):
+        assert seen.get(rule, 0) > 100, rule
