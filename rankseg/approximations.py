@@ -20,6 +20,7 @@ Shapes: R rows, D pixels a row, L values of Γ.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -121,7 +122,8 @@ def _best(
     low = torch.floor(mean + deviation * refined_quantile(_TAIL, skewness + 1e-5)).long() - 1
     high = torch.ceil(mean + deviation * refined_quantile(1 - _TAIL, skewness + 1e-5)).long()
     low, high = low.clamp(min=0), high.clamp(max=pixels)
-    support = low[:, None] + torch.arange(int((high - low).max().clamp(min=1)), device=low.device)
+    length = int((high - low).max().clamp(min=1))
+    support = low[:, None] + torch.arange(length, dtype=torch.float64, device=low.device)
     inside = support < high[:, None]
 
     def weights(p: float) -> Tensor:
@@ -169,22 +171,21 @@ def _chebyshev(p: Tensor) -> list[Tensor]:
     return polynomials
 
 
-def _coefficients(function) -> list[Tensor]:
+def _coefficients(function: Callable[[float], Tensor]) -> list[Tensor]:
     """Chebyshev coefficients in p of `function`(p) -> (R, L), from its values at the Chebyshev points."""
     angles = [math.pi * (k + 0.5) / _DEGREE for k in range(_DEGREE)]
-    samples = [function((1 + math.cos(angle)) / 2) for angle in angles]
-    return [
-        sum(math.cos(order * angle) * sample for angle, sample in zip(angles, samples, strict=True))
-        * ((1 if order == 0 else 2) / _DEGREE)
-        for order in range(_DEGREE)
-    ]
+    samples = torch.stack([function((1 + math.cos(angle)) / 2) for angle in angles])
+    orders = torch.arange(_DEGREE, dtype=torch.float64, device=samples.device)
+    cosines = torch.cos(orders[:, None] * torch.tensor(angles, dtype=torch.float64, device=samples.device))
+    cosines[0] /= 2
+    return list(torch.tensordot(cosines, samples, dims=1) * (2 / _DEGREE))
 
 
 def _correlate(weights: Tensor, low: Tensor, longest: int, shift: float) -> Tensor:
     """Σ_l w_l / (l + τ + shift) for τ = 1..`longest`, l from `low`: (R, longest)."""
     length = weights.shape[1]
     size = longest + length
-    ramp = torch.arange(1, size + 1, device=weights.device)
+    ramp = torch.arange(1, size + 1, dtype=torch.float64, device=weights.device)
     kernel = 1 / (ramp + low[:, None] + shift)
     fast = 1 << (size - 1).bit_length()
     product = torch.fft.rfft(kernel, fast) * torch.fft.rfft(weights, fast).conj()

@@ -18,7 +18,7 @@ from rankseg.validation import check_choice, check_probs
 
 
 class ReliabilityCurve(NamedTuple):
-    """Per class and bin, (C, M): mean `confidence`, observed `frequency` (both NaN in empty bins), number of `pixels`."""
+    """Per class and bin, (C, M) each: mean `confidence` and observed `frequency`, NaN in empty bins; `pixels` in it."""
 
     confidence: Tensor
     frequency: Tensor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Pixels a tile. A tile needs about 40 bytes a pixel: 5 MiB, which a processor's cache holds; 160 MiB on a GPU.
-_TILE = {"cpu": 1 << 17, "other": 1 << 22}
+_TILE = {"cpu": 1 << 18, "other": 1 << 22}
 
 # Σ p^k for k = 0..ORDER is kept: see `exact.log_series` for why four suffice.
 ORDER = 4
@@ -75,17 +75,18 @@ def gather(
         exact = tile.double()
         square = exact * exact
         extracted = tile > low[across, None]
-        total[across] += _sums(exact, exact, square)
+        total[across, 0] += tile.shape[1]
+        total[across, 1:] += _sums(exact, square, square)
         if any(some_above[across]):
             if masks is not None:
                 above = tile_of(masks, numbers, across, along)
             else:
                 assert high is not None
                 above = tile > high[across, None]
-            picked = exact * above.double()
-            part = _sums(picked, exact, square)
-            part[:, 0] = above.view(torch.uint8).sum(1)
-            chosen[across] += part
+            weight = above.double()
+            picked = exact * weight
+            chosen[across, 0] += weight.sum(1)
+            chosen[across, 1:] += _sums(picked, picked * exact, square)
             if high is not None:
                 extracted ^= above
         row, column = nonzero(extracted)
@@ -105,11 +106,10 @@ def gather(
     )
 
 
-def _sums(picked: Tensor, values: Tensor, square: Tensor) -> Tensor:
-    """D, Σ x, Σ xp, Σ xp², Σ xp³ along the rows of a tile, x = `picked`, p = `values`: (R, 5)."""
-    count = torch.full_like(values[:, 0], values.shape[1])
-    parts = [picked.sum(1), _dot(picked, values), _dot(picked, square), _dot(picked * values, square)]
-    return torch.stack([count, *parts], dim=1)
+def _sums(first: Tensor, second: Tensor, square: Tensor) -> Tensor:
+    """Σ wp^k, k = 1..4, along the rows of a tile from wp, wp² and p²; wp³ and wp⁴ are never formed: (R, 4)."""
+    parts = [first.sum(1), second.sum(1), _dot(first, square), _dot(second, square)]
+    return torch.stack(parts, dim=1)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

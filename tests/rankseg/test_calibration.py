@@ -12,11 +12,11 @@ from rankseg.calibration import Reliability, ece, fit_temperature, focal_correct
 
 
 def sample(temperature: float, link: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits that are `temperature` times too sharp, their labels (4, 60, 60), and the one-hot labels."""
+    """Logits that are `temperature` times too sharp, their labels (3, 50, 50), and the one-hot labels."""
     generator = torch.Generator().manual_seed(seed)
-    true = 1.5 * torch.randn(4, 3, 60, 60, generator=generator)
+    true = 1.5 * torch.randn(3, 3, 50, 50, generator=generator)
     probs = torch.softmax(true, 1).movedim(1, -1).reshape(-1, 3)
-    labels = torch.multinomial(probs, 1, generator=generator).view(4, 60, 60)
+    labels = torch.multinomial(probs, 1, generator=generator).view(3, 50, 50)
     return temperature * true, labels, torch.nn.functional.one_hot(labels, 3).movedim(-1, 1)
 
 

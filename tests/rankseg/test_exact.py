@@ -19,7 +19,7 @@ EXPECTED = {"dice": rankseg.expected_dice, "iou": rankseg.expected_iou}
 SMOOTH = st.sampled_from([0.0, 0.3, 1.0, 10.0])
 SCORE = st.sampled_from(["dice", "iou"])
 PROBABILITY = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=20, deadline=None)
 
 
 def brute_force(p: np.ndarray, smooth: float, score: str) -> np.ndarray:
@@ -60,7 +60,7 @@ def as_map(p: np.ndarray) -> Tensor:
 
 
 @FEW
-@given(st.lists(PROBABILITY, min_size=1, max_size=9), SMOOTH, SCORE)
+@given(st.lists(PROBABILITY, min_size=1, max_size=8), SMOOTH, SCORE)
 def test_optimal_among_all_masks(p: list[float], smooth: float, score: str) -> None:
     maps = torch.tensor(p, dtype=torch.float64)[None, None]
     scores = brute_force(np.array(p), smooth, score)
@@ -96,7 +96,7 @@ def shapes_of_maps(pixels: int, seed: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("score", ["dice", "iou"])
-@pytest.mark.parametrize(("pixels", "smooth"), [(1, 0.0), (20, 0.0), (60, 0.5), (120, 0.0), (120, 10.0)])
+@pytest.mark.parametrize(("pixels", "smooth"), [(1, 0.0), (20, 0.0), (60, 0.5), (90, 0.0), (90, 10.0)])
 def test_against_dynamic_programme(pixels: int, smooth: float, score: str) -> None:
     for kind, p in shapes_of_maps(pixels, seed=pixels).items():
         p = p.astype(np.float32)
@@ -154,7 +154,7 @@ def test_permutation_invariance(pixels: int, seed: int, score: str) -> None:
 
 @pytest.mark.parametrize("score", ["dice", "iou"])
 def test_deterministic_maps_are_their_own_mask(score: str) -> None:
-    masks = torch.rand(2, 3, 9, 11, generator=torch.Generator().manual_seed(0)) > 0.6
+    masks = torch.rand(1, 3, 9, 11, generator=torch.Generator().manual_seed(0)) > 0.6
     masks[0, 0], masks[0, 1] = True, False
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for smooth in (0.0, 1.0):
@@ -219,7 +219,7 @@ def test_wide_brackets_are_widened_until_proved(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("score", ["dice", "iou"])
 def test_saturated_maps_of_a_real_network(shared, score: str) -> None:
     data = np.load(shared / "data" / "probabilities" / "voc2012_espnetv2.npz")
-    probs = torch.softmax(torch.from_numpy(data["logits"][:6]).float(), dim=1)
+    probs = torch.softmax(torch.from_numpy(data["logits"][:2, :, ::2, ::2]).float(), dim=1)
     result = RULES[score](probs)
     best = EXPECTED[score](probs, result.predict)
     kept = probs.flatten(2).amax(2) > 0.5

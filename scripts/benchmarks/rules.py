@@ -1,0 +1,252 @@
+"""The prediction rules: exact RankDice against argmax, the published approximations and PyPI `rankseg`.
+
+Every row is a median of `--rounds` rounds in which all candidates take turns, so that a drifting machine meets
+all alike. On a machine that others use too, `--threads 1 --clock cpu` counts processor seconds instead of the
+wall clock's. `--peer PYTHON` names the interpreter of an environment with `rankseg==0.0.8` (the names clash).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import rankseg
+from rankseg.nonoverlap import surrogate_objective
+
+PEER = """
+import json, sys, time, torch
+from rankseg import RankSEG
+torch.set_num_threads(int(sys.argv[3]))
+probs, options = torch.load(sys.argv[1]), json.loads(sys.argv[2])
+clock = {"wall": time.perf_counter, "cpu": time.process_time}[sys.argv[6]]
+rule, seconds = RankSEG(**options), []
+for _ in range(int(sys.argv[4])):
+    begin = clock(); found = rule.predict(probs); seconds.append(clock() - begin)
+torch.save(found, sys.argv[5])
+print(json.dumps(sorted(seconds)[len(seconds) // 2]))
+"""
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--rounds", type=int, default=5, help="rounds a median is of (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads (default 2)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what seconds are (default wall)")
+    parser.add_argument("--size", type=int, default=512, help="pixels a side of the main row (default 512)")
+    parser.add_argument(
+        "--largest", type=int, default=2048, help="largest side of the scaling rows (default 2048)"
+    )
+    parser.add_argument("--peer", help="python of an environment with rankseg==0.0.8")
+    parser.add_argument("--peer-trna", action="store_true", help="the peer's T-RNA too (two minutes a round)")
+    parser.add_argument("--volume", action="store_true", help="a 1x2x256x256x256 volume too (1 GiB)")
+    parser.add_argument("--plot", type=Path, help="write the scaling plot to this file (needs matplotlib)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the rows."""
+    torch.set_num_threads(args.threads)
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, median of {args.rounds}, {args.clock} seconds\n"
+    )
+    speed(args, "cpu")
+    if torch.cuda.is_available():
+        print(f"\non {torch.cuda.get_device_name()}")
+        speed(args, "cuda")
+    trna(args)
+    memory(args)
+    if args.peer:
+        one_label(args)
+    scaling(args)
+
+
+def fields(size: int, images: int = 6, classes: int = 19) -> dict[str, Tensor]:
+    """Probability maps (N, C, size, size): independent pixels, smooth objects, and the saturated ones of a net."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images, classes, size, size, generator=generator)
+    coarse = torch.randn(images, classes, max(2, size // 32), max(2, size // 32), generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+    return {
+        "independent": torch.softmax(3 * noise, dim=1),
+        "smooth": torch.softmax(4 * smooth, dim=1),
+        "saturated": torch.softmax(20 * smooth, dim=1),
+    }
+
+
+def timed(
+    candidates: dict[str, Callable[[], object]], args: argparse.Namespace, device: str = "cpu"
+) -> dict[str, float]:
+    """Median seconds of each candidate, all in turn each round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    clock = CLOCKS[args.clock] if device == "cpu" else time.perf_counter
+    for number in range(args.rounds + 1):
+        for name, run in candidates.items():
+            begin = clock()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(clock() - begin)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def peer(args: argparse.Namespace, probs: Tensor, rounds: int, **options: object) -> tuple[float, Tensor]:
+    """Median seconds and the prediction of PyPI `rankseg` on `probs`, in its own environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "probs.pt", Path(folder) / "found.pt"
+        torch.save(probs, source)
+        command = [
+            args.peer,
+            "-c",
+            PEER,
+            source,
+            json.dumps(options),
+            str(args.threads),
+            str(rounds),
+            target,
+            args.clock,
+        ]
+        out = subprocess.run(map(str, command), cwd=folder, check=True, capture_output=True, text=True).stdout
+        return json.loads(out.splitlines()[-1]), torch.load(target)
+
+
+def speed(args: argparse.Namespace, device: str) -> None:
+    """Exact rules against argmax + one-hot, and against the peer's RMA."""
+    print(
+        f"| 6x19x{args.size}x{args.size} float32 | rule | seconds | against argmax + one-hot |\n|---|---|---|---|"
+    )
+    for kind, probs in fields(args.size).items():
+        probs = probs.to(device)
+        candidates: dict[str, Callable[[], object]] = {
+            "argmax + one-hot": lambda p=probs: rankseg.argmax(p),
+            "rank_dice, exact": lambda p=probs: rankseg.rank_dice(p),
+            "rank_iou, exact": lambda p=probs: rankseg.rank_iou(p),
+            "rank_dice, one label a pixel": lambda p=probs: rankseg.rank_dice(p, allow_overlap=False),
+        }
+        rows = timed(candidates, args, device)
+        if args.peer and device == "cpu":
+            options = {"metric": "dice", "solver": "RMA", "output_mode": "multilabel"}
+            rows["peer, RMA, screening"] = peer(args, probs, args.rounds, safe_screening="auto", **options)[0]
+        for name, value in rows.items():
+            print(f"| {kind} | {name} | {value:.3f} | {value / rows['argmax + one-hot']:.2f} |")
+
+
+def trna(args: argparse.Namespace) -> None:
+    """The published approximations on 1x2x128x128."""
+    probs = torch.softmax(torch.randn(1, 2, 128, 128, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = timed(
+        {
+            "T-RNA (app=1)": lambda: rankseg.rank_dice(probs, app=1),
+            "BA (app=2)": lambda: rankseg.rank_dice(probs, app=2),
+            "exact (app=0)": lambda: rankseg.rank_dice(probs),
+        },
+        args,
+    )
+    print("\n| 1x2x128x128 | seconds | against T-RNA here |\n|---|---|---|")
+    if args.peer and args.peer_trna:
+        rows["peer, TRNA"] = peer(args, probs, 1, metric="dice", solver="TRNA", output_mode="multilabel")[0]
+    for name, value in rows.items():
+        print(f"| {name} | {value:.4f} | {value / rows['T-RNA (app=1)']:.1f} |")
+
+
+def peak_extra(run: Callable[[], object]) -> int:
+    """Bytes by which the resident memory of this process peaks while `run` runs (Linux)."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Peak memory over the input, masks included."""
+    if not Path("/proc/self/clear_refs").exists():
+        return
+    print("\n| peak extra memory | MiB | of the input |\n|---|---|---|")
+    inputs = {f"6x19x{args.size}x{args.size}, {kind}": maps for kind, maps in fields(args.size).items()}
+    if args.volume:
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.randn(1, 2, 16, 16, 16, generator=generator)
+        volume = torch.nn.functional.interpolate(coarse, size=(256, 256, 256), mode="trilinear")
+        inputs["1x2x256x256x256"] = torch.softmax(6 * volume, dim=1)
+    for name, probs in inputs.items():
+        extra = peak_extra(lambda p=probs: rankseg.rank_dice(p))
+        print(f"| {name} | {extra / 2**20:.0f} | {extra / (probs.numel() * probs.element_size()):.2f} |")
+
+
+def one_label(args: argparse.Namespace) -> None:
+    """Surrogate objective of one-label masks: argmax, the peer's multiclass rule, ours."""
+    print("\n| one label a pixel, 4x19x256x256 | argmax | peer | rank_dice | bound (overlap allowed) |")
+    print("|---|---|---|---|---|")
+    for sharpness in (2, 6):
+        noise = torch.randn(4, 19, 256, 256, generator=torch.Generator().manual_seed(0))
+        probs = torch.softmax(sharpness * noise, dim=1)
+        flat, present = probs.flatten(2), probs.flatten(2).amax(2) > 0.5
+        _, labels = peer(args, probs, 1, metric="dice", solver="RMA", output_mode="multiclass")
+
+        def value(labels: Tensor, flat: Tensor = flat, present: Tensor = present) -> float:
+            return float(surrogate_objective(flat, labels.flatten(1), present, "dice", 0.0).mean())
+
+        masks = rankseg.rank_dice(probs, allow_overlap=False).predict
+        ours = torch.where(masks.any(1), masks.float().argmax(1), 19)
+        free = rankseg.rank_dice(probs)
+        mass, mean = (flat * free.predict.flatten(2)).double().sum(2), flat.double().sum(2)
+        bound = float((2 * mass / (free.tau + mean + 1) * present).sum(1).div(present.sum(1)).mean())
+        cells = [value(probs.argmax(1)), value(labels), value(ours), bound]
+        print(f"| sharpness {sharpness} | " + " | ".join(f"{cell:.5f}" for cell in cells) + " |")
+
+
+def scaling(args: argparse.Namespace) -> None:
+    """Growth with the number of pixels and with the number of classes."""
+    print("\n| pixels a class (2 classes, smooth) | seconds | ns a pixel |\n|---|---|---|")
+    points = []
+    for exponent in range(6, int(math.log2(args.largest)) + 1):
+        size = 2**exponent
+        probs = fields(size, images=1, classes=2)["smooth"]
+        value = timed({"": lambda p=probs: rankseg.rank_dice(p)}, args)[""]
+        points.append((size * size, value))
+        print(f"| {size}x{size} | {value:.4f} | {value / probs.numel() * 1e9:.2f} |")
+    (first, fast), (last, slow) = points[0], points[-1]
+    print(f"\nlog-log slope {math.log(slow / fast) / math.log(last / first):.2f}")
+    print("\n| classes (1xCx256x256, smooth) | seconds | ns a pixel |\n|---|---|---|")
+    for classes in (2, 19, 150):
+        probs = fields(256, images=1, classes=classes)["smooth"]
+        value = timed({"": lambda p=probs: rankseg.rank_dice(p)}, args)[""]
+        print(f"| {classes} | {value:.4f} | {value / probs.numel() * 1e9:.2f} |")
+    if args.plot:
+        plot(points, args.plot)
+
+
+def plot(points: list[tuple[int, float]], path: Path) -> None:
+    """Draw seconds over pixels, both logarithmic."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit(
+            "error: --plot needs matplotlib; pip install matplotlib, or leave --plot out"
+        ) from error
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    pixels, seconds = zip(*points, strict=True)
+    axes.loglog(pixels, seconds, "o-", label="rank_dice, exact")
+    axes.loglog(pixels, [seconds[-1] * p / pixels[-1] for p in pixels], ":", color="0.5", label="linear")
+    axes.set(xlabel="pixels a class", ylabel="seconds (2 classes)")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
