@@ -10,6 +10,8 @@ pixels and carries its EXIF orientation. On request:
     --per-class      masks/classes/NAME/CLASS.png    each class's mask (0 and 255), overlaps kept
     --probabilities  masks/probabilities/NAME.npy    (classes, height, width) float16
 
+Overrides are those of test.py; temperature=0.4, as found by `test.py temperature=fit`, calibrates the network.
+
 Windows blend probabilities, and the rule then decides on the whole image. A rule such as rankdice may give a pixel
 to several classes: in the palette PNG the most probable of them has it; a pixel that no class has is background,
 or 255 (void) where the data set has no background. Without -p the rule is rankdice where one class is scored,
@@ -173,6 +175,18 @@ def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]
     return view
 
 
+def _temperature(cfg: DictConfig) -> float:
+    """Return what divides the logits.
+
+    Raises ValueError for `fit`: new images have no truth to fit it on.
+    """
+    if isinstance(cfg.temperature, (int, float)) and cfg.temperature > 0:
+        return float(cfg.temperature)
+    raise ValueError(
+        f"temperature={cfg.temperature} is no positive number: test.py temperature=fit prints the one to pass here"
+    )
+
+
 def _settle(args: argparse.Namespace, cfg: DictConfig, rule: str, info: DatasetInfo) -> None:
     """Note in the folder how its masks are made; refuse to mix them with masks made otherwise.
 
@@ -252,6 +266,7 @@ class Segmenter:
     ) -> None:
         self.network, self.cfg, self.info = network.to(device).eval(), cfg, info
         self.rule, self.view, self.device = rule, view, device
+        self.temperature = _temperature(cfg)
         self.link, self.normalise = build.loss(cfg).link, Normalise(info.mean, info.std)
         precision = PRECISIONS[cfg.trainer.precision]
         self.cast = torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
@@ -263,7 +278,7 @@ class Segmenter:
 
     def to_probs(self, logits: Tensor) -> Tensor:
         """Return probabilities as test.py makes them."""
-        probs = link_probs(logits / self.cfg.temperature, self.link)
+        probs = link_probs(logits / self.temperature, self.link)
         return focal_correction(probs) if self.cfg.correct_focal else probs
 
     def __call__(self, picture: files.Picture, outputs: Outputs) -> None:

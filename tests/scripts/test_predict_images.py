@@ -287,5 +287,7 @@ def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path
     assert Image.open(out / "one.png").size == (64, 48)
     with pytest.raises(ValueError, match="rankdise is unknown"):
         main(["-r", str(checkpoint), str(image), "--out", str(out), "-p", "rankdise"])
+    with pytest.raises(ValueError, match="temperature=fit is no positive number"):
+        main(["-r", str(checkpoint), str(image), "--out", str(out / "y"), "temperature=fit"])
     with pytest.raises(ValueError, match="--scales"):
         main(["-r", str(checkpoint), str(image), "--out", str(out / "x"), "--scales", "big"])
