@@ -49,9 +49,9 @@ INTRODUCTION = """\
 <!-- made by `python scripts/config_reference.py` from the comments in configs/: change those, not this page -->
 
 `python train.py GROUP=OPTION KEY=VALUE ...` chooses options and sets keys; `python train.py --help` shows what results,
-and `--cfg job` prints it as YAML. `test.py` and the scripts that take a checkpoint start from the configuration stored in
-it and accept the same overrides. Defaults are in bold. A value such as `${dataset.epochs}` follows another key. Lists are
-written `'validation=[T,rankdice]'`, an empty value `null`.
+and `--cfg job` prints it as YAML. `test.py` and the scripts that take a checkpoint start from the configuration stored
+in it and accept the same overrides. Defaults are in bold. A value such as `${dataset.epochs}` follows another key.
+Lists are written `'validation=[T,rankdice]'`, an empty value `null`.
 """
 
 
