@@ -132,13 +132,13 @@ class Trainer:
             f"lr{number}": group["lr"] for number, group in enumerate(self.update.optimizer.param_groups)
         }
         self.journal.log(now.updates, "train", epoch=epoch, loss=now.loss_sum / now.step, **rates)
-        validated = last or epoch % self.validate_every == 0
-        if validated:
-            now.score = self._score(epoch, stop)
+        score = self._score(epoch, stop) if last or epoch % self.validate_every == 0 else None
         now.epoch, now.step, now.loss_sum = epoch, 0, 0.0
-        if validated and (now.best is None or now.score > now.best):
-            now.best = now.score
-            self._write(self.checkpoints.save_best)
+        if score is not None:
+            now.score = score
+            if now.best is None or score > now.best:
+                now.best = score
+                self._write(self.checkpoints.save_best)
         if last or epoch % self.save_every == 0:
             self._write(self.checkpoints.save_epoch)
         self._write(self.checkpoints.save_last)
