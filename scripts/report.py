@@ -82,6 +82,8 @@ def report(args: argparse.Namespace, where: World) -> Path:
         f"Split <b>{cfg.split}</b>, {len(findings.names)} images, protocol <b>{cfg.protocol.name}</b>, "
         f"checkpoint of epoch {checkpoint['epoch']}. One forward pass; every rule on the same probabilities."
     )
+    if cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]:
+        about += " <b>The same images chose the checkpoint and the temperature</b>: expect less on new ones."
     body = [
         ("scores", "Scores", sections.score_section(table)),
         (

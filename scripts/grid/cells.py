@@ -88,7 +88,9 @@ def cells(overrides: Sequence[str]) -> list[Cell]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         # With the first of each swept option: a key such as model.encoder exists only in some of them.
         first = [f"{key}={values[0]}" for key, values in swept.items()]
-        params = compose("train", [*first, *fixed], return_hydra_config=True).hydra.sweeper.get("params") or {}
+        params = (
+            compose("train", [*first, *fixed], return_hydra_config=True).hydra.sweeper.get("params") or {}
+        )
         for key, values in params.items():
             if key not in named:
                 parsed = OverridesParser.create().parse_override(f"{key}={values}")

@@ -76,7 +76,8 @@ def lead(table: Mapping[str, Any], differences: Mapping[str, Any], about: str) -
         for rule, one in table.items()
     ]
     for rule, one in differences.items():
-        side = "gain" if one["mean"] > 0 else "loss"
+        low, high = one["interval"]
+        side = "soft" if low <= 0 <= high else "gain" if one["mean"] > 0 else "loss"
         cards.append(page.card(f"rankdice − {rule}", _points(one["mean"]), _range(one["interval"]), side))
     return f'<p>{about}</p>\n<div class="cards">{"".join(cards)}</div>'
 

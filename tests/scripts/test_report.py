@@ -320,3 +320,11 @@ def test_a_browser_shows_the_page(page: Path, tmp_path: Path, width: int) -> Non
     assert seen[(255, 255, 255)] > 0.5 * width * 2400
     for rule in ((0x77, 0x82, 0x8E), (0x2F, 0x77, 0xC2), (0xD9, 0x56, 0x1F)):
         assert seen.get(rule, 0) > 100, rule
+
+
+def test_it_says_when_the_images_also_chose_the_checkpoint(report: object, run: Path, tmp_path: Path) -> None:
+    pages = {}
+    for split in ("val", "test"):
+        args = argparse.Namespace(run=run, out=tmp_path / split, images=1, overrides=[f"split={split}"])
+        pages[split] = report.report(args, HERE).read_text()  # type: ignore[attr-defined]
+    assert "same images chose" in pages["val"] and "same images chose" not in pages["test"]
