@@ -85,7 +85,7 @@ def score(args: argparse.Namespace, where: World) -> None:
         for name in args.predictor or ["rankdice"]
         for r in (["T", "max", "rankdice"] if name == "all" else [name])
     ]
-    rules = build.rules(dict.fromkeys(names), dict(cfg.protocol.rules))
+    rules = build.rules(dict.fromkeys(names), dict(cfg.protocol.rules), cfg.threshold)
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
     criterion = build.loss(cfg)
@@ -107,13 +107,14 @@ def score(args: argparse.Namespace, where: World) -> None:
         return
     list_skipped(loader.skipped)
     folder = args.out or args.resume.resolve().parent / cfg.protocol.results
-    if not args.out and (temperature != 1 or cfg.correct_focal):
-        folder /= "calibrated"  # beside the results on the probabilities as they are, never over them
+    if not args.out and (temperature != 1 or cfg.correct_focal or cfg.threshold != 0.5):
+        folder /= "calibrated"  # beside the results as usual, never over them
     details = {
         **build.describe(cfg, data, cfg.split),
         "link": criterion.link,
         "temperature": temperature,
         "correct_focal": cfg.correct_focal,
+        **({"threshold": cfg.threshold} if cfg.threshold != 0.5 else {}),
         "checkpoint": {
             "file": args.resume.name,
             "epoch": checkpoint["epoch"],

@@ -44,14 +44,22 @@ def _make(node: Any, **arguments: Any) -> Any:
         raise
 
 
-def rules(names: Iterable[str], aliases: dict[str, str] | None = None) -> dict[str, Predictor]:
-    """The prediction rules of these names; a protocol may put another implementation behind a name."""
+def rules(
+    names: Iterable[str], aliases: dict[str, str] | None = None, threshold: float | None = None
+) -> dict[str, Predictor]:
+    """The prediction rules of these names; a protocol may put another implementation behind a name.
+
+    ``threshold`` is that of rule T, where it is not the one of its configuration.
+    """
     built = {}
     for name in names:
         actual = (aliases or {}).get(name, name)
         if actual not in options("predictor"):
             raise ValueError(unknown_option("predictor", name))
-        built[name] = _make(OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml"))
+        node = OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml")
+        if actual == "T" and threshold is not None:
+            node.at = threshold
+        built[name] = _make(node)
     return built
 
 

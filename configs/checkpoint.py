@@ -13,6 +13,15 @@ from configs import build, stored
 from models import load_state, read_checkpoint
 from models.published import is_published, load_published
 
+# Our keys, and what a released configuration says of them.
+_PUBLISHED = {
+    "temperature": "temperature",
+    "threshold": "threshold",
+    "batch_size": "batch_size",
+    "dataset.crop": "crop",
+    "dataset.eval_crop": "eval_crop",
+}
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
     """The network and the configuration of a checkpoint, and the checkpoint itself; both formats are recognised.
@@ -26,7 +35,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     if is_published(checkpoint):
         network, theirs = load_published(checkpoint, where=f"checkpoint {path}")
         choices = {group: theirs[group] for group in ("dataset", "model", "loss")}
-        values = {key: theirs[key] for key in ("temperature", "batch_size") if theirs.get(key)}
+        values = {key: theirs[name] for key, name in _PUBLISHED.items() if theirs.get(name)}
         cfg = stored.unpack({"choices": {**choices, "protocol": "paper"}, "values": values}, overrides)
         return network, cfg, checkpoint
     if not {"model", "config", "epoch"} <= set(checkpoint):

@@ -62,7 +62,7 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     cfg = OmegaConf.merge(cfg, OmegaConf.load(CONFIGS / "test.yaml"))  # type: ignore[assignment]
     for key, value in stored["values"].items():
-        if key not in groups:
+        if key.partition(".")[0] not in groups:
             OmegaConf.update(cfg, key, _plain(value), merge=True)
     OmegaConf.set_struct(cfg, True)
     for key, value in values:
