@@ -130,6 +130,11 @@ def score(args: argparse.Namespace, where: World) -> None:
         if not args.quiet:
             print(result.block(cfg.model.name, cfg.loss.name), end="\n\n")
     print(comparison(results))
+    if {"T", "rankdice"} <= set(results) and temperature == 1 and not cfg.correct_focal:
+        dice = {name: result.scores["mean_dice"] for name, result in results.items()}
+        if dice["rankdice"] < dice["T"]:
+            print("RankDice ranks true probabilities; these may be off: try temperature=fit", end="")
+            print(" or correct_focal=true" if cfg.loss.name == "focal" else "")
     print(f"results: {folder}")
 
 

@@ -31,6 +31,7 @@ _FREE = (
     "save_dir",
     "run_dir",
     "dataset.root",
+    "dataset.source.root",
 )
 _FREE_TRAINER = ("tensorboard", "panels", "save_minutes", "save_every", "keep")
 

@@ -111,9 +111,7 @@ def evaluate(
     )
 
     bar = tqdm(
-        total=len(range(where.rank, batches.num_images, where.size))
-        if hasattr(batches, "num_images")
-        else None,
+        total=getattr(batches, "num_images", None),  # this process's share
         unit="img",
         desc=progress,
         disable=None if progress and where.is_main else True,
