@@ -18,6 +18,7 @@ from rankseg.calibration import focal_correction
 from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
 from trainers.evaluator import evaluate
+from trainers.losses import Link
 from trainers.reproducibility import provenance
 from trainers.results import comparison, file_sha256, fingerprint
 
@@ -63,7 +64,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def find_temperature(cfg: DictConfig, network: nn.Module, link: str, where: World) -> float:
+def find_temperature(cfg: DictConfig, network: nn.Module, link: Link, where: World) -> float:
     """The number in the configuration, or the temperature fitted on the validation split."""
     if cfg.temperature != "fit":
         if not isinstance(cfg.temperature, (int, float)) or not cfg.temperature > 0:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -23,6 +23,7 @@ from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier, world, wrap
 from trainers.evaluator import evaluate
 from trainers.journal import Journal, write_json, write_text
+from trainers.losses import SegmentationLoss
 from trainers.panels import panels
 from trainers.reproducibility import provenance, seed_everything
 from trainers.trainer import Trainer
@@ -64,7 +65,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     model = wrap(network, where)
     optimizer = build.optimizer(cfg, network)
     update = Update(
-        torch.compile(model) if cfg.trainer.compile else model,
+        cast(nn.Module, torch.compile(model)) if cfg.trainer.compile else model,
         criterion,
         optimizer,
         where,
@@ -105,9 +106,9 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     say(where, f"batch {cfg.batch_size} on {where.size} x {where.device}, BatchNorm over {norm} images")
     if where.is_main:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
+        prints = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
         write_json(
-            folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=data, world_size=where.size)
+            folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=prints, world_size=where.size)
         )
     trainer.fit()
     journal.close()
@@ -119,7 +120,7 @@ def validation(
     cfg: DictConfig,
     data: SegmentationDataset,
     loader: EvalLoader,
-    criterion: nn.Module,
+    criterion: SegmentationLoss,
     journal: Journal,
     where: World,
 ) -> Callable[[nn.Module, int, int], float]:

@@ -20,6 +20,7 @@ from datasets import DatasetInfo, EvalLoader, EvalTransform, SegmentationDataset
 from rankseg import Predictor
 from trainers.distributed import World
 from trainers.evaluator import Scoring
+from trainers.losses import SegmentationLoss
 
 GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "predictor", "protocol", "trainer")
 
@@ -129,7 +130,7 @@ def model(cfg: DictConfig) -> nn.Module:
     return _make(cfg.model)
 
 
-def loss(cfg: DictConfig) -> nn.Module:
+def loss(cfg: DictConfig) -> SegmentationLoss:
     """The training criterion; it names its link."""
     return _make(cfg.loss)
 

@@ -8,12 +8,14 @@ The images are not picked by hand: they lie at fixed quantiles of the gain of Ra
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
-import _root  # noqa: F401  (puts the repository on the path)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
 from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
@@ -61,9 +63,8 @@ def main() -> None:
     to_pil_image(torch.cat(rows, dim=1)).save(args.out)
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     print(f"{args.out}: RankDice against T: better on {better} images, worse on {worse}, of {len(order)}")
-    print(
-        f"rows: gain at the quantiles {', '.join(f'{q:.0%} ({100 * gain[i]:+.1f})' for q, i in zip(QUANTILES, picked, strict=True))}"
-    )
+    gains = ", ".join(f"{q:.0%} ({100 * gain[i]:+.1f})" for q, i in zip(QUANTILES, picked, strict=True))
+    print(f"rows: gain at the quantiles {gains}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rankseg import Predictor
 from rankseg.calibration import Reliability
 from trainers.distributed import World, gather
-from trainers.losses import link_probs
+from trainers.losses import SegmentationLoss, link_probs
 from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, mean_over_classes, summary
 from trainers.results import EvalResult
 from trainers.update import PRECISIONS
@@ -71,7 +71,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Any],
     rules: Mapping[str, Predictor],
-    criterion: nn.Module,
+    criterion: SegmentationLoss,
     scoring: Scoring,
     where: World,
     *,
@@ -149,7 +149,7 @@ def evaluate(
 
 
 def _losses(
-    criterion: nn.Module, logits: Tensor, targets: Tensor, indices: list[int], scoring: Scoring
+    criterion: SegmentationLoss, logits: Tensor, targets: Tensor, indices: list[int], scoring: Scoring
 ) -> list[tuple[int, float]]:
     """The loss of each image, so that it does not depend on the batch size; the paper's is that of each batch."""
     if scoring.paper:

@@ -17,7 +17,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from rankseg import Predictor
 from trainers.distributed import World
-from trainers.losses import link_probs
+from trainers.losses import Link, link_probs
 
 Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
@@ -28,7 +28,7 @@ def panels(
     data: Any,
     transform: Transform,
     rules: Mapping[str, Predictor],
-    link: str,
+    link: Link,
     where: World,
     indices: Iterable[int],
     scale: int = 1,
