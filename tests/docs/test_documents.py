@@ -1,0 +1,189 @@
+"""Links lead somewhere, commands can be typed, code runs: README, CONTRIBUTING and docs/."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from torch import nn
+
+from configs import build, stored
+from configs.cli import explain, options
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Options of CONTRIBUTING.md's own, which its own test adds.
+OWN = ("hysteresis", "model=plain", "loss=brier")
+PLUGINS = ("launcher=", "hydra.launcher.")  # need packages that are not installed by default
+
+each = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a heading can be reached by."""
+    heads = re.findall(r"^#+ (.*)$", prose(path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@each
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path.read_text(encoding="utf-8"))):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), f"{path.name} links to {target}, which does not exist"
+        assert not anchor or anchor in anchors(there), f"{path.name}: {there.name} has no heading #{anchor}"
+
+
+@each
+def test_files_that_are_named_exist(path: Path) -> None:
+    spans = re.findall(r"`([^`\s]+)`", prose(path.read_text(encoding="utf-8")))
+    for span in spans:
+        if re.fullmatch(r"(scripts|configs|tests|datasets|models|trainers|rankseg|docs)/[\w./-]*", span):
+            own = any(word.partition("=")[2] == Path(span).stem for word in OWN) or Path(span).stem in OWN
+            assert own or (ROOT / span).exists() or "NAME" in span, f"{path.name} names {span}"
+
+
+def commands(path: Path) -> Iterator[str]:
+    """Every command line in blocks and in running text, without what explains it."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines()] + re.findall(r"`((?:python|make) [^`]+)`", text)
+    for line in lines:
+        if re.match(r"(python|torchrun|make) ", line):
+            yield re.split(r"\s{3,}\S*[a-z]+ | {2,}#| \.\.\.", line)[0]
+
+
+def argv(command: str) -> list[str]:
+    """The script and its arguments, without placeholders."""
+    words = shlex.split(command)
+    start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return [word for word in words[start:] if not re.search(r"^\[|^[A-Z]+=|=NAME$|<TAB>", word)]
+
+
+class Parsed(BaseException):
+    """Carries what a script's parser made of a command line out of the script."""
+
+
+def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """Run a script up to where its command line is parsed."""
+
+    def stop(original: Any) -> Any:
+        def parse(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
+            raise Parsed(original(self, args, namespace))
+
+        return parse
+
+    script = ROOT / arguments[0]
+    with monkeypatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, stop(getattr(argparse.ArgumentParser, name)))
+        patch.setattr(sys, "argv", [str(script), *arguments[1:]])
+        patch.syspath_prepend(str(script.parent))
+        with pytest.raises(Parsed) as caught:
+            runpy.run_path(str(script), run_name="__main__")
+    return caught.value.args[0]
+
+
+def compose(overrides: list[str]) -> None:
+    """Compose cells of what may be a sweep, so many that each value is in one."""
+    kept = [word for word in overrides if not word.startswith(PLUGINS) and not word.endswith(OWN)]
+    lists = []
+    for override in OverridesParser.create().parse_overrides(kept):
+        values = override.sweep_string_iterator() if override.is_sweep_override() else None
+        lists.append([f"{override.key_or_group}={v}" for v in values] if values else [override.input_line])
+    for number in range(max(map(len, lists), default=0)):
+        compose_one(tuple(values[number % len(values)] for values in lists))
+    for word in overrides:
+        if word.startswith("launcher="):
+            assert word.partition("=")[2] in options("launcher")
+
+
+@functools.cache
+def compose_one(cell: tuple[str, ...]) -> None:
+    try:
+        build.compose("train", cell)
+    except Exception as error:
+        pytest.fail(f"train.py {' '.join(cell)}: {explain(error)}")
+
+
+@functools.cache
+def as_for_testing(overrides: tuple[str, ...]) -> None:
+    """Lay overrides over a stored configuration, as test.py does."""
+    choices = {
+        "dataset": "synthetic", "model": "tiny", "loss": "ce", "optimizer": "adamw", "schedule": "poly",
+        "predictor": "rankdice", "protocol": "corrected", "trainer": "default",
+    }  # fmt: skip
+    if overrides:
+        stored.unpack({"choices": choices, "values": {}}, overrides)
+
+
+@each
+def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    seen = 0
+    for command in dict.fromkeys(commands(path)):
+        if command.startswith("make "):
+            for target in shlex.split(command.partition("#")[0])[1:]:
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name}: {command}"
+            continue
+        if ".py" not in command or re.search(r"scripts/NAME|\bX\.py", command):
+            continue
+        script, *rest = argv(command)
+        assert (ROOT / script).is_file(), f"{path.name}: {command}"
+        seen += 1
+        if script == "train.py":
+            hydra_flags = ("-m", "--multirun", "--help", "--cfg", "job", "-sc", "install=bash", "--info")
+            compose([word for word in rest if word not in hydra_flags])
+            continue
+        if "--help" in rest or (not rest and "`" in command):
+            continue
+        if script == "test.py" and "-r" not in rest:  # shortened in running text
+            rest = ["-r", "CHECKPOINT", *rest]
+        try:
+            found = parsed([script, *rest], monkeypatch)
+        except SystemExit:
+            pytest.fail(f"{path.name}: {command}\n{capsys.readouterr().err}")
+        rules = getattr(found, "predictor", None) or []
+        for rule in [rules] if isinstance(rules, str) else rules:
+            assert rule in (*options("predictor"), "all", *OWN), f"{path.name}: {command}"
+        overrides = list(getattr(found, "overrides", None) or [])
+        trains = "reproduce" in script or getattr(found, "benchmark", "") in ("step", "loader")
+        if trains:
+            compose(overrides)
+        else:
+            as_for_testing(tuple(overrides))
+    assert seen or path.name in ("protocol.md", "method.md")
+
+
+class Network(nn.Module):
+    """A stub that the snippets of the documents call."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.repeat(1, 2, 1, 1)[:, :5] * 4 - 2
+
+
+@each
+def test_python_in_documents_runs(path: Path) -> None:
+    torch.manual_seed(0)
+    space: dict[str, Any] = {"network": Network(), "images": torch.rand(2, 3, 12, 9), "__name__": path.stem}
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(path), "exec"), space)
+    if path.name == "README.md":
+        assert space["predict"].shape == (2, 5, 12, 9) and space["tau"].shape == (2, 5)
+    if path.name == "faq.md":
+        assert space["masks"].sum(1).max() <= 1 and space["mask"].shape == (2, 1, 12, 9)
