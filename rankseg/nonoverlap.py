@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rankseg.masks import RankResult
 
-_ROUNDS = 50
+_ROUNDS = 20
+_WORTH = 1e-7  # a round must raise F by this part
 
 
 def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: str, smooth: float) -> Tensor:
@@ -58,7 +59,7 @@ def one_label_a_pixel(probs: Tensor, score: str, smooth: float, pruning: bool) -
         proposal.masked_fill_(best <= 0, classes)
         new_value, new_denominator = _class_scores(flat, proposal, mean, score, smooth)
         new_objective = (new_value * present).sum(1)
-        better = new_objective > objective * (1 + 1e-12)
+        better = new_objective > objective * (1 + _WORTH)
         if not better.any():
             break
         labels = torch.where(better[:, None], proposal, labels)

@@ -56,10 +56,7 @@ def solve(flat: Tensor, score: str, smooth: float, pruning: bool) -> Solution:
         tied[todo] = found.tied
         cutpoint[todo] = found.cutpoint.to(flat.dtype)
         value[todo] = found.value
-        # Four times as low, everything above: after a few rounds the whole row is in the bracket.
-        todo, low = todo[~done], low[~done]
-        low = torch.where(low > 1e-5, low / 4, -1.0)
-        high = torch.ones_like(low)
+        todo, (low, high) = todo[~done], _widened(low[~done], high[~done])
     return Solution(tau, cutpoint, tied, value)
 
 
@@ -79,6 +76,13 @@ def _first_brackets(flat: Tensor, rows: Tensor, score: str, smooth: float) -> tu
         cut = surrogate.excess_root(score, cut, excess, volume, mean, smooth)
         low[large], high[large] = surrogate.bracket(cut, density)
     return low.to(flat.dtype), high.to(flat.dtype)
+
+
+def _widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Five times as wide, or down to a quarter of `low`, whichever is nearer; in the end the whole row."""
+    width = high - low
+    bottom = torch.where(low > 1e-5, low / 4, -1.0)
+    return torch.maximum(low - 2 * width, bottom), (high + 2 * width).clamp(max=1)
 
 
 def _tiled_sum(flat: Tensor, rows: Tensor, floor: Tensor | None) -> Tensor:
