@@ -21,6 +21,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from scripts.command import leave
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 TARGET = ROOT / "docs" / "configuration.md"
@@ -265,4 +267,4 @@ def main(arguments: Sequence[str] | None = None, target: Path = TARGET, configs:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -3,6 +3,7 @@
     python scripts/overview.py saved/synthetic/tiny/ce/seed0 --out overview.png
 
 The images are not picked by hand: they lie at fixed quantiles of the gain of RankDice over T.
+Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint")
-    parser.add_argument("--out", type=Path, default=Path("overview.png"))
-    parser.add_argument("--scale", type=int, default=2, help="enlargement of small images")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, default=Path("overview.png"), help="default: %(default)s")
+    parser.add_argument(
+        "--scale", type=int, default=2, help="enlargement of small images (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="as for test.py: split=val, protocol=paper"
+    )
     args = parser.parse_intermixed_args()
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
     with world(args.device) as where:
@@ -50,6 +55,8 @@ def main() -> None:
         dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
         gain = dice["rankdice"] - dice["T"]
         order = [i for i in gain.argsort().tolist() if gain[i] == gain[i]]
+        if not order:
+            raise ValueError(f"split={cfg.split}: no image has a class that is scored; choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
         rows = [
             picture

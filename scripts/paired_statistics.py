@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from scripts.command import leave
 from scripts.paired import plots
 from scripts.paired.inference import bca_of_mean, standardized_mean, wilcoxon
 from scripts.paired.scores import (
@@ -207,6 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.plot:
             plots.draw(found, args.plot)
             print(f"written: {args.plot}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -239,4 +242,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

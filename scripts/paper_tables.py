@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from scripts.command import leave
 from scripts.tables.compare import read_expected, violations
 from scripts.tables.generated import FORMATS, MODES, generated, render, stale, tables, write
 from scripts.tables.ours import Groups, problem_count
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         if args.write or args.check:
             return _in_git(root, args.check)
         return _show(args, root)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +66,7 @@ def _show(args: argparse.Namespace, root: Path) -> int:
         raise ValueError(
             f"{saved} is no folder; --saved wants the folder that holds <dataset>/<model>/<loss>/seed<k>"
         )
-    groups, problems = _read(saved)
+    groups, problems = ({}, []) if args.mode == "published" else _read(saved)
     found = tables(args.mode, groups, problems)
     text = render(args.mode, found, args.format, problems)
     if args.output:
@@ -111,4 +114,4 @@ def _in_git(root: Path, check: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -13,6 +13,7 @@ The noise is normal, sd 0.1, truncated to [0, 1]; i and j count from 0. The valu
 β, the width of the block in `step` and the law of ρ are ours. The Dice is that of labels drawn from the
 probabilities, pixel by pixel, the same draws for every rule: mean (standard error), in percent. Everything
 follows from --seed.
+Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from rankseg import rank_dice
 from rankseg.rules import threshold
+from scripts.command import leave
 from scripts.paired.plots import load_pyplot
 
 EXAMPLES = ("exponential", "linear", "step", "thresholds")
@@ -310,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(markdown(rows), end="")
         if args.csv:
             write_csv(rows, args.csv)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -317,4 +321,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -1,0 +1,25 @@
+"""How the scripts end that do without torch; the others end as ``configs.cli.guarded`` says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+INTERRUPTED = 130  # 128 + SIGINT
+CUT_OFF = 141  # 128 + SIGPIPE
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run a command and exit with its code; Ctrl-C and a reader that has gone (`| head`) make no traceback."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped: interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the very end
+        code = CUT_OFF
+    sys.exit(code)

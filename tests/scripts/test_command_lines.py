@@ -1,0 +1,89 @@
+"""What all scripts have in common: --help, one line about bad input, exit codes, results alone on stdout."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import command
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(
+    p for p in (ROOT / "scripts").glob("[a-z]*.py") if "__main__" in p.read_text(encoding="utf-8")
+)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run a script in this process; return its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        path = ROOT / "scripts" / name
+        monkeypatch.syspath_prepend(str(path.parent))
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        code = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as done:
+            code = done.code if isinstance(done.code, int) else int(done.code is not None)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_help(path: Path, call) -> None:
+    code, out, err = call(path.name, "--help")
+    assert (code, err) == (0, "") and out.startswith(f"usage: {path.name}") and "\x1b" not in out
+    if path.stem != "benchmark":
+        assert "Exit codes: 0 done" in out and f"python scripts/{path.name}" in out
+
+
+BAD = [
+    ("paper_tables.py", "--saved", "absent"),
+    ("paper_tables.py", "published", "--output", "absent/tables.md"),
+    ("paired_statistics.py", "absent"),
+    ("simulate.py", "absent"),
+    ("simulate.py", "step", "--draws", "0"),
+    ("convert_checkpoint.py", "absent.pth", "new.pth"),
+    ("overview.py", "absent.pth"),
+    ("report.py", "absent.pth"),
+    ("predict_images.py", "-r", "absent.pth", "absent", "--out", "new"),
+    ("prepare_data.py", "split", "absent"),
+    ("reproduce.py", "--losses", "cee", "--dry-run"),
+    ("reproduce.py", "--protocols", "absent", "--dry-run"),
+]
+
+
+@pytest.mark.parametrize("words", BAD, ids=" ".join)
+def test_bad_input_is_one_line_on_stderr(words: tuple[str, ...], call) -> None:
+    code, out, err = call(*words)
+    assert (code, out) == (2, "") and err.startswith("error: ") and len(err.splitlines()) == 1, err
+
+
+def test_ctrl_c_makes_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as done:
+        command.leave(main)
+    assert done.value.code == command.INTERRUPTED and capsys.readouterr().err == "stopped: interrupted\n"
+
+
+def test_a_reader_that_has_gone_makes_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "paper_tables.py"), "published"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (command.CUT_OFF, "")
