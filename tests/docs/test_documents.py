@@ -167,7 +167,8 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
             compose(overrides)
         else:
             as_for_testing(tuple(overrides))
-    assert seen or path.name in ("protocol.md", "method.md")
+    few = path.name in ("README.md", "CONTRIBUTING.md", "engine.md", "own-data.md", "faq.md") and seen < 3
+    assert not few, f"{path.name}: only {seen} commands were found; look at commands()"
 
 
 class Network(nn.Module):
