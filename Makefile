@@ -45,6 +45,7 @@ format: $(VENV)/.dev  ## rewrite the code in the one style
 
 tables: $(VENV)/.runtime  ## regenerate every table kept in git, then check that nothing is stale
 	$(PY) scripts/paper_tables.py --write
+	$(PY) scripts/config_reference.py
 	$(PY) scripts/paper_tables.py --check
 
 benchmark: $(VENV)/.dev  ## the speed of the method, as ratios in one run

@@ -86,7 +86,7 @@ def score(args: argparse.Namespace, where: World) -> None:
         for name in args.predictor or ["rankdice"]
         for r in (["T", "max", "rankdice"] if name == "all" else [name])
     ]
-    rules = build.rules(dict.fromkeys(names), dict(cfg.protocol.rules), cfg.threshold)
+    rules = build.rules(dict.fromkeys(names), dict(cfg.protocol.rules), cfg.threshold, cfg.predictor)
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
     criterion = build.loss(cfg)

@@ -111,6 +111,8 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
             folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=prints, world_size=where.size)
         )
     trainer.fit()
+    settings = {**{group: choices[group] for group in build.GROUPS}, "lr": cfg.optimizer.lr, "seed": cfg.seed}
+    journal.hparams(settings, {"hparam/best": trainer.progress.best or 0.0})
     journal.close()
     list_skipped({**loader.skipped, **val_loader.skipped})
     say(where, f"done. Score it: python test.py -r {checkpoints.best} -p all")
@@ -125,7 +127,8 @@ def validation(
     where: World,
 ) -> Callable[[nn.Module, int, int], float]:
     """What to do after an epoch: score every rule, log, draw; the score of ``predictor`` picks the best epoch."""
-    rules = build.rules(dict.fromkeys([*cfg.validation, cfg.predictor.name]), dict(cfg.protocol.rules))
+    names = dict.fromkeys([*cfg.validation, cfg.predictor.name])
+    rules = build.rules(names, dict(cfg.protocol.rules), chosen=cfg.predictor)
     scoring, precision = build.scoring(cfg, data.info), cfg.trainer.precision
 
     def validate(network: nn.Module, epoch: int, step: int) -> float:

@@ -46,18 +46,23 @@ def _make(node: Any, **arguments: Any) -> Any:
 
 
 def rules(
-    names: Iterable[str], aliases: dict[str, str] | None = None, threshold: float | None = None
+    names: Iterable[str],
+    aliases: dict[str, str] | None = None,
+    threshold: float | None = None,
+    chosen: Any = None,
 ) -> dict[str, Predictor]:
     """The prediction rules of these names; a protocol may put another implementation behind a name.
 
-    ``threshold`` is that of rule T, where it is not the one of its configuration.
+    ``threshold`` is that of rule T, where it is not the one of its configuration; ``chosen`` is the node
+    ``predictor`` of a configuration, which may hold overrides for the rule that it names.
     """
     built = {}
     for name in names:
         actual = (aliases or {}).get(name, name)
         if actual not in options("predictor"):
             raise ValueError(unknown_option("predictor", name))
-        node = OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml")
+        own = chosen is not None and chosen.name == actual
+        node = chosen.copy() if own else OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml")
         if actual == "T" and threshold is not None:
             node.at = threshold
         built[name] = _make(node)

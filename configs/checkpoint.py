@@ -41,7 +41,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     if not {"model", "config", "epoch"} <= set(checkpoint):
         raise ValueError(f"{path} is a checkpoint of another project: it lacks model, config or epoch")
     cfg = stored.unpack(checkpoint["config"], overrides)
-    cfg.model.weights = None  # they are about to be replaced
+    if "weights" in cfg.model:
+        cfg.model.weights = None  # they are about to be replaced
     network = build.model(cfg)
     load_state(network, checkpoint["model"], path)
     return network, cfg, checkpoint

@@ -44,6 +44,9 @@ def guarded(main: Callable[[], Any]) -> None:
         _leave(EXIT_BAD_INPUT, str(error), flat=False)
     except (ValueError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError) as error:
         _leave(EXIT_BAD_INPUT, str(error))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         _leave(EXIT_FAILED, str(error))
 

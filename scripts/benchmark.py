@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.cli import guarded
 from scripts.benchmarks import loader, rules, step, test
 
 MODULES = {"rules": rules, "step": step, "loader": loader, "test": test}
@@ -29,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

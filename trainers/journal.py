@@ -74,6 +74,11 @@ class Journal:
         if self.events is not None:
             self.events.add_image(name, picture, step)
 
+    def hparams(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
+        """Say what the run was and how it ended, for TensorBoard's table of runs."""
+        if self.events is not None:
+            self.events.add_hparams(settings, scores, run_name=".")
+
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
         if self.events is not None:

@@ -58,7 +58,7 @@ def measure(data: Cityscapes, args: argparse.Namespace) -> dict[str, float]:
         "evaluation, corrected: whole frame": lambda: drain(corrected),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False):
+    for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
         for name, way in ways.items():
             start = time.perf_counter()
             way()
@@ -82,7 +82,7 @@ def drain(batches: object) -> None:
 def make_frames(root: Path, count: int) -> Path:
     """Write frames with the noise of a camera and masks of blocks, in the real layout; return the root."""
     rng = np.random.default_rng(0)
-    for index in tqdm(range(count), desc="making frames", leave=False):
+    for index in tqdm(range(count), desc="making frames", leave=False, disable=None):
         coarse = Image.fromarray(rng.integers(0, 256, (16, 32, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.float32)
         frame = (smooth + rng.normal(0, 2, smooth.shape)).clip(0, 255).astype(np.uint8)
