@@ -58,10 +58,11 @@ def tilted_series(sums: Tensor, u: float) -> Tensor:
     return (1 - u) * (sums[:, 1] + u * (sums[:, 2] + u * (sums[:, 3] + u * sums[:, 4])))
 
 
-def power_sums(values: Tensor) -> Tensor:
-    """Σ p^k, k = 0..4, of each row of `values` (B, W), zeros left out of the count: (B, 5)."""
-    square = values * values
-    parts = [(values > 0).double(), values, square, square * values, square * square]
+def power_sums(values: Tensor, among: Tensor) -> Tensor:
+    """Σ p^k, k = 0..4, over the values (B, W) marked by `among` (B, W) bool: (B, 5)."""
+    part = values * among
+    square = part * part
+    parts = [among.to(part), part, square, square * part, square * square]
     return torch.stack([part.sum(1) for part in parts], dim=1)
 
 
@@ -71,21 +72,21 @@ def cumulative(values: Tensor) -> Tensor:
 
 
 def window_scores(
-    score: str, values: Tensor, total: Tensor, chosen: Tensor, smooth: float, wanted: Tensor
+    score: str, values: Tensor, chosen: Tensor, rest: Tensor, smooth: float, wanted: Tensor
 ) -> Tensor:
     """Exact expected score of the volumes n + 0..W, n the number of `chosen` pixels: (B, W + 1) float64.
 
     Args:
         values: (B, W) the window in decreasing order, filled up with zeros.
-        total: (B, 5) power sums of all pixels of the row.
-        chosen: (B, 5) power sums of the pixels above the window, which every volume includes.
+        chosen: (B, 5) power sums of pixels outside of the window which every volume includes.
+        rest: (B, 5) power sums of pixels outside of the window which no volume includes.
         wanted: (B, W + 1) bool, the volumes to evaluate; others are -inf.
     """
-    rest = (total - chosen - power_sums(values)).clamp(min=0)
     steps = torch.arange(values.shape[1] + 1, device=values.device, dtype=values.dtype)
     volume = chosen[:, :1] + steps
     captured = chosen[:, 1:2] + cumulative(values)
-    scale = volume + smooth + total[:, 1:2] - (captured if score == "iou" else 0)
+    mean = captured[:, -1:] + rest[:, 1:2]
+    scale = volume + smooth + mean - (captured if score == "iou" else 0)
     band = torch.where(wanted, octave(scale), -1)
     result = torch.where(wanted, 0.0, -torch.inf).to(values)
     for number in torch.unique(band[wanted]).tolist():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankseg.exact import NEGLIGIBLE, power_sums, window_scores
+from rankseg.exact import NEGLIGIBLE, window_scores
 from rankseg.gather import blocks, gather
 from rankseg.masks import rows_of
 from rankseg.validation import check_masks, check_probs, check_smooth
@@ -18,7 +18,7 @@ def expected_dice(probs: Tensor, masks: Tensor, smooth: float = 0.0) -> Tensor:
     """Return E[(2|A∩B| + smooth) / (|A| + |B| + smooth)] of masks A: (N, C) float64.
 
     B is the random object, its pixels independent with probabilities `probs` (N, C, *S); `masks` (N, C, *S) bool.
-    0/0 is 0. The relative error is about 1e-12.
+    0/0 is 0. The relative error is about 1e-12, of large half or single precision maps 1e-11.
 
     Raises:
         TypeError, ValueError: see `rankseg.validation`.
@@ -50,11 +50,9 @@ def _expected(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor
     # A sign tells the mask's pixels from the others; sorting puts them first, the filling zeros between.
     signed = torch.where(got.flags, got.values, -got.values)
     for members, values in blocks(got.rows, signed, got.width):
-        inside = values.clamp(min=0)
-        window, values = power_sums(inside), values.abs()
-        beyond = (got.chosen[members] - window).clamp(min=0)
         volumes = torch.arange(values.shape[1] + 1, device=values.device)
-        wanted = volumes == window[:, :1]
-        scores = window_scores(score, values, got.total[members], beyond, smooth, wanted)
+        wanted = volumes == (values > 0).sum(1, keepdim=True)
+        chosen, rest = got.chosen[members], got.rest[members]
+        scores = window_scores(score, values.abs(), chosen, rest, smooth, wanted)
         result[members] = scores[wanted]
     return result.view(probs.shape[:2])

@@ -1,7 +1,9 @@
 """The one pass over all pixels: power sums of each row, and the few pixels that have to be looked at singly.
 
 A row is one class of one image, its D pixels flattened. The pass works on tiles that fit the processor's
-cache (on a GPU: on few, large tiles that bound the extra memory), and everything is summed in float64.
+cache (on a GPU: on few, large tiles that bound the extra memory). Probabilities are summed in float64, their
+higher powers in the precision of the tile: `exact.log_series` divides Σ p² by λ², so that the 1e-7 of float32 moves a
+score by some 1e-11.
 
 Shapes: R rows, D pixels a row, E pixels extracted from all rows together, B rows of a block, W its width.
 """
@@ -14,26 +16,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Pixels a tile. A tile needs 32 bytes a pixel: 8 MiB, which a processor's cache holds; 128 MiB on a GPU.
+# Pixels a tile. A tile needs 28 bytes a pixel: 7 MiB, which a processor's cache holds; 112 MiB on a GPU.
 _TILE = {"cpu": 1 << 18, "other": 1 << 22}
 
-# Pixels are looked for in blocks of so many; rows are filled up with zeros to a multiple of it.
-_BLOCK = 16
+# Pixels are looked for in groups of so many; rows are filled up with zeros to a multiple of it.
+_GROUP = 8
 
 # Σ p^k for k = 0..ORDER is kept: see `exact.log_series` for why four suffice.
 ORDER = 4
 
 
 class Gathered(NamedTuple):
-    """What one pass leaves of R rows.
+    """What one pass leaves of R rows: some pixels to be looked at singly, and power sums of the others.
 
-    `total` (R, 5): Σ p^k, k = 0..4, over all pixels; `chosen` (R, 5): the same over the pixels above `high` (or
-    of a given mask). `rows` (E,) ascending, `values` (E,) float64, `flags` (E,): the extracted pixels, their
-    rows, and whether they belong to `chosen`. `width` (R,) int64: how many were extracted from each row.
+    `chosen` (R, 5): Σ p^k, k = 0..4, over the pixels above `high` (or those of a given mask, unless extracted).
+    `rest` (R, 5): the same over the pixels left, their number not counted. `rows` (E,) ascending, `values` (E,)
+    float64, `flags` (E,): the extracted pixels, their rows, and whether the given mask holds them. `width` (R,)
+    int64: how many were extracted from each row.
     """
 
-    total: Tensor
     chosen: Tensor
+    rest: Tensor
     rows: Tensor
     values: Tensor
     flags: Tensor
@@ -63,45 +66,47 @@ def gather(
 ) -> Gathered:
     """Sum and extract the rows `index` (R,) of `flat` (·, D).
 
-    With `high` (R,): `chosen` are the pixels p > high, extracted are low < p <= high.
-    With `masks` (·, D) bool: `chosen` are its pixels, extracted are all p > low.
+    Extracted are the pixels low < p <= high, `low` and `high` (R,), and `chosen` those above.
+    With `masks` (·, D) bool in place of `high`, extracted are all p > low, and `chosen` are the others of the mask.
     """
     count, pixels = index.numel(), flat.shape[1]
-    total = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
-    chosen = torch.zeros_like(total)
+    chosen = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
+    rest = torch.zeros_like(chosen)
     rows, values, flags = [], [], []
     numbers = index.tolist()
     # Where nothing can be above, half of the work is left out.
     some_above = [True] * count if high is None else (high < 1).tolist()
-    low = low.double()[:, None]
+    dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    low = low.to(dtype)[:, None]
     if high is not None:
-        high = high.double()[:, None]
-    space: Tensor | None = None
+        high = high.to(dtype)[:, None]
+    wide = space = rest.new_empty(0)
     for across, along in tiles(count, pixels, flat.device):
-        tile = tile_of(flat, numbers, across, along)
+        tile = tile_of(flat, numbers, across, along).to(dtype)
         height, breadth = tile.shape
-        padded = -(-breadth // _BLOCK) * _BLOCK
-        if space is None or space.shape[1:] != (height, padded):
+        if wide.shape != tile.shape:
             # The same memory for every tile: fresh pages would cost more than the arithmetic.
-            space = torch.zeros(4, height, padded, dtype=torch.float64, device=flat.device)
-        exact, square, weight, inside = space
-        exact[:, :breadth].copy_(tile)
-        torch.mul(exact, exact, out=square)
-        total[across, 0] += breadth
-        total[across, 1:] += _sums(exact, square, square)
-        torch.gt(exact, low[across], out=inside)  # 0.0 or 1.0: faster to make and to use than bool
-        inside[:, breadth:] = 0
+            padded = -(-breadth // _GROUP) * _GROUP
+            space = torch.zeros(4, height, padded, dtype=dtype, device=flat.device)
+            wide = torch.empty(height, breadth, dtype=torch.float64, device=flat.device)
+        marks, below, above, square = space[:, :, :breadth]
+        torch.gt(tile, low[across], out=marks)  # 0.0 or 1.0: faster to make and to use than bool
+        torch.addcmul(tile, tile, marks, value=-1, out=below)
         if any(some_above[across]):
             if high is not None:
-                torch.gt(exact, high[across], out=weight)
-                inside -= weight
+                torch.gt(tile, high[across], out=above)
+                chosen[across, 0] += above.sum(1)
+                marks -= above
+                above *= tile
             else:
                 assert masks is not None
-                weight[:, :breadth].copy_(tile_of(masks, numbers, across, along))
-            chosen[across, 0] += weight.sum(1)
-            picked = weight.mul_(exact)
-            chosen[across, 1:] += _sums(picked, exact.mul_(picked), square)
-        row, column = _nonzero(inside)
+                above.copy_(tile_of(masks, numbers, across, along))
+                chosen[across, 0] += above.sum(1) - (above * marks).sum(1)
+                above *= below
+                below -= above
+            chosen[across, 1:] += _power_sums(above, square, wide)
+        rest[across, 1:] += _power_sums(below, square, wide)
+        row, column = _nonzero(space[0])
         if row.numel():
             rows.append(row + across.start)
             values.append(tile[row, column])
@@ -109,32 +114,32 @@ def gather(
                 flags.append(tile_of(masks, numbers, across, along)[row, column])
     row_ids = torch.cat(rows) if rows else index.new_zeros(0)
     return Gathered(
-        total=total,
         chosen=chosen,
+        rest=rest,
         rows=row_ids,
-        values=torch.cat(values).double() if values else total.new_zeros(0),
+        values=torch.cat(values).double() if values else rest.new_zeros(0),
         flags=torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool, device=flat.device),
         width=torch.bincount(row_ids, minlength=count),
     )
 
 
-def _sums(first: Tensor, second: Tensor, square: Tensor) -> Tensor:
-    """Σ wp^k, k = 1..4, along the rows of a tile from wp, wp² and p²; wp³ and wp⁴ are never formed: (R, 4)."""
-    parts = [first.sum(1), second.sum(1), _dot(first, square), _dot(second, square)]
-    return torch.stack(parts, dim=1)
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Row-wise inner products: (R,)."""
-    return torch.bmm(left[:, None], right[:, :, None])[:, 0, 0]
+def _power_sums(values: Tensor, square: Tensor, wide: Tensor) -> Tensor:
+    """Σ p^k, k = 1..4, along the rows of a tile: (R, 4). All three tiles are used up; `wide` is float64."""
+    parts = [wide.copy_(values).sum(1)]
+    torch.mul(values, values, out=square)
+    parts += [square.sum(1), values.mul_(square).sum(1), square.mul_(square).sum(1)]
+    return torch.stack([part.double() for part in parts], dim=1)
 
 
 def _nonzero(marks: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of the ones in `marks` (R, D), which are few: whole blocks of zeros are passed over."""
-    grouped = marks.view(marks.shape[0], -1, _BLOCK)
-    row, block = grouped.sum(2).nonzero().unbind(1)
-    which, offset = grouped[row, block].nonzero().unbind(1)
-    return row[which], block[which] * _BLOCK + offset
+    """Row and column of the ones in `marks` (R, D), which are few: groups of zeros are passed over.
+
+    A group takes its pixels from all over the row, so that adding up all groups is adding a few long vectors.
+    """
+    grouped = marks.view(marks.shape[0], _GROUP, -1)
+    row, group = grouped.sum(1).nonzero().unbind(1)
+    which, place = grouped[row, :, group].nonzero().unbind(1)
+    return row[which], place * grouped.shape[2] + group[which]
 
 
 def blocks(rows: Tensor, values: Tensor, width: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rankseg import surrogate
-from rankseg.exact import NEGLIGIBLE, cumulative, window_scores
+from rankseg.exact import NEGLIGIBLE, cumulative, power_sums, window_scores
 from rankseg.gather import blocks, gather, tile_of, tiles
 
 # Scores that differ by less than rounding are ties; the smallest of tied volumes is taken.
@@ -67,7 +67,7 @@ def _first_brackets(flat: Tensor, rows: Tensor, score: str, smooth: float) -> tu
     high = torch.ones_like(low)
     large = ((mean + smooth) * NEGLIGIBLE > 1.01).nonzero()[:, 0]
     if large.numel():
-        stride = max(1, min(32, flat.shape[1] // 4096))
+        stride = flat.shape[1] // 4096 | 1  # odd, so that the sample of a map spreads over its columns
         members, mean = rows[large], mean[large]
         sample = flat[:, ::stride][members]
         cut, volume, density = surrogate.from_sample(score, sample, stride, mean, smooth)
@@ -89,10 +89,12 @@ def _tiled_sum(flat: Tensor, rows: Tensor, floor: Tensor | None) -> Tensor:
     """Σ max(p, floor) of the given rows, (R,) float32: good to six digits, for guesses only."""
     result = torch.zeros(rows.numel(), device=flat.device)
     numbers = rows.tolist()
+    space = flat.new_empty(0)
     for across, along in tiles(rows.numel(), flat.shape[1], flat.device):
         tile = tile_of(flat, numbers, across, along)
         if floor is not None:
-            tile = tile.clamp(min=floor[across, None].to(tile.dtype))
+            space.resize_(tile.shape)  # the same memory for every tile
+            tile = torch.maximum(tile, floor[across, None].to(tile.dtype), out=space)
         result[across] += tile.sum(1, dtype=torch.float32)
     return result
 
@@ -107,11 +109,11 @@ def _attempt(
     tau, tied = torch.zeros_like(rows), torch.zeros_like(rows)
     cutpoint, value = torch.zeros(2, rows.numel(), dtype=torch.float64, device=flat.device)
     for members, values in blocks(got.rows, got.values, got.width):
-        total, chosen, width = got.total[members], got.chosen[members], got.width[members]
-        mean = total[:, 1:2]
+        chosen, rest, width = got.chosen[members], got.rest[members], got.width[members]
         steps = torch.arange(values.shape[1] + 1, device=flat.device)
         volume = chosen[:, :1] + steps
         captured = chosen[:, 1:2] + cumulative(values)
+        mean = captured[:, -1:] + rest[:, 1:2]
         inside = steps <= width[:, None]
         bound = surrogate.lower_bound(score, volume, captured, mean, smooth).where(inside, -torch.inf)
         best = bound.amax(1, keepdim=True)
@@ -119,10 +121,12 @@ def _attempt(
         if smooth:
             wanted[:, 0] |= chosen[:, 0] == 0  # the bound says nothing of the empty mask
 
-        done[members] = _proved(wanted, best, total, chosen, width, low[members], smooth, pixels)
-        scores = window_scores(score, values, total, chosen, smooth, wanted)
+        done[members] = _proved(
+            wanted, best[:, 0], mean[:, 0], chosen[:, 0], width, low[members], smooth, pixels
+        )
+        skipped, scores = _scores(score, values, chosen, rest, smooth, wanted)
         top = scores.amax(1, keepdim=True)
-        step = (scores >= top * (1 - _TIE)).to(torch.uint8).argmax(1)
+        step = skipped + (scores >= top * (1 - _TIE)).to(torch.uint8).argmax(1)
         tau[members] = chosen[:, 0].round().long() + step
         padded = torch.nn.functional.pad(values, (0, 1))
         cut = padded.gather(1, step[:, None])
@@ -132,22 +136,48 @@ def _attempt(
     return done, Solution(tau, cutpoint, tied, value)
 
 
+def _scores(
+    score: str, values: Tensor, chosen: Tensor, rest: Tensor, smooth: float, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores of the wanted volumes, and how many volumes before them are left out: (B, ·), (B,) int64.
+
+    As `exact.window_scores`. In rows so large that power sums describe any pixel, only the pixels between the first
+    and the last wanted volume are looked at singly.
+    """
+    width = values.shape[1]
+    large = NEGLIGIBLE * (chosen[:, 1] + values.sum(1) + rest[:, 1] + smooth) >= 1
+    marked = wanted.to(torch.uint8)
+    first = torch.where(large, marked.argmax(1), 0)
+    last = torch.where(large, width - marked.flip(1).argmax(1), width)
+    column = torch.arange(width, device=values.device)
+    chosen = chosen + power_sums(values, column < first[:, None])
+    rest = rest + power_sums(values, column >= last[:, None])
+    column = first[:, None] + torch.arange(int((last - first).max()) + 1, device=values.device)
+    wanted = wanted.gather(1, column.clamp(max=width)) & (column <= last[:, None])
+    column = column[:, :-1]
+    inside = column < last[:, None]
+    values = values.gather(1, column.clamp(max=width - 1)) * inside if width else values
+    return first, window_scores(score, values, chosen, rest, smooth, wanted)
+
+
 def _proved(
     wanted: Tensor,
     best: Tensor,
-    total: Tensor,
-    chosen: Tensor,
+    mean: Tensor,
+    above: Tensor,
     width: Tensor,
     low: Tensor,
     smooth: float,
     pixels: int,
 ) -> Tensor:
-    """Whether no volume outside the bracket can be better, and the power sums are accurate: (R,) bool."""
-    above = chosen[:, 0].round()
+    """Whether no volume outside the bracket can be better, and the power sums are accurate: (R,) bool.
+
+    `above` (R,) is the number of pixels above the bracket, `width` (R,) of those in it, `low` (R,) its lower end.
+    """
     last = wanted.gather(1, width[:, None])[:, 0]
     # A bracket that leaves pixels above also leaves out the empty mask, whose score is at most 1/μ for γ < 1.
-    left = (above == 0) | (~wanted[:, 0] & (best[:, 0] * total[:, 1] > 1))
+    left = (above == 0) | (~wanted[:, 0] & (best * mean > 1))
     right = (above + width == pixels) | ~last
     largest = torch.where(above > 0, 1.0, low.double().clamp(min=0))
-    accurate = largest <= NEGLIGIBLE * (total[:, 1] + smooth)
+    accurate = largest <= NEGLIGIBLE * (mean + smooth)
     return left & right & accurate

@@ -66,9 +66,9 @@ def from_sample(score: str, sample: Tensor, stride: int, mean: Tensor, smooth: f
     sample = sample.float()
     cut = torch.full_like(mean, 0.35)
     for _ in range(4):
-        above = sample - cut[:, None]
-        volume = (above > 0).sum(1) * float(stride)
-        cut = excess_root(score, cut, above.relu_().sum(1) * stride, volume, mean, smooth)
+        above = (sample - cut[:, None]).relu_()
+        excess, volume = above.sum(1) * stride, above.sign_().sum(1) * stride
+        cut = excess_root(score, cut, excess, volume, mean, smooth)
     near = (sample - cut[:, None]).abs_() < 0.05
     return cut, volume, (near.sum(1) + 1) * (stride / 0.1)
 
@@ -79,5 +79,5 @@ def bracket(cut: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
     Leaving out k pixels at distance x from the cut-off costs about 2kx, and 4·cut is the gap of the bounds.
     The width is only a guess: the exact pass proves it or widens it.
     """
-    half = 1.5 * torch.sqrt(8 * cut / density) + 0.005 * cut
+    half = 3 * torch.sqrt(cut / density) + 0.005 * cut
     return (cut - half).clamp(min=1e-3), cut + half

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rankseg
+from rankseg import gather
 from rankseg.nonoverlap import surrogate_objective
 
 RULES = {"dice": rankseg.rank_dice, "iou": rankseg.rank_iou}
@@ -60,7 +61,7 @@ def as_map(p: np.ndarray) -> Tensor:
 
 
 @FEW
-@given(st.lists(PROBABILITY, min_size=1, max_size=8), SMOOTH, SCORE)
+@given(st.lists(PROBABILITY, min_size=1, max_size=10), SMOOTH, SCORE)
 def test_optimal_among_all_masks(p: list[float], smooth: float, score: str) -> None:
     maps = torch.tensor(p, dtype=torch.float64)[None, None]
     scores = brute_force(np.array(p), smooth, score)
@@ -193,6 +194,36 @@ def test_dtype_changes_nothing_but_the_input(dtype: torch.dtype) -> None:
         assert torch.equal(low.predict, high.predict)
         assert low.cutpoint.dtype == dtype
         assert torch.equal(low.cutpoint.double(), high.cutpoint)
+
+
+@pytest.mark.parametrize("size", [40, 104, 1000])
+def test_tiles_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows cut into tiles of any length, or several to a tile, are the rows: volumes, masks and expected scores."""
+    generator = torch.Generator().manual_seed(9)
+    for shape in ((2, 2, 307), (3, 2, 83), (1, 3, 120, 120)):
+        probs = torch.rand(shape, generator=generator).pow(2)
+        whole = {score: rule(probs) for score, rule in RULES.items()}
+        scores = {score: EXPECTED[score](probs, whole[score].predict) for score in RULES}
+        with monkeypatch.context() as patch:
+            patch.setitem(gather._TILE, "cpu", size)
+            for score, rule in RULES.items():
+                cut = rule(probs)
+                assert torch.equal(cut.predict, whole[score].predict)
+                assert torch.equal(cut.cutpoint, whole[score].cutpoint)
+                found = EXPECTED[score](probs, cut.predict)
+                assert torch.allclose(found, scores[score], rtol=1e-10, atol=0)
+
+
+def test_single_precision_sums_are_accurate_enough() -> None:
+    """Powers are summed in the precision of the map: the expected score of the same numbers in float64 agrees."""
+    generator = torch.Generator().manual_seed(10)
+    for scale, size in ((1.0, 200), (0.02, 200), (0.3, 40)):
+        probs = torch.rand(2, 2, size, size, generator=generator).pow(3) * scale
+        masks = probs > 0.3 * scale
+        for smooth, score in itertools.product((0.0, 3.0), RULES):
+            single = EXPECTED[score](probs, masks, smooth=smooth)
+            double = EXPECTED[score](probs.double(), masks, smooth=smooth)
+            assert torch.allclose(single, double, rtol=1e-10, atol=0)
 
 
 def test_cutpoint_is_the_largest_probability_left_out() -> None:
