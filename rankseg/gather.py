@@ -43,13 +43,21 @@ class Gathered(NamedTuple):
     width: Tensor
 
 
-def tiles(rows: int, pixels: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Cut (rows, pixels) into tiles: several whole rows, or a part of one row, in row-major order."""
-    size = _TILE.get(device.type, _TILE["other"])
+def tiles(rows: int, pixels: int, device: torch.device, depth: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Cut (rows, pixels) into tiles: several whole rows, or a part of one row, in row-major order.
+
+    A pixel may stand for `depth` numbers, such as one for each class.
+    """
+    size = max(1, _TILE.get(device.type, _TILE["other"]) // depth)
     height, breadth = max(1, size // pixels), min(size, pixels)
     for top in range(0, rows, height):
         for left in range(0, pixels, breadth):
             yield slice(top, min(top + height, rows)), slice(left, min(left + breadth, pixels))
+
+
+def working_dtype(flat: Tensor) -> torch.dtype:
+    """In which tiles are computed: half precision is widened, which rounds nothing."""
+    return torch.float64 if flat.dtype == torch.float64 else torch.float32
 
 
 def tile_of(flat: Tensor, index: list[int], across: slice, along: slice) -> Tensor:
@@ -76,7 +84,7 @@ def gather(
     numbers = index.tolist()
     # Where nothing can be above, half of the work is left out.
     some_above = [True] * count if high is None else (high < 1).tolist()
-    dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(flat)
     low = low.to(dtype)[:, None]
     if high is not None:
         high = high.to(dtype)[:, None]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankseg.gather import tiles, working_dtype
 from rankseg.masks import RankResult
 
 _ROUNDS = 20
@@ -25,8 +26,13 @@ _WORTH = 1e-7  # a round must raise F by this part
 
 def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: str, smooth: float) -> Tensor:
     """F of label maps (N, D), `labels` = C meaning no class, over the classes `present` (N, C): (N,) float64."""
-    mean = probs.sum(2, dtype=torch.float32).double()
-    value, _ = _class_scores(probs, labels, mean, score, smooth)
+    classes = probs.shape[1]
+    mean = probs.sum(2, dtype=torch.float64)
+    picked = probs.gather(1, labels.clamp(max=classes - 1)[:, None])[:, 0].double()
+    zeros = mean.new_zeros(mean.shape[0], classes + 1)
+    mass = zeros.scatter_add(1, labels, picked)[:, :classes]
+    volume = zeros.scatter_add(1, labels, torch.ones_like(picked))[:, :classes]
+    value, _ = _class_scores(mass, volume, mean, score, smooth)
     return (value * present).sum(1) / present.sum(1).clamp(min=1)
 
 
@@ -39,54 +45,79 @@ def one_label_a_pixel(probs: Tensor, score: str, smooth: float, pruning: bool) -
     among the pixels of other labels.
     """
     shape = probs.shape[:2]
-    flat = probs.flatten(2)
+    masks = torch.zeros_like(probs, dtype=torch.bool, memory_format=torch.contiguous_format)
     if probs.numel() == 0:
-        return RankResult(
-            torch.zeros_like(probs, dtype=torch.bool), probs.new_zeros(shape).long(), probs.new_zeros(shape)
-        )
-    classes = probs.shape[1]
+        return RankResult(masks, probs.new_zeros(shape).long(), probs.new_zeros(shape))
+    flat, found = probs.flatten(2), masks.flatten(2)
     present = flat.amax(2) > (0.5 if pruning else 0.0)
     mean = flat.sum(2, dtype=torch.float32).double()
-    labels = _drop_absent(flat.argmax(1), present)
-    value, denominator = _class_scores(flat, labels, mean, score, smooth)
+    ones = torch.ones_like(mean)
+    mass, volume = _assign(flat, ones, 0 * ones, -torch.inf, present, found)
+    value, denominator = _class_scores(mass, volume, mean, score, smooth)
     objective = (value * present).sum(1)
+    proposal = torch.empty_like(found)
     for _ in range(_ROUNDS):
         slope = (2 if score == "dice" else 1 + value) / denominator
         offset = torch.where(present, -value / denominator, -torch.inf)
-        gain = flat * slope.to(flat.dtype)[:, :, None]
-        gain += offset.to(flat.dtype)[:, :, None]
-        best, proposal = gain.max(1)
-        proposal.masked_fill_(best <= 0, classes)
-        new_value, new_denominator = _class_scores(flat, proposal, mean, score, smooth)
+        new_mass, new_volume = _assign(flat, slope, offset, 0.0, present, proposal)
+        new_value, new_denominator = _class_scores(new_mass, new_volume, mean, score, smooth)
         new_objective = (new_value * present).sum(1)
         better = new_objective > objective * (1 + _WORTH)
         if not better.any():
             break
-        labels = torch.where(better[:, None], proposal, labels)
+        if better.all():
+            found, proposal = proposal, found
+        else:
+            found[better] = proposal[better]
         value = torch.where(better[:, None], new_value, value)
         denominator = torch.where(better[:, None], new_denominator, denominator)
+        volume = torch.where(better[:, None], new_volume, volume)
         objective = torch.where(better, new_objective, objective)
-    masks = torch.zeros(flat.shape[0], classes + 1, flat.shape[2], dtype=torch.bool, device=probs.device)
-    masks = masks.scatter_(1, labels[:, None], True)[:, :classes]
-    tau = masks.sum(2)
-    cutpoint = flat.masked_fill(masks, 0).amax(2)
-    return RankResult(masks.reshape(probs.shape), tau, cutpoint)
+    return RankResult(found.view(probs.shape), volume.round().long(), _largest_left_out(flat, found))
 
 
-def _drop_absent(labels: Tensor, present: Tensor) -> Tensor:
-    """Replace the labels (N, D) of classes that are not `present` (N, C) by C, no class."""
-    return labels.masked_fill(~present.gather(1, labels), present.shape[1])
+def _assign(
+    flat: Tensor, slope: Tensor, offset: Tensor, floor: float, present: Tensor, masks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give each pixel to the class of the largest slope·p + offset, the first of equal ones, if above `floor`.
+
+    Writes `masks` (N, C, D) bool, of the classes `present` (N, C); `slope` and `offset` are (N, C). Returns the
+    probability mass and the number of pixels that each class has now: two (N, C) float64.
+    """
+    images, classes, pixels = flat.shape
+    dtype = working_dtype(flat)
+    slope, offset, kept = (x.to(dtype)[:, :, None] for x in (slope, offset, present))
+    mass, volume = torch.zeros(2, images, classes, dtype=torch.float64, device=flat.device)
+    for across, along in tiles(images, pixels, flat.device, depth=classes):
+        tile = flat[across, :, along].to(dtype)
+        gain = tile * slope[across]
+        gain += offset[across]
+        best = gain.amax(1, keepdim=True)
+        best.masked_fill_(best <= floor, torch.inf)
+        # Comparing with the maximum is several times as fast as asking for its index.
+        given = gain.eq_(best)
+        if (given.sum(1) > 1).any():
+            given *= given.cumsum(1) <= 1
+        given *= kept[across]
+        masks[across, :, along] = given
+        volume[across] += given.sum(2)
+        mass[across] += given.mul_(tile).sum(2, dtype=torch.float64)
+    return mass, volume
+
+
+def _largest_left_out(flat: Tensor, masks: Tensor) -> Tensor:
+    """The largest probability outside of each mask (N, C, D), 0 where nothing is outside: (N, C)."""
+    largest = flat.new_zeros(flat.shape[:2])
+    for across, along in tiles(flat.shape[0], flat.shape[2], flat.device, depth=flat.shape[1]):
+        outside = flat[across, :, along].masked_fill(masks[across, :, along], 0)
+        largest[across] = torch.maximum(largest[across], outside.amax(2))
+    return largest
 
 
 def _class_scores(
-    flat: Tensor, labels: Tensor, mean: Tensor, score: str, smooth: float
+    mass: Tensor, volume: Tensor, mean: Tensor, score: str, smooth: float
 ) -> tuple[Tensor, Tensor]:
-    """f_c and d_c of label maps (N, D) for `mean` μ (N, C): two (N, C) float64."""
-    classes = flat.shape[1]
-    picked = flat.gather(1, labels.clamp(max=classes - 1)[:, None])[:, 0].double()
-    zeros = mean.new_zeros(mean.shape[0], classes + 1)
-    mass = zeros.scatter_add(1, labels, picked)[:, :classes]
-    volume = zeros.scatter_add(1, labels, torch.ones_like(picked))[:, :classes]
+    """f_c and d_c from the mass and the volume given to each class and the mean μ: all (N, C) float64."""
     if score == "dice":
         denominator = volume + mean + smooth + 1
         return (2 * mass + smooth) / denominator, denominator

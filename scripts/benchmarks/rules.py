@@ -132,6 +132,7 @@ def speed(args: argparse.Namespace, device: str) -> None:
         probs = probs.to(device)
         candidates: dict[str, Callable[[], object]] = {
             "argmax + one-hot": lambda p=probs: rankseg.argmax(p),
+            "p == amax (ties overlap)": lambda p=probs: p == p.amax(1, keepdim=True),
             "rank_dice, exact": lambda p=probs: rankseg.rank_dice(p),
             "rank_iou, exact": lambda p=probs: rankseg.rank_iou(p),
             "rank_dice, one label a pixel": lambda p=probs: rankseg.rank_dice(p, allow_overlap=False),
@@ -225,7 +226,8 @@ def scaling(args: argparse.Namespace) -> None:
         points.append((size * size, value))
         print(f"| {size}x{size} | {value:.4f} | {value / probs.numel() * 1e9:.2f} |")
     (first, fast), (last, slow) = points[0], points[-1]
-    print(f"\nlog-log slope {math.log(slow / fast) / math.log(last / first):.2f}")
+    if last > first:
+        print(f"\nlog-log slope {math.log(slow / fast) / math.log(last / first):.2f}")
     print("\n| classes (1xCx256x256, smooth) | seconds | ns a pixel |\n|---|---|---|")
     for classes in (2, 19, 150):
         probs = fields(256, images=1, classes=classes)["smooth"]

@@ -288,3 +288,24 @@ def test_one_label_a_pixel(score: str, smooth: float) -> None:
         changed = labels[:1].clone()
         changed[0, pixel] = label
         assert surrogate_objective(flat[:1], changed, present[:1], score, smooth) <= base * (1 + 2e-6)
+
+
+@pytest.mark.parametrize("score", ["dice", "iou"])
+def test_one_label_with_ties_in_tiles(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps full of equal probabilities: one label a pixel, never below the argmax, and tiles change nothing."""
+    generator = torch.Generator().manual_seed(11)
+    probs = (torch.rand(3, 5, 33, 31, generator=generator) * 4).round()
+    probs = probs / probs.sum(1, keepdim=True).clamp(min=1)
+    whole = RULES[score](probs, allow_overlap=False)
+    assert int(whole.predict.sum(1).max()) == 1
+    assert torch.equal(whole.tau, whole.predict.flatten(2).sum(2))
+    assert torch.equal(whole.cutpoint, probs.masked_fill(whole.predict, 0).flatten(2).amax(2))
+    present = probs.flatten(2).amax(2) > 0.5
+
+    def objective(masks: Tensor) -> Tensor:
+        labels = torch.where(masks.any(1), masks.float().argmax(1), 5).flatten(1)
+        return surrogate_objective(probs.flatten(2), labels, present, score, 0.0)
+
+    assert (objective(whole.predict) >= objective(rankseg.argmax(probs) & present[..., None, None])).all()
+    monkeypatch.setitem(gather._TILE, "cpu", 500)
+    assert torch.equal(RULES[score](probs, allow_overlap=False).predict, whole.predict)
