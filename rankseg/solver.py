@@ -141,23 +141,29 @@ def _scores(
 ) -> tuple[Tensor, Tensor]:
     """Scores of the wanted volumes, and how many volumes before them are left out: (B, ·), (B,) int64.
 
-    As `exact.window_scores`. In rows so large that power sums describe any pixel, only the pixels between the first
-    and the last wanted volume are looked at singly.
+    As `exact.window_scores`, after the window (B, W) has been cut down to the pixels that have to be looked at singly:
+    those between the first and the last wanted volume, and those too large for the power sums.
     """
     width = values.shape[1]
-    large = NEGLIGIBLE * (chosen[:, 1] + values.sum(1) + rest[:, 1] + smooth) >= 1
     marked = wanted.to(torch.uint8)
-    first = torch.where(large, marked.argmax(1), 0)
-    last = torch.where(large, width - marked.flip(1).argmax(1), width)
+    first = marked.argmax(1, keepdim=True)
+    last = width - marked.flip(1).argmax(1, keepdim=True)
+    captured = chosen[:, 1:2] + cumulative(values)
+    scale = chosen[:, :1] + first + captured[:, -1:] + rest[:, 1:2] + smooth
+    if score == "iou":
+        scale = scale - captured.gather(1, first)
+    confident = (values > NEGLIGIBLE * scale).sum(1, keepdim=True)  # the first ones, as the window is sorted
+    kept = torch.minimum(confident, first)
+    skipped, last = first - kept, torch.maximum(last, confident)
     column = torch.arange(width, device=values.device)
-    chosen = chosen + power_sums(values, column < first[:, None])
-    rest = rest + power_sums(values, column >= last[:, None])
-    column = first[:, None] + torch.arange(int((last - first).max()) + 1, device=values.device)
-    wanted = wanted.gather(1, column.clamp(max=width)) & (column <= last[:, None])
-    column = column[:, :-1]
-    inside = column < last[:, None]
-    values = values.gather(1, column.clamp(max=width - 1)) * inside if width else values
-    return first, window_scores(score, values, chosen, rest, smooth, wanted)
+    chosen = chosen + power_sums(values, (column >= kept) & (column < first))
+    rest = rest + power_sums(values, column >= last)
+    step = torch.arange(int((last - skipped).max()) + 1, device=values.device)
+    wanted = wanted.gather(1, (step + skipped).clamp(max=width)) & (step >= kept) & (step <= last - skipped)
+    column = torch.where(step[:-1] < kept, step[:-1], step[:-1] + skipped)
+    if width:
+        values = values.gather(1, column.clamp(max=width - 1)) * (column < last)
+    return skipped[:, 0], window_scores(score, values, chosen, rest, smooth, wanted)
 
 
 def _proved(
