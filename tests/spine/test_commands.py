@@ -144,11 +144,17 @@ def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: 
     assert (tmp_path / "alone" / "T.csv").read_text() == (tmp_path / "all" / "T.csv").read_text()
 
 
-def test_help_is_worth_reading(tmp_path: Path) -> None:
-    text = call("train.py", "--help", cwd=tmp_path, fork=False).stdout
-    assert "dataset: " in text and "python train.py experiment=" in text and "--multirun" in text
-    text = call("test.py", "--help", cwd=tmp_path, fork=False).stdout
-    assert "rankdice" in text and "examples:" in text
+def test_help_is_worth_reading_and_imports_nothing_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # lists on stderr what is imported
+    train, test = (call(name, "--help", cwd=tmp_path, fork=False) for name in ("train.py", "test.py"))
+    assert "dataset: " in train.stdout and "python train.py experiment=" in train.stdout
+    assert "--multirun" in train.stdout and "rankdice" in test.stdout and "examples:" in test.stdout
+    for done in (train, test):
+        modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "torch" in modules
+        assert not modules & {"torch._dynamo", "torchvision", "timm", "segmentation_models_pytorch"}
 
 
 @pytest.mark.parametrize(
