@@ -24,7 +24,6 @@ from trainers.distributed import World, barrier, world, wrap
 from trainers.evaluator import evaluate
 from trainers.journal import Journal, write_json, write_text
 from trainers.losses import SegmentationLoss
-from trainers.panels import panels
 from trainers.reproducibility import provenance, seed_everything
 from trainers.trainer import Trainer
 from trainers.update import Update
@@ -138,6 +137,8 @@ def validation(
         for name, result in results.items():
             journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
         if journal.events is not None:
+            from trainers.panels import panels  # slow to import
+
             first = range(min(cfg.trainer.panels, len(data)))
             for name, picture in panels(network, data, loader.transform, rules, criterion.link, where, first):
                 journal.image(step, f"val/{name}", picture)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs.cli import CONFIGS, options, unknown_option
-from datasets import DatasetInfo, EvalLoader, EvalTransform, SegmentationDataset, TrainLoader, TrainTransform
+from datasets import DatasetInfo, EvalLoader, SegmentationDataset, TrainLoader
 from rankseg import Predictor
 from trainers.distributed import World
 from trainers.evaluator import Scoring
@@ -80,6 +80,8 @@ def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
 
 def train_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> TrainLoader:
     """Augmented batches. A last batch too small for BatchNorm (under two images a device) is left out."""
+    from datasets import TrainTransform  # slow to import
+
     batch = cfg.batch_size
     if batch < where.size:
         raise ValueError(f"batch_size={batch} is smaller than the number of processes, {where.size}")
@@ -109,6 +111,8 @@ def train_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> Tr
 
 def eval_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> EvalLoader:
     """Images as the protocol evaluates them."""
+    from datasets import EvalTransform  # slow to import
+
     if cfg.protocol.legacy_preprocessing:
         transform = EvalTransform(data.info.mean, data.info.std, crop=cfg.dataset.eval_crop, legacy=True)
     else:

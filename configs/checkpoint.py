@@ -11,7 +11,6 @@ from torch import nn
 
 from configs import build, stored
 from models import load_state, read_checkpoint
-from models.published import is_published, load_published
 
 # Our keys, and what a released configuration says of them.
 _PUBLISHED = {
@@ -32,6 +31,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
         ValueError: the file is no checkpoint, or not one of this project or of the paper's authors.
     """
     checkpoint = read_checkpoint(path, "cpu")
+    from models.published import is_published, load_published  # slow to import: a bad path is said before
+
     if is_published(checkpoint):
         network, theirs = load_published(checkpoint, where=f"checkpoint {path}")
         choices = {group: theirs[group] for group in ("dataset", "model", "loss")}

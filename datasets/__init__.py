@@ -1,13 +1,21 @@
-"""Segmentation data sets: thin, checked before use, and read the same way everywhere."""
+"""Segmentation data sets: thin, checked before use, and read the same way everywhere.
+
+What needs torchvision, whose import takes longer than torch's, is imported where it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .base import DatasetError, DatasetInfo, Sample, SegmentationDataset
-from .cityscapes import Cityscapes
-from .folder import Folder
-from .kvasir_seg import KvasirSEG
 from .loaders import Batch, EvalLoader, TrainLoader
-from .synthetic import Synthetic
-from .transforms import EvalTransform, TrainTransform
-from .voc2012 import VOC2012
+
+if TYPE_CHECKING:
+    from .cityscapes import Cityscapes
+    from .folder import Folder
+    from .kvasir_seg import KvasirSEG
+    from .synthetic import Synthetic
+    from .transforms import EvalTransform, TrainTransform
+    from .voc2012 import VOC2012
 
 __all__ = [
     "VOC2012",
@@ -25,3 +33,19 @@ __all__ = [
     "TrainLoader",
     "TrainTransform",
 ]
+
+_LATER = {
+    "Cityscapes": "cityscapes",
+    "EvalTransform": "transforms",
+    "Folder": "folder",
+    "KvasirSEG": "kvasir_seg",
+    "Synthetic": "synthetic",
+    "TrainTransform": "transforms",
+    "VOC2012": "voc2012",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
+
+if TYPE_CHECKING:
+    from torchvision import tv_tensors
 
 MAX_CLASSES = 254  # masks are uint8: 255 is void, 254 marks a label outside the table
 

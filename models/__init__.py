@@ -1,12 +1,20 @@
-"""Networks: the paper's three and any of segmentation_models_pytorch; weights and checkpoints read safely."""
+"""Networks: the paper's three and any of segmentation_models_pytorch; weights and checkpoints read safely.
 
-from models.deeplabv3plus import DeepLabV3Plus
-from models.fcn8 import FCN8
-from models.library import SMP
+What needs torchvision or timm, whose imports take longer than torch's, is imported where it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from models.output import SegmentationOutput
-from models.pspnet import PSPNet
 from models.reading import CheckpointError, load_state, read_checkpoint
 from models.tiny import TinyUNet
+
+if TYPE_CHECKING:
+    from models.deeplabv3plus import DeepLabV3Plus
+    from models.fcn8 import FCN8
+    from models.library import SMP
+    from models.pspnet import PSPNet
 
 __all__ = [
     "FCN8",
@@ -19,3 +27,11 @@ __all__ = [
     "load_state",
     "read_checkpoint",
 ]
+
+_LATER = {"DeepLabV3Plus": "deeplabv3plus", "FCN8": "fcn8", "PSPNet": "pspnet", "SMP": "library"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -6,13 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Two test processes on two cores: one thread each is faster than two that wait for each other.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two test processes on two cores: one thread each is faster than two that wait for each other. torch reads this
+# when it is imported, which takes seconds that the process handing out the tests can do without.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="session")

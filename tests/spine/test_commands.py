@@ -1,4 +1,7 @@
-"""The commands as a person runs them, in processes of their own."""
+"""The commands as a person runs them, in processes of their own.
+
+Each kind of command is started from nothing at least once; the others are forked, as imports take seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,48 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.trainers.forked import ROOT, begin
+
 SMALL = ("experiment=smoke", "trainer.panels=1")
 
 
-def call(*arguments: str, cwd: Path, expect: int = 0, lines: int = 1) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).resolve().parents[2]
-    command, *rest = arguments
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(root / command), *rest], cwd=cwd, capture_output=True, text=True, env=environment
-    )
+def call(
+    *arguments: str, cwd: Path, expect: int = 0, lines: int = 1, fork: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end in `cwd`, in a forked process or in one started from nothing."""
+    name, *rest = arguments
+    if fork:
+        done = forked(name, rest, cwd)
+    else:
+        command = [sys.executable, str(ROOT / name), *rest]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == expect, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     if expect == 2:
         assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= lines, done.stderr
     return done
 
 
+def forked(name: str, arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a forked process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = begin(name, *arguments, log=out, errors=err, cwd=cwd)
+        process.join()
+        return subprocess.CompletedProcess([name], process.exitcode or 0, out.read_text(), err.read_text())
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small finished run in it."""
     folder = tmp_path_factory.mktemp("saved")
-    call("train.py", *SMALL, f"save_dir={folder}", cwd=folder)
+    call("train.py", *SMALL, f"save_dir={folder}", cwd=folder, fork=False)
     return folder
 
 
@@ -91,9 +110,8 @@ def test_testing_equals_the_validation_inside_training(run: Path, tmp_path: Path
 
 
 def test_train_test_table(trained: Path, run: Path, tmp_path: Path) -> None:
-    done = call(
-        "test.py", "-r", str(run / "best_model.pth"), "-p", "rankdice", "split=test", "-p", "T", cwd=tmp_path
-    )
+    arguments = ("-r", str(run / "best_model.pth"), "-p", "rankdice", "split=test", "-p", "T")
+    done = call("test.py", *arguments, cwd=tmp_path, fork=False)
     assert "## TESTING Results for Model: tiny + Loss: ce + predict: rankdice ##" in done.stdout
     assert "Mean_Dice" in done.stdout and "predictor" in done.stdout
     result = json.loads((run / "results" / "rankdice.json").read_text())
@@ -126,11 +144,17 @@ def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: 
     assert (tmp_path / "alone" / "T.csv").read_text() == (tmp_path / "all" / "T.csv").read_text()
 
 
-def test_help_is_worth_reading(tmp_path: Path) -> None:
-    text = call("train.py", "--help", cwd=tmp_path).stdout
-    assert "dataset: " in text and "python train.py experiment=" in text and "--multirun" in text
-    text = call("test.py", "--help", cwd=tmp_path).stdout
-    assert "rankdice" in text and "examples:" in text
+def test_help_is_worth_reading_and_imports_nothing_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # lists on stderr what is imported
+    train, test = (call(name, "--help", cwd=tmp_path, fork=False) for name in ("train.py", "test.py"))
+    assert "dataset: " in train.stdout and "python train.py experiment=" in train.stdout
+    assert "--multirun" in train.stdout and "rankdice" in test.stdout and "examples:" in test.stdout
+    for done in (train, test):
+        modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "torch" in modules
+        assert not modules & {"torch._dynamo", "torchvision", "timm", "segmentation_models_pytorch"}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +170,8 @@ def test_help_is_worth_reading(tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_bad_training_input_is_one_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
-    done = call("train.py", *SMALL, f"save_dir={tmp_path}", *arguments, cwd=tmp_path, expect=2)
+    command = ("train.py", *SMALL, f"save_dir={tmp_path}", *arguments)
+    done = call(*command, cwd=tmp_path, expect=2, fork=words[0] != "loss=cee")
     assert all(word in done.stderr for word in words), done.stderr
 
 
@@ -161,7 +186,8 @@ def test_bad_checkpoints_are_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes((run / "last.pth").read_bytes()[:2000])
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
     for name in ("page.pth", "cut.pth", "other.pth", "absent.pth"):
-        done = call("test.py", "-r", str(tmp_path / name), "-p", "T", cwd=tmp_path, expect=2)
+        command = ("test.py", "-r", str(tmp_path / name), "-p", "T")
+        done = call(*command, cwd=tmp_path, expect=2, fork=name != "absent.pth")
         assert name in done.stderr or "checkpoint" in done.stderr
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+# What the commands import only where they need it.
+SLOW = ("torch._dynamo", "datasets.synthetic", "datasets.transforms", "models.published", "trainers.panels")
 # Five steps an epoch, two epochs, a state after every step: all that can be interrupted, in a second or two.
 SMALL = (
     "experiment=smoke",
@@ -42,7 +44,7 @@ def context() -> ForkServerContext:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["configs.build", "tests.trainers.forked"])
+    found.set_forkserver_preload([*SLOW, "configs.build", "tests.trainers.forked"])
     return found
 
 
@@ -53,24 +55,33 @@ def start(target: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     return process
 
 
-def command(name: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
-    """Be `python train.py ...`: standard output and error go to the log, as do the traces of a crash."""
+def command(
+    name: str, arguments: list[str], log: Path, environment: dict[str, str], errors: Path | None, cwd: Path
+) -> None:
+    """Be `python train.py ...`: standard output and error, and the traces of a crash, go to the logs."""
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # as in a process started from nothing
-    with log.open("ab") as file:
+    with log.open("ab") as file, (errors or log).open("ab") as error_file:
         os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        os.dup2(error_file.fileno(), 2)
     torch.set_num_threads(1)
-    sys.argv = [str(ROOT / name), *arguments]
+    os.chdir(cwd)
+    script = ROOT / name
+    sys.argv, sys.path[:0] = [str(script), *arguments], [str(script.parent)]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def begin(
-    name: str, *arguments: str, log: Path, environment: dict[str, str] | None = None
+    name: str,
+    *arguments: str,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    errors: Path | None = None,
+    cwd: Path = ROOT,
 ) -> ForkServerProcess:
-    """Start a command of the project."""
+    """Start a command of the project; `errors` takes the standard error out of the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    return start(command, name, list(arguments), log, environment or {})
+    return start(command, name, list(arguments), log, environment or {}, errors, cwd)
 
 
 def train(save_dir: Path, *more: str, expect: int = 0, **options: Any) -> str:
