@@ -27,8 +27,8 @@ from rankseg.quadrature import jacobi, laguerre
 # Up to this mean of the denominator 64 Gauss–Jacobi nodes integrate exactly (polynomials of degree < 128).
 _FEW = 48.0
 
-# Numbers to integrate at once: as many nodes as a processor's cache holds for all windows; all of them on a GPU.
-_AT_ONCE = {"cpu": 1 << 16, "other": 1 << 24}
+# Numbers that are integrated at once, which is as many nodes as fit: what a cache holds, or a little of a GPU.
+_AT_ONCE = {"cpu": 1 << 16, "other": 1 << 21}
 
 # `log_series` stops after four terms: an error below 4! (p/λ)^4 = 1e-12 for pixels p <= 4.5e-4 λ.
 NEGLIGIBLE = 4.5e-4
