@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs import build, stored
-from configs.cli import guarded, list_skipped
+from configs.cli import guarded, list_skipped, spelled
 from datasets import EvalLoader, SegmentationDataset
 from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
@@ -115,7 +117,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     journal.hparams(settings, {"hparam/best": trainer.progress.best or 0.0})
     journal.close()
     list_skipped({**loader.skipped, **val_loader.skipped})
-    say(where, f"done. Score it: python test.py -r {checkpoints.best} -p all")
+    say(where, f"done. Score it: python test.py -r {shlex.quote(str(checkpoints.best))} -p all")
 
 
 def validation(
@@ -196,4 +198,5 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     # The jobs of a launcher start from nothing, wherever they are, and import this project too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    sys.argv[1:] = spelled(sys.argv[1:])
     guarded(main)

@@ -58,18 +58,29 @@ def read(path: Path) -> Picture:
     return Picture(pixels, orientation if orientation in _BACK else 1)
 
 
-def find(inputs: Sequence[Path]) -> dict[str, Path]:
+def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
     """Return name -> image file: of files their stem, of folders the path below them, without the suffix.
+
+    What lies in ``out``, inside such a folder, are masks that were written there before: it is left out.
 
     Raises:
         FileNotFoundError: an input is not there, or a folder holds no image.
-        ValueError: two images would be written to the same name.
+        ValueError: two images would be written to the same name, or one over an image.
     """
     found: dict[str, Path] = {}
+    written = out.resolve()
     for given in inputs:
         if given.is_dir():
+            home = given.resolve()
+            if home == written:
+                raise ValueError(f"--out {out} is the folder of the images: choose another for the masks")
+            masks = given / written.relative_to(home) if home in written.parents else None
             files = sorted(
-                p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."
+                p
+                for p in given.rglob("*")
+                if p.suffix.lower() in IMAGE_SUFFIXES
+                and p.name[0] != "."
+                and not (masks and p.is_relative_to(masks))
             )
             if not files:
                 raise FileNotFoundError(f"{given} holds no image ({' '.join(IMAGE_SUFFIXES)})")
@@ -81,6 +92,8 @@ def find(inputs: Sequence[Path]) -> dict[str, Path]:
         for path, name in names.items():
             if found.setdefault(name, path) != path:
                 raise ValueError(f"{found[name]} and {path} would both be written as {name}: rename one")
+            if (written / f"{name}.png") == path.resolve():
+                raise ValueError(f"{path} would be replaced by its mask: choose another --out than {out}")
     return found
 
 

@@ -173,18 +173,34 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_finding_images(tmp_path: Path) -> None:
-    for name in ("a.jpg", "sub/b.PNG", "sub/.hidden.png", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    out = tmp_path / "masks"
+    for name in ("a.jpg", "sub/b.PNG", "sub/.hidden.png", "notes.txt", "masks/a.png", "masks/overlay/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert files.find([tmp_path]) == {"a": tmp_path / "a.jpg", "sub/b": tmp_path / "sub" / "b.PNG"}
+    assert files.find([tmp_path], out) == {"a": tmp_path / "a.jpg", "sub/b": tmp_path / "sub" / "b.PNG"}
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="both be written as a"):
-        files.find([tmp_path])
+        files.find([tmp_path], out)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        files.find([tmp_path / "nowhere"])
+        files.find([tmp_path / "nowhere"], out)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no image"):
-        files.find([tmp_path / "empty"])
+        files.find([tmp_path / "empty"], out)
+
+
+def test_images_are_never_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    for given, out in (
+        (tmp_path, tmp_path),
+        (tmp_path / "a.png", tmp_path),
+        (tmp_path, tmp_path / "x" / ".."),
+    ):
+        with pytest.raises(ValueError, match="choose another"):
+            files.find([given], out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.png would be replaced by its mask"):
+        files.find([Path("a.png")], Path())
+    assert files.find([Path()], Path("masks")) == {"a": Path("a.png")}
 
 
 def test_damaged_and_deep_images_are_named(tmp_path: Path) -> None:
