@@ -26,7 +26,7 @@ from trainers.distributed import World, barrier, world, wrap
 from trainers.evaluator import evaluate
 from trainers.journal import Journal, write_json, write_text
 from trainers.losses import SegmentationLoss
-from trainers.panels import panels
+from trainers.panels import panels, sheet
 from trainers.reproducibility import provenance, seed_everything
 from trainers.trainer import Trainer
 from trainers.update import Update
@@ -78,7 +78,12 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
         second_forward=cfg.trainer.second_forward,
     )
     checkpoint = checkpoints.newest()
-    journal = Journal(folder if where.is_main else None, rows_until(checkpoint), cfg.trainer.tensorboard)
+    journal = Journal(
+        folder if where.is_main else None,
+        rows_until(checkpoint),
+        cfg.trainer.tensorboard,
+        val_set.info.classes,
+    )
 
     trainer = Trainer(
         update,
@@ -113,8 +118,9 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
             folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=prints, world_size=where.size)
         )
     trainer.fit()
-    settings = {**{group: choices[group] for group in build.GROUPS}, "lr": cfg.optimizer.lr, "seed": cfg.seed}
-    journal.hparams(settings, {"hparam/best": trainer.progress.best or 0.0})
+    options = {group: cfg[group].get("name", choices[group]) for group in build.GROUPS}
+    numbers = {"lr": cfg.optimizer.lr, **{key: cfg[key] for key in ("epochs", "batch_size", "seed")}}
+    journal.hparams({**options, **numbers}, trainer.progress.best or 0.0)
     journal.close()
     list_skipped({**loader.skipped, **val_loader.skipped})
     say(where, f"done. Score it: python test.py -r {shlex.quote(str(checkpoints.best))} -p all")
@@ -141,7 +147,8 @@ def validation(
             journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
         if journal.events is not None:
             first = range(min(cfg.trainer.panels, len(data)))
-            for name, picture in panels(network, data, loader.transform, rules, criterion.link, where, first):
+            drawn = panels(network, data, loader.transform, rules, criterion.link, where, first, draw=sheet)
+            for name, picture in drawn:
                 journal.image(step, f"val/{name}", picture)
         dice = {name: result.scores["mean_dice"] for name, result in results.items()}
         shown = "  ".join(f"{name} {100 * score:.2f}" for name, score in dice.items())
