@@ -25,6 +25,7 @@ from datasets.decode import EXIF_ORIENTATION, is_deep, load, open_image
 from datasets.files import IMAGE_SUFFIXES
 
 VOID_COLOUR = (224, 224, 192)
+BAND = 256  # rows of an overlay that are drawn at once
 # From upright back to stored: what undoes ImageOps.exif_transpose for each orientation.
 _BACK = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -117,10 +118,14 @@ def save_mask(mask: Tensor, orientation: int, path: Path) -> None:
 
 def save_overlay(pixels: Tensor, labels: Tensor, info: DatasetInfo, path: Path) -> None:
     """Write the image (3, H, W) uint8, upright, with the labels' colours over it; unscored classes stay clear."""
-    masks = torch.stack([labels == c for c in info.scored])
     colours = [tuple(info.palette[c]) for c in info.scored]
-    picture = draw_segmentation_masks(pixels.contiguous(), masks, alpha=0.5, colors=colours)
-    save_png(Image.fromarray(picture.permute(1, 2, 0).numpy()), path)
+    picture = Image.new("RGB", (labels.shape[1], labels.shape[0]))
+    for top in range(0, len(labels), BAND):  # drawing takes 24 bytes a pixel, and one a class
+        masks = torch.stack([labels[top : top + BAND] == c for c in info.scored])
+        band = pixels[:, top : top + BAND].contiguous()
+        drawn = draw_segmentation_masks(band, masks, alpha=0.5, colors=colours)
+        picture.paste(Image.fromarray(drawn.permute(1, 2, 0).numpy()), (0, top))
+    save_png(picture, path)
 
 
 def save_probabilities(probs: Tensor, orientation: int, path: Path) -> None:

@@ -163,6 +163,20 @@ def test_palette_pictures_hold_indices_and_colours(tmp_path: Path) -> None:
     assert np.asarray(image.convert("RGB"))[0].tolist() == [*map(list, INFO.palette), list(files.VOID_COLOUR)]
 
 
+def test_an_overlay_in_bands_is_the_overlay_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = picture(70, 40)
+    labels = torch.randint(3, (70, 40), generator=torch.Generator().manual_seed(0)).byte()
+    for band in (70, 16):
+        monkeypatch.setattr(files, "BAND", band)
+        files.save_overlay(pixels, labels, INFO, tmp_path / f"{band}.png")
+    drawn = np.asarray(Image.open(tmp_path / "16.png"))
+    assert np.array_equal(drawn, np.asarray(Image.open(tmp_path / "70.png")))
+    background = (labels == 0).numpy()
+    assert np.array_equal(drawn[background], pixels.permute(1, 2, 0).numpy()[background])
+    blended = (pixels.permute(1, 2, 0).float() + torch.tensor([255, 0, 0]))[labels == 1] / 2
+    assert np.abs(drawn[(labels == 1).numpy()] - blended.numpy()).max() <= 1
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_text("before")
