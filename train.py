@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and {"-sc", "--shell-completion"} & set(sys.argv):
+    from configs.completion import complete
+
+    complete()  # before torch is imported: a TAB should not take seconds
+    sys.exit()
+
 import math
 import os
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
