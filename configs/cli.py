@@ -67,9 +67,10 @@ _REMEDIES = {
 
 def remedy(error: BaseException) -> str:
     """What the system says about a path, and what to do; of other errors their own text."""
-    if not (isinstance(error, OSError) and error.strerror and error.filename) or error.errno not in _REMEDIES:
+    if not (isinstance(error, OSError) and error.strerror and error.errno in _REMEDIES):
         return str(error)
-    return f"{error.filename}: {error.strerror}: {_REMEDIES[error.errno]}"
+    where = f"{error.filename}: " if error.filename else ""  # a write that fails does not know its file
+    return f"{where}{error.strerror}: {_REMEDIES[error.errno]}"
 
 
 def _leave(code: int, message: str, kind: str = "error", flat: bool = True) -> None:

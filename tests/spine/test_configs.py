@@ -95,6 +95,9 @@ def test_what_the_system_says_comes_with_a_remedy() -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/last.pth")
     assert remedy(full).startswith("/disk/last.pth: No space left on device: make room")
     assert "change its rights" in remedy(PermissionError(errno.EACCES, "Permission denied", "/root/x"))
+    assert remedy(OSError(errno.ENOSPC, "No space left on device")).startswith(
+        "No space left on device: make"
+    )
     assert remedy(OSError("the line is broken")) == "the line is broken"
     assert remedy(FileNotFoundError("x does not exist: mend it")) == "x does not exist: mend it"
 
