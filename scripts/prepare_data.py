@@ -234,13 +234,21 @@ def _split(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: give the folder that holds images/ and masks/")
     shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
-    split = make_split(list(list_images(folder)), shares, args.seed, args.group)
+    images = list_images(folder)
+    split = make_split(list(images), shares, args.seed, args.group)
     paths = write_split(args.root, split, args.force)
     sizes = {path.stem: len(split[path.stem]) for path in paths}
     if args.json:
         _print_json({"root": str(args.root), "seed": args.seed, "splits": sizes})
     else:
         print("\n".join(f"{path}: {sizes[path.stem]} images" for path in paths))
+    masks = list_images(args.root / "masks") if (args.root / "masks").is_dir() else {}
+    bare = [str(path) for name, path in images.items() if name not in masks]
+    if bare:
+        print(
+            f"note: images without a mask: {len(bare)}, such as {bare[0]}; `check` lists them",
+            file=sys.stderr,
+        )
     return 0
 
 

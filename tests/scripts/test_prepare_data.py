@@ -253,8 +253,14 @@ def test_split_files_are_not_replaced_unasked(mine: Path, capsys: pytest.Capture
     with pytest.raises(ValueError, match="--force"):
         main(["split", str(mine), "--val", "0.3"])
     assert (mine / "val.txt").read_text() == before
-    assert main(["split", str(mine), "--val", "0.3", "--test", "0.2", "--force", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["splits"] == {"train": 5, "val": 3, "test": 2}
+    split = ["split", str(mine), "--val", "0.3", "--test", "0.2", "--force", "--json"]
+    assert main(split) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["splits"] == {"train": 5, "val": 3, "test": 2} and said.err == ""
+    (mine / "masks" / "i4.png").rename(mine / "masks" / "i4.hidden")
+    assert main(split) == 0
+    assert f"images without a mask: 1, such as {mine / 'images' / 'i4.png'};" in capsys.readouterr().err
+    (mine / "masks" / "i4.hidden").rename(mine / "masks" / "i4.png")
     write_split(
         mine, make_split([f"i{k}" for k in range(10)], {"val": 0.3, "test": 0.2})
     )  # the same: no error
