@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and {"-sc", "--shell-completion"} & set(sys.argv):
+    from configs.completion import complete
+
+    complete()  # before torch is imported: a TAB should not take seconds
+    sys.exit()
+
 import math
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs import build, stored
-from configs.cli import guarded, list_skipped
+from configs.cli import guarded, list_skipped, spelled
 from datasets import EvalLoader, SegmentationDataset
 from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
@@ -75,7 +84,12 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
         second_forward=cfg.trainer.second_forward,
     )
     checkpoint = checkpoints.newest()
-    journal = Journal(folder if where.is_main else None, rows_until(checkpoint), cfg.trainer.tensorboard)
+    journal = Journal(
+        folder if where.is_main else None,
+        rows_until(checkpoint),
+        cfg.trainer.tensorboard,
+        val_set.info.classes,
+    )
 
     trainer = Trainer(
         update,
@@ -110,11 +124,12 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
             folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=prints, world_size=where.size)
         )
     trainer.fit()
-    settings = {**{group: choices[group] for group in build.GROUPS}, "lr": cfg.optimizer.lr, "seed": cfg.seed}
-    journal.hparams(settings, {"hparam/best": trainer.progress.best or 0.0})
+    options = {group: cfg[group].get("name", choices[group]) for group in build.GROUPS}
+    numbers = {"lr": cfg.optimizer.lr, **{key: cfg[key] for key in ("epochs", "batch_size", "seed")}}
+    journal.hparams({**options, **numbers}, trainer.progress.best or 0.0)
     journal.close()
     list_skipped({**loader.skipped, **val_loader.skipped})
-    say(where, f"done. Score it: python test.py -r {checkpoints.best} -p all")
+    say(where, f"done. Score it: python test.py -r {shlex.quote(str(checkpoints.best))} -p all")
 
 
 def validation(
@@ -137,10 +152,11 @@ def validation(
         for name, result in results.items():
             journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
         if journal.events is not None:
-            from trainers.panels import panels  # slow to import
+            from trainers.panels import panels, sheet  # slow to import
 
             first = range(min(cfg.trainer.panels, len(data)))
-            for name, picture in panels(network, data, loader.transform, rules, criterion.link, where, first):
+            drawn = panels(network, data, loader.transform, rules, criterion.link, where, first, draw=sheet)
+            for name, picture in drawn:
                 journal.image(step, f"val/{name}", picture)
         dice = {name: result.scores["mean_dice"] for name, result in results.items()}
         shown = "  ".join(f"{name} {100 * score:.2f}" for name, score in dice.items())
@@ -197,4 +213,5 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     # The jobs of a launcher start from nothing, wherever they are, and import this project too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    sys.argv[1:] = spelled(sys.argv[1:])
     guarded(main)

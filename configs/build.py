@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from configs.cli import CONFIGS, options, unknown_option
+from configs.cli import CONFIGS, options, spelled, unknown_option
 from datasets import DatasetInfo, EvalLoader, SegmentationDataset, TrainLoader
 from rankseg import Predictor
 from trainers.distributed import World
@@ -28,9 +28,9 @@ GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "predictor", "pro
 def compose(name: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     """Compose a configuration as the command line does, but outside Hydra's own main."""
     if GlobalHydra.instance().is_initialized():
-        return hydra_compose(name, list(overrides))
+        return hydra_compose(name, spelled(overrides))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra_compose(name, list(overrides))
+        return hydra_compose(name, spelled(overrides))
 
 
 def _make(node: Any, **arguments: Any) -> Any:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -43,12 +45,32 @@ def guarded(main: Callable[[], Any]) -> None:
     except DatasetError as error:  # one line, and below it the faults or the tree that is expected
         _leave(EXIT_BAD_INPUT, str(error), flat=False)
     except (ValueError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError) as error:
-        _leave(EXIT_BAD_INPUT, str(error))
+        _leave(EXIT_BAD_INPUT, remedy(error))
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        _leave(EXIT_FAILED, str(error))
+        _leave(EXIT_FAILED, remedy(error))
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room, or choose a folder on another disk",
+    errno.EDQUOT: "make room, or choose a folder on another disk",
+    errno.EACCES: "choose another folder, or change its rights",
+    errno.EPERM: "choose another folder, or change its rights",
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENOENT: "make its folder first, or mend the path",
+    errno.ENOTDIR: "a part of this path is a file; choose another",
+    errno.EEXIST: "it is a file; choose another folder",
+}
+
+
+def remedy(error: BaseException) -> str:
+    """What the system says about a path, and what to do; of other errors their own text."""
+    if not (isinstance(error, OSError) and error.strerror and error.errno in _REMEDIES):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""  # a write that fails does not know its file
+    return f"{where}{error.strerror}: {_REMEDIES[error.errno]}"
 
 
 def _leave(code: int, message: str, kind: str = "error", flat: bool = True) -> None:
@@ -67,9 +89,30 @@ def list_skipped(skipped: Mapping[str, str]) -> None:
         print(f"  {name}: {reason}", file=sys.stderr)
 
 
+def spelled(words: Iterable[str]) -> list[str]:
+    """Overrides as Hydra can read them: values that its grammar does not know are put in quotes.
+
+    Paths are such values: `~`, umlauts and brackets are not in the grammar.
+    """
+    parser, found = OverridesParser.create(), list[str]()
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and not word.startswith("-") and not value.startswith(("[", "{", "'", '"')):
+            try:
+                parser.parse_override(word)
+            except HydraException:
+                # In Hydra's quotes a backslash is itself, but before a quote it is doubled.
+                escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+                word = f"{key}='{escaped}{value[len(value.rstrip(chr(92))) :]}'"
+        found.append(word)
+    return found
+
+
 def explain(error: BaseException) -> str:
     """One line about a configuration error: what was wrong and what is allowed."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: write key=value, and lists as 'key=[a,b]'"
     if match := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(match[1])
     if match := re.search(r"Could not find 'hydra/launcher/(?:submitit_)?([^']+)'", text):

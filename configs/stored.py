@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from configs.build import GROUPS, compose
-from configs.cli import CONFIGS, options, unknown_key, unknown_option
+from configs.cli import CONFIGS, options, spelled, unknown_key, unknown_option
 
 _INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 _RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:...} and the like; ${dataset.root} is a plain reference
@@ -80,7 +80,7 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, An
     """Overrides that choose an option (``protocol=paper``), and those that set a value."""
     groups: dict[str, str] = {}
     values: list[tuple[str, Any]] = []
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in OverridesParser.create().parse_overrides(spelled(overrides)):
         key = override.get_key_element().lstrip("+~")
         if override.is_delete() or override.is_sweep_override():
             raise ValueError(f"{override.input_line}: test.py takes key=value and group=option only")

@@ -102,7 +102,7 @@ def decode_mask(path: Path) -> np.ndarray:
         return narrow(np.array(image), path)
     raise DatasetError(
         f"{path} is a colour mask (mode {image.mode}) where class indices are needed: "
-        "save it as a one-channel PNG of indices"
+        "save it as a one-channel PNG of indices, or say rgb_masks: true in a folder's classes.yaml"
     )
 
 

@@ -74,7 +74,7 @@ class PairedDataset(SegmentationDataset):
     def missing(self, reason: str) -> DatasetError:
         """Return the error for a data set that is not there, with the tree that is expected."""
         return DatasetError(
-            f"{type(self).__name__}: {reason}; set dataset.root to a folder like\n{self.help_tree}"
+            f"{type(self).__name__}: {reason}; dataset.root or --root is a folder like\n{self.help_tree}"
         )
 
     def match(self, images: Mapping[str, Path], masks: Mapping[str, Path], masks_at: Path) -> list[Pair]:

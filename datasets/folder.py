@@ -15,6 +15,7 @@ mine/classes.yaml:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,7 @@ class Folder(PairedDataset):
 
     help_tree = """\
   mine/images/*.jpg, mine/masks/*.png                 pairs share a name; one-channel masks of class indices
-  mine/{train,val}.txt                                a name a line; or images/{train,val}/,
-  masks/{train,val}/
+  mine/{train,val}.txt                                a name a line; or {images,masks}/{train,val}/
   mine/classes.yaml                                   classes: [background, lesion]"""
 
     def __init__(
@@ -83,7 +83,10 @@ class Folder(PairedDataset):
             return pairs
         path = self.root / f"{self.split}.txt"
         if not path.is_file():
-            raise self.missing(f"split {self.split!r} has neither {path} nor {images / self.split}")
+            raise self.missing(
+                f"split {self.split!r} has neither {path} nor {images / self.split}: "
+                f"`python scripts/prepare_data.py split {shlex.quote(str(self.root))}` writes split files"
+            )
         known = {pair.name: pair for pair in pairs}
         names = [Path(line).stem if Path(line).stem in known else line for line in read_split(path)]
         return [known.get(n, Pair(n, images / f"{n}.jpg", masks / f"{n}.png")) for n in names]
@@ -114,7 +117,7 @@ class Folder(PairedDataset):
         """Return what to do about labels outside the table."""
         if self.info.num_classes == 19 and max(unknown) <= 33:
             return "these look like Cityscapes label ids where train ids are needed: use dataset=cityscapes"
-        known = [raw for raw in range(255) if self.table[raw] < self.info.num_classes]
+        known = [raw for raw in range(256) if self.table[raw] < self.info.num_classes]
         return f"the table has {preview(known)}; mend the mask (a JPEG cannot hold labels) or classes.yaml"
 
     def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:

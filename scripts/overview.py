@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from configs.cli import guarded
 from trainers.distributed import world
 from trainers.evaluator import evaluate
 from trainers.metrics import mean_over_classes
-from trainers.panels import panels
+from trainers.panels import panels, row
 
 RULES = ("T", "max", "rankdice")
 QUANTILES = (0.95, 0.75, 0.5, 0.25, 0.05)
@@ -57,15 +58,16 @@ def main() -> None:
         order = [i for i in gain.argsort().tolist() if gain[i] == gain[i]]
         if not order:
             raise ValueError(f"split={cfg.split}: no image has a class that is scored; choose another split")
+        draw = partial(row, scale=args.scale)
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
         rows = [
             picture
             for _, picture in panels(
-                network, data, loader.transform, rules, criterion.link, where, picked, scale=args.scale
+                network, data, loader.transform, rules, criterion.link, where, picked, draw
             )
         ]
-    width = max(row.shape[2] for row in rows)
-    rows = [torch.nn.functional.pad(row, (0, width - row.shape[2]), value=255) for row in rows]
+    width = max(strip.shape[2] for strip in rows)
+    rows = [torch.nn.functional.pad(strip, (0, width - strip.shape[2]), value=255) for strip in rows]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(torch.cat(rows, dim=1)).save(args.out)
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())

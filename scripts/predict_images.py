@@ -65,7 +65,7 @@ SOME_FAILED = 1
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _arguments(argv)
-    found = files.find(args.images)
+    found = files.find(args.images, args.out)
     network, cfg, _ = load(args.resume, args.overrides)
     info = facts(cfg, args.classes)
     name = args.predictor or ("rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap")

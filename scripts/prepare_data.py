@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=CATALOG)
+    parser.add_argument("name", choices=CATALOG, help="one that `list` shows; your own is `folder`")
     parser.add_argument("--root", type=Path, help="the data set's folder (default: as configured)")
     parser.add_argument(
         "--split", action="append", default=[], help="may be repeated (default: all there are)"
@@ -145,12 +146,14 @@ def _print_report(report: Report, entry: Entry, num_classes: int, shown: int | N
     for note in report.notes:
         print(f"note: {note}")
     sizes = ", ".join(f"{split} {size}" for split, size in report.splits.items())
-    verdict = f"{len(report.faults)} faults" if report.faults else "no fault"
+    count = len(report.faults)
+    verdict = f"{count or 'no'} fault{'s' * (count > 1)}"
     print(f"{report.dataset} in {report.root}: {sizes} images, {num_classes} classes, {verdict}")
     if not report.faults:
         own = f" dataset.num_classes={num_classes}" if entry.name == "folder" else ""
         own += " dataset.splits.test=test" if "test" in report.splits and entry.name != "voc2012" else ""
-        print(f"train on it: python train.py dataset={entry.name} dataset.root={report.root}{own}")
+        place = shlex.quote(f"dataset.root={report.root}")
+        print(f"train on it: python train.py dataset={entry.name} {place}{own}")
 
 
 def _stats(args: argparse.Namespace) -> int:
@@ -183,8 +186,14 @@ def _fetch(args: argparse.Namespace) -> int:
     archive = entry.archive
     if all((root / name).exists() for name in entry.holds):
         return _fetched(args, entry, root, "there already")
+    there = [name for name in entry.holds if (root / name).exists()]
+    if archive and there:
+        lacking = ", ".join(name for name in entry.holds if name not in there)
+        raise ValueError(
+            f"{root} holds {', '.join(there)} without {lacking}: remove it, or give another --root"
+        )
     if archive is None:
-        steps = [step.format(root=root) for step in entry.steps]
+        steps = [step.format(root=shlex.quote(str(root))) for step in entry.steps]
         if args.json:
             _print_json({"name": entry.name, "root": str(root), "status": "by hand", "steps": steps})
         else:
@@ -215,7 +224,7 @@ def _fetched(args: argparse.Namespace, entry: Entry, root: Path, status: str) ->
         _print_json({"name": entry.name, "root": str(root), "status": status, "steps": []})
     else:
         print(f"{entry.name}: {status}, in {root}")
-        print(f"next: python scripts/prepare_data.py check {entry.name} --root {root}")
+        print(f"next: python scripts/prepare_data.py check {entry.name} --root {shlex.quote(str(root))}")
     return 0
 
 
@@ -225,13 +234,21 @@ def _split(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: give the folder that holds images/ and masks/")
     shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
-    split = make_split(list(list_images(folder)), shares, args.seed, args.group)
+    images = list_images(folder)
+    split = make_split(list(images), shares, args.seed, args.group)
     paths = write_split(args.root, split, args.force)
     sizes = {path.stem: len(split[path.stem]) for path in paths}
     if args.json:
         _print_json({"root": str(args.root), "seed": args.seed, "splits": sizes})
     else:
         print("\n".join(f"{path}: {sizes[path.stem]} images" for path in paths))
+    masks = list_images(args.root / "masks") if (args.root / "masks").is_dir() else {}
+    bare = [str(path) for name, path in images.items() if name not in masks]
+    if bare:
+        print(
+            f"note: images without a mask: {len(bare)}, such as {bare[0]}; `check` lists them",
+            file=sys.stderr,
+        )
     return 0
 
 

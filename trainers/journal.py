@@ -1,10 +1,15 @@
-"""What a run writes while it goes: ``metrics.jsonl`` and TensorBoard events."""
+"""What a run writes while it goes: ``metrics.jsonl`` and TensorBoard events.
+
+TensorBoard's tags put what is to be compared side by side: ``val/mean_dice/RULE``, ``val_class_dice/CLASS/RULE``.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +47,19 @@ class Journal:
         folder: the run's directory; None writes nothing (ranks other than 0).
         step: the global step to go on from; rows of later steps, left by an interrupted run, are dropped.
         tensorboard: whether to write TensorBoard events as well.
+        classes: their names, for TensorBoard.
     """
 
-    def __init__(self, folder: Path | None, step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        step: int = 0,
+        tensorboard: bool = True,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.classes = [
+            _clean(name if classes.count(name) == 1 else f"{name}_{c}") for c, name in enumerate(classes)
+        ]
         self.path = None if folder is None else Path(folder) / "metrics.jsonl"
         self.events: Any = None
         if self.path is None:
@@ -58,26 +73,29 @@ class Journal:
             self.events = SummaryWriter(
                 str(self.path.parent / "tensorboard"), purge_step=step + 1 if step else None
             )
+            self.events.add_custom_scalars(_charts(self.classes))
 
     def log(self, step: int, kind: str, **values: Any) -> None:
-        """Append a row, and its numbers as TensorBoard scalars ``kind/name``."""
+        """Append a row of a kind, ``train`` or ``val_RULE``, and its numbers as TensorBoard scalars."""
         if self.path is None:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite_or_none({"step": step, "kind": kind, **values})) + "\n")
         if self.events is not None:
-            for name, value in _flatten(values):
-                self.events.add_scalar(f"{kind}/{name}", value, step)
+            for tag, value in _scalars(kind, values, self.classes):
+                self.events.add_scalar(tag, value, step)
 
     def image(self, step: int, name: str, picture: Tensor) -> None:
         """Add a picture, uint8 (3, H, W), to TensorBoard."""
         if self.events is not None:
             self.events.add_image(name, picture, step)
 
-    def hparams(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
-        """Say what the run was and how it ended, for TensorBoard's table of runs."""
-        if self.events is not None:
-            self.events.add_hparams(settings, scores, run_name=".")
+    def hparams(self, settings: dict[str, Any], best: float) -> None:
+        """Say what the run was and how it ended, for TensorBoard's table of runs: best score, last of each rule."""
+        if self.path is not None and self.events is not None:
+            last = {row["kind"]: row for row in read_rows(self.path) if "mean_dice" in row}
+            scores = {f"hparam/{kind}_mean_dice": row["mean_dice"] or 0.0 for kind, row in last.items()}
+            self.events.add_hparams(settings, {"hparam/best_mean_dice": best, **scores}, run_name=".")
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
@@ -85,14 +103,34 @@ class Journal:
             self.events.close()
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    flat: list[tuple[str, float]] = []
+def _scalars(kind: str, values: dict[str, Any], classes: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """Yield the tags and numbers of a row; one that is not finite has no place in a chart."""
+    group, _, rule = kind.partition("_")
     for name, value in values.items():
         if isinstance(value, dict):
-            flat += _flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and math.isfinite(value):
-            flat.append((f"{prefix}{name}", float(value)))
-    return flat
+            named = dict(zip(classes, value.values(), strict=True)) if len(classes) == len(value) else value
+            items = {f"{group}_{name}/{part}": number for part, number in named.items()}
+        else:
+            items = {} if rule and name == "epoch" else {f"{group}/{name}": value}
+        for tag, number in items.items():
+            if isinstance(number, (int, float)) and math.isfinite(number):
+                yield f"{tag}/{rule}".rstrip("/"), float(number)
+
+
+def _charts(classes: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """The charts of TensorBoard's custom scalars: all rules in one, for each score and for each class's Dice."""
+    scores = ("mean_dice", "mean_iou", "pooled_mean_dice", "pooled_mean_iou", "ece")
+    return {
+        "rules": {name: ["Multiline", [f"^val/{name}/"]] for name in scores},
+        "rules, Dice of each class": {
+            name: ["Multiline", [f"^val_class_dice/{re.escape(name)}/"]] for name in classes
+        },
+    }
+
+
+def _clean(name: str) -> str:
+    """A class's name as a part of a tag, with the letters that TensorBoard allows there."""
+    return re.sub(r"[^-\w.]", "_", name)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from rankseg import Predictor
@@ -31,9 +32,9 @@ def panels(
     link: Link,
     where: World,
     indices: Iterable[int],
-    scale: int = 1,
+    draw: Callable[..., Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, picture uint8 (3, H', W')) for these images of a data set, enlarged ``scale`` times."""
+    """Yield (name, picture uint8 (3, H', W')) for these images of a data set, each drawn as a `row`, or by ``draw``."""
     for index in indices:
         image, mask = data.read(index)
         pixels, target = transform(image, mask)
@@ -41,8 +42,8 @@ def panels(
         logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
         probs = link_probs(logits, link)
         masks = {name: rule(probs)[0].cpu() for name, rule in rules.items()}
-        strip = row(shown(pixels, data.info, target.shape), target, probs[0].cpu(), masks, data.info, scale)
-        yield data.names[index], strip
+        image = shown(pixels, data.info, target.shape)
+        yield data.names[index], (draw or row)(image, target, probs[0].cpu(), masks, data.info)
 
 
 def shown(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
@@ -69,18 +70,50 @@ def row(
     Returns:
         (3, H + title, columns · W) uint8.
     """
+    enlarged = {
+        title: tile.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        for title, tile in tiles(image, target, probs, masks, info).items()
+    }
+    return torch.cat([titled(tile, title) for title, tile in enlarged.items()], dim=2)
+
+
+def sheet(
+    image: Tensor,
+    target: Tensor,
+    probs: Tensor,
+    masks: Mapping[str, Tensor],
+    info: Any,
+    columns: int = 3,
+    width: int = 320,
+) -> Tensor:
+    """What `row` shows, in rows of ``columns`` tiles that are ``width`` wide, whatever the size of the image.
+
+    Viewers shrink a picture to a thumbnail: headings are large enough to be read there.
+    """
+    size = [max(1, round(width * image.shape[1] / image.shape[2])), width]
+    mode = InterpolationMode.NEAREST if image.shape[2] < width else InterpolationMode.BILINEAR
+    cells = [
+        titled(resize(tile, size, interpolation=mode, antialias=True), title, font_size=width // 10)
+        for title, tile in tiles(image, target, probs, masks, info).items()
+    ]
+    cells += [torch.full_like(cells[0], 255)] * (-len(cells) % columns)
+    rows = [torch.cat(cells[k : k + columns], dim=2) for k in range(0, len(cells), columns)]
+    return torch.cat(rows, dim=1)
+
+
+def tiles(
+    image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any
+) -> dict[str, Tensor]:
+    """The tiles (3, H, W) uint8 of one image by their titles, in the order in which they are shown."""
     truth = target == torch.arange(info.num_classes)[:, None, None]
-    tiles = {
+    drawn = {
         "image": image,
         "truth": overlay(image, truth, info),
         "probability": heat(probs[list(info.scored)].amax(0)),
     }
     for name, mask in masks.items():
-        tiles[f"{name}  Dice {_dice(mask, truth, info.scored):.3f}"] = overlay(image, mask, info)
-    enlarged = {
-        title: tile.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for title, tile in tiles.items()
-    }
-    return torch.cat([titled(tile, title) for title, tile in enlarged.items()], dim=2)
+        drawn[f"{name}  Dice {_dice(mask, truth, info.scored):.3f}"] = overlay(image, mask, info)
+    return drawn
 
 
 def overlay(image: Tensor, masks: Tensor, info: Any) -> Tensor:
@@ -96,12 +129,11 @@ def heat(probs: Tensor) -> Tensor:
     return (torch.stack([scaled, scaled - 1, scaled - 2]).clamp(0, 1) * 255).to(torch.uint8)
 
 
-def titled(tile: Tensor, title: str, height: int = 16) -> Tensor:
+def titled(tile: Tensor, title: str, font_size: int = 11) -> Tensor:
     """A tile (3, H, W) uint8 with a line of text above and a thin white frame."""
-    picture = to_pil_image(tile)
+    picture, size, height = to_pil_image(tile), font_size, round(1.3 * font_size) + 2
     canvas = Image.new("RGB", (picture.width + 2, picture.height + height + 2), "white")
     canvas.paste(picture, (1, height))
-    size = 11
     font = ImageFont.load_default(size)
     while size > 6 and font.getlength(title) > picture.width:
         size -= 1

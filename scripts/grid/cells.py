@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs import stored
 from configs.build import absolute_root
-from configs.cli import CONFIGS
+from configs.cli import CONFIGS, spelled
 from trainers.journal import read_rows
 from trainers.results import file_sha256
 
@@ -77,7 +77,7 @@ def cells(overrides: Sequence[str]) -> list[Cell]:
     Raises:
         ValueError: two cells would share a directory.
     """
-    given = OverridesParser.create().parse_overrides(list(overrides))
+    given = OverridesParser.create().parse_overrides(spelled(overrides))
     named = {override.key_or_group for override in given}
     swept = {
         override.key_or_group: list(override.sweep_string_iterator())

@@ -25,6 +25,7 @@ from datasets.decode import EXIF_ORIENTATION, is_deep, load, open_image
 from datasets.files import IMAGE_SUFFIXES
 
 VOID_COLOUR = (224, 224, 192)
+BAND = 256  # rows of an overlay that are drawn at once
 # From upright back to stored: what undoes ImageOps.exif_transpose for each orientation.
 _BACK = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,18 +59,29 @@ def read(path: Path) -> Picture:
     return Picture(pixels, orientation if orientation in _BACK else 1)
 
 
-def find(inputs: Sequence[Path]) -> dict[str, Path]:
+def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
     """Return name -> image file: of files their stem, of folders the path below them, without the suffix.
+
+    What lies in ``out``, inside such a folder, are masks that were written there before: it is left out.
 
     Raises:
         FileNotFoundError: an input is not there, or a folder holds no image.
-        ValueError: two images would be written to the same name.
+        ValueError: two images would be written to the same name, or one over an image.
     """
     found: dict[str, Path] = {}
+    written = out.resolve()
     for given in inputs:
         if given.is_dir():
+            home = given.resolve()
+            if home == written:
+                raise ValueError(f"--out {out} is the folder of the images: choose another for the masks")
+            masks = given / written.relative_to(home) if home in written.parents else None
             files = sorted(
-                p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."
+                p
+                for p in given.rglob("*")
+                if p.suffix.lower() in IMAGE_SUFFIXES
+                and p.name[0] != "."
+                and not (masks and p.is_relative_to(masks))
             )
             if not files:
                 raise FileNotFoundError(f"{given} holds no image ({' '.join(IMAGE_SUFFIXES)})")
@@ -81,6 +93,8 @@ def find(inputs: Sequence[Path]) -> dict[str, Path]:
         for path, name in names.items():
             if found.setdefault(name, path) != path:
                 raise ValueError(f"{found[name]} and {path} would both be written as {name}: rename one")
+            if (written / f"{name}.png") == path.resolve():
+                raise ValueError(f"{path} would be replaced by its mask: choose another --out than {out}")
     return found
 
 
@@ -104,10 +118,14 @@ def save_mask(mask: Tensor, orientation: int, path: Path) -> None:
 
 def save_overlay(pixels: Tensor, labels: Tensor, info: DatasetInfo, path: Path) -> None:
     """Write the image (3, H, W) uint8, upright, with the labels' colours over it; unscored classes stay clear."""
-    masks = torch.stack([labels == c for c in info.scored])
     colours = [tuple(info.palette[c]) for c in info.scored]
-    picture = draw_segmentation_masks(pixels.contiguous(), masks, alpha=0.5, colors=colours)
-    save_png(Image.fromarray(picture.permute(1, 2, 0).numpy()), path)
+    picture = Image.new("RGB", (labels.shape[1], labels.shape[0]))
+    for top in range(0, len(labels), BAND):  # drawing takes 24 bytes a pixel, and one a class
+        masks = torch.stack([labels[top : top + BAND] == c for c in info.scored])
+        band = pixels[:, top : top + BAND].contiguous()
+        drawn = draw_segmentation_masks(band, masks, alpha=0.5, colors=colours)
+        picture.paste(Image.fromarray(drawn.permute(1, 2, 0).numpy()), (0, top))
+    save_png(picture, path)
 
 
 def save_probabilities(probs: Tensor, orientation: int, path: Path) -> None:

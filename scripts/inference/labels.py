@@ -57,12 +57,13 @@ def label_map(
     for c, mask in enumerate(masks_of(probs, rule)):
         if each is not None:
             each(c, mask)
-        if c in info.scored:
-            better = mask & (probs[c] > best)
-            best[better] = probs[c][better]
-        else:  # in (-2, -1]: behind every scored class that has the pixel
-            rank = probs[c] - 2 + 1e-6
-            better = rank > best
-            best[better] = rank[better]
-        labels[better] = c
+        scored = c in info.scored
+        rank = (
+            probs[c] if scored else probs[c] - 2 + 1e-6
+        )  # (-2, -1]: behind a scored class that has the pixel
+        better = rank > best
+        if scored:
+            better &= mask
+        torch.where(better, rank, best, out=best)  # indexing by a mask takes 16 bytes a pixel
+        labels.masked_fill_(better, c)
     return labels

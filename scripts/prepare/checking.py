@@ -59,7 +59,7 @@ def check(name: str, root: Path, splits: Mapping[str, PairedDataset], workers: i
             report.faults += [Fault("set", split, str(root), text) for text in data.faults(progress=False)]
     unused = unused_images(splits)
     if unused:
-        report.notes.append(f"{len(unused)} images are in none of these splits, such as {unused[0]}")
+        report.notes.append(f"images in none of these splits: {len(unused)}, such as {unused[0]}")
     return report
 
 

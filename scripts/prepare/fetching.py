@@ -6,9 +6,11 @@ the file it is (ETag or Last-Modified), so that two versions are never glued tog
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
+import lzma
 import os
 import shutil
 import tarfile
@@ -16,14 +18,21 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 BLOCK = 1 << 20
 FOR_NOW = (408, 429, 500, 502, 503, 504)  # answers worth another try
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+BAD_ARCHIVE = (
+    zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError,
+    RuntimeError,  # what zipfile says of encryption and of methods that it does not know
+)  # fmt: skip
 
 
 class FetchError(OSError):
@@ -72,10 +81,11 @@ def download(
 def _persist(
     url: str, part: Path, size: int | None, attempts: int, pause: float, timeout: float, progress: bool
 ) -> None:
-    """Try again until the file is complete, or until it makes no headway."""
-    failed = 0
+    """Try again until the file is complete, or until it grows no longer."""
+    if attempts < 1:
+        raise ValueError(f"attempts={attempts}: give 1 or more")
+    failed, longest = 0, _length(part)
     while failed < attempts:
-        before = _length(part)
         try:
             if _transfer(url, part, size, timeout, progress):
                 return
@@ -86,10 +96,11 @@ def _persist(
                 raise FetchError(f"{url}: {problem}; is there a newer address? pass it with --url") from error
         except BROKEN as error:
             problem = str(getattr(error, "reason", "")) or str(error) or type(error).__name__
-        failed = 1 if _length(part) > before else failed + 1
+        # Longer than ever, not than before: a server that cannot resume may break off here and there for ever.
+        failed, longest = (1, _length(part)) if _length(part) > longest else (failed + 1, longest)
         if failed < attempts:
             time.sleep(min(pause * 2 ** (failed - 1), 30))
-    have = _length(part)
+    have = _length(part) if _version(part, url) else 0
     kept = f"; {have} bytes are kept, the same command goes on from there" if have else ""
     raise FetchError(f"{url}: {problem}, {attempts} times{kept}")
 
@@ -203,7 +214,11 @@ def unpack(archive: Path, root: Path, inside: str = "", progress: bool = True) -
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _opener(archive)(archive, aside, progress)
+        with _opener(archive)(archive) as (members, size, extract):
+            _require_space(aside, size)
+            bar = tqdm(members, "unpacking", unit="file", disable=None if progress else True, leave=False)
+            for member in bar:
+                extract(member, aside)
         source = aside / inside
         if not source.is_dir():
             raise FetchError(
@@ -216,33 +231,38 @@ def unpack(archive: Path, root: Path, inside: str = "", progress: bool = True) -
             raise ValueError(f"{root} holds {', '.join(taken)} already: remove it, or choose another --root")
         for entry in entries:
             os.replace(entry, root / entry.name)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except BAD_ARCHIVE as error:
         raise FetchError(f"{archive} is damaged ({error}): remove it and fetch it again") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _opener(archive: Path) -> Callable[[Path, Path, bool], None]:
+Opened = tuple[Sequence[Any], int, Callable[[Any, Path], Any]]  # members, their bytes, and how to unpack one
+
+
+def _opener(archive: Path) -> Callable[[Path], contextlib.AbstractContextManager[Opened]]:
     if zipfile.is_zipfile(archive):
-        return _unzip
+        return _zip
     if tarfile.is_tarfile(archive):
-        return _untar
+        return _tar
     with archive.open("rb") as file:
         start = file.read(40)
     raise FetchError(f"{archive} is no archive (it starts with {start!r}): remove it and fetch it again")
 
 
-def _unzip(archive: Path, target: Path, progress: bool) -> None:
+@contextlib.contextmanager
+def _zip(archive: Path) -> Iterator[Opened]:
     with zipfile.ZipFile(archive) as file:
-        for member in _bar(file.infolist(), progress):
-            file.extract(member, target)  # zipfile strips .. and absolute paths, and checks the CRC
+        members = (
+            file.infolist()
+        )  # extract() strips .. and absolute paths, makes no links, and checks the CRC
+        yield members, sum(member.file_size for member in members), file.extract
 
 
-def _untar(archive: Path, target: Path, progress: bool) -> None:
+@contextlib.contextmanager
+def _tar(archive: Path) -> Iterator[Opened]:
+    if not hasattr(tarfile, "data_filter"):  # Python before 3.10.12 and 3.11.4
+        raise FetchError(f"this Python cannot unpack {archive} safely: update it, or unpack by hand")
     with tarfile.open(archive) as file:
-        for member in _bar(file.getmembers(), progress):
-            file.extract(member, target, filter="data")  # refuses paths and links that leave the folder
-
-
-def _bar(members: Sequence, progress: bool) -> tqdm:
-    return tqdm(members, desc="unpacking", unit="file", disable=None if progress else True, leave=False)
+        members = file.getmembers()  # the filter refuses paths, links and devices that leave the folder
+        yield members, sum(member.size for member in members), partial(file.extract, filter="data")

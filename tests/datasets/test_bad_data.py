@@ -32,7 +32,9 @@ def complaint(data, index: int = 0) -> str:
 
 @pytest.mark.parametrize("source", [KvasirSEG, VOC2012, Cityscapes, Folder])
 def test_a_missing_data_set_shows_the_tree_and_where_to_get_it(source, tmp_path):
-    with pytest.raises(DatasetError, match=r"does not exist; set dataset\.root to a folder like\n") as raised:
+    with pytest.raises(
+        DatasetError, match=r"does not exist; dataset\.root or --root is a folder like\n"
+    ) as raised:
         source(tmp_path / "nowhere", "train")
     assert source.help_tree in str(raised.value)
     with pytest.raises(DatasetError, match=r"dataset\.root"):

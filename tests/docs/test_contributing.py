@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.followed import commands, copy_code, follow
+
 LESS = ("trainer.tensorboard=false",)  # what the test adds to training, so that it takes less time
-CODE = ("configs", "datasets", "models", "rankseg", "trainers", "scripts")
-# Each command of the text in turn, in one process: starting one costs seconds.
-FOLLOW = """
-import runpy, shlex, sys
-for command in sys.stdin.read().splitlines():
-    python, script, *arguments = shlex.split(command)
-    assert python == "python", command
-    sys.argv = [script, *arguments]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as done:
-        assert not done.code, command
-"""
 
 
 def chapters(root: Path) -> str:
@@ -44,34 +29,16 @@ def files(text: str) -> dict[str, str]:
     return found
 
 
-def commands(text: str) -> list[str]:
-    return [
-        line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
-    ]
-
-
 @pytest.fixture(scope="module")
 def followed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A copy of the repository after all that the text says, and what the commands printed."""
     copy, text = tmp_path_factory.mktemp("repository"), chapters(root)
-    for name in CODE:
-        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.py", "test.py"):
-        shutil.copy(root / name, copy)
+    copy_code(root, copy)
     for name, content in files(text).items():
         assert not (copy / name).exists(), f"{name} would replace a file of the repository"
         (copy / name).write_text(content, encoding="utf-8")
     lines = [" ".join([c, *(LESS if "train.py" in c else ())]) for c in commands(text)]
-    done = subprocess.run(
-        [sys.executable, "-c", FOLLOW],
-        input="\n".join(lines),
-        cwd=copy,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return copy, done.stdout
+    return copy, follow(lines, copy)
 
 
 def test_a_file_of_python_and_one_of_yaml_each(root: Path) -> None:

@@ -61,7 +61,7 @@ def test_files_that_are_named_exist(path: Path) -> None:
 
 def commands(path: Path) -> Iterator[str]:
     """Every command line in blocks and in running text, without what explains it."""
-    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"\s*\\\n\s*", " ", path.read_text(encoding="utf-8"))
     lines = [line.strip() for line in text.splitlines()] + re.findall(r"`((?:python|make) [^`]+)`", text)
     for line in lines:
         if re.match(r"(python|torchrun|make) ", line):
@@ -164,7 +164,8 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
         overrides = list(getattr(found, "overrides", None) or [])
         trains = "reproduce" in script or getattr(found, "benchmark", "") in ("step", "loader")
         if trains:
-            compose(overrides)
+            given = {key: getattr(found, f"{key}s", None) for key in ("model", "loss", "seed")}
+            compose([*(f"{key}={value}" for key, value in given.items() if value), *overrides])
         else:
             as_for_testing(tuple(overrides))
     few = path.name in ("README.md", "CONTRIBUTING.md", "engine.md", "own-data.md", "faq.md") and seen < 3

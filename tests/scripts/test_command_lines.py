@@ -87,3 +87,21 @@ def test_a_reader_that_has_gone_makes_no_traceback() -> None:
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (command.CUT_OFF, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("loss=lo", {"loss=lovasz", "loss=log_cosh_dice"}), ("trainer.prec", {"trainer.precision="})],
+)
+def test_a_tab_is_answered_without_torch(line: str, expected: set[str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    typed = f"python train.py {line}"
+    environment = {"COMP_LINE": typed, "COMP_POINT": str(len(typed)), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-sc", "query=bash"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+    )
+    assert (done.returncode, done.stderr) == (0, "") and set(done.stdout.split()) == expected

@@ -163,6 +163,20 @@ def test_palette_pictures_hold_indices_and_colours(tmp_path: Path) -> None:
     assert np.asarray(image.convert("RGB"))[0].tolist() == [*map(list, INFO.palette), list(files.VOID_COLOUR)]
 
 
+def test_an_overlay_in_bands_is_the_overlay_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = picture(70, 40)
+    labels = torch.randint(3, (70, 40), generator=torch.Generator().manual_seed(0)).byte()
+    for band in (70, 16):
+        monkeypatch.setattr(files, "BAND", band)
+        files.save_overlay(pixels, labels, INFO, tmp_path / f"{band}.png")
+    drawn = np.asarray(Image.open(tmp_path / "16.png"))
+    assert np.array_equal(drawn, np.asarray(Image.open(tmp_path / "70.png")))
+    background = (labels == 0).numpy()
+    assert np.array_equal(drawn[background], pixels.permute(1, 2, 0).numpy()[background])
+    blended = (pixels.permute(1, 2, 0).float() + torch.tensor([255, 0, 0]))[labels == 1] / 2
+    assert np.abs(drawn[(labels == 1).numpy()] - blended.numpy()).max() <= 1
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_text("before")
@@ -173,18 +187,34 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_finding_images(tmp_path: Path) -> None:
-    for name in ("a.jpg", "sub/b.PNG", "sub/.hidden.png", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    out = tmp_path / "masks"
+    for name in ("a.jpg", "sub/b.PNG", "sub/.hidden.png", "notes.txt", "masks/a.png", "masks/overlay/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert files.find([tmp_path]) == {"a": tmp_path / "a.jpg", "sub/b": tmp_path / "sub" / "b.PNG"}
+    assert files.find([tmp_path], out) == {"a": tmp_path / "a.jpg", "sub/b": tmp_path / "sub" / "b.PNG"}
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="both be written as a"):
-        files.find([tmp_path])
+        files.find([tmp_path], out)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        files.find([tmp_path / "nowhere"])
+        files.find([tmp_path / "nowhere"], out)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no image"):
-        files.find([tmp_path / "empty"])
+        files.find([tmp_path / "empty"], out)
+
+
+def test_images_are_never_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    for given, out in (
+        (tmp_path, tmp_path),
+        (tmp_path / "a.png", tmp_path),
+        (tmp_path, tmp_path / "x" / ".."),
+    ):
+        with pytest.raises(ValueError, match="choose another"):
+            files.find([given], out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.png would be replaced by its mask"):
+        files.find([Path("a.png")], Path())
+    assert files.find([Path()], Path("masks")) == {"a": Path("a.png")}
 
 
 def test_damaged_and_deep_images_are_named(tmp_path: Path) -> None:

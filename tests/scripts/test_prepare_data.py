@@ -1,16 +1,11 @@
-"""Data preparation: faults that must be found, transfers that break, splits and statistics."""
+"""Data preparation: faults that must be found, splits and statistics, commands that can be typed."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import re
-import tarfile
-import threading
-import zipfile
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import Folder
+from configs import build
+from datasets import DatasetError, Folder
 from datasets.kvasir_seg import default_split
 from scripts.parallel import ahead
-from scripts.prepare.fetching import FetchError, download, unpack
 from scripts.prepare.splitting import make_split, write_split
 from scripts.prepare.totals import count
 from scripts.prepare_data import main
@@ -168,6 +163,27 @@ def test_check_notices_masks_of_0_and_255_only(mine: Path, capsys: pytest.Captur
     assert code == 1 and "value: 255" in report["faults"][0]["message"]
 
 
+def test_what_is_printed_to_be_typed_can_be_typed(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = mine.with_name("Bilder für alle (neu)")
+    mine.rename(there)
+    assert main(["check", "folder", "--root", str(there), "--quiet"]) == 0
+    line = capsys.readouterr().out.rpartition("train on it: ")[2]
+    words = [word for word in shlex.split(line) if "=" in word]
+    assert build.compose("train", words).dataset.root == str(there)
+    (there / "train.txt").unlink()
+    with pytest.raises(DatasetError, match=r"prepare_data\.py split ") as raised:
+        main(["check", "folder", "--root", str(there)])
+    command = shlex.split(str(raised.value).split("`")[1])
+    assert main([*command[2:], "--force", "--quiet"]) == 0
+
+
+def test_values_in_a_message_are_all_that_the_table_has(mine: Path) -> None:
+    (mine / "classes.yaml").write_text("classes: [background, {name: disc, value: 255}]")
+    Image.new("L", (30, 25), 1).save(mine / "masks" / "i0.png")
+    with pytest.raises(DatasetError, match=r"holds labels 1 outside the table: the table has 0, 255"):
+        Folder(mine, "train").read(0)
+
+
 def test_list_knows_every_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
@@ -237,242 +253,18 @@ def test_split_files_are_not_replaced_unasked(mine: Path, capsys: pytest.Capture
     with pytest.raises(ValueError, match="--force"):
         main(["split", str(mine), "--val", "0.3"])
     assert (mine / "val.txt").read_text() == before
-    assert main(["split", str(mine), "--val", "0.3", "--test", "0.2", "--force", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["splits"] == {"train": 5, "val": 3, "test": 2}
+    split = ["split", str(mine), "--val", "0.3", "--test", "0.2", "--force", "--json"]
+    assert main(split) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["splits"] == {"train": 5, "val": 3, "test": 2} and said.err == ""
+    (mine / "masks" / "i4.png").rename(mine / "masks" / "i4.hidden")
+    assert main(split) == 0
+    assert f"images without a mask: 1, such as {mine / 'images' / 'i4.png'};" in capsys.readouterr().err
+    (mine / "masks" / "i4.hidden").rename(mine / "masks" / "i4.png")
     write_split(
         mine, make_split([f"i{k}" for k in range(10)], {"val": 0.3, "test": 0.2})
     )  # the same: no error
     assert check(mine, capsys)[1]["splits"] == {"train": 5, "val": 3, "test": 2}
-
-
-class Server(ThreadingHTTPServer):
-    """Serves ``content``; ``breaks`` lists after how many bytes each of the first answers ends."""
-
-    content = b""
-    etag = '"one"'
-    breaks: list[int]
-    ranges = True
-    failures: list[int]
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.breaks, self.failures, self.asked = [], [], list[str | None]()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/archive.zip"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        server, asked = self.server, self.headers.get("Range")
-        server.asked.append(asked)
-        if server.failures:
-            self.send_error(server.failures.pop(0))
-            return
-        content, start = server.content, 0
-        if asked and server.ranges and self.headers.get("If-Range") == server.etag:
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
-            if start >= len(content):
-                self.send_error(416)
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content) - start))
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        self.end_headers()
-        end = server.breaks.pop(0) if server.breaks else len(content)
-        self.wfile.write(content[start : start + end])
-        self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = Server()
-    server.content = np.random.default_rng(1).bytes(3_000_000)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join(5)
-
-
-def sha256(content: bytes) -> str:
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-def get(server: Server, path: Path, **options: object) -> str:
-    return download([server.url], path, pause=0.01, timeout=5, progress=False, **options)  # type: ignore[arg-type]
-
-
-def test_a_broken_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
-    server.breaks = [1_000_000, 500_000]
-    path = tmp_path / "a.zip"
-    assert get(server, path, checksum=sha256(server.content)) == sha256(server.content)
-    assert path.read_bytes() == server.content
-    assert server.asked == [None, "bytes=1000000-", "bytes=1500000-"]
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
-
-
-def test_the_next_call_goes_on_where_the_last_gave_up(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    server.breaks = [1_000_000, 0, 0, 0]
-    with pytest.raises(FetchError, match="1000000 bytes are kept"):
-        get(server, path, attempts=3)
-    assert not path.exists() and len(server.asked) == 3
-    server.breaks, server.asked = [], []
-    get(server, path)
-    assert path.read_bytes() == server.content and server.asked == ["bytes=1000000-"]
-    get(server, path)  # there and right: no request
-    assert len(server.asked) == 1
-
-
-def test_two_versions_are_never_glued_together(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    server.breaks = [1_000_000, 0]
-    with pytest.raises(FetchError):
-        get(server, path, attempts=1)
-    server.etag, server.content, server.breaks = '"two"', server.content[::-1], []
-    get(server, path)
-    assert path.read_bytes() == server.content
-
-
-@pytest.mark.parametrize("etag", ['"one"', "", 'W/"weak"'])
-def test_servers_that_cannot_resume_start_over(server: Server, tmp_path: Path, etag: str) -> None:
-    server.ranges, server.etag, server.breaks = False, etag, [700_000]
-    path = tmp_path / "a.zip"
-    get(server, path)
-    assert path.read_bytes() == server.content
-
-
-def test_a_shorter_file_than_what_was_kept_starts_over(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    server.breaks = [2_000_000, 0]
-    with pytest.raises(FetchError):
-        get(server, path, attempts=1)
-    server.content, server.breaks = server.content[:500_000], []
-    get(server, path)
-    assert path.read_bytes() == server.content
-
-
-def test_a_wrong_file_is_removed_and_said_so(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(FetchError, match=r"md5 .* not 00ff, and was removed"):
-        get(server, tmp_path / "a.zip", checksum="md5:00ff")
-    with pytest.raises(FetchError, match="3000000 bytes instead of 10"):
-        get(server, tmp_path / "a.zip", size=10)
-    assert not list(tmp_path.glob("*.zip*part"))
-
-
-def test_answers_that_will_not_change_end_at_once(server: Server, tmp_path: Path) -> None:
-    server.failures = [404]
-    with pytest.raises(FetchError, match="HTTP 404"):
-        get(server, tmp_path / "a.zip")
-    assert len(server.asked) == 1
-    server.failures = [503, 503]
-    get(server, tmp_path / "a.zip")
-    assert len(server.asked) == 4
-
-
-def test_another_place_is_tried(server: Server, tmp_path: Path) -> None:
-    dead = "http://127.0.0.1:9/archive.zip"
-    options = {"attempts": 1, "pause": 0.01, "timeout": 5, "progress": False}
-    download([dead, server.url], tmp_path / "a.zip", **options)
-    assert (tmp_path / "a.zip").read_bytes() == server.content
-    with pytest.raises(FetchError, match=r"127\.0\.0\.1:9"):
-        download([dead], tmp_path / "b.zip", **options)
-
-
-def kvasir_zip() -> bytes:
-    memory = io.BytesIO()
-    with zipfile.ZipFile(memory, "w") as archive:
-        for k in range(20):
-            for folder, mode in (("images", "RGB"), ("masks", "L")):
-                picture = io.BytesIO()
-                Image.new(mode, (16, 16), k * 255 // 20).save(picture, "JPEG", comment=f"{k}")
-                archive.writestr(f"Kvasir-SEG/{folder}/p{k:02d}.jpg", picture.getvalue())
-    return memory.getvalue()
-
-
-def test_fetch_check_and_fetch_again(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server.content, server.breaks = kvasir_zip(), [2000]
-    root = tmp_path / "data" / "Kvasir-SEG"
-    fetch = ["fetch", "kvasir_seg", "--root", str(root), "--url", server.url, "--quiet"]
-    assert main(fetch) == 0
-    assert sha256(server.content) in capsys.readouterr().err
-    assert sorted(p.name for p in root.iterdir()) == ["images", "masks"]
-    assert [p.name for p in root.parent.iterdir()] == ["Kvasir-SEG"]
-    assert main(["check", "kvasir_seg", "--root", str(root), "--quiet"]) == 0
-    assert "train 18, val 2 images" in capsys.readouterr().out
-    asked = len(server.asked)
-    assert main(fetch) == 0 and len(server.asked) == asked
-    assert "there already" in capsys.readouterr().out
-
-
-def test_fetch_says_what_to_do_for_cityscapes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["fetch", "cityscapes", "--root", str(tmp_path / "c")]) == 0
-    text = capsys.readouterr().out
-    assert "register" in text and "gtFine_trainvaltest.zip" in text and str(tmp_path / "c") in text
-
-
-def test_voc_is_pinned_by_size_and_checksum(server: Server, tmp_path: Path) -> None:
-    server.content = b"not the archive"
-    with pytest.raises(FetchError, match="15 bytes instead of 1999639040"):
-        main(
-            [
-                "fetch",
-                "voc2012",
-                "--root",
-                str(tmp_path / "voc"),
-                "--url",
-                server.url,
-                "--quiet",
-                "--attempts",
-                "1",
-            ]
-        )
-
-
-def test_a_login_page_is_no_archive(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    path.write_text("<html><body>please log in</body></html>")
-    with pytest.raises(FetchError, match="<html>"):
-        unpack(path, tmp_path / "root")
-    path.write_bytes(kvasir_zip()[:-4000])
-    with pytest.raises(FetchError):
-        unpack(path, tmp_path / "root", progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
-
-
-def test_archives_cannot_write_outside_and_nothing_is_overwritten(tmp_path: Path) -> None:
-    evil = tmp_path / "evil.tar"
-    with tarfile.open(evil, "w") as archive:
-        member = tarfile.TarInfo("../../outside.txt")
-        member.size = 4
-        archive.addfile(member, io.BytesIO(b"evil"))
-    with pytest.raises(FetchError, match="damaged"):
-        unpack(evil, tmp_path / "a" / "root", progress=False)
-    assert not list(tmp_path.rglob("outside.txt"))
-    good = tmp_path / "good.tar"
-    with tarfile.open(good, "w") as archive:
-        member = tarfile.TarInfo("VOCdevkit/x.txt")
-        archive.addfile(member, io.BytesIO(b""))
-    unpack(good, tmp_path / "voc", progress=False)
-    (tmp_path / "voc" / "VOCdevkit" / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match="holds VOCdevkit already"):
-        unpack(good, tmp_path / "voc", progress=False)
-    assert (tmp_path / "voc" / "VOCdevkit" / "mine.txt").read_text() == "precious"
 
 
 def test_work_ahead_is_in_order_bounded_and_hands_on_exceptions() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from itertools import chain
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from configs import build, stored
-from configs.cli import CONFIGS, explain, options, unknown_key, unknown_option
+from configs.cli import CONFIGS, explain, options, remedy, spelled, unknown_key, unknown_option
 
 CHOICES = list(chain.from_iterable([(group, name) for name in options(group)] for group in build.GROUPS))
 
@@ -54,6 +58,48 @@ def test_the_paper_protocol_puts_its_own_rankdice_behind_the_name() -> None:
 def test_an_unknown_rule_names_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"predictor=rankdise is unknown \(did you mean rankdice\?\).*max"):
         build.rules(["rankdise"])
+
+
+PATHS = [
+    "~/data",
+    "/x/Bilder für alle",
+    "/x/(new)",
+    "it's",
+    "/x=1/#2",
+    "ü\\'a\\",
+    "ü\\\\",
+    "C:\\x",
+    "/plain/a b",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_any_path_may_be_the_value_of_an_override(path: str) -> None:
+    (word,) = spelled([f"dataset.root={path}"])
+    assert OverridesParser.create().parse_override(word).value() == path
+    assert spelled([word]) == [word]
+    assert build.compose("train", [f"dataset.root={path}"]).dataset.root == path
+    unpacked = stored.unpack({"choices": {"dataset": "folder"}, "values": {}}, [f"dataset.root={path}"])
+    assert unpacked.dataset.root == path
+
+
+def test_what_hydra_reads_stays_as_it_is() -> None:
+    words = ["-m", "--cfg", "job", "loss=ce,focal", "validation=[T,max]", "seed=range(3)", "x='a,b'", "[T,"]
+    assert spelled(words) == words
+    with pytest.raises(OverrideParseException) as caught:
+        build.compose("train", ["validation=[T,"])
+    assert explain(caught.value) == "validation=[T, cannot be read: write key=value, and lists as 'key=[a,b]'"
+
+
+def test_what_the_system_says_comes_with_a_remedy() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/last.pth")
+    assert remedy(full).startswith("/disk/last.pth: No space left on device: make room")
+    assert "change its rights" in remedy(PermissionError(errno.EACCES, "Permission denied", "/root/x"))
+    assert remedy(OSError(errno.ENOSPC, "No space left on device")).startswith(
+        "No space left on device: make"
+    )
+    assert remedy(OSError("the line is broken")) == "the line is broken"
+    assert remedy(FileNotFoundError("x does not exist: mend it")) == "x does not exist: mend it"
 
 
 def test_unknown_names_are_explained_in_one_line() -> None:

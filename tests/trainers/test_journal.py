@@ -1,0 +1,93 @@
+"""What TensorBoard is given: tags by score and class, charts of all rules, panels, the table of runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from datasets import DatasetInfo
+from trainers.journal import Journal, read_rows
+from trainers.panels import row, sheet, tiles
+
+CLASSES = ("background", "traffic light", "car (1)")
+INFO = DatasetInfo("three", ("background", "a", "b"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)), (1, 2))
+
+
+def scores(dice: float) -> dict[str, object]:
+    return {"mean_dice": dice, "ece": float("nan"), "class_dice": {"0": 1.0, "1": dice, "2": float("nan")}}
+
+
+@pytest.fixture
+def events(tmp_path: Path) -> EventAccumulator:
+    journal = Journal(tmp_path, classes=CLASSES)
+    for epoch in (1, 2):
+        journal.log(3 * epoch, "train", epoch=epoch, loss=1 / epoch, lr0=0.1)
+        for rule in ("T", "rankdice_nonoverlap"):
+            journal.log(3 * epoch, f"val_{rule}", epoch=epoch, **scores(epoch / 4))
+    journal.image(6, "val/a", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    journal.hparams({"loss": "ce", "lr": 0.1}, 0.7)
+    journal.close()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_rules_stand_side_by_side_and_classes_have_their_names(
+    events: EventAccumulator, tmp_path: Path
+) -> None:
+    rules, classes = ("T", "rankdice_nonoverlap"), ("background", "traffic_light")
+    expected = {f"val/mean_dice/{rule}" for rule in rules} | {"train/epoch", "train/loss", "train/lr0"}
+    expected |= {f"val_class_dice/{name}/{rule}" for name in classes for rule in rules}
+    found = events.Tags()["scalars"]
+    assert {tag for tag in found if not tag.startswith("hparam/")} == expected
+    assert [(e.step, e.value) for e in events.Scalars("val/mean_dice/T")] == [(3, 0.25), (6, 0.5)]
+    assert events.Tags()["images"] == ["val/a"]
+    row = read_rows(tmp_path / "metrics.jsonl")[1]  # the file keeps the numbers of the classes
+    assert row["kind"] == "val_T" and row["class_dice"] == {"0": 1.0, "1": 0.25, "2": None}
+
+
+def test_charts_hold_every_rule_of_one_score(events: EventAccumulator) -> None:
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: chart.multiline.tag[0] for part in layout.category for chart in part.chart}
+    tags = events.Tags()["scalars"]
+    for title, prefix in (
+        ("mean_dice", "val/mean_dice/"),
+        ("traffic_light", "val_class_dice/traffic_light/"),
+    ):
+        chosen = [tag for tag in tags if re.search(charts[title], tag)]
+        assert chosen == [prefix + "T", prefix + "rankdice_nonoverlap"]
+    assert "car__1_" in charts
+
+
+def test_the_table_of_runs_has_settings_and_the_last_scores(events: EventAccumulator) -> None:
+    assert events.Scalars("hparam/best_mean_dice")[0].value == pytest.approx(0.7)
+    assert events.Scalars("hparam/val_T_mean_dice")[0].value == 0.5
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["loss"].string_value == "ce" and hparams["lr"].number_value == pytest.approx(0.1)
+
+
+def test_classes_of_one_name_stay_apart(tmp_path: Path) -> None:
+    assert Journal(None, classes=("a", "b", "a")).classes == ["a_0", "b", "a_2"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 16), (700, 900)])
+def test_a_sheet_has_the_tiles_of_a_row_at_a_readable_size(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    target, probs = torch.randint(3, (height, width)), torch.rand(3, height, width)
+    masks = {name: probs > level for name, level in (("T", 0.5), ("max", 0.6), ("rankdice", 0.3))}
+    picture = sheet(image, target, probs, masks, INFO)
+    tall, heading = round(320 * height / width), round(1.3 * (320 // 10)) + 2 + 2
+    assert picture.shape == (3, 2 * (tall + heading), 3 * 322) and picture.dtype == torch.uint8
+    assert list(tiles(image, target, probs, masks, INFO))[:3] == ["image", "truth", "probability"]
+    assert row(image, target, probs, masks, INFO).shape == (3, height + 18, 6 * (width + 2))
+    first = picture[:, heading - 2 : heading - 2 + tall, 1:321].float()
+    same = torch.nn.functional.interpolate(image[None].float(), (tall, 320), mode="area")[0]
+    assert (first - same).abs().mean() < 12
