@@ -21,9 +21,10 @@ from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
 from scripts.reporting import explain, sections
-from scripts.reporting.measure import Findings, Key, by_size, measure, temperature, variants
+from scripts.reporting.measure import Findings, Key, by_size, measure, variants
 from scripts.reporting.page import html_page
 from scripts.reporting.pictures import pick, strips
+from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
 from trainers.journal import read_rows, write_json
 from trainers.losses import Link
@@ -56,10 +57,8 @@ def report(args: argparse.Namespace, where: World) -> Path:
     data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)
     scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, dict(cfg.protocol.rules))
     loader = build.eval_loader(cfg, data, where)
-    held_out = build.dataset(cfg, "val")
-    fitted = temperature(
-        network, build.eval_loader(cfg, held_out, where), len(held_out), link, scoring, where
-    )
+    held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), where)
+    fitted = held_out_temperature(network, held_out, link, where, ignore_index=scoring.ignore_index)
     ways = variants(link, fitted, cfg.loss.name)
     findings = measure(network, loader, rules, ways, scoring, where, fitted)
 

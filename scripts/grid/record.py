@@ -7,10 +7,7 @@ from pathlib import Path
 
 from scripts.grid.cells import Cell
 
-KEPT = [
-    *("config.yaml", "metrics.jsonl", "provenance.json"),
-    *("results/*.json", "results/*.csv", "results/paper/*.json", "results/paper/*.csv"),
-]
+KEPT = ("config.yaml", "metrics.jsonl", "provenance.json", "results/**/*.json", "results/**/*.csv")
 
 
 def record(cell: Cell, folder: Path, root: Path) -> int:

@@ -70,12 +70,12 @@ def rule_order(rules: Iterable[str]) -> list[str]:
 
 
 def _row_order(row: tuple[str, ...]) -> tuple:
-    _, _, dataset, split, model, loss = row
+    _, _, dataset, split, model, loss, variant = row
     ranks = [
         list(names).index(name) if name in names else len(names)
         for name, names in ((dataset, DATASETS), (model, MODELS), (loss, LOSSES))
     ]
-    return (ranks[0], dataset, split, ranks[1], model, ranks[2], loss)
+    return (ranks[0], dataset, split, ranks[1], model, ranks[2], loss, variant)
 
 
 def _caption(groups: Iterable[Group]) -> str:
@@ -86,18 +86,21 @@ def _caption(groups: Iterable[Group]) -> str:
 
 
 def _labels(present: Sequence[Group], numbered: Notes) -> tuple[Cell, Cell, Cell]:
-    """Data set with split and size, model, and loss with the number of seeds."""
+    """Data set with split and size, model, and loss with what was changed and the number of seeds."""
     first = present[0].first
     seeds = sorted({len(group.results) for group in present})
     count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds != [1] else ""
-    marks = [numbered.mark(_UNLIKE)] if not comparable(present) else []
+    changes = [part.partition(":")[0] for part in first.variant.split("; ") if part]
+    marks = [numbered.mark(_VARIANT.format(first.variant[0].upper() + first.variant[1:]))] if changes else []
+    marks += [numbered.mark(_UNLIKE)] if not comparable(present) else []
     return (
         label(f"{DATASETS.get(first.dataset, first.dataset)} {first.split}, {first.num_images} images"),
         label(MODELS.get(first.model, first.model)),
-        label(LOSSES.get(first.loss, first.loss) + count, marks),
+        label(", ".join([LOSSES.get(first.loss, first.loss), *changes]) + count, marks),
     )
 
 
+_VARIANT = "The same checkpoints, scored otherwise. {}."
 _UNLIKE = "The rules of this row were scored on unlike checkpoints or data: no comparison, and none is bold."
 
 

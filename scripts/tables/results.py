@@ -21,7 +21,10 @@ _AT_MOST = 5
 
 @dataclass(frozen=True)
 class Result:
-    """One rule on one checkpoint; `dice` and `iou` in percent, NaN where nothing was scored."""
+    """One rule on one checkpoint; `dice` and `iou` in percent, NaN where nothing was scored.
+
+    `variant` says what was done to the probabilities before the rule, "" for nothing.
+    """
 
     path: Path
     collection: str
@@ -30,6 +33,7 @@ class Result:
     protocol: str
     model: str
     loss: str
+    variant: str
     predictor: str
     seed: int
     num_images: int
@@ -46,8 +50,9 @@ class Result:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """A row of a table: collection, protocol, data set, split, model, loss."""
-        return (self.collection, self.protocol, self.dataset, self.split, self.model, self.loss)
+        """A row of a table: collection, protocol, data set, split, model, loss, variant."""
+        names = ("collection", "protocol", "dataset", "split", "model", "loss", "variant")
+        return tuple(getattr(self, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ def _result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
         protocol=str(record["protocol"]),
         model=str(record["model"]),
         loss=str(record["loss"]),
+        variant=_variant(record),
         predictor=str(record["predictor"]),
         seed=int(record["seed"]),
         num_images=int(data["num_images"]),
@@ -141,12 +147,29 @@ def _result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
             "link": record.get("link"),
             "scored classes": record.get("scored"),
             "model": record.get("model_detail"),
-            "temperature": record.get("temperature"),
+            "temperature": None if "temperature_fitted_on" in record else record.get("temperature"),
+            "images of the temperature": record.get("temperature_fitted_on"),
             "correct_focal": record.get("correct_focal"),
             "configuration": record.get("config_hash"),
         },
         config=_config(run),
     )
+
+
+def _variant(record: dict[str, Any]) -> str:
+    """What was done to the probabilities before the rules, and an unusual threshold of T: "WORD: REASON; ..."."""
+    parts, temperature = [], record.get("temperature")
+    if record.get("correct_focal"):
+        parts.append("corrected: the bias of the focal loss undone in closed form")
+    if "temperature_fitted_on" in record:
+        same = record["temperature_fitted_on"] == record["dataset"]["fingerprint"]
+        where = ", which are the images scored" if same else ""
+        parts.append(f"calibrated: a temperature fitted on the validation images{where}")
+    elif temperature not in (None, 1):
+        parts.append(f"temperature {temperature:g}: logits divided by it")
+    if record.get("threshold") not in (None, 0.5):
+        parts.append(f"T at {record['threshold']:g}: another threshold of T")
+    return "; ".join(parts)
 
 
 def _percent(scores: dict[str, Any], key: str) -> float:

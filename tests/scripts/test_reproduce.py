@@ -43,7 +43,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reproduce: object
     def play(arguments: list[str], log: Path, threads: int | None, tick: object) -> tuple[int, str]:
         script, *rest = arguments
         if script == "test.py":
-            score(Path(rest[1]), [rule for flag, rule in pairwise(rest) if flag == "-p"], rest[-1])
+            score(Path(rest[1]), [rule for flag, rule in pairwise(rest) if flag == "-p"], rest)
             return 0, ""
         assert {"verify=false", "hydra.mode=RUN"} <= set(rest)
         cell = cells([word for word in rest if not word.startswith(("verify=", "hydra."))])[0]
@@ -64,9 +64,11 @@ def train(cell: Cell) -> tuple[int, str]:
     return 0, ""
 
 
-def score(checkpoint: Path, rules: list[str], protocol: str) -> None:
+def score(checkpoint: Path, rules: list[str], overrides: list[str]) -> None:
     """What test.py leaves behind."""
-    folder = checkpoint.parent / ("results/paper" if protocol == "protocol=paper" else "results")
+    folder = checkpoint.parent / ("results/paper" if "protocol=paper" in overrides else "results")
+    folder /= "calibrated" if "temperature=fit" in overrides else ""
+    folder /= "focal_corrected" if "correct_focal=true" in overrides else ""
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     for rule in rules:
@@ -140,6 +142,29 @@ def test_cells_run_a_failure_is_named_and_what_is_done_is_skipped(
     assert "3 cells, 1 finished" in capfd.readouterr().out
     assert run(reproduce, monkeypatch, *command, "optimizer.lr=0.5", "--dry-run") == 0
     assert "3 cells, 0 finished" in capfd.readouterr().out
+
+
+def test_calibrated_scores_are_made_once_and_recorded(
+    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = stand_ins.parent / "kept"
+    command = ["--losses", "ce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T"]
+    assert run(reproduce, monkeypatch, *command) == 0
+    assert run(reproduce, monkeypatch, *command, "--calibrate", "--dry-run") == 0
+    assert "2 cells, 0 finished" in capfd.readouterr().out
+    assert run(reproduce, monkeypatch, *command, "--calibrate", "--record", str(kept)) == 0
+    folders = ["", "/calibrated", "/paper", "/paper/calibrated"]
+    wanted = {"ce": folders, "focal": [*folders, "/focal_corrected", "/paper/focal_corrected"]}
+    for loss, expected in wanted.items():
+        cell = f"synthetic/tiny/{loss}/seed0/results"
+        made = {str(path.parent.relative_to(stand_ins / cell)) for path in (stand_ins / cell).rglob("T.json")}
+        assert made == {folder.strip("/") or "." for folder in expected}
+        for folder in expected:
+            copy = f"{cell}{folder}/T.json"
+            assert (kept / copy).read_bytes() == (stand_ins / copy).read_bytes()
+    capfd.readouterr()
+    assert run(reproduce, monkeypatch, *command, "--calibrate", "--dry-run") == 0
+    assert "2 cells, 2 finished" in capfd.readouterr().out
 
 
 def test_bad_input_is_said_before_anything_runs(
