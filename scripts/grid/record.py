@@ -7,7 +7,10 @@ from pathlib import Path
 
 from scripts.grid.cells import Cell
 
-KEPT = ("config.yaml", "metrics.jsonl", "provenance.json", "results/**/*.json", "results/**/*.csv")
+KEPT = (
+    *("config.yaml", "metrics.jsonl", "provenance.json", "report/report.json"),
+    *("results/**/*.json", "results/**/*.csv"),
+)
 
 
 def record(cell: Cell, folder: Path, root: Path) -> int:

@@ -166,6 +166,12 @@ def lowest(probs: Tensor, masks: Tensor) -> Tensor:
     return least.masked_fill(least.isinf(), torch.nan)
 
 
+def chosen_cutoffs(findings: Findings) -> Tensor:
+    """The cut-offs of RankDice in the scored classes of all images, where it selected anything, (masks,)."""
+    found = findings.cutoffs[:, list(findings.scoring.scored)]
+    return found[~found.isnan()]
+
+
 def by_size(findings: Findings, compared: Iterable[str]) -> list[tuple[str, int, dict[str, float]]]:
     """Mean Dice in percent over pairs of image and class, in thirds by the object's share of the image.
 

@@ -93,13 +93,13 @@ def read_results(saved: Path) -> tuple[list[Result], list[Problem]]:
         saved.rglob("*.json"), key=lambda p: ("results" not in p.relative_to(saved).parts[:1], p)
     ):
         inside = path.relative_to(saved.parent).parts[:-1]
-        if "results" not in inside or path.name == "provenance.json":
+        if "results" not in inside or path.name in ("provenance.json", "report.json"):
             continue
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(record, dict) and not {"format", "predictor", "scores"} & record.keys():
                 continue  # another kind of record beside the results
-            result = _result(path, saved, record)
+            result = result_of(path, saved, record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(Problem(path, _describe(error)))
             continue
@@ -121,7 +121,8 @@ def _describe(error: Exception) -> str:
     return f"no key {error}" if isinstance(error, KeyError) else str(error)
 
 
-def _result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
+def result_of(path: Path, saved: Path, record: dict[str, Any]) -> Result:
+    """What a result file below `saved` says."""
     if record["format"] != 1:
         raise ValueError(f"format {record['format']!r}, this program reads format 1")
     data, scores = record["dataset"], record["scores"]

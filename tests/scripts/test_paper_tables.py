@@ -363,6 +363,16 @@ def test_corrupt_files_are_named_skipped_and_counted(saved, text, reason, capsys
     assert "1 result file could not be read and was skipped" in shown.out
 
 
+def test_a_report_beside_recorded_results_is_no_result(saved, capsys):
+    path = saved(where="results/kept")
+    report = path.parents[2] / "report" / "report.json"
+    report.parent.mkdir()
+    report.write_text(json.dumps({"scores": {}, "threshold": {}}))
+    assert main(["--saved", str(saved.folder)]) == 0
+    shown = capsys.readouterr()
+    assert "skipped" not in shown.err and "(50.00, 40.00)" in shown.out
+
+
 def test_nothing_scored_is_undefined_not_zero(saved):
     saved(scores__mean_dice=None, scores__mean_iou=None)
     (table,) = tables_of(saved.folder)
