@@ -42,14 +42,14 @@ def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Pr
     here = {key: group for key, group in groups.items() if key[:2] == (collection, protocol)}
     rules = rule_order(group.first.predictor for group in here.values())
     lines, numbered = [], Notes()
-    for row in sorted({group.first.row for group in here.values()}, key=_row_order):
+    counts = {group.first.row[:4]: group.first.num_images for group in here.values()}
+    for row in sorted(_grid({group.first.row for group in here.values()}), key=_row_order):
         of_row = [here.get((*row, rule)) for rule in rules]
         present = [group for group in of_row if group]
-        lines.append((*_labels(present, numbered), *_cells(of_row, numbered)))
+        images = present[0].first.num_images if present else counts[row[:4]]
+        lines.append((*_labels(row, images, present, numbered), *_cells(of_row, numbered)))
     if problems:
-        numbered.mark(
-            problem_count(problems) + ": " + "; ".join(f"{p.path.name} ({p.reason})" for p in problems)
-        )
+        numbered.mark(problem_count(problems) + ": " + "; ".join(f"{p.name} ({p.reason})" for p in problems))
     place = f" ({collection})" if collection else ""
     return Table(
         name=table_name(collection, protocol),
@@ -61,6 +61,16 @@ def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Pr
         notes=numbered.all(),
         caption=_caption(here.values()),
     )
+
+
+def _grid(rows: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The rows with those that are missing: each model of a data set with each loss of it."""
+    found = set(rows)
+    for place in {row[:4] for row in rows}:
+        cells = {row[4:6] for row in rows if row[:4] == place}
+        every = {(model, loss) for model, _ in cells for _, loss in cells}
+        found |= {(*place, *cell, "") for cell in every - cells}
+    return found
 
 
 def rule_order(rules: Iterable[str]) -> list[str]:
@@ -85,18 +95,20 @@ def _caption(groups: Iterable[Group]) -> str:
     return "Mean ± half the range over seeds; the best of a row in bold. Rows with one seed have no range."
 
 
-def _labels(present: Sequence[Group], numbered: Notes) -> tuple[Cell, Cell, Cell]:
+def _labels(
+    row: tuple[str, ...], images: int, present: Sequence[Group], numbered: Notes
+) -> tuple[Cell, Cell, Cell]:
     """Data set with split and size, model, and loss with what was changed and the number of seeds."""
-    first = present[0].first
+    _, _, dataset, split, model, loss, variant = row
     seeds = sorted({len(group.results) for group in present})
-    count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds != [1] else ""
-    changes = [part.partition(":")[0] for part in first.variant.split("; ") if part]
-    marks = [numbered.mark(_VARIANT.format(first.variant[0].upper() + first.variant[1:]))] if changes else []
+    count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds not in ([1], []) else ""
+    changes = [part.partition(":")[0] for part in variant.split("; ") if part]
+    marks = [numbered.mark(_VARIANT.format(variant[0].upper() + variant[1:]))] if changes else []
     marks += [numbered.mark(_UNLIKE)] if not comparable(present) else []
     return (
-        label(f"{DATASETS.get(first.dataset, first.dataset)} {first.split}, {first.num_images} images"),
-        label(MODELS.get(first.model, first.model)),
-        label(", ".join([LOSSES.get(first.loss, first.loss), *changes]) + count, marks),
+        label(f"{DATASETS.get(dataset, dataset)} {split}, {images} images"),
+        label(MODELS.get(model, model)),
+        label(", ".join([LOSSES.get(loss, loss), *changes]) + count, marks),
     )
 
 

@@ -15,7 +15,7 @@ import yaml
 # Keys of a configuration that no number depends on, and the seed: free to differ within one average.
 _FREE = {"seed", "expected", "hydra", "run_dir", "save_dir", "num_workers", "device", "verify", "resume"}
 _FREE |= {"dataset.root", "dataset.source.root", "trainer.tensorboard", "trainer.panels", "trainer.keep"}
-_FREE |= {"trainer.save_minutes", "trainer.save_every", "validation"}
+_FREE |= {"trainer.save_minutes", "trainer.save_every", "validation", "loader_timeout"}
 _AT_MOST = 5
 
 
@@ -61,6 +61,7 @@ class Problem:
 
     path: Path
     reason: str
+    name: str  # the path below the folder that was read
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def read_results(saved: Path) -> tuple[list[Result], list[Problem]]:
                 continue  # another kind of record beside the results
             result = result_of(path, saved, record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(Problem(path, _describe(error)))
+            problems.append(Problem(path, _describe(error), str(path.relative_to(saved))))
             continue
         key = (
             *result.cell[1:],
@@ -151,6 +152,7 @@ def result_of(path: Path, saved: Path, record: dict[str, Any]) -> Result:
             "temperature": None if "temperature_fitted_on" in record else record.get("temperature"),
             "images of the temperature": record.get("temperature_fitted_on"),
             "correct_focal": record.get("correct_focal"),
+            "checkpoint": (record.get("checkpoint") or {}).get("file"),
             "configuration": record.get("config_hash"),
         },
         config=_config(run),

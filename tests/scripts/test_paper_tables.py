@@ -234,6 +234,17 @@ def test_missing_cells_say_so(saved):
     assert [row[4].text for row in table.rows] == ["(50.00, 40.00)", "missing"]
 
 
+def test_cells_of_the_grid_that_were_not_run_are_missing_too(saved):
+    saved(model="pspnet", loss="ce")
+    saved(model="pspnet", loss="focal", checkpoint__sha256="b")
+    saved(model="fcn8", loss="ce", checkpoint__sha256="c")
+    saved(model="fcn8", loss="bce", dataset__name="voc2012", checkpoint__sha256="d")
+    (table,) = tables_of(saved.folder)
+    found = {(row[0].text.split()[0], row[1].text, row[2].text): row[3].text for row in table.rows}
+    absent = {key for key, text in found.items() if text == "missing"}
+    assert len(found) == 5 and absent == {("Cityscapes", "FCN8", "Focal")}
+
+
 def test_calibrated_scores_have_rows_of_their_own(saved):
     """Fitted temperatures differ from seed to seed and are averaged; raw and calibrated scores never are."""
     for seed in (0, 1):
@@ -301,6 +312,7 @@ def test_protocols_and_collections_stay_apart(saved):
         ({"dataset__fingerprint": "beef"}, "data fingerprint f00d against beef"),
         ({"dataset__num_images": 80}, "number of images 500 against 80"),
         ({"config_hash": "other"}, "configuration c0de against other"),
+        ({"checkpoint__file": "last.pth"}, "checkpoint best_model.pth against last.pth"),
         ({"model_detail": {"weights": "x"}}, "model {'weights': None} against {'weights': 'x'}"),
     ],
 )
@@ -326,6 +338,14 @@ def test_seed_and_path_may_differ(saved):
     saved(config={"seed": 1, "run_dir": "b", "dataset": {"root": "/y"}}, seed=1, checkpoint__sha256="bb")
     (table,) = tables_of(saved.folder)
     assert table.rows[0][3].text == "(50.00 ± 0.00, 40.00 ± 0.00)"
+
+
+def test_what_may_differ_between_two_starts_of_a_run_may_differ_between_seeds():
+    from configs import stored
+    from scripts.tables import results
+
+    trainer = {f"trainer.{key}" for key in stored._FREE_TRAINER}
+    assert {*stored._FREE, *trainer} <= results._FREE
 
 
 def test_rules_of_unlike_checkpoints_are_no_comparison(saved):
@@ -359,6 +379,7 @@ def test_corrupt_files_are_named_skipped_and_counted(saved, text, reason, capsys
     assert main(["--saved", str(saved.folder)]) == 0
     shown = capsys.readouterr()
     assert "(50.00, 40.00)" in shown.out
+    assert "cityscapes/pspnet/ce/seed0/results/paper/max.json" in shown.out
     assert f"skipped: {bad}: {reason}" in shown.err and "1 result file could not be read" in shown.err
     assert "1 result file could not be read and was skipped" in shown.out
 
