@@ -38,6 +38,7 @@ from scripts.paired.scores import (
 )
 from scripts.paired.seeds import over_seeds
 from scripts.paired.sweeps import sweep_of
+from scripts.tables.results import short, variant_of
 
 
 def compare(
@@ -60,6 +61,7 @@ def compare(
         "metric": rule.metric,
         "model": rule.record.get("model"),
         "loss": rule.record.get("loss"),
+        "variant": short(variant_of(rule.record)),
         "seed": rule.record.get("seed"),
         "images": count,
         "unpaired": unpaired,
@@ -140,9 +142,9 @@ def markdown(found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]] = 
 
 
 def title(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
-    """What a comparison is of; with the network and the loss where there are several."""
-    several = len({(other["model"], other["loss"]) for other in found}) > 1
-    return (f"{one['model']}, {one['loss']}: " if several else "") + f"{one['rule']} − {one['baseline']}"
+    """What a comparison is of; with network, loss and what was done to the probabilities where there are several."""
+    names = [", ".join(filter(None, (o["model"], o["loss"], o["variant"]))) for o in (one, *found)]
+    return (f"{names[0]}: " if len(set(names)) > 1 else "") + f"{one['rule']} − {one['baseline']}"
 
 
 def _seed_lines(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:

@@ -34,7 +34,7 @@ def over_seeds(found: Sequence[dict[str, Any]], scores: Sequence[RuleScores]) ->
     for group in group_seeds(results).values():
         if len(group.results) > 1:
             runs = [of_path[result.path] for result in group.results]
-            row = {key: runs[0][key] for key in ("rule", "baseline", "model", "loss")}
+            row = {key: runs[0][key] for key in ("rule", "baseline", "model", "loss", "variant")}
             row["seeds"] = [run["seed"] for run in runs]
             rows.append(row | ({"refused": group.refusal} if group.refusal else _summary(runs)))
     return rows

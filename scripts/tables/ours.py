@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from scripts.tables.results import Group, Problem
+from scripts.tables.results import Group, Problem, short
 from scripts.tables.table import DATASETS, LOSSES, MODELS, RULES, Cell, Note, Table, label, missing
 
 Groups = Mapping[tuple[str, ...], Group]
@@ -102,13 +102,12 @@ def _labels(
     _, _, dataset, split, model, loss, variant = row
     seeds = sorted({len(group.results) for group in present})
     count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds not in ([1], []) else ""
-    changes = [part.partition(":")[0] for part in variant.split("; ") if part]
-    marks = [numbered.mark(_VARIANT.format(variant[0].upper() + variant[1:]))] if changes else []
+    marks = [numbered.mark(_VARIANT.format(variant[0].upper() + variant[1:]))] if variant else []
     marks += [numbered.mark(_UNLIKE)] if not comparable(present) else []
     return (
         label(f"{DATASETS.get(dataset, dataset)} {split}, {images} images"),
         label(MODELS.get(model, model)),
-        label(", ".join([LOSSES.get(loss, loss), *changes]) + count, marks),
+        label(LOSSES.get(loss, loss) + (variant and f", {short(variant)}") + count, marks),
     )
 
 

@@ -136,7 +136,7 @@ def result_of(path: Path, saved: Path, record: dict[str, Any]) -> Result:
         protocol=str(record["protocol"]),
         model=str(record["model"]),
         loss=str(record["loss"]),
-        variant=_variant(record),
+        variant=variant_of(record),
         predictor=str(record["predictor"]),
         seed=int(record["seed"]),
         num_images=int(data["num_images"]),
@@ -159,7 +159,7 @@ def result_of(path: Path, saved: Path, record: dict[str, Any]) -> Result:
     )
 
 
-def _variant(record: dict[str, Any]) -> str:
+def variant_of(record: dict[str, Any]) -> str:
     """What was done to the probabilities before the rules, and an unusual threshold of T: "WORD: REASON; ..."."""
     parts, temperature = [], record.get("temperature")
     if record.get("correct_focal"):
@@ -173,6 +173,11 @@ def _variant(record: dict[str, Any]) -> str:
     if record.get("threshold") not in (None, 0.5):
         parts.append(f"T at {record['threshold']:g}: another threshold of T")
     return "; ".join(parts)
+
+
+def short(variant: str) -> str:
+    """The words of a variant without their reasons: "corrected, calibrated"."""
+    return ", ".join(part.partition(":")[0] for part in variant.split("; "))
 
 
 def _percent(scores: dict[str, Any], key: str) -> float:

@@ -264,6 +264,12 @@ def test_other_networks_are_other_rows_not_other_seeds(results, tmp_path, capsys
     text = capsys.readouterr().out
     assert "| unet, ce: rankdice − T, 0 |" in text and "| tiny, ce: rankdice − T, 0 |" in text
     assert "seeds" not in text
+    for rule, counts in (("T", TRUTH), ("rankdice", RIVAL)):
+        fitted = {"temperature": 1.4, "temperature_fitted_on": "v"}
+        put(results / "calibrated", rule, counts, images=list("abcd"), **fitted)
+    assert main([str(results), str(results / "calibrated")]) == 0
+    text = capsys.readouterr().out
+    assert "| tiny, ce, calibrated: rankdice − T, 0 |" in text and "seeds" not in text
     assert main([str(results), str(results)]) == 2
     assert "a run is given twice" in capsys.readouterr().err
 
