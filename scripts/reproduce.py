@@ -57,7 +57,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, help="threads of each process")
     parser.add_argument(
-        "--record", type=Path, metavar="DIR", help="copy results, journals and configurations to DIR"
+        "--record",
+        type=Path,
+        metavar="DIR",
+        help="copy results, journals, configurations and report.json to DIR",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the cells and their state, run nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress; the table only")

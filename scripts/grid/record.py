@@ -1,4 +1,4 @@
-"""What git keeps of a run: results, journal and configuration; no checkpoint, no absolute path."""
+"""What git keeps of a run: results, journal, configuration, report.json; no checkpoint, no absolute path."""
 
 from __future__ import annotations
 

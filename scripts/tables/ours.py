@@ -92,7 +92,8 @@ def _caption(groups: Iterable[Group]) -> str:
     counts = {len(group.results) for group in groups}
     if counts == {1}:
         return "One seed each; the best of a row in bold."
-    return "Mean ± half the range over seeds; the best of a row in bold. Rows with one seed have no range."
+    alone = " Rows with one seed have no range." if 1 in counts else ""
+    return f"Mean ± half the range over seeds; the best of a row in bold.{alone}"
 
 
 def _labels(
