@@ -150,7 +150,7 @@ def _outside(block: Expected, group: Group, values: Sequence[float | None]) -> l
     for metric, value in zip(("dice", "iou"), values, strict=True):
         mean = group.summary(metric)[0]
         if value is not None and not abs(mean - value) <= block.tolerance:
-            cell = " ".join(group.first.cell[2:])
+            cell = " ".join(filter(None, group.first.cell[2:]))
             lines.append(
                 f"{cell}: m{'Dice' if metric == 'dice' else 'IoU'} {mean:.2f}, {block.path.name} expects "
                 f"{value:.2f} ± {block.tolerance:g} ({group.first.path})"
