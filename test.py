@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
@@ -30,7 +31,8 @@ examples:
   python test.py -r checkpoint-epoch300.pth -p rankdice dataset.root=/data/cityscapes      (the authors' files)
 
 Everything else comes from the configuration stored in the checkpoint. Results go to results/ beside it
-(results/paper/ under protocol=paper). Exit codes: 0 done, 2 bad input.
+(results/paper/ under protocol=paper), with temperature= to calibrated/ in there, with correct_focal=true to
+focal_corrected/. Exit codes: 0 done, 2 bad input.
 """
 
 
@@ -64,17 +66,30 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def find_temperature(cfg: DictConfig, network: nn.Module, link: Link, where: World) -> float:
-    """The number in the configuration, or the temperature fitted on the validation split."""
+def find_temperature(
+    cfg: DictConfig, network: nn.Module, link: Link, where: World
+) -> tuple[float, dict[str, Any]]:
+    """The number in the configuration, or one fitted on the validation split, and what a result says of that."""
     if cfg.temperature != "fit":
         if not isinstance(cfg.temperature, (int, float)) or not cfg.temperature > 0:
             raise ValueError(f"temperature={cfg.temperature} must be a positive number, or fit")
-        return float(cfg.temperature)
-    loader = build.eval_loader(cfg, build.dataset(cfg, "val"), where)
+        return float(cfg.temperature), {}
+    data = build.dataset(cfg, "val")
+    loader = build.eval_loader(cfg, data, where)
     fitted = held_out_temperature(network, loader, link, where, ignore_index=cfg.dataset.ignore_index)
     if where.is_main:
         print(f"temperature fitted on the validation split: {fitted:.3f}")
-    return fitted
+    return fitted, {"temperature_fitted_on": data.fingerprint()}
+
+
+def variant(cfg: DictConfig) -> str:
+    """The folder beside the usual results for what is not scored as usual, so that none replaces another."""
+    unusual = {
+        "focal_corrected": cfg.correct_focal,
+        "calibrated": cfg.temperature != 1,
+        f"threshold_{cfg.threshold:g}": cfg.threshold != 0.5,
+    }
+    return "_".join(name for name, here in unusual.items() if here)
 
 
 def score(args: argparse.Namespace, where: World) -> None:
@@ -90,7 +105,7 @@ def score(args: argparse.Namespace, where: World) -> None:
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
     criterion = build.loss(cfg)
-    temperature = find_temperature(cfg, network, criterion.link, where)
+    temperature, fitted = find_temperature(cfg, network, criterion.link, where)
     loader = build.eval_loader(cfg, data, where)
     results = evaluate(
         network,
@@ -107,13 +122,12 @@ def score(args: argparse.Namespace, where: World) -> None:
     if not where.is_main:
         return
     list_skipped(loader.skipped)
-    folder = args.out or args.resume.resolve().parent / cfg.protocol.results
-    if not args.out and (temperature != 1 or cfg.correct_focal or cfg.threshold != 0.5):
-        folder /= "calibrated"  # beside the results as usual, never over them
+    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant(cfg)
     details = {
         **build.describe(cfg, data, cfg.split),
         "link": criterion.link,
         "temperature": temperature,
+        **fitted,
         "correct_focal": cfg.correct_focal,
         **({"threshold": cfg.threshold} if cfg.threshold != 0.5 else {}),
         "checkpoint": {
@@ -123,9 +137,13 @@ def score(args: argparse.Namespace, where: World) -> None:
         },
         "provenance": provenance(ROOT),
     }
-    details["config_hash"] = fingerprint(
-        {k: v for k, v in details.items() if k not in ("seed", "checkpoint", "provenance")}
-    )
+    free = (
+        "seed",
+        "checkpoint",
+        "provenance",
+        *(["temperature"] if fitted else []),
+    )  # differ within an average
+    details["config_hash"] = fingerprint({k: v for k, v in details.items() if k not in free})
     for result in results.values():
         result.save(folder, details)
         if not args.quiet:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet101
 
-from models.layers import conv_bn_relu, initialise_new_layers, resize
+from models.layers import conv_bn_relu, initialise_new_layers, narrow_layers, resize
 from models.output import SegmentationOutput
 from models.weights import load_backbone
 
@@ -27,6 +27,7 @@ class DeepLabV3Plus(nn.Module):
     Args:
         num_classes: C.
         weights: None, or the path of ImageNet weights of torchvision's ``resnet101``.
+        narrow: divides the channels of every layer; 16 makes a network to try things with.
 
     Raises:
         ValueError: the weights are not of a ResNet-101.
@@ -35,7 +36,7 @@ class DeepLabV3Plus(nn.Module):
 
     aux_weight = 0.0
 
-    def __init__(self, num_classes: int, weights: str | Path | None = None) -> None:
+    def __init__(self, num_classes: int, weights: str | Path | None = None, narrow: int = 1) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone = _dilated_resnet101()
@@ -50,6 +51,7 @@ class DeepLabV3Plus(nn.Module):
             nn.Conv2d(256, num_classes, 1),
         )
         initialise_new_layers(self.aspp, self.low_level, self.decoder)
+        narrow_layers(self, narrow, num_classes, weights)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Images (N, 3, H, W) to logits (N, C, H, W)."""

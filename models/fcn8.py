@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG, vgg16
 
+from models.layers import narrow_layers
 from models.output import SegmentationOutput
 from models.weights import load_backbone
 
@@ -30,6 +31,7 @@ class FCN8(nn.Module):
     Args:
         num_classes: C.
         weights: None, or the path of ImageNet weights of torchvision's ``vgg16``.
+        narrow: divides the channels of every layer; 16 makes a network to try things with.
 
     Raises:
         ValueError: the weights are not of a VGG16.
@@ -40,7 +42,7 @@ class FCN8(nn.Module):
     enlarge2: Tensor
     enlarge8: Tensor
 
-    def __init__(self, num_classes: int, weights: str | Path | None = None) -> None:
+    def __init__(self, num_classes: int, weights: str | Path | None = None, narrow: int = 1) -> None:
         super().__init__()
         self.num_classes = num_classes
         vgg = vgg16(weights=None)
@@ -60,6 +62,7 @@ class FCN8(nn.Module):
         self.pool3 = nn.Conv2d(256, num_classes, 1)
         self.register_buffer("enlarge2", bilinear_kernel(4), persistent=False)
         self.register_buffer("enlarge8", bilinear_kernel(16), persistent=False)
+        narrow_layers(self, narrow, num_classes, weights)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Images (N, 3, H, W) to logits (N, C, H, W)."""

@@ -62,6 +62,54 @@ def initialise_new_layers(*modules: nn.Module) -> None:
             nn.init.constant_(module.bias, 1e-4)
 
 
+def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: object) -> None:
+    """Leave one channel in ``factor`` in every layer, drawn anew: the same network, small enough to try things with.
+
+    Raises:
+        ValueError: a layer's channels cannot be divided so, or ``weights`` of the whole network are asked for.
+    """
+    if factor == 1:
+        return
+    if weights is not None:
+        raise ValueError(
+            f"weights={weights} are those of the whole network; with narrow={factor} set weights=null"
+        )
+
+    def fewer(channels: int) -> int:
+        if channels in (3, num_classes):  # the image's and the classes'
+            return channels
+        if factor < 1 or channels % factor:
+            raise ValueError(
+                f"narrow={factor} does not divide a layer of {channels} channels; try 16, 8, 4 or 2"
+            )
+        return channels // factor
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.in_channels, layer.out_channels = fewer(layer.in_channels), fewer(layer.out_channels)
+            layer.groups = max(1, layer.groups // factor)
+            first = layer.out_channels
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.num_features = first = fewer(layer.num_features)
+        elif isinstance(layer, nn.GroupNorm):
+            layer.num_channels = first = fewer(layer.num_channels)
+            layer.num_groups = max(1, layer.num_groups // factor)
+        elif next(layer.children(), None) is None and next(layer.parameters(), None) is not None:
+            raise ValueError(
+                f"narrow={factor} cannot divide a layer of type {type(layer).__name__}; set narrow=1"
+            )
+        else:
+            continue
+        for name, values in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+            cut = values.detach()[:first] if values.ndim else values
+            if isinstance(layer, nn.Conv2d) and values.ndim > 1:
+                cut = cut[:, : layer.in_channels // layer.groups]
+            setattr(
+                layer, name, nn.Parameter(cut.clone()) if isinstance(values, nn.Parameter) else cut.clone()
+            )
+        layer.reset_parameters()
+
+
 def resize(maps: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """Maps (N, C, *, *) brought to ``size`` bilinearly."""
     return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=align_corners)

@@ -16,7 +16,7 @@ import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import allow_batch_of_one, resize
+from models.layers import allow_batch_of_one, narrow_layers, resize
 from models.output import SegmentationOutput
 from models.weights import LITE0, load_backbone
 
@@ -49,6 +49,7 @@ class SMP(nn.Module):
         encoder: an encoder of smp, or ``tu-NAME`` for any of timm's.
         num_classes: C.
         weights: of the encoder: None, a path, or ``efficientnet-lite0`` (see ``models.weights``).
+        narrow: divides the channels of every layer; 16 makes a network to try things with.
         options: further arguments of the architecture (``encoder_depth``, ``decoder_channels``, ...). For a
             shallower encoder take one of timm's: smp's keep the unused stages, which DDP refuses.
 
@@ -59,12 +60,19 @@ class SMP(nn.Module):
     aux_weight = 0.0
 
     def __init__(
-        self, arch: str, encoder: str, num_classes: int, weights: str | Path | None = None, **options: Any
+        self,
+        arch: str,
+        encoder: str,
+        num_classes: int,
+        weights: str | Path | None = None,
+        narrow: int = 1,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.network: Any = _build(arch, encoder, num_classes, options)
         allow_batch_of_one(self.network)
+        narrow_layers(self.network, narrow, num_classes, weights)
         self.pretrained = weights is not None
         if weights is not None:
             _load_encoder(

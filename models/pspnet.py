@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models.layers import conv_bn_relu, initialise_new_layers, resize
+from models.layers import conv_bn_relu, initialise_new_layers, narrow_layers, resize
 from models.output import SegmentationOutput
 from models.weights import load_backbone
 
@@ -27,6 +27,7 @@ class PSPNet(nn.Module):
     Args:
         num_classes: C.
         weights: None, or the path of ImageNet weights of timm's ``resnet50s``.
+        narrow: divides the channels of every layer; 16 makes a network to try things with.
 
     Raises:
         ValueError: the weights are not of a deep-stem ResNet-50.
@@ -35,7 +36,7 @@ class PSPNet(nn.Module):
 
     aux_weight = 0.4
 
-    def __init__(self, num_classes: int, weights: str | Path | None = None) -> None:
+    def __init__(self, num_classes: int, weights: str | Path | None = None, narrow: int = 1) -> None:
         super().__init__()
         self.num_classes = num_classes
         # layer3 and layer4 are dilated by 2 and 4, the first block of each by half of that.
@@ -50,6 +51,7 @@ class PSPNet(nn.Module):
             *conv_bn_relu(1024, 512, 3), nn.Dropout2d(0.1), nn.Conv2d(512, num_classes, 1)
         )
         initialise_new_layers(self.pyramid, self.classifier, self.auxiliary)
+        narrow_layers(self, narrow, num_classes, weights)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Images (N, 3, H, W) to logits and, while training, auxiliary logits, both (N, C, H, W)."""

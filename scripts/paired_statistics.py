@@ -7,7 +7,8 @@
 
 Differences are rule − baseline in points (percent), of the image's mean over classes. The interval is the BCa
 bootstrap over images (seeded): it covers the choice of images, not that of the training run; for that, give
-several seeds.
+several seeds: their mean and range are shown, and refused for runs that differ in more than the seed. The plot of
+Dice against the threshold needs the measurements of report.py: run that first.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -35,6 +36,9 @@ from scripts.paired.scores import (
     result_folder,
     rules_in,
 )
+from scripts.paired.seeds import over_seeds
+from scripts.paired.sweeps import sweep_of
+from scripts.tables.results import short, variant_of
 
 
 def compare(
@@ -55,6 +59,9 @@ def compare(
         "baseline": baseline.rule,
         "rule": rule.rule,
         "metric": rule.metric,
+        "model": rule.record.get("model"),
+        "loss": rule.record.get("loss"),
+        "variant": short(variant_of(rule.record)),
         "seed": rule.record.get("seed"),
         "images": count,
         "unpaired": unpaired,
@@ -104,14 +111,8 @@ def _of_class(scores: RuleScores, c: int) -> dict[str, float]:
     return {image: v for (image, k), v in scores.cells.items() if k == c}
 
 
-def over_seeds(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and range over training runs of the mean differences; images of several runs are never pooled."""
-    means = [one["mean"] for one in found]
-    return {"seeds": len(means), "mean": math.fsum(means) / len(means), "range": [min(means), max(means)]}
-
-
-def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """The comparisons as Markdown: one table over images, one over classes each."""
+def markdown(found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]] = ()) -> str:
+    """The comparisons as Markdown: one table over images, what several seeds gave, one table over classes each."""
     first = found[0]
     level, metric = f"{100 * first['confidence']:g} %", first["metric"].capitalize().replace("Iou", "IoU")
     lines = [
@@ -122,7 +123,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     for one in found:
         shares = " / ".join(f"{100 * one[key]:.1f} %" for key in ("better", "worse", "tied"))
         cells = [
-            f"{one['rule']} − {one['baseline']}, {one['seed']}",
+            f"{title(one, found)}, {one['seed']}",
             f"{one['mean']:+.2f} [{_range(one['interval'])}]",
             f"{one['median']:+.2f}",
             shares,
@@ -132,23 +133,30 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
             str(one["images"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    for name, group in _by_rule(found).items():
-        if len(group) > 1:
-            total = over_seeds(group)
-            text = f"{total['mean']:+.2f} points, range {_range(total['range'])}"
-            lines += ["", f"{name} over {total['seeds']} seeds: {text}."]
+    lines += [line for one in seeds for line in ("", *_seed_lines(one, found))]
     lines += ["", _remarks(found)]
     for one in found:
         if len(one["classes"]) > 1:
-            lines += ["", *_class_table(one)]
+            lines += ["", *_class_table(one, found)]
     return "\n".join(lines) + "\n"
 
 
-def _by_rule(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for one in found:
-        groups.setdefault(f"{one['rule']} − {one['baseline']}", []).append(one)
-    return groups
+def title(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
+    """What a comparison is of; with network, loss and what was done to the probabilities where there are several."""
+    names = [", ".join(filter(None, (o["model"], o["loss"], o["variant"]))) for o in (one, *found)]
+    return (f"{names[0]}: " if len(set(names)) > 1 else "") + f"{one['rule']} − {one['baseline']}"
+
+
+def _seed_lines(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
+    """Mean and range over seeds, also of each class; or why there are none."""
+    name, count = title(one, found), len(one["seeds"])
+    if "refused" in one:
+        return [f"{name}: no mean over {count} runs, as {one['refused']}."]
+    lines = [f"{name} over {count} seeds: {one['mean']:+.2f} points, range {_range(one['range'])}."]
+    if len(one["classes"]) > 1:
+        lines += ["", f"| {name} over {count} seeds | mean | range |", "| :-- | :-: | :-: |"]
+        lines += [f"| {c['name']} | {c['mean']:+.2f} | {_range(c['range'])} |" for c in one["classes"]]
+    return lines
 
 
 def _remarks(found: Sequence[dict[str, Any]]) -> str:
@@ -161,9 +169,9 @@ def _remarks(found: Sequence[dict[str, Any]]) -> str:
     return text
 
 
-def _class_table(one: dict[str, Any]) -> list[str]:
+def _class_table(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        f"{one['rule']} − {one['baseline']}, seed {one['seed']}, by class:",
+        f"{title(one, found)}, seed {one['seed']}, by class:",
         "",
         f"| class | {one['baseline']} | {one['rule']} | paired difference [interval] | images |",
         "| :-- | :-: | :-: | :-: | :-: |",
@@ -193,20 +201,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(arguments)
     try:
-        found = []
+        pairs = []
         for run in args.runs:
             folder = result_folder(run, args.protocol)
             baseline = read_rule(folder, args.baseline, args.metric)
             for name in args.rule or [r for r in rules_in(folder) if r != args.baseline]:
-                scores = read_rule(folder, name, args.metric)
-                found.append(compare(baseline, scores, args.confidence, args.resamples, args.seed))
-        if not found:
+                pairs.append((baseline, read_rule(folder, name, args.metric)))
+        if not pairs:
             raise ValueError(
                 f"{args.runs[0]} holds no rule but {args.baseline}; score more: python test.py -p all"
             )
-        print(json.dumps(plain(found), indent=1) if args.json else markdown(found), end="")
+        found = [compare(*pair, args.confidence, args.resamples, args.seed) for pair in pairs]
+        seeds = over_seeds(found, [rule for _, rule in pairs]) if len(args.runs) > 1 else []
+        if args.json:
+            print(json.dumps(plain({"comparisons": found, "seeds": seeds}), indent=1))
+        else:
+            print(markdown(found, seeds), end="")
         if args.plot:
-            plots.draw(found, args.plot)
+            sweeps = [sweep_of(*pair) for pair in pairs]
+            plots.draw(found, [one for one, _ in sweeps], args.plot, [title(one, found) for one in found])
+            for reason in dict.fromkeys(why for _, why in sweeps if why):
+                print(f"no panel of thresholds: {reason}", file=sys.stderr)
             print(f"written: {args.plot}", file=sys.stderr)
     except BrokenPipeError:
         raise
@@ -236,7 +251,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON, with every difference")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw sorted differences and per-class bars"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw sorted differences, per-class bars and, after report.py, Dice against the threshold",
     )
     return parser
 

@@ -90,7 +90,7 @@ def _read(saved: Path) -> tuple[Groups, list[Problem]]:
         print(problem_count(problems), file=sys.stderr)
     for group in groups.values():
         if group.refusal:
-            print(f"refused: {' '.join(group.first.cell).strip()}: {group.refusal}", file=sys.stderr)
+            print(f"refused: {' '.join(filter(None, group.first.cell))}: {group.refusal}", file=sys.stderr)
     return groups, problems
 
 

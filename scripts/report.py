@@ -21,13 +21,15 @@ from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
 from scripts.reporting import explain, sections
-from scripts.reporting.measure import Findings, Key, by_size, measure, temperature, variants
+from scripts.reporting.measure import Findings, Key, by_size, chosen_cutoffs, measure, variants
 from scripts.reporting.page import html_page
 from scripts.reporting.pictures import pick, strips
+from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
 from trainers.journal import read_rows, write_json
 from trainers.losses import Link
 from trainers.reproducibility import provenance
+from trainers.results import file_sha256
 
 RULES = ("T", "max", "rankdice")
 
@@ -56,10 +58,8 @@ def report(args: argparse.Namespace, where: World) -> Path:
     data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)
     scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, dict(cfg.protocol.rules))
     loader = build.eval_loader(cfg, data, where)
-    held_out = build.dataset(cfg, "val")
-    fitted = temperature(
-        network, build.eval_loader(cfg, held_out, where), len(held_out), link, scoring, where
-    )
+    held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), where)
+    fitted = held_out_temperature(network, held_out, link, where, ignore_index=scoring.ignore_index)
     ways = variants(link, fitted, cfg.loss.name)
     findings = measure(network, loader, rules, ways, scoring, where, fitted)
 
@@ -101,7 +101,8 @@ def report(args: argparse.Namespace, where: World) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
     page.write_text(html_page(title, sections.lead(table, differences, about), body), encoding="utf-8")
-    write_json(folder / "report.json", numbers(findings, table, differences))
+    of = {"checkpoint": file_sha256(path), "protocol": cfg.protocol.name, "split": cfg.split}
+    write_json(folder / "report.json", {"of": of, **numbers(findings, table, differences)})
     return page
 
 
@@ -123,6 +124,7 @@ def numbers(findings: Findings, table: dict[str, Any], differences: dict[str, An
         "threshold": {
             key.rule: findings.mean(key) / 100 for key in findings.counts if key.rule.startswith("at ")
         },
+        "cutoffs": [round(at, 4) for at in chosen_cutoffs(findings).tolist()],
         "images": findings.names,
     }
 

@@ -1,7 +1,7 @@
 """Reproduce a grid of experiments from one command: check the data, train, score, print the table.
 
     python scripts/reproduce.py                                     the built-in data, the small network
-    python scripts/reproduce.py --losses ce,bce --seeds 0,1,2 epochs=4
+    python scripts/reproduce.py --losses ce,focal --seeds 0,1,2 --calibrate epochs=4
     python scripts/reproduce.py experiment=paper/kvasir_seg dataset.root=PATH --record saved/results/kvasir
     python scripts/reproduce.py --models smp_unet,smp_pspnet dataset=kvasir_seg dataset.root=PATH --dry-run
 
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="best_model.pth",
         help="what to score (default: %(default)s, by the validation score; the paper's tables: last.pth)",
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="score again with a fitted temperature, and focal-loss networks with their correction",
+    )
     parser.add_argument("--threads", type=int, help="threads of each process")
     parser.add_argument(
-        "--record", type=Path, metavar="DIR", help="copy results, journals and configurations to DIR"
+        "--record",
+        type=Path,
+        metavar="DIR",
+        help="copy results, journals, configurations and report.json to DIR",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the cells and their state, run nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress; the table only")
@@ -62,17 +70,34 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to score: rules, the folder of each protocol's results, and which checkpoint."""
+    """What to score: rules, the folder of each protocol's results, which checkpoint, and whether calibrated too."""
 
     rules: list[str]
     folders: dict[str, str]
     checkpoint: str
+    calibrate: bool = False
+
+    def passes(self, cell: Cell) -> Iterator[tuple[str, str, list[str]]]:
+        """The calls of test.py that a cell wants: what each is, the folder of its results, and its overrides."""
+        for protocol, folder in self.folders.items():
+            yield protocol, folder, [f"protocol={protocol}"]
+            if self.calibrate:
+                yield (
+                    f"{protocol}, calibrated",
+                    f"{folder}/calibrated",
+                    [f"protocol={protocol}", "temperature=fit"],
+                )
+            if self.calibrate and cell.cfg.loss.name == "focal":
+                overrides = [f"protocol={protocol}", "correct_focal=true"]
+                yield f"{protocol}, corrected", f"{folder}/focal_corrected", overrides
+
+    def scored(self, cell: Cell, folder: str) -> bool:
+        """Whether a pass was made."""
+        return cell.scored(self.checkpoint, folder, self.rules)
 
     def done(self, cell: Cell) -> bool:
         """Whether nothing is left to do for a cell."""
-        return cell.trained() and all(
-            cell.scored(self.checkpoint, folder, self.rules) for folder in self.folders.values()
-        )
+        return cell.trained() and all(self.scored(cell, folder) for _, folder, _ in self.passes(cell))
 
 
 def main() -> None:
@@ -84,9 +109,8 @@ def main() -> None:
         if value
     ]
     grid = cells([*args.overrides, *chosen])
-    wanted = Wanted(
-        args.rules.split(","), {name: _results(name) for name in args.protocols.split(",")}, args.checkpoint
-    )
+    folders = {name: _results(name) for name in args.protocols.split(",")}
+    wanted = Wanted(args.rules.split(","), folders, args.checkpoint, args.calibrate)
     build.rules(wanted.rules)  # an unknown rule is said now, not after the first training
     todo = [cell for cell in grid if not wanted.done(cell)]
     if args.dry_run:
@@ -174,10 +198,10 @@ def _cell(cell: Cell, number: int, display: Display, wanted: Wanted, threads: in
             return failed
     path = str(cell.folder / wanted.checkpoint)
     rules = [part for rule in wanted.rules for part in ("-p", rule)]
-    for protocol, folder in wanted.folders.items():
-        if not cell.scored(wanted.checkpoint, folder, wanted.rules):
-            options = ["--device", cell.cfg.device, f"protocol={protocol}"]
-            failed = stage(f"scoring ({protocol})", "test.py", "-r", path, *rules, *options)
+    for name, folder, overrides in wanted.passes(cell):
+        if not wanted.scored(cell, folder):
+            options = ["--device", cell.cfg.device, *overrides]
+            failed = stage(f"scoring ({name})", "test.py", "-r", path, *rules, *options)
             if failed:
                 return failed
     return ""

@@ -1,4 +1,4 @@
-"""What git keeps of a run: results, journal and configuration; no checkpoint, no absolute path."""
+"""What git keeps of a run: results, journal, configuration, report.json; no checkpoint, no absolute path."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from scripts.grid.cells import Cell
 
-KEPT = [
-    *("config.yaml", "metrics.jsonl", "provenance.json"),
-    *("results/*.json", "results/*.csv", "results/paper/*.json", "results/paper/*.csv"),
-]
+KEPT = (
+    *("config.yaml", "metrics.jsonl", "provenance.json", "report/report.json"),
+    *("results/**/*.json", "results/**/*.csv"),
+)
 
 
 def record(cell: Cell, folder: Path, root: Path) -> int:

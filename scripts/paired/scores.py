@@ -19,8 +19,9 @@ _SAME = ("checkpoint", "dataset", "protocol", "temperature", "correct_focal", "i
 
 @dataclass(frozen=True)
 class RuleScores:
-    """One rule on one checkpoint: `cells[image, class]` is a fraction."""
+    """One rule on one checkpoint: `cells[image, class]` is a fraction, `record` what the file at `path` holds."""
 
+    path: Path
     rule: str
     metric: str
     cells: dict[tuple[str, int], float]
@@ -87,7 +88,7 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
     except (ValueError, KeyError, TypeError) as error:
         detail = f"no column or key {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{table}: cannot be read with its {sidecar.name}: {detail}") from None
-    scores = RuleScores(rule, metric, cells, record)
+    scores = RuleScores(sidecar, rule, metric, cells, record)
     if metric == "dice" and stated is not None:
         values = scores.by_image().values()
         mean = math.fsum(values) / len(values) if values else math.nan

@@ -82,7 +82,11 @@ def sorted_differences(values: Sequence[float], mean: float, ylabel: str) -> str
         plot.box((index + gap, index + 1 - gap), (0, value), side, f"{value:+.2f} points")
     plot.rule(y=0)
     plot.rule(y=mean, css="mean")
-    plot.text(plot.left + 6, plot.py(mean) - 6, f"mean {mean:+.2f}", css="name")
+    text = f"mean {mean:+.2f}".replace("-", "−")
+    if mean < 0:  # where no bar is: a gain's bars go up at the right, a loss's down at the left
+        plot.text(plot.px(len(ordered)) - 6, plot.py(mean) + 15, text, "end", "name")
+    else:
+        plot.text(plot.left + 6, plot.py(mean) - 6, text, css="name")
     return plot.svg()
 
 

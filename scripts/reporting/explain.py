@@ -9,7 +9,15 @@ import torch
 
 from rankseg.calibration import Reliability
 from scripts.reporting import charts, page
-from scripts.reporting.measure import CUTOFF_BINS, THRESHOLDS, Findings, Key, by_size, false_alarms
+from scripts.reporting.measure import (
+    CUTOFF_BINS,
+    THRESHOLDS,
+    Findings,
+    Key,
+    by_size,
+    chosen_cutoffs,
+    false_alarms,
+)
 
 
 def reliability_section(findings: Findings) -> str:
@@ -100,8 +108,7 @@ def threshold_charts(findings: Findings) -> str:
         "RankDice, which chooses a cut-off for each image and class from the probabilities alone, "
         f"{ours:.2f}."
     )
-    cut = findings.cutoffs[:, list(findings.scoring.scored)]
-    cut = cut[~cut.isnan()]
+    cut = chosen_cutoffs(findings)
     end = 0.6 if not cut.numel() or cut.max() <= 0.6 else 1.0
     histogram = torch.histc(cut.float(), CUTOFF_BINS, 0, end)
     shares = (100 * histogram / max(cut.numel(), 1)).tolist()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankseg import Predictor, rules
-from rankseg.calibration import Reliability, fit_temperature, focal_correction
+from rankseg.calibration import Reliability, focal_correction
 from trainers.distributed import World
 from trainers.evaluator import Scoring
 from trainers.losses import Link, link_probs
@@ -25,7 +25,6 @@ from trainers.metrics import Counts, Truth, count, mean_over_classes
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 CUTOFF_BINS = 30
 _PIXELS = 1 << 14  # of an image that the reliability is read from
-_SAMPLE = 1 << 18  # pixels, over all images, that the temperature is fitted on
 
 
 class Key(NamedTuple):
@@ -80,25 +79,6 @@ def logits_of(
         if logits.shape[-2:] != size:
             logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
         yield batch, logits
-
-
-def temperature(
-    model: nn.Module, batches: Iterable[Any], images: int, link: Link, scoring: Scoring, where: World
-) -> float:
-    """The temperature that makes probabilities fit the labels best, on pixels drawn of each image."""
-    generator, share = torch.Generator().manual_seed(0), max(64, _SAMPLE // images)
-    logits, targets = [], []
-    for batch, found in logits_of(model, batches, where, "calibrating"):
-        for one, target in zip(found.flatten(2).cpu(), batch.targets.flatten(1), strict=True):
-            valid = (target != scoring.ignore_index).nonzero()[:, 0]
-            drawn = valid[torch.randperm(len(valid), generator=generator)[:share]]
-            logits.append(one[:, drawn])
-            targets.append(target[drawn])
-    return float(
-        fit_temperature(
-            torch.cat(logits, 1)[None], torch.cat(targets)[None], link, ignore_index=scoring.ignore_index
-        )
-    )
 
 
 def variants(link: Link, temperature: float, loss: str) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -184,6 +164,12 @@ def lowest(probs: Tensor, masks: Tensor) -> Tensor:
     """The smallest selected probability of each image and class, (N, C), NaN where nothing is selected."""
     least = probs.masked_fill(~masks, torch.inf).flatten(2).amin(2)
     return least.masked_fill(least.isinf(), torch.nan)
+
+
+def chosen_cutoffs(findings: Findings) -> Tensor:
+    """The cut-offs of RankDice in the scored classes of all images, where it selected anything, (masks,)."""
+    found = findings.cutoffs[:, list(findings.scoring.scored)]
+    return found[~found.isnan()]
 
 
 def by_size(findings: Findings, compared: Iterable[str]) -> list[tuple[str, int, dict[str, float]]]:

@@ -88,19 +88,10 @@ def _signed(delta: float) -> str:
 
 
 def matching(groups: Groups, dataset: str, protocol: str, model: str, loss: str, rule: str) -> list[Group]:
-    """The groups of this cell in any collection and split."""
-    return [
-        group
-        for group in groups.values()
-        if (
-            group.first.dataset,
-            group.first.protocol,
-            group.first.model,
-            group.first.loss,
-            group.first.predictor,
-        )
-        == (dataset, protocol, model, loss, rule)
-    ]
+    """The groups of this cell, on probabilities as they are, in any collection and split."""
+    names = ("dataset", "protocol", "model", "loss", "predictor", "variant")
+    wanted = (dataset, protocol, model, loss, rule, "")
+    return [g for g in groups.values() if tuple(getattr(g.first, name) for name in names) == wanted]
 
 
 @dataclass(frozen=True)
@@ -159,7 +150,7 @@ def _outside(block: Expected, group: Group, values: Sequence[float | None]) -> l
     for metric, value in zip(("dice", "iou"), values, strict=True):
         mean = group.summary(metric)[0]
         if value is not None and not abs(mean - value) <= block.tolerance:
-            cell = " ".join(group.first.cell[2:])
+            cell = " ".join(filter(None, group.first.cell[2:]))
             lines.append(
                 f"{cell}: m{'Dice' if metric == 'dice' else 'IoU'} {mean:.2f}, {block.path.name} expects "
                 f"{value:.2f} ± {block.tolerance:g} ({group.first.path})"

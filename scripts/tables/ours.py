@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from scripts.tables.results import Group, Problem
+from scripts.tables.results import Group, Problem, short
 from scripts.tables.table import DATASETS, LOSSES, MODELS, RULES, Cell, Note, Table, label, missing
 
 Groups = Mapping[tuple[str, ...], Group]
@@ -42,14 +42,14 @@ def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Pr
     here = {key: group for key, group in groups.items() if key[:2] == (collection, protocol)}
     rules = rule_order(group.first.predictor for group in here.values())
     lines, numbered = [], Notes()
-    for row in sorted({group.first.row for group in here.values()}, key=_row_order):
+    counts = {group.first.row[:4]: group.first.num_images for group in here.values()}
+    for row in sorted(_grid({group.first.row for group in here.values()}), key=_row_order):
         of_row = [here.get((*row, rule)) for rule in rules]
         present = [group for group in of_row if group]
-        lines.append((*_labels(present, numbered), *_cells(of_row, numbered)))
+        images = present[0].first.num_images if present else counts[row[:4]]
+        lines.append((*_labels(row, images, present, numbered), *_cells(of_row, numbered)))
     if problems:
-        numbered.mark(
-            problem_count(problems) + ": " + "; ".join(f"{p.path.name} ({p.reason})" for p in problems)
-        )
+        numbered.mark(problem_count(problems) + ": " + "; ".join(f"{p.name} ({p.reason})" for p in problems))
     place = f" ({collection})" if collection else ""
     return Table(
         name=table_name(collection, protocol),
@@ -63,6 +63,16 @@ def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Pr
     )
 
 
+def _grid(rows: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The rows with those that are missing: each model of a data set with each loss of it."""
+    found = set(rows)
+    for place in {row[:4] for row in rows}:
+        cells = {row[4:6] for row in rows if row[:4] == place}
+        every = {(model, loss) for model, _ in cells for _, loss in cells}
+        found |= {(*place, *cell, "") for cell in every - cells}
+    return found
+
+
 def rule_order(rules: Iterable[str]) -> list[str]:
     """The paper's order first, then the others by name."""
     known = list(RULES)
@@ -70,34 +80,39 @@ def rule_order(rules: Iterable[str]) -> list[str]:
 
 
 def _row_order(row: tuple[str, ...]) -> tuple:
-    _, _, dataset, split, model, loss = row
+    _, _, dataset, split, model, loss, variant = row
     ranks = [
         list(names).index(name) if name in names else len(names)
         for name, names in ((dataset, DATASETS), (model, MODELS), (loss, LOSSES))
     ]
-    return (ranks[0], dataset, split, ranks[1], model, ranks[2], loss)
+    return (ranks[0], dataset, split, ranks[1], model, ranks[2], loss, variant)
 
 
 def _caption(groups: Iterable[Group]) -> str:
     counts = {len(group.results) for group in groups}
     if counts == {1}:
         return "One seed each; the best of a row in bold."
-    return "Mean ± half the range over seeds; the best of a row in bold. Rows with one seed have no range."
+    alone = " Rows with one seed have no range." if 1 in counts else ""
+    return f"Mean ± half the range over seeds; the best of a row in bold.{alone}"
 
 
-def _labels(present: Sequence[Group], numbered: Notes) -> tuple[Cell, Cell, Cell]:
-    """Data set with split and size, model, and loss with the number of seeds."""
-    first = present[0].first
+def _labels(
+    row: tuple[str, ...], images: int, present: Sequence[Group], numbered: Notes
+) -> tuple[Cell, Cell, Cell]:
+    """Data set with split and size, model, and loss with what was changed and the number of seeds."""
+    _, _, dataset, split, model, loss, variant = row
     seeds = sorted({len(group.results) for group in present})
-    count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds != [1] else ""
-    marks = [numbered.mark(_UNLIKE)] if not comparable(present) else []
+    count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds not in ([1], []) else ""
+    marks = [numbered.mark(_VARIANT.format(variant[0].upper() + variant[1:]))] if variant else []
+    marks += [numbered.mark(_UNLIKE)] if not comparable(present) else []
     return (
-        label(f"{DATASETS.get(first.dataset, first.dataset)} {first.split}, {first.num_images} images"),
-        label(MODELS.get(first.model, first.model)),
-        label(LOSSES.get(first.loss, first.loss) + count, marks),
+        label(f"{DATASETS.get(dataset, dataset)} {split}, {images} images"),
+        label(MODELS.get(model, model)),
+        label(LOSSES.get(loss, loss) + (variant and f", {short(variant)}") + count, marks),
     )
 
 
+_VARIANT = "The same checkpoints, scored otherwise. {}."
 _UNLIKE = "The rules of this row were scored on unlike checkpoints or data: no comparison, and none is bold."
 
 

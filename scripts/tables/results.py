@@ -15,13 +15,16 @@ import yaml
 # Keys of a configuration that no number depends on, and the seed: free to differ within one average.
 _FREE = {"seed", "expected", "hydra", "run_dir", "save_dir", "num_workers", "device", "verify", "resume"}
 _FREE |= {"dataset.root", "dataset.source.root", "trainer.tensorboard", "trainer.panels", "trainer.keep"}
-_FREE |= {"trainer.save_minutes", "trainer.save_every", "validation"}
+_FREE |= {"trainer.save_minutes", "trainer.save_every", "validation", "loader_timeout"}
 _AT_MOST = 5
 
 
 @dataclass(frozen=True)
 class Result:
-    """One rule on one checkpoint; `dice` and `iou` in percent, NaN where nothing was scored."""
+    """One rule on one checkpoint; `dice` and `iou` in percent, NaN where nothing was scored.
+
+    `variant` says what was done to the probabilities before the rule, "" for nothing.
+    """
 
     path: Path
     collection: str
@@ -30,6 +33,7 @@ class Result:
     protocol: str
     model: str
     loss: str
+    variant: str
     predictor: str
     seed: int
     num_images: int
@@ -46,8 +50,9 @@ class Result:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """A row of a table: collection, protocol, data set, split, model, loss."""
-        return (self.collection, self.protocol, self.dataset, self.split, self.model, self.loss)
+        """A row of a table: collection, protocol, data set, split, model, loss, variant."""
+        names = ("collection", "protocol", "dataset", "split", "model", "loss", "variant")
+        return tuple(getattr(self, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Problem:
 
     path: Path
     reason: str
+    name: str  # the path below the folder that was read
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,15 @@ def read_results(saved: Path) -> tuple[list[Result], list[Problem]]:
         saved.rglob("*.json"), key=lambda p: ("results" not in p.relative_to(saved).parts[:1], p)
     ):
         inside = path.relative_to(saved.parent).parts[:-1]
-        if "results" not in inside or path.name == "provenance.json":
+        if "results" not in inside or path.name in ("provenance.json", "report.json"):
             continue
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(record, dict) and not {"format", "predictor", "scores"} & record.keys():
                 continue  # another kind of record beside the results
-            result = _result(path, saved, record)
+            result = result_of(path, saved, record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(Problem(path, _describe(error)))
+            problems.append(Problem(path, _describe(error), str(path.relative_to(saved))))
             continue
         key = (
             *result.cell[1:],
@@ -116,7 +122,8 @@ def _describe(error: Exception) -> str:
     return f"no key {error}" if isinstance(error, KeyError) else str(error)
 
 
-def _result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
+def result_of(path: Path, saved: Path, record: dict[str, Any]) -> Result:
+    """What a result file below `saved` says."""
     if record["format"] != 1:
         raise ValueError(f"format {record['format']!r}, this program reads format 1")
     data, scores = record["dataset"], record["scores"]
@@ -129,6 +136,7 @@ def _result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
         protocol=str(record["protocol"]),
         model=str(record["model"]),
         loss=str(record["loss"]),
+        variant=variant_of(record),
         predictor=str(record["predictor"]),
         seed=int(record["seed"]),
         num_images=int(data["num_images"]),
@@ -141,12 +149,35 @@ def _result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
             "link": record.get("link"),
             "scored classes": record.get("scored"),
             "model": record.get("model_detail"),
-            "temperature": record.get("temperature"),
+            "temperature": None if "temperature_fitted_on" in record else record.get("temperature"),
+            "images of the temperature": record.get("temperature_fitted_on"),
             "correct_focal": record.get("correct_focal"),
+            "checkpoint": (record.get("checkpoint") or {}).get("file"),
             "configuration": record.get("config_hash"),
         },
         config=_config(run),
     )
+
+
+def variant_of(record: dict[str, Any]) -> str:
+    """What was done to the probabilities before the rules, and an unusual threshold of T: "WORD: REASON; ..."."""
+    parts, temperature = [], record.get("temperature")
+    if record.get("correct_focal"):
+        parts.append("corrected: the bias of the focal loss undone in closed form")
+    if "temperature_fitted_on" in record:
+        same = record["temperature_fitted_on"] == record["dataset"]["fingerprint"]
+        where = ", which are the images scored" if same else ""
+        parts.append(f"calibrated: a temperature fitted on the validation images{where}")
+    elif temperature not in (None, 1):
+        parts.append(f"temperature {temperature:g}: logits divided by it")
+    if record.get("threshold") not in (None, 0.5):
+        parts.append(f"T at {record['threshold']:g}: another threshold of T")
+    return "; ".join(parts)
+
+
+def short(variant: str) -> str:
+    """The words of a variant without their reasons: "corrected, calibrated"."""
+    return ", ".join(part.partition(":")[0] for part in variant.split("; "))
 
 
 def _percent(scores: dict[str, Any], key: str) -> float:

@@ -13,6 +13,7 @@ import torch
 
 from scripts.paired.inference import average_ranks, bca_interval, bca_of_mean, standardized_mean, wilcoxon
 from scripts.paired.scores import paired, read_rule
+from scripts.paired.sweeps import sweep_of
 from scripts.paired_statistics import compare, main
 
 stats = pytest.importorskip("scipy.stats")
@@ -121,7 +122,13 @@ def put(folder, rule, counts, **changes):
             writer.writerow((image, c, inter, predicted, actual, f"{d:.6f}", f"{d / (2 - d):.6f}"))
     mean = sum(sum(v) / len(v) for v in dice.values()) / len(dice)
     record = {"predictor": rule, "seed": 0, "checkpoint": {"sha256": "x"}, "classes": ["sky", "cat", "dog"]}
-    record |= {"scores": {"mean_dice": mean}, "images": sorted({i for i, _ in counts}), **changes}
+    record |= {"format": 1, "protocol": "corrected", "model": "tiny", "loss": "ce", "config_hash": "c"}
+    record |= {"dataset": {"name": "drawn", "split": "test", "fingerprint": "f", "num_images": 4}}
+    record |= {
+        "scores": {"mean_dice": mean, "mean_iou": mean},
+        "images": sorted({i for i, _ in counts}),
+        **changes,
+    }
     (folder / f"{rule}.json").write_text(json.dumps(record))
 
 
@@ -203,7 +210,7 @@ def test_command_line_prints_markdown_and_json(results, capsys):
         and "left out: at most 1" in text
     )
     assert main([str(results), "--json", "--rule", "rankdice"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)
+    (found,) = json.loads(capsys.readouterr().out)["comparisons"]
     assert found["rule"] == "rankdice" and found["classes"][2]["mean"] is None
 
 
@@ -216,6 +223,55 @@ def test_seeds_are_summed_up_by_mean_and_range_not_pooled(results, tmp_path, cap
     text = capsys.readouterr().out
     assert "rankdice − T over 2 seeds: +4.17 points, range +0.00, +8.33." in text
     assert "2 p-values are not adjusted" in text
+    assert "| sky | +6.25 | +4.17, +8.33 |" in text and "| dog | " not in text.partition("by class")[0]
+    assert main([str(results), str(other), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (seeds,) = found["seeds"]
+    assert seeds["seeds"] == [0, 1] and seeds["range"] == pytest.approx([0, 25 / 3])
+    assert seeds["mean"] == pytest.approx(sum(one["mean"] for one in found["comparisons"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"dataset": {"name": "drawn", "split": "test", "fingerprint": "g", "num_images": 4}},
+            "data fingerprint f against g",
+        ),
+        ({"config_hash": "d"}, "configuration c against d"),
+        ({"seed": 0}, "seed 0 is there twice"),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_have_no_mean(results, tmp_path, capsys, change, words):
+    other = tmp_path / "seed1" / "results"
+    for rule, counts in (("T", TRUTH), ("rankdice", RIVAL)):
+        put(
+            other,
+            rule,
+            counts,
+            **({"images": list("abcd"), "seed": 1, "checkpoint": {"sha256": "y"}} | change),
+        )
+    assert main([str(results), str(other)]) == 0
+    text = capsys.readouterr().out
+    assert "rankdice − T: no mean over 2 runs" in text and words in text and "range" not in text
+
+
+def test_other_networks_are_other_rows_not_other_seeds(results, tmp_path, capsys):
+    other = tmp_path / "other" / "seed0" / "results"
+    put(other, "T", TRUTH, images=list("abcd"), model="unet")
+    put(other, "rankdice", RIVAL, images=list("abcd"), model="unet")
+    assert main([str(results), str(other)]) == 0
+    text = capsys.readouterr().out
+    assert "| unet, ce: rankdice − T, 0 |" in text and "| tiny, ce: rankdice − T, 0 |" in text
+    assert "seeds" not in text
+    for rule, counts in (("T", TRUTH), ("rankdice", RIVAL)):
+        fitted = {"temperature": 1.4, "temperature_fitted_on": "v"}
+        put(results / "calibrated", rule, counts, images=list("abcd"), **fitted)
+    assert main([str(results), str(results / "calibrated")]) == 0
+    text = capsys.readouterr().out
+    assert "| tiny, ce, calibrated: rankdice − T, 0 |" in text and "seeds" not in text
+    assert main([str(results), str(results)]) == 2
+    assert "a run is given twice" in capsys.readouterr().err
 
 
 def test_paper_protocol_reads_its_own_folder(results, capsys):
@@ -236,6 +292,43 @@ def test_plot_is_drawn(results, tmp_path):
     pytest.importorskip("matplotlib")
     assert main([str(results), "--plot", str(tmp_path / "p.png"), "--resamples", "200"]) == 0
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_plot_has_thresholds_where_a_report_measured_them(results, tmp_path, capsys):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    pair = [read_rule(results, rule) for rule in ("T", "rankdice")]
+    sweep, why = sweep_of(*pair)
+    assert sweep is None and "report.json does not exist" in why and "python scripts/report.py" in why
+
+    of = {"checkpoint": "x", "protocol": "corrected", "split": "test"}
+    report = {"of": of, "threshold": {"at 0.1": 0.6, "at 0.5": 0.7}, "cutoffs": [0.2, 0.3, 0.3]}
+    path = results.parent / "report" / "report.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(report))
+    sweep, why = sweep_of(*pair)
+    assert not why and sweep.curve == [(0.1, 60.0), (0.5, 70.0)] and sweep.cutoffs == [0.2, 0.3, 0.3]
+    by_image = {rule.rule: 100 * sum(rule.by_image().values()) / len(rule.by_image()) for rule in pair}
+    assert sweep.levels == pytest.approx(by_image)
+
+    drawn = []
+    plt.close, closed = drawn.append, plt.close
+    try:
+        assert main([str(results), "--plot", str(tmp_path / "p.png"), "--resamples", "200"]) == 0
+    finally:
+        plt.close = closed
+    (_, _, third, behind) = drawn[0].axes
+    assert third.get_xlabel() == "threshold; cut-off" and list(third.lines[0].get_ydata()) == [60, 70]
+    assert sum(bar.get_height() for bar in behind.patches) == 3
+    assert "no panel" not in capsys.readouterr().err
+
+    for text, reason in (
+        (json.dumps({**report, "of": {**of, "checkpoint": "y"}}), "of another checkpoint"),
+        ("{", "cannot be read"),
+    ):
+        path.write_text(text)
+        assert reason in sweep_of(*pair)[1]
+    assert main([str(results), "--plot", str(tmp_path / "p.png"), "--resamples", "200"]) == 0
+    assert "no panel of thresholds" in capsys.readouterr().err
 
 
 def test_missing_matplotlib_names_the_remedy(results, tmp_path, capsys, monkeypatch):

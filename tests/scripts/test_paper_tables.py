@@ -234,6 +234,70 @@ def test_missing_cells_say_so(saved):
     assert [row[4].text for row in table.rows] == ["(50.00, 40.00)", "missing"]
 
 
+def test_cells_of_the_grid_that_were_not_run_are_missing_too(saved):
+    saved(model="pspnet", loss="ce")
+    saved(model="pspnet", loss="focal", checkpoint__sha256="b")
+    saved(model="fcn8", loss="ce", checkpoint__sha256="c")
+    saved(model="fcn8", loss="bce", dataset__name="voc2012", checkpoint__sha256="d")
+    (table,) = tables_of(saved.folder)
+    found = {(row[0].text.split()[0], row[1].text, row[2].text): row[3].text for row in table.rows}
+    absent = {key for key, text in found.items() if text == "missing"}
+    assert len(found) == 5 and absent == {("Cityscapes", "FCN8", "Focal")}
+
+
+def test_calibrated_scores_have_rows_of_their_own(saved):
+    """Fitted temperatures differ from seed to seed and are averaged; raw and calibrated scores never are."""
+    for seed in (0, 1):
+        run = {"seed": seed, "loss": "focal", "checkpoint__sha256": f"s{seed}"}
+        saved(**run, temperature=1.0, scores__mean_dice=0.5)
+        fitted = record(
+            **run, temperature=1.2 + seed, temperature_fitted_on="abcd", scores__mean_dice=0.6 + seed / 10
+        )
+        corrected = record(**run, correct_focal=True, config_hash="c", scores__mean_dice=0.7)
+        here = saved.folder / "cityscapes" / "pspnet" / "focal" / f"seed{seed}" / "results" / "paper"
+        for name, data in (("calibrated", fitted), ("focal_corrected", corrected)):
+            (here / name).mkdir()
+            (here / name / "T.json").write_text(json.dumps(data))
+    (table,) = tables_of(saved.folder)
+    found = {row[2].text: (row[3].text, row[2].marks) for row in table.rows}
+    assert found == {
+        "Focal (2 seeds)": ("(50.00 ± 0.00, 40.00 ± 0.00)", ()),
+        "Focal, calibrated (2 seeds)": ("(65.00 ± 5.00, 40.00 ± 0.00)", ("1",)),
+        "Focal, corrected (2 seeds)": ("(70.00 ± 0.00, 40.00 ± 0.00)", ("2",)),
+    }
+    assert "temperature fitted on the validation images." in table.notes[0].text
+    assert "bias of the focal loss" in table.notes[1].text
+    _, rows = _both(saved.folder)
+    assert rows["PSPNet", "Focal"][1].text == "(50.00 ± 0.00, 40.00 ± 0.00)"  # the paper's are raw
+
+
+def test_a_temperature_fitted_on_the_scored_images_says_so(saved):
+    saved(temperature=1.2, temperature_fitted_on="f00d")
+    saved(seed=1, temperature=1.2, temperature_fitted_on="beef", checkpoint__sha256="bb")
+    (table,) = tables_of(saved.folder)
+    assert [row[2].text for row in table.rows] == ["CE, calibrated"] * 2
+    assert sum("which are the images scored" in note.text for note in table.notes) == 1
+
+
+def test_temperatures_fitted_on_unlike_images_are_refused(saved):
+    saved(temperature=1.2, temperature_fitted_on="one")
+    saved(seed=1, temperature=1.3, temperature_fitted_on="two", checkpoint__sha256="bb")
+    (table,) = tables_of(saved.folder)
+    assert (
+        table.rows[0][3].text == "refused"
+        and "images of the temperature one against two" in table.notes[1].text
+    )
+
+
+def test_other_temperatures_and_thresholds_are_told_apart(saved):
+    saved(temperature=2.0)
+    (table,) = tables_of(saved.folder)
+    assert table.rows[0][2].text == "CE, temperature 2"
+    saved(temperature=1.0, threshold=0.3)
+    (table,) = tables_of(saved.folder)
+    assert table.rows[0][2].text == "CE, T at 0.3"
+
+
 def test_protocols_and_collections_stay_apart(saved):
     saved(scores__mean_dice=0.1)
     saved(protocol="corrected", scores__mean_dice=0.2)
@@ -248,6 +312,7 @@ def test_protocols_and_collections_stay_apart(saved):
         ({"dataset__fingerprint": "beef"}, "data fingerprint f00d against beef"),
         ({"dataset__num_images": 80}, "number of images 500 against 80"),
         ({"config_hash": "other"}, "configuration c0de against other"),
+        ({"checkpoint__file": "last.pth"}, "checkpoint best_model.pth against last.pth"),
         ({"model_detail": {"weights": "x"}}, "model {'weights': None} against {'weights': 'x'}"),
     ],
 )
@@ -273,6 +338,14 @@ def test_seed_and_path_may_differ(saved):
     saved(config={"seed": 1, "run_dir": "b", "dataset": {"root": "/y"}}, seed=1, checkpoint__sha256="bb")
     (table,) = tables_of(saved.folder)
     assert table.rows[0][3].text == "(50.00 ± 0.00, 40.00 ± 0.00)"
+
+
+def test_what_may_differ_between_two_starts_of_a_run_may_differ_between_seeds():
+    from configs import stored
+    from scripts.tables import results
+
+    trainer = {f"trainer.{key}" for key in stored._FREE_TRAINER}
+    assert {*stored._FREE, *trainer} <= results._FREE
 
 
 def test_rules_of_unlike_checkpoints_are_no_comparison(saved):
@@ -306,8 +379,19 @@ def test_corrupt_files_are_named_skipped_and_counted(saved, text, reason, capsys
     assert main(["--saved", str(saved.folder)]) == 0
     shown = capsys.readouterr()
     assert "(50.00, 40.00)" in shown.out
+    assert "cityscapes/pspnet/ce/seed0/results/paper/max.json" in shown.out
     assert f"skipped: {bad}: {reason}" in shown.err and "1 result file could not be read" in shown.err
     assert "1 result file could not be read and was skipped" in shown.out
+
+
+def test_a_report_beside_recorded_results_is_no_result(saved, capsys):
+    path = saved(where="results/kept")
+    report = path.parents[2] / "report" / "report.json"
+    report.parent.mkdir()
+    report.write_text(json.dumps({"scores": {}, "threshold": {}}))
+    assert main(["--saved", str(saved.folder)]) == 0
+    shown = capsys.readouterr()
+    assert "skipped" not in shown.err and "(50.00, 40.00)" in shown.out
 
 
 def test_nothing_scored_is_undefined_not_zero(saved):

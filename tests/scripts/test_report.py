@@ -30,11 +30,11 @@ from scripts.reporting.measure import (
     false_alarms,
     lowest,
     measure,
-    temperature,
     variants,
 )
 from scripts.reporting.pictures import pick
 from scripts.reporting.svg import Plot, padded, ticks
+from trainers.calibrate import held_out_temperature
 from trainers.checkpoint import save
 from trainers.distributed import World
 from trainers.evaluator import Scoring, evaluate
@@ -243,9 +243,7 @@ def test_twice_the_logits_are_twice_the_temperature() -> None:
     targets = torch.distributions.Categorical(logits=logits.movedim(1, -1)).sample()
     targets[:, :3] = 255
     batch = SimpleNamespace(images=logits, targets=targets, names=["a", "b", "c"], indices=[0, 1, 2])
-    once, twice = (
-        temperature(Given(scale), [batch], 3, "softmax", Scoring(4, (1, 2, 3)), HERE) for scale in (1.0, 2.0)
-    )
+    once, twice = (held_out_temperature(Given(scale), [batch], "softmax", HERE) for scale in (1.0, 2.0))
     assert once == pytest.approx(1, abs=0.1) and twice == pytest.approx(2 * once, rel=1e-3)
 
 

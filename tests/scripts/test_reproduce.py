@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from scripts.grid import running
@@ -43,7 +44,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reproduce: object
     def play(arguments: list[str], log: Path, threads: int | None, tick: object) -> tuple[int, str]:
         script, *rest = arguments
         if script == "test.py":
-            score(Path(rest[1]), [rule for flag, rule in pairwise(rest) if flag == "-p"], rest[-1])
+            score(Path(rest[1]), [rule for flag, rule in pairwise(rest) if flag == "-p"], rest)
             return 0, ""
         assert {"verify=false", "hydra.mode=RUN"} <= set(rest)
         cell = cells([word for word in rest if not word.startswith(("verify=", "hydra."))])[0]
@@ -64,9 +65,11 @@ def train(cell: Cell) -> tuple[int, str]:
     return 0, ""
 
 
-def score(checkpoint: Path, rules: list[str], protocol: str) -> None:
+def score(checkpoint: Path, rules: list[str], overrides: list[str]) -> None:
     """What test.py leaves behind."""
-    folder = checkpoint.parent / ("results/paper" if protocol == "protocol=paper" else "results")
+    folder = checkpoint.parent / ("results/paper" if "protocol=paper" in overrides else "results")
+    folder /= "calibrated" if "temperature=fit" in overrides else ""
+    folder /= "focal_corrected" if "correct_focal=true" in overrides else ""
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     for rule in rules:
@@ -142,6 +145,29 @@ def test_cells_run_a_failure_is_named_and_what_is_done_is_skipped(
     assert "3 cells, 0 finished" in capfd.readouterr().out
 
 
+def test_calibrated_scores_are_made_once_and_recorded(
+    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = stand_ins.parent / "kept"
+    command = ["--losses", "ce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T"]
+    assert run(reproduce, monkeypatch, *command) == 0
+    assert run(reproduce, monkeypatch, *command, "--calibrate", "--dry-run") == 0
+    assert "2 cells, 0 finished" in capfd.readouterr().out
+    assert run(reproduce, monkeypatch, *command, "--calibrate", "--record", str(kept)) == 0
+    folders = ["", "/calibrated", "/paper", "/paper/calibrated"]
+    wanted = {"ce": folders, "focal": [*folders, "/focal_corrected", "/paper/focal_corrected"]}
+    for loss, expected in wanted.items():
+        cell = f"synthetic/tiny/{loss}/seed0/results"
+        made = {str(path.parent.relative_to(stand_ins / cell)) for path in (stand_ins / cell).rglob("T.json")}
+        assert made == {folder.strip("/") or "." for folder in expected}
+        for folder in expected:
+            copy = f"{cell}{folder}/T.json"
+            assert (kept / copy).read_bytes() == (stand_ins / copy).read_bytes()
+    capfd.readouterr()
+    assert run(reproduce, monkeypatch, *command, "--calibrate", "--dry-run") == 0
+    assert "2 cells, 2 finished" in capfd.readouterr().out
+
+
 def test_bad_input_is_said_before_anything_runs(
     reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,31 +238,60 @@ def test_the_process_stops_when_the_command_is_stopped(speaker: Path) -> None:
     assert time.monotonic() - started < 100  # it waited for the child, which had 300 seconds to go
 
 
-@pytest.mark.slow
-def test_killed_half_way_and_resumed(tmp_path: Path) -> None:
-    """The real commands: SIGTERM during the first training, then the same command again, to the table."""
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "reproduce.py"),
-        "--losses",
-        "ce,bce",
-        "experiment=smoke",
-    ]
-    command += ["epochs=12", f"save_dir={tmp_path}", "--protocols", "corrected"]
+GRID = ("experiment=grid_smoke", "model=smp_unet,smp_fpn", "loss=ce", "epochs=12")
+
+
+def command(script: str, save_dir: Path, *more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    first = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    journal = tmp_path / "synthetic/tiny/ce/seed0/metrics.jsonl"
-    for _ in range(600):
-        if journal.exists() and journal.read_text().count('"train"') >= 2:
-            break
-        time.sleep(0.2)
-    first.terminate()
-    _, err = first.communicate(timeout=120)
-    assert first.returncode == 75 and "run the same command again" in err
-    assert not (tmp_path / "synthetic/tiny/ce/seed0/checkpoint-epoch12.pth").exists()
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "going on after epoch" in (journal.parent / "reproduce.log").read_text()
-    assert "| synthetic" in again.stdout and again.stdout.count("[2/2]") == 1
+    words = [sys.executable, str(ROOT / script), *GRID, f"save_dir={save_dir}", *more]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen[str]) -> None:
+    """Until a file holds a text, while the process lives."""
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None or process.returncode == -signal.SIGKILL, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The grid trained in one process by train.py, and scored: the folder of the runs and the table."""
+    folder = tmp_path_factory.mktemp("whole") / "saved"
+    trained = command("train.py", folder)
+    assert trained.wait() == 0, trained.communicate()
+    out, err = (scored := command("scripts/reproduce.py", folder, "--protocols", "corrected")).communicate()
+    assert scored.returncode == 0, err
+    return folder, out[out.index("**Our results") :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_half_way_and_resumed(
+    number: signal.Signals, uninterrupted: tuple[Path, str], tmp_path: Path
+) -> None:
+    """The real commands: a signal while the second cell trains, then the same command again, to the table."""
+    saved, (whole, table) = tmp_path / "saved", uninterrupted
+    first, second = (saved / f"synthetic/{model}/ce/seed0" for model in ("smp_unet", "smp_fpn"))
+    process = command("scripts/reproduce.py", saved, "--protocols", "corrected")
+    wait_for(second / "metrics.jsonl", '"epoch": 2', process)
+    process.send_signal(number)
+    _, err = process.communicate()
+    wait_for(second / "reproduce.log", "interrupted by SIGTERM", process)  # the training ends with its parent
+    if number == signal.SIGTERM:
+        assert process.returncode == 75 and "run the same command again" in err
+    assert not (second / "checkpoint-epoch12.pth").exists()
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+
+    out, err = (again := command("scripts/reproduce.py", saved, "--protocols", "corrected")).communicate()
+    assert again.returncode == 0, err
+    assert "2 cells, 1 finished before, 1 to do" in out
+    assert "going on after epoch" in (second / "reproduce.log").read_text()
+    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    assert out[out.index("**Our results") :] == table
+    for run in (first, second):
+        ours, theirs = (
+            torch.load(folder / run.relative_to(saved) / "last.pth", weights_only=True)["model"]
+            for folder in (saved, whole)
+        )
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

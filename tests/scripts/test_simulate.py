@@ -97,6 +97,13 @@ def test_the_same_seed_gives_the_same_table_whatever_else_runs(capsys):
     assert alone.count("\n") == 8  # a title, a blank, two head lines, four settings
 
 
+def test_the_document_shows_what_is_printed(root, capsys):
+    assert main(["exponential", "--sizes", "28"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| b = ")]
+    shown = (root / "docs" / "simulations.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 3 and set(rows) <= set(shown)
+
+
 def test_csv_holds_a_line_for_each_setting_and_rule(tmp_path, capsys):
     path = tmp_path / "s.csv"
     assert main(["linear", "--sizes", "28", "--draws", "5", "--csv", str(path)]) == 0

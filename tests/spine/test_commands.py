@@ -120,6 +120,24 @@ def test_train_test_table(trained: Path, run: Path, tmp_path: Path) -> None:
     assert f"{100 * result['scores']['mean_dice']:.1f}" in table.stdout
 
 
+def test_calibrated_scores_lie_beside_the_usual_ones_and_get_rows_of_their_own(
+    trained: Path, run: Path
+) -> None:
+    score = ("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "-p", "max")
+    for change in ("temperature=fit", "correct_focal=true", "threshold=0.3"):
+        call(*score, change, cwd=trained)
+    call(*score, cwd=trained)
+    folders = ("calibrated", "focal_corrected", "threshold_0.3", "")
+    read = {name: json.loads((run / "results" / name / "T.json").read_text()) for name in folders}
+    assert [read[name]["temperature"] == 1 for name in folders] == [False, True, True, True]
+    assert read["calibrated"]["temperature_fitted_on"] != read["calibrated"]["dataset"]["fingerprint"]
+    assert len({one["config_hash"] for one in read.values()}) == 4
+    table = call("scripts/paper_tables.py", "--saved", str(trained), cwd=trained).stdout
+    for row in ("CE, calibrated", "CE, corrected", "CE, T at 0.3"):
+        assert f"| {row}<sup>" in table, table
+    assert "refused" not in table
+
+
 def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: Path, tmp_path: Path) -> None:
     call(
         "test.py",
