@@ -6,7 +6,9 @@ alone.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import TracebackType
 
 import torch
 from torch.utils.data import DataLoader
@@ -67,6 +69,7 @@ class Loader:
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             timeout=timeout if num_workers else 0,
+            worker_init_fn=hide_lost_connections if num_workers else None,
             generator=torch.Generator().manual_seed(seed_of(seed)),  # otherwise the global one is drawn from
         )
 
@@ -218,6 +221,20 @@ class EvalLoader(Loader):
         yield from self._batches(
             [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
         )
+
+
+def hide_lost_connections(_worker: int) -> None:
+    """In a worker, print no traceback where the parent hangs up, as it does in the middle of a batch when it fails.
+
+    What goes wrong with an image is raised in the parent; only threads of multiprocessing print here.
+    """
+    shown = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            shown(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def first_line(error: Exception) -> str:

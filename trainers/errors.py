@@ -27,7 +27,11 @@ class Interrupted(BaseException):
 # What torch says, what it means, and what to do (None: change the amount of memory).
 _KNOWN = (
     (r"out of memory|can't allocate memory|not enough memory|MemoryError", "out of memory", None),
-    (r"a loader process died", "the loader failed", "or set dataset.root to a disk that answers"),
+    (
+        r"DataLoader worker \(pid",  # torch raises it wherever the training happens to be
+        "a loader process died",
+        "see whether memory or /dev/shm ran out, or set num_workers=0",
+    ),
     (
         r"(\S+) does not have a deterministic implementation",
         "trainer.deterministic=true refuses an operation that adds in no fixed order",
@@ -53,6 +57,8 @@ def explained(doing: str, more_memory: str) -> Iterator[None]:
         yield
     except TrainingError:
         raise
+    except ChildProcessError as error:  # of a loader, which has said it all
+        raise TrainingError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
         for pattern, meaning, remedy in _KNOWN:
             if re.search(pattern, f"{type(error).__name__}: {error}"):
