@@ -6,15 +6,14 @@ alone.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from types import TracebackType
 
 import torch
 from torch.utils.data import DataLoader
 
 from .base import DatasetError, SegmentationDataset
 from .batches import Batch, Key, Reader, Transform, collate, seed_of
+from .workers import DEATHS, hide_lost_connections
 
 NO_EPOCH = -1  # evaluation draws nothing at random
 
@@ -81,7 +80,15 @@ class Loader:
         """
         self._plan.batches = plan
         try:
-            for batches, faults in self._loader:
+            DEATHS.check()
+            iterator = iter(self._loader)
+            if self.num_workers:
+                DEATHS.watch()
+            while True:
+                with DEATHS.told():
+                    batches, faults = next(iterator, (None, []))
+                if batches is None:
+                    return
                 self._note(faults)
                 yield from batches
         except RuntimeError as error:
@@ -221,20 +228,6 @@ class EvalLoader(Loader):
         yield from self._batches(
             [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
         )
-
-
-def hide_lost_connections(_worker: int) -> None:
-    """In a worker, print no traceback where the parent hangs up, as it does in the middle of a batch when it fails.
-
-    What goes wrong with an image is raised in the parent; only threads of multiprocessing print here.
-    """
-    shown = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            shown(kind, error, trace)
-
-    sys.excepthook = hook
 
 
 def first_line(error: Exception) -> str:

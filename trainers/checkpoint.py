@@ -41,8 +41,6 @@ def save(payload: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into a RuntimeError
-        if "DataLoader" in str(error):  # a loader process died just now: the disk is not to blame
-            raise
         reason = str(error).splitlines()[0]
         raise OSError(
             f"{path} could not be written ({reason}): is the disk full? The one before is kept"

@@ -28,11 +28,6 @@ class Interrupted(BaseException):
 _KNOWN = (
     (r"out of memory|can't allocate memory|not enough memory|MemoryError", "out of memory", None),
     (
-        r"DataLoader worker \(pid",  # torch raises it wherever the training happens to be
-        "a loader process died",
-        "see whether memory or /dev/shm ran out, or set num_workers=0",
-    ),
-    (
         r"(\S+) does not have a deterministic implementation",
         "trainer.deterministic=true refuses an operation that adds in no fixed order",
         "use device=cpu, another model, or trainer.deterministic=false",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import time
@@ -211,6 +212,21 @@ def test_a_dead_or_stalled_worker_is_named(how):
         ChildProcessError, match=r"a loader process died, or gave nothing for 1 s.*num_workers=0"
     ):
         list(loader.epoch(0))
+
+
+def test_a_death_is_told_with_the_next_batch_and_not_before():
+    """torch raises at any line of the parent; here a whole second of them passes undisturbed."""
+    others = multiprocessing.active_children()
+    batches = train_loader(numbered(8), batch_size=4, num_workers=1).epoch(0)
+    next(batches)
+    (worker,) = (process for process in multiprocessing.active_children() if process not in others)
+    worker.kill()
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    with pytest.raises(ChildProcessError, match=r"a loader process died.*is killed by signal"):
+        next(batches)
+    assert len(list(train_loader(numbered(8), batch_size=4, num_workers=1).epoch(0))) == 2
 
 
 def test_images_of_unlike_sizes_cannot_be_trained_on_without_a_crop():

@@ -139,10 +139,6 @@ def test_the_validation_is_not_repeated_where_it_was_done(whole: tuple[Any, ...]
             "gave nothing for 300 s",
         ),
         (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            r"a loader process died while training: .*7\) is killed by signal: Killed; .*num_workers=0",
-        ),
-        (
             RuntimeError("[../gloo/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:3"),
             "another process",
         ),

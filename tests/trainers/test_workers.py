@@ -52,7 +52,7 @@ def ended(process: ForkServerProcess, folder: Path) -> str:
 
 
 def updates(folder: Path) -> int:
-    """How far the newest whole state is; the blow may have fallen between two renames."""
+    """How far the newest whole state is."""
     (lock,) = folder.rglob(".lock")
     found = Checkpoints(lock.parent, read_checkpoint).newest()
     return found["training"]["progress"]["updates"] if found else 0
@@ -76,7 +76,7 @@ def test_a_worker_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_killed_at_whatever_moment_the_same_command_goes_on(tmp_path: Path) -> None:
-    """torch tells of a dead worker by an exception at any line, in a step, a validation or while a state is written."""
+    """In a step, while workers are started, in a validation, between the renames of a state."""
     moments, reached = random.Random(0), 0
     for _ in range(10):
         process = start(tmp_path)
