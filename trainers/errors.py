@@ -109,8 +109,10 @@ class StopSignals:
             self._at_once = False
 
     def _note(self, number: int, _frame: object) -> None:
-        if os.getpid() != self._process:
-            return  # a loader process, which its parent will end
+        if os.getpid() != self._process:  # a loader process that has only just been started
+            if number == signal.SIGTERM:  # its parent ends, and waits for it
+                os._exit(0)
+            return
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
