@@ -94,6 +94,7 @@ class Loader:
         except (RuntimeError, ConnectionError, EOFError) as error:
             if not (self.num_workers and lost(error)):
                 raise
+            DEATHS.end_all()
             raise ChildProcessError(
                 f"a loader process died, or gave nothing for {self.timeout:g} s ({first_line(error)}): "
                 "see whether memory or /dev/shm ran out, or set num_workers=0"

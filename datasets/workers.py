@@ -6,6 +6,7 @@ or where Python prints "exception ignored" and goes on.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import sys
 import threading
@@ -42,7 +43,12 @@ class Deaths:
                 raise
 
     def check(self) -> None:
-        """Raise what was noted, once. Raises RuntimeError, in torch's words."""
+        """Raise what was noted, once; looks anew, as torch misses a death while others are still being started.
+
+        Raises RuntimeError, in torch's words.
+        """
+        if self._torch is not None and signal.getsignal(signal.SIGCHLD) == self._note:
+            self._note(signal.SIGCHLD, None)
         told, self._told = self._told, None
         if told is not None:
             raise told
@@ -59,6 +65,14 @@ class Deaths:
             raise
         finally:
             self._waiting = False
+
+    def end_all(self) -> None:
+        """Kill the loader processes that are left: one that missed a SIGTERM would be waited for at the exit."""
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
+                process.join(5)
+        self._told = None
 
 
 DEATHS = Deaths()  # one for all loaders, as there is one handler
