@@ -18,6 +18,7 @@ from configs.cli import guarded, list_skipped, options
 from rankseg.calibration import focal_correction
 from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
+from trainers.errors import explained
 from trainers.evaluator import evaluate
 from trainers.losses import Link
 from trainers.reproducibility import provenance
@@ -32,7 +33,7 @@ examples:
 
 Everything else comes from the configuration stored in the checkpoint. Results go to results/ beside it
 (results/paper/ under protocol=paper), with temperature= to calibrated/ in there, with correct_focal=true to
-focal_corrected/. Exit codes: 0 done, 2 bad input.
+focal_corrected/. Exit codes: 0 done, 2 bad input, 3 scoring failed (too little memory, a dead or stalled loader process).
 """
 
 
@@ -107,18 +108,19 @@ def score(args: argparse.Namespace, where: World) -> None:
     criterion = build.loss(cfg)
     temperature, fitted = find_temperature(cfg, network, criterion.link, where)
     loader = build.eval_loader(cfg, data, where)
-    results = evaluate(
-        network,
-        loader,
-        rules,
-        criterion,
-        build.scoring(cfg, data.info),
-        where,
-        temperature=temperature,
-        correct=focal_correction if cfg.correct_focal else None,
-        precision=cfg.trainer.precision,
-        progress=f"{cfg.dataset.name} {cfg.split}",
-    )
+    with explained("scoring", "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"):
+        results = evaluate(
+            network,
+            loader,
+            rules,
+            criterion,
+            build.scoring(cfg, data.info),
+            where,
+            temperature=temperature,
+            correct=focal_correction if cfg.correct_focal else None,
+            precision=cfg.trainer.precision,
+            progress=f"{cfg.dataset.name} {cfg.split}",
+        )
     if not where.is_main:
         return
     list_skipped(loader.skipped)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from .base import DatasetError, SegmentationDataset
 from .batches import Batch, Key, Reader, Transform, collate, seed_of
+from .workers import DEATHS, first_line, hide_lost_connections, lost
 
 NO_EPOCH = -1  # evaluation draws nothing at random
 
@@ -67,6 +68,7 @@ class Loader:
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             timeout=timeout if num_workers else 0,
+            worker_init_fn=hide_lost_connections if num_workers else None,
             generator=torch.Generator().manual_seed(seed_of(seed)),  # otherwise the global one is drawn from
         )
 
@@ -78,12 +80,21 @@ class Loader:
         """
         self._plan.batches = plan
         try:
-            for batches, faults in self._loader:
+            DEATHS.check()
+            iterator = iter(self._loader)
+            if self.num_workers:
+                DEATHS.watch()
+            while True:
+                with DEATHS.told():
+                    batches, faults = next(iterator, (None, []))
+                if batches is None:
+                    return
                 self._note(faults)
                 yield from batches
-        except RuntimeError as error:
-            if not first_line(error).startswith("DataLoader"):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not (self.num_workers and lost(error)):
                 raise
+            DEATHS.end_all()
             raise ChildProcessError(
                 f"a loader process died, or gave nothing for {self.timeout:g} s ({first_line(error)}): "
                 "see whether memory or /dev/shm ran out, or set num_workers=0"
@@ -218,8 +229,3 @@ class EvalLoader(Loader):
         yield from self._batches(
             [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
         )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).splitlines() or [""])[0]

@@ -27,7 +27,6 @@ class Interrupted(BaseException):
 # What torch says, what it means, and what to do (None: change the amount of memory).
 _KNOWN = (
     (r"out of memory|can't allocate memory|not enough memory|MemoryError", "out of memory", None),
-    (r"a loader process died", "the loader failed", "or set dataset.root to a disk that answers"),
     (
         r"(\S+) does not have a deterministic implementation",
         "trainer.deterministic=true refuses an operation that adds in no fixed order",
@@ -53,6 +52,8 @@ def explained(doing: str, more_memory: str) -> Iterator[None]:
         yield
     except TrainingError:
         raise
+    except ChildProcessError as error:  # of a loader, which has said it all
+        raise TrainingError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
         for pattern, meaning, remedy in _KNOWN:
             if re.search(pattern, f"{type(error).__name__}: {error}"):
@@ -108,8 +109,10 @@ class StopSignals:
             self._at_once = False
 
     def _note(self, number: int, _frame: object) -> None:
-        if os.getpid() != self._process:
-            return  # a loader process, which its parent will end
+        if os.getpid() != self._process:  # a loader process that has only just been started
+            if number == signal.SIGTERM:  # its parent ends, and waits for it
+                os._exit(0)
+            return
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name

@@ -107,7 +107,7 @@ class Trainer:
         now, steps = self.progress, len(self.loader)
         clock = saved = time.monotonic()
         self.update.model.train()
-        batches = self.loader.epoch(now.epoch, now.step) if now.step < steps else ()
+        batches = self._batches(stop) if now.step < steps else ()
         title, hidden = f"epoch {now.epoch + 1}/{self.epochs}", None if self.where.is_main else True
         with tqdm(total=steps, initial=now.step, desc=title, disable=hidden, leave=False) as bar:
             for batch in batches:
@@ -123,6 +123,17 @@ class Trainer:
                     saved = time.monotonic()
                     if vote == _STOP:
                         raise Interrupted(f"{stop.name or 'a signal at another rank'} at step {now.updates}")
+
+    def _batches(self, stop: StopSignals) -> Iterator[Any]:
+        """The batches left of this epoch, up to a signal to the whole job, of which the loader dies as well."""
+        now = self.progress
+        try:
+            yield from self.loader.epoch(now.epoch, now.step)
+        except ChildProcessError:
+            if stop.name is None or self.where.size > 1:
+                raise
+            self._write(self.checkpoints.save_last)
+            raise Interrupted(f"{stop.name} at step {now.updates}") from None
 
     def _finish_epoch(self, stop: StopSignals) -> None:
         """Note the epoch, score the network, and save; until then the epoch counts as unfinished."""

@@ -1,23 +1,34 @@
-"""Where the time of a training step goes, and what the original's second forward pass a step would cost."""
+"""Where the time of a training step goes, and what the original did besides: it ran each batch a second time.
+
+The original updated, ran the same batch through the network again, still in training mode, and scored that output
+for its progress bar: masks at 0.5, then Dice, IoU and accuracy. The last row does all of it, counted by this project's
+own counts; the row before it runs the network only, as `trainer.second_forward=true` does.
+"""
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from tqdm import tqdm
 
 from configs import build
+from scripts.benchmarks.timing import Stopwatch, add_clock
 from trainers.device import pick_device
 from trainers.distributed import World
 from trainers.errors import explained
+from trainers.evaluator import Scoring
+from trainers.losses import link_probs
+from trainers.metrics import count
 from trainers.update import Update
 
-PARTS = ("data", "forward", "loss", "backward", "optimizer")
+PARTS = ("data", "forward", "loss", "backward", "check of the gradient", "optimizer")
+WARM_UP = 2  # steps that do not count
+SHOWN = "a second forward pass a step, and the metrics it was for: the original's step"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,28 +37,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=20, help="how many steps the medians are of (default 20)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    add_clock(parser)
     parser.add_argument("overrides", nargs="*", help="of train.py, such as model=pspnet or batch_size=4")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the median time of each part of a step, and the ratio of the two steps, made in turn."""
+    """Print the median time of each part of a step, and the ratios of the three steps, made in turn."""
     device = pick_device(args.device)
     cfg = build.compose("train", args.overrides)
     where = World(0, 1, device)
     data = build.dataset(cfg, "train")
     batches = endless(build.train_loader(cfg, data, where))
     with explained("measuring", "use a smaller batch_size"):
-        rows = parts(cfg, where, batches, args.steps)
-        once, twice = compare(cfg, where, batches, args.steps)
-    total = sum(rows.values())
+        rows = parts(cfg, where, batches, args)
+        steps = compare(cfg, where, batches, args, build.scoring(cfg, data.info))
+    total, ours = sum(rows.values()), next(iter(steps.values()))
     threads = torch.get_num_threads() if device.type == "cpu" else "-"
-    print(f"{cfg.model.name}, {cfg.loss.name}, batch {cfg.batch_size}, {device}, threads: {threads}\n")
+    rule = cfg.optimizer._target_.rpartition(".")[2]
+    print(
+        f"{cfg.model.name}, {cfg.loss.name}, {rule}, batch {cfg.batch_size}, {device}, "
+        f"threads: {threads}, {args.clock} clock, median of {args.steps}\n"
+    )
     print("| part of a step | ms | share |\n|---|---|---|")
     for name, seconds in rows.items():
         print(f"| {name} | {1000 * seconds:.1f} | {seconds / total:.0%} |")
     print("\n| step (without data) | ms | against ours |\n|---|---|---|")
-    print(f"| ours: one forward pass | {1000 * once:.1f} | 1.00 |")
-    print(f"| a second forward pass a step, as in the original | {1000 * twice:.1f} | {twice / once:.2f} |")
+    for name, seconds in steps.items():
+        print(f"| {name} | {1000 * seconds:.1f} | {seconds / ours:.2f} |")
 
 
 def endless(loader: Any) -> Iterator[Any]:
@@ -78,60 +94,65 @@ def make(cfg: Any, where: World, second_forward: bool = False) -> Update:
     )
 
 
-def parts(cfg: Any, where: World, batches: Iterator[Any], steps: int) -> dict[str, float]:
+def parts(cfg: Any, where: World, batches: Iterator[Any], args: argparse.Namespace) -> dict[str, float]:
     """The median seconds of each part of an ordinary step; what is none of the others is the backward pass."""
-    spent = dict.fromkeys(PARTS, 0.0)
-    update = make(cfg, where)
-    timed(update.model, "forward", spent, "forward", where)
-    timed(update.criterion, "forward", spent, "loss", where)
-    timed(update.optimizer, "step", spent, "optimizer", where)
+    update, watch = make(cfg, where), Stopwatch(where.device, args.clock)
+    watch.watch(update.model, "forward", "forward")
+    watch.watch(update.criterion, "forward", "loss")
+    watch.watch(update.optimizer, "step", "optimizer")
+    watch.watch(update, "_step", "check of the gradient")  # and the optimizer, which is taken off below
     rows: dict[str, list[float]] = {name: [] for name in PARTS}
-    for number in range(steps + 2):
-        spent.update(dict.fromkeys(PARTS, 0.0))
-        begun = now(where)
-        batch = next(batches)
-        loaded = now(where)
-        update(batch)
-        spent["data"] = loaded - begun
-        spent["backward"] = now(where) - loaded - spent["forward"] - spent["loss"] - spent["optimizer"]
-        if number >= 2:  # the first ones warm up
+    for number in steps_of(args, "parts"):
+        watch.spent = dict.fromkeys(PARTS, 0.0)
+        batch = watch.call("data", next, batches)
+        watch.call("backward", update, batch)
+        spent = watch.spent
+        spent["backward"] -= spent["forward"] + spent["loss"] + spent["check of the gradient"]
+        spent["check of the gradient"] -= spent["optimizer"]
+        if number >= WARM_UP:
             for name in PARTS:
                 rows[name].append(spent[name])
     return {name: median(values) for name, values in rows.items()}
 
 
-def timed(owner: Any, method: str, spent: dict[str, float], name: str, where: World) -> None:
-    """Make a method of one object count the seconds that it takes."""
-    original: Callable[..., Any] = getattr(owner, method)
-
-    def measured(*arguments: Any, **options: Any) -> Any:
-        begun = now(where)
-        result = original(*arguments, **options)
-        spent[name] += now(where) - begun
-        return result
-
-    if isinstance(owner, nn.Module):
-        object.__setattr__(owner, method, measured)
-    else:
-        setattr(owner, method, measured)
-
-
-def compare(cfg: Any, where: World, batches: Iterator[Any], steps: int) -> tuple[float, float]:
-    """The median seconds of a step with one forward pass and with two, on the same batches, in turn."""
-    updates = [make(cfg, where), make(cfg, where, second_forward=True)]
-    seconds: list[list[float]] = [[], []]
-    for number in range(steps + 2):
+def compare(
+    cfg: Any, where: World, batches: Iterator[Any], args: argparse.Namespace, scoring: Scoring
+) -> dict[str, float]:
+    """The median seconds of our step and of the original's two additions, on the same batches, in turn."""
+    shown = make(cfg, where, second_forward=True)
+    ways: dict[str, Callable[[Any], Any]] = {
+        "ours: one forward pass": make(cfg, where),
+        "a second forward pass a step: trainer.second_forward=true": make(cfg, where, second_forward=True),
+        SHOWN: lambda batch: with_metrics(shown, scoring, batch),
+    }
+    watch = Stopwatch(where.device, args.clock)
+    rows: dict[str, list[float]] = {name: [] for name in ways}
+    for number in steps_of(args, "one forward pass against two"):
         batch = next(batches)
-        for which in (0, 1) if number % 2 else (1, 0):
-            begun = now(where)
-            updates[which](batch)
-            if number >= 2:
-                seconds[which].append(now(where) - begun)
-    return median(seconds[0]), median(seconds[1])
+        for name in list(ways)[:: 1 if number % 2 else -1]:
+            watch.spent.clear()
+            watch.call(name, ways[name], batch)
+            if number >= WARM_UP:
+                rows[name].append(watch.spent[name])
+    return {name: median(values) for name, values in rows.items()}
 
 
-def now(where: World) -> float:
-    """The time, when all work so far is done."""
-    if where.device.type == "cuda":
-        torch.cuda.synchronize(where.device)
-    return time.perf_counter()
+@torch.no_grad()
+def with_metrics(update: Update, scoring: Scoring, batch: Any) -> tuple[Tensor, ...]:
+    """Update, run the network again and score its output at 0.5, as the original did: Dice, IoU, accuracy."""
+    kept: list[Any] = []
+    network = getattr(update.model, "_orig_mod", update.model)
+    hook = network.register_forward_hook(lambda module, given, made: kept.append(made.logits.detach()))
+    try:
+        with torch.enable_grad():
+            update(batch)
+    finally:
+        hook.remove()
+    probs = link_probs(kept[-1], update.criterion.link)  # type: ignore[arg-type]
+    counts = count(probs > 0.5, scoring.encode(batch.targets.to(probs.device))).to("cpu")
+    return counts.dice(), counts.iou(), counts.pixel_accuracy()
+
+
+def steps_of(args: argparse.Namespace, title: str) -> Any:
+    """The numbers of the steps, those that warm up included, behind a progress bar."""
+    return tqdm(range(args.steps + WARM_UP), desc=title, leave=False, disable=None)

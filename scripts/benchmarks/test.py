@@ -1,20 +1,48 @@
-"""What a prediction rule costs in test.py: wall clock of the whole command, one rule against another."""
+"""What a prediction rule costs in test.py: the whole command, one rule against another, and where its time goes."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from tqdm import tqdm
 
+from configs import build
+from configs.checkpoint import load
+from scripts.benchmarks.timing import Stopwatch, add_clock
+from trainers import evaluator
+from trainers.device import pick_device
+from trainers.distributed import World
+
 ROOT = Path(__file__).resolve().parents[2]
-WAYS = {"-p max": ("max",), "-p rankdice": ("rankdice",), "-p T -p max -p rankdice": ("T", "max", "rankdice")}
+THREE = ("T", "max", "rankdice")
+WAYS = {"-p max": ("max",), "-p rankdice": ("rankdice",), "-p T -p max -p rankdice": THREE}
+IDLE = "(start-up alone: --help)"
+# The functions of the evaluator, and what they do.
+PARTS = {
+    "_losses": "loss of each image",
+    "link_probs": "probabilities",
+    "encode": "encoding the truth, once for all rules",
+    "count": "counting, three rules",
+    "_add": "reliability",
+    "_collect": "averages",
+}
+
+
+class Spent(NamedTuple):
+    """Seconds of one command: by the clock on the wall, and of the processor."""
+
+    wall: float
+    processor: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,39 +53,110 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help="how many rounds the medians are of (default 5)"
     )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=1000,
+        help="built-in images to score where no checkpoint is given: enough that start-up does not hide the "
+        "difference (default 1000)",
+    )
+    add_clock(parser)
     parser.add_argument("overrides", nargs="*", help="of test.py, such as split=val or dataset.root=PATH")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print seconds and ratios to `-p max`, start-up included, each way in turn so that drift meets all alike."""
+    """Print seconds and ratios of the commands, each in turn so that drift meets all alike, and the parts."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = args.resume or small(Path(folder))
-        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-        for _ in tqdm(range(args.rounds), desc="rounds", disable=None):
-            for name, rules in WAYS.items():
-                chosen = [word for rule in rules for word in ("-p", rule)]
-                begun = time.perf_counter()
-                call("test.py", "-r", str(checkpoint), *chosen, "--out", folder, "--quiet", *args.overrides)
-                seconds[name].append(time.perf_counter() - begun)
-    base = median(seconds["-p max"])
-    print("| python test.py -r CHECKPOINT | seconds | against `-p max` |\n|---|---|---|")
-    for name, values in seconds.items():
-        print(f"| `{name}` | {median(values):.2f} | {median(values) / base:.2f} |")
+        checkpoint = args.resume or small(Path(folder), args.images)
+        found = parts(checkpoint, args)
+        rows: dict[str, list[Spent]] = {name: [] for name in (*WAYS, IDLE)}
+        with tqdm(total=args.rounds * len(rows), unit="command", disable=None) as bar:
+            for _ in range(args.rounds):
+                for name in rows:
+                    bar.set_description(name)
+                    rows[name].append(call("test.py", *arguments(name, checkpoint, Path(folder), args)))
+                    bar.update()
+    print_commands({name: Spent(*map(median, zip(*spent, strict=True))) for name, spent in rows.items()})
+    print_parts(found, args.clock)
 
 
-def small(folder: Path) -> Path:
+def arguments(name: str, checkpoint: Path, folder: Path, args: argparse.Namespace) -> list[str]:
+    """The command line of a way."""
+    if name == IDLE:
+        return ["--help"]
+    chosen = [word for rule in WAYS[name] for word in ("-p", rule)]
+    return ["-r", str(checkpoint), *chosen, "--out", str(folder), "--quiet", *args.overrides]
+
+
+def print_commands(rows: dict[str, Spent]) -> None:
+    """One row a command: seconds, and the ratios to each of the single rules."""
+    one, other = rows["-p max"], rows["-p rankdice"]
+    print("| python test.py -r CHECKPOINT | seconds | / max | / rankdice | processor | / max | / rankdice |")
+    print("|---|---|---|---|---|---|---|")
+    for name, spent in rows.items():
+        cells = [
+            f"{mine:.2f} | {mine / first:.2f} | {mine / second:.2f}"
+            for mine, first, second in zip(spent, one, other, strict=True)
+        ]
+        print(f"| `{name}` | {' | '.join(cells)} |")
+
+
+def print_parts(rows: dict[str, float], clock: str) -> None:
+    """One row a part, in the order of time."""
+    total = sum(rows.values())
+    print(f"\n| part of scoring three rules, after start-up | {clock} seconds | share |\n|---|---|---|")
+    for name, seconds in rows.items():
+        print(f"| {name} | {seconds:.2f} | {seconds / total:.0%} |")
+
+
+def parts(checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
+    """The seconds of each part of one evaluation of three rules, in this process."""
+    network, cfg, _ = load(checkpoint, args.overrides)
+    where = World(0, 1, pick_device())
+    data = build.dataset(cfg, cfg.split)
+    loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
+    rules = build.rules(THREE, dict(cfg.protocol.rules), cfg.threshold, cfg.predictor)
+    watch, network = Stopwatch(where.device, args.clock), network.to(where.device)
+    watch.watch(network, "forward", "network")
+    rules = {name: functools.partial(watch.call, f"rule {name}", rule) for name, rule in rules.items()}
+    original = {name: getattr(evaluator, name) for name in PARTS}
+    begun = watch.now()
+    try:
+        for name, part in PARTS.items():
+            watch.watch(evaluator, name, part)
+        batches = watch.iterate(loader, "reading images")
+        scoring = build.scoring(cfg, data.info)
+        evaluator.evaluate(
+            network, batches, rules, criterion, scoring, where, precision=cfg.trainer.precision
+        )
+    finally:
+        for name, function in original.items():
+            setattr(evaluator, name, function)
+    spent = dict(watch.spent)
+    return {**spent, "the rest": watch.now() - begun - sum(spent.values())}
+
+
+def small(folder: Path, images: int) -> Path:
     """A network trained for a moment on the built-in data; testing takes as long as for a good one."""
-    call("train.py", "epochs=1", "dataset.num_images={train: 16, val: 2, test: 100}", f"save_dir={folder}")
+    call(
+        "train.py",
+        "epochs=1",
+        f"dataset.num_images={{train: 16, val: 2, test: {images}}}",
+        f"save_dir={folder}",
+    )
     return next(folder.rglob("best_model.pth"))
 
 
-def call(command: str, *arguments: str) -> None:
-    """Run a command of the project, and say what it said if it fails."""
+def call(command: str, *arguments: str) -> Spent:
+    """Run a command of the project and return what it took; say what it said if it fails."""
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, str(ROOT / command), *arguments],
         capture_output=True,
         text=True,
         env=dict(os.environ),
     )
+    wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise ValueError(f"{command} failed: {done.stderr.strip()}")
+    return Spent(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import time
@@ -182,13 +183,28 @@ def test_a_data_set_without_a_readable_image_is_not_skipped_silently():
         list(train_loader(numbered(3, broken=(0, 1, 2)), batch_size=2, on_error="skip").epoch(0))
 
 
-def test_bugs_are_not_skipped():
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [KeyError, RuntimeError, ConnectionError, EOFError])
+def test_bugs_are_not_skipped_nor_taken_for_a_dead_worker(kind, workers):
     class Buggy(Numbered):
         def read(self, index: int):
-            raise KeyError("bug")
+            raise kind("bug")
 
-    with pytest.raises(KeyError):
-        list(train_loader(Buggy([(9, 9)] * 3), batch_size=2, on_error="skip").epoch(0))
+    loader = train_loader(Buggy([(9, 9)] * 3), batch_size=2, on_error="skip", num_workers=workers)
+    with pytest.raises(kind, match="bug"):
+        list(loader.epoch(0))
+
+
+def test_a_connection_to_a_worker_that_breaks_is_a_dead_worker(monkeypatch):
+    """The moment between a worker's message and its tensor is too short to aim at."""
+
+    def reset(_self):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    loader = train_loader(numbered(8), batch_size=4, num_workers=1)
+    monkeypatch.setattr("torch.utils.data.dataloader._BaseDataLoaderIter.__next__", reset)
+    with pytest.raises(ChildProcessError, match=r"a loader process died.*Connection reset.*num_workers=0"):
+        list(loader.epoch(0))
 
 
 class Failing(Numbered):
@@ -211,6 +227,21 @@ def test_a_dead_or_stalled_worker_is_named(how):
         ChildProcessError, match=r"a loader process died, or gave nothing for 1 s.*num_workers=0"
     ):
         list(loader.epoch(0))
+
+
+def test_a_death_is_told_with_the_next_batch_and_not_before():
+    """torch raises at any line of the parent; here a whole second of them passes undisturbed."""
+    others = multiprocessing.active_children()
+    batches = train_loader(numbered(8), batch_size=4, num_workers=1).epoch(0)
+    next(batches)
+    (worker,) = (process for process in multiprocessing.active_children() if process not in others)
+    worker.kill()
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    with pytest.raises(ChildProcessError, match=r"a loader process died.*is killed by signal"):
+        next(batches)
+    assert len(list(train_loader(numbered(8), batch_size=4, num_workers=1).epoch(0))) == 2
 
 
 def test_images_of_unlike_sizes_cannot_be_trained_on_without_a_crop():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,8 +136,8 @@ def test_the_validation_is_not_repeated_where_it_was_done(whole: tuple[Any, ...]
     ("error", "words"),
     [
         (
-            RuntimeError("a loader process died or gave nothing for 300 s (x): set num_workers=0"),
-            "num_workers=0",
+            ChildProcessError("a loader process died, or gave nothing for 300 s (x): set num_workers=0"),
+            "gave nothing for 300 s",
         ),
         (
             RuntimeError("[../gloo/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:3"),
@@ -150,6 +151,42 @@ def test_failures_of_the_surroundings_are_one_line(error: Exception, words: str,
         trainer(tmp_path, Loader(5, error), save_minutes=1e-9).fit()
     assert "\n" not in str(caught.value)
     assert trainer(tmp_path, Loader()).progress.updates == 5
+
+
+def test_a_signal_to_all_processes_of_the_job_is_an_interruption(
+    whole: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """The loader's processes die of it: no next batch, but the state of this moment, and code 75."""
+
+    class Job(Loader):
+        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
+            for step, batch in enumerate(super().epoch(epoch, start_step), start_step):
+                if epoch * STEPS + step == 6:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    raise ChildProcessError("a loader process died")
+                yield batch
+
+    with pytest.raises(Interrupted, match="SIGTERM at step 6"):
+        trainer(tmp_path, Job()).fit()
+    resumed = trainer(tmp_path, Loader())
+    assert resumed.progress.updates == 6
+    resumed.fit()
+    assert result(resumed, tmp_path) == whole
+
+
+def test_a_process_that_was_only_just_started_can_be_ended() -> None:
+    """It still has the handlers of the training, which would wait for it for ever."""
+    ready, says_so = os.pipe()
+    with StopSignals():
+        child = os.fork()
+        if child == 0:
+            os.write(says_so, b"!")
+            time.sleep(60)
+            os._exit(1)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGUSR2)  # not for it
+        os.kill(child, signal.SIGTERM)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_handler_that_was_there_gets_the_signal_once_the_state_is_saved() -> None:

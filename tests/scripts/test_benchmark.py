@@ -1,0 +1,81 @@
+"""The benchmarks' arithmetic: parts add up to the whole, and the original's step does what its row says."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from configs import build, stored
+from scripts.benchmarks import step, test
+from scripts.benchmarks.timing import Stopwatch
+from tests.trainers.test_update import ALONE, batch, make, network
+from trainers import evaluator
+from trainers.evaluator import Scoring
+
+OPTIONS = argparse.Namespace(steps=2, clock="wall", overrides=[])
+
+
+def test_the_stopwatch_counts_each_part() -> None:
+    watch, module = Stopwatch(torch.device("cpu")), nn.Identity()
+    watch.watch(module, "forward", "waiting")
+    module.register_forward_pre_hook(lambda *_: time.sleep(0))
+    owner = SimpleNamespace(rest=lambda seconds: time.sleep(seconds) or seconds)
+    watch.watch(owner, "rest", "resting")
+    assert module(3) == 3 and owner.rest(0.02) + owner.rest(0.02) == 0.04
+    assert list(watch.iterate(iter([1, 2]), "reading")) == [1, 2]
+    assert watch.spent["resting"] >= 0.04 > watch.spent["waiting"] >= 0
+    assert watch.spent.keys() == {"waiting", "resting", "reading"}
+
+
+def test_the_originals_step_runs_the_network_twice_and_scores_it() -> None:
+    net, given = network(norm=True), batch()
+    update = make(net, second_forward=True)
+    dice, iou, accuracy = step.with_metrics(update, Scoring(3, (1, 2)), given)
+    assert net.norm.num_batches_tracked == 2
+    assert dice.shape == iou.shape == (5, 3) and accuracy.shape == (5,)
+    torch.testing.assert_close(iou, dice / (2 - dice), equal_nan=True)
+    assert not net._forward_hooks
+
+
+def test_the_parts_of_a_step_are_all_there() -> None:
+    cfg = build.compose("train", ["experiment=smoke"])
+    data = build.dataset(cfg, "train")
+    batches = step.endless(build.train_loader(cfg, data, ALONE))
+    rows = step.parts(cfg, ALONE, batches, OPTIONS)
+    assert list(rows) == list(step.PARTS) and min(rows.values()) >= 0 < rows["backward"]
+    ways = step.compare(cfg, ALONE, batches, OPTIONS, build.scoring(cfg, data.info))
+    assert len(ways) == 3 and min(ways.values()) > 0
+
+
+def test_the_parts_of_a_test_are_all_there_and_nothing_stays_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: getattr(evaluator, name) for name in test.PARTS}
+    small = ["split=val", "dataset.size=32", "dataset.num_images=3"]
+    cfg = stored.unpack({"choices": {}, "values": {}}, small)
+    network = build.model(cfg)
+    monkeypatch.setattr(test, "load", lambda path, overrides: (network, cfg, {}))
+    rows = test.parts(tmp_path, OPTIONS)
+    expected = {"reading images", "network", "rule T", "rule max", "rule rankdice", *test.PARTS.values()}
+    assert rows.keys() == expected | {"the rest"} and min(rows.values()) >= 0
+    assert {name: getattr(evaluator, name) for name in test.PARTS} == before
+
+
+def test_a_command_is_measured_and_its_failure_is_told() -> None:
+    spent = test.call("test.py", "--help")
+    assert spent.wall > 0 and spent.processor > 0
+    with pytest.raises(ValueError, match=r"test\.py failed: .*absent\.pth"):
+        test.call("test.py", "-r", "absent.pth")
+
+
+def test_ratios_are_to_each_single_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = dict.fromkeys((*test.WAYS, test.IDLE), test.Spent(3.0, 6.0))
+    test.print_commands(rows | {"-p max": test.Spent(2.0, 4.0), "-p rankdice": test.Spent(1.0, 8.0)})
+    last = capsys.readouterr().out.splitlines()[-2]
+    assert last == "| `-p T -p max -p rankdice` | 3.00 | 1.50 | 3.00 | 6.00 | 1.50 | 0.75 |"
