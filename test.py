@@ -33,7 +33,8 @@ examples:
 
 Everything else comes from the configuration stored in the checkpoint. Results go to results/ beside it
 (results/paper/ under protocol=paper), with temperature= to calibrated/ in there, with correct_focal=true to
-focal_corrected/. Exit codes: 0 done, 2 bad input, 3 scoring failed (too little memory, a dead or stalled loader process).
+focal_corrected/. Exit codes: 0 done, 2 bad input, 3 scoring failed (too little memory, a dead or stalled
+loader process).
 """
 
 
