@@ -69,13 +69,12 @@ class Reliability:
         keep = slice(None) if valid is None else valid.flatten()
         for c in range(classes):
             p = probs[:, c].flatten()[keep]
-            place = (p.float() * self.bins).long().clamp(max=self.bins - 1)
-            for sums, weight in (
-                (counts, torch.ones_like(place)),
-                (forecasts, p),
-                (observations, targets[:, c].flatten()[keep]),
-            ):
-                sums[c] += torch.bincount(place, weight.double(), minlength=self.bins).to(sums.device)
+            place = (p.float() * self.bins).long().clamp_(max=self.bins - 1)
+            forecasts[c] += torch.bincount(place, p.double(), minlength=self.bins).to(forecasts.device)
+            place += self.bins * targets[:, c].flatten()[keep].long()  # one count for both outcomes
+            missed, hit = torch.bincount(place, minlength=2 * self.bins).view(2, -1).to(counts.device)
+            counts[c] += missed + hit
+            observations[c] += hit
 
     def merge(self, other: Reliability) -> Reliability:
         """Add the statistics of `other` (same bins and classes), for example of another process; return self."""
