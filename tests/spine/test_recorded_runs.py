@@ -113,7 +113,7 @@ def network(checkpoint: Path) -> Iterator[Remembering]:
     remembering = Remembering(network)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("configs.checkpoint.read_checkpoint", lambda *_: content)
-        patch.setattr("configs.checkpoint.load_published", lambda *_, **__: (remembering, config))
+        patch.setattr("models.published.load_published", lambda *_, **__: (remembering, config))
         yield remembering
 
 
