@@ -71,6 +71,8 @@ def generated(root: Path, groups: Groups, problems: Sequence[Problem]) -> dict[P
         named[mode] = render(mode, found, "md", problems)  # all tables of the mode under one marker
         for form in FORMATS:
             files[root / f"{stem}.{form}"] = render(mode, found, form, problems)
+    raw = {key: group for key, group in groups.items() if not group.first.variant}
+    named.update({f"{table.name}-raw": markdown(table) for table in our_tables(raw)})  # nothing calibrated
     readme = root / "README.md"
     if readme.is_file():
         files[readme] = inject(readme.read_text(encoding="utf-8"), named)
