@@ -84,12 +84,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
         second_forward=cfg.trainer.second_forward,
     )
     checkpoint = checkpoints.newest()
-    journal = Journal(
-        folder if where.is_main else None,
-        rows_until(checkpoint),
-        cfg.trainer.tensorboard,
-        val_set.info.classes,
-    )
+    journal = open_journal(cfg, folder, checkpoint, val_set, where)
 
     trainer = Trainer(
         update,
@@ -165,6 +160,22 @@ def validation(
         return dice[cfg.predictor.name] if math.isfinite(dice[cfg.predictor.name]) else 0.0
 
     return validate
+
+
+def open_journal(
+    cfg: DictConfig,
+    folder: Path,
+    checkpoint: dict[str, Any] | None,
+    data: SegmentationDataset,
+    where: World,
+) -> Journal:
+    """The run's journal, gone on with where there is a checkpoint.
+
+    Apart from ``fit``, as launchers pickle what stands here: beside ``torch``, ``classes`` would be ``torch.classes``.
+    """
+    return Journal(
+        folder if where.is_main else None, rows_until(checkpoint), cfg.trainer.tensorboard, data.info.classes
+    )
 
 
 def rows_until(checkpoint: dict[str, Any] | None) -> int:
