@@ -13,11 +13,11 @@ from pathlib import Path
 CODE = ("configs", "datasets", "models", "rankseg", "trainers", "scripts")
 # Each command in turn, in one process: starting one costs seconds.
 FOLLOW = """
-import runpy, shlex, sys
+import os, runpy, shlex, sys
 for command in sys.stdin.read().splitlines():
     python, script, *arguments = shlex.split(command)
     assert python == "python", command
-    sys.argv = [script, *arguments]
+    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(os.path.abspath(script))  # as Python does
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as done:

@@ -45,14 +45,16 @@ def test_train_test_tabulate_and_reproduce(root: Path, tmp_path: Path) -> None:
             continue
         if "experiment=paper" in line:  # one cell of the 18, without the weights of its encoder
             line += f" {FEW} model=tiny model.weights=null loss=ce"
+        elif "experiment=grid_smoke" in line:  # one cell of the 42, which tests/scripts/test_reproduce.py has
+            line += " --models smp_unet --losses ce --protocols corrected epochs=1"
         elif "kvasir_seg" in line and "train.py" in line:
             line += f" {FEW} dataset.resize=64"
         elif "train.py" in line:
             line += f" {FEW_SYNTHETIC}"
         followed.append(line.replace("=PATH", f"={tree}"))
-    assert len(followed) == len(lines) - 1 == 7
+    assert len(followed) == len(lines) - 1 == 8
     said = follow(followed, copy)
     assert "Kvasir-SEG" in said and "RankDice" in said
     assert {p.parent.name for p in copy.rglob("best_model.pth")} == {"seed0"}
-    assert len(list(copy.rglob("best_model.pth"))) == 3
+    assert len(list(copy.rglob("best_model.pth"))) == 4
     assert len(list((copy / "saved/kvasir_seg/smp_deeplabv3plus/ce/seed0/results").glob("*.json"))) == 3
