@@ -23,6 +23,7 @@ from torch import Tensor
 
 import rankseg
 from rankseg.nonoverlap import surrogate_objective
+from scripts.benchmarks.timing import CLOCKS
 
 PEER = """
 import json, sys, time, torch
@@ -36,9 +37,6 @@ for _ in range(int(sys.argv[4])):
 torch.save(found, sys.argv[5])
 print(json.dumps(sorted(seconds)[len(seconds) // 2]))
 """
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
