@@ -80,7 +80,7 @@ def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: ob
             return channels
         if factor < 1 or channels % factor:
             raise ValueError(
-                f"narrow={factor} does not divide a layer of {channels} channels; try 16, 8, 4 or 2"
+                f"narrow={factor} does not divide a layer of {channels} channels; try a smaller power of two"
             )
         return channels // factor
 

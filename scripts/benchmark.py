@@ -18,15 +18,19 @@ MODULES = {"rules": rules, "step": step, "loader": loader, "test": test}
 
 
 def main() -> None:
-    """Hand over to the module of the benchmark asked for."""
+    """Hand over to the module of the benchmark asked for; flags and overrides may mix."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="benchmark", required=True)
+    parsers = {}
     for name, module in MODULES.items():
-        module.add_arguments(commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
-    args = parser.parse_args()
-    MODULES[args.benchmark].main(args)
+        parsers[name] = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        module.add_arguments(parsers[name])
+    name, *rest = sys.argv[1:] or [""]
+    if name not in MODULES:
+        parser.parse_args()  # help, or what is wrong
+    MODULES[name].main(parsers[name].parse_intermixed_args(rest))
 
 
 if __name__ == "__main__":

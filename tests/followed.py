@@ -1,4 +1,4 @@
-"""Documents followed to the letter: a copy of the repository, and the commands of a text run in it."""
+"""Documents followed to the letter: what a text says to type, typed in a copy of the repository."""
 
 from __future__ import annotations
 
@@ -10,30 +10,52 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-CODE = ("configs", "datasets", "models", "rankseg", "trainers", "scripts")
-# Each command in turn, in one process: starting one costs seconds.
+CODE = ("configs", "datasets", "models", "rankseg", "trainers", "scripts", "docs")
+# Each command in turn, in one process, since starting one costs seconds; what starts processes that import the
+# script again gets one of its own.
 FOLLOW = """
-import os, runpy, shlex, sys
+import glob, os, runpy, shlex, subprocess, sys
+
+def expand(word):
+    return sorted(glob.glob(word)) or [word] if "*" in word else [word]  # as a shell does
+
 for command in sys.stdin.read().splitlines():
-    python, script, *arguments = shlex.split(command)
-    assert python == "python", command
-    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(os.path.abspath(script))  # as Python does
+    print("$", command, flush=True)
+    program, *words = [part for word in shlex.split(command) for part in expand(word)]
+    assert program in ("python", "torchrun"), command
+    if program == "torchrun" or any(word.startswith("launcher=") for word in words):
+        module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
+        assert subprocess.run([sys.executable, *module, *words]).returncode == 0, command
+        continue
+    sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))  # as Python does
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(words[0], run_name="__main__")
     except SystemExit as done:
         assert not done.code, command
 """
 
 
-def commands(text: str) -> list[str]:
-    """The lines of all blocks of a text that are typed into a shell, without what explains them."""
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
-    lines = re.sub(r"\s*\\\n\s*", " ", blocks).splitlines()
+def typed(text: str) -> list[str]:
+    """What is typed into a shell in the blocks of a text, a command a line, without what explains it."""
+    found = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    found += ["\n".join(re.findall(r"^\$ (.*)", block, re.MULTILINE)) for block in _transcripts(text)]
+    lines = re.sub(r"\s*\\\n\s*", " ", "\n".join(found)).splitlines()
     return [re.split(r" {2,}#", line)[0].rstrip() for line in lines if line.strip()]
 
 
+def commands(text: str) -> list[str]:
+    """Every command of a text once, those within sentences too."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    spoken = re.findall(r"`((?:python|torchrun|make) [^`]+)`", prose)
+    return list(dict.fromkeys([*typed(text), *spoken]))
+
+
+def _transcripts(text: str) -> list[str]:
+    return re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+
+
 def copy_code(root: Path, target: Path) -> Path:
-    """Copy what commands need of the repository, with the records of our own runs."""
+    """Copy what commands need of the repository, with the published numbers."""
     for name in CODE:
         shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(root / "saved" / "published", target / "saved" / "published")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.followed import commands, copy_code, follow
+from tests.followed import copy_code, follow, typed
 
 LESS = ("trainer.tensorboard=false",)  # what the test adds to training, so that it takes less time
 
@@ -37,7 +37,7 @@ def followed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     for name, content in files(text).items():
         assert not (copy / name).exists(), f"{name} would replace a file of the repository"
         (copy / name).write_text(content, encoding="utf-8")
-    lines = [" ".join([c, *(LESS if "train.py" in c else ())]) for c in commands(text)]
+    lines = [" ".join([c, *(LESS if "train.py" in c else ())]) for c in typed(text)]
     return copy, follow(lines, copy)
 
 
@@ -47,7 +47,7 @@ def test_a_file_of_python_and_one_of_yaml_each(root: Path) -> None:
         "my_models.py", "configs/model/plain.yaml",
         "my_losses.py", "configs/loss/brier.yaml",
     ]  # fmt: skip
-    assert len(commands(chapters(root))) == 5
+    assert len(typed(chapters(root))) == 5
 
 
 def test_the_rule_is_scored_beside_the_others(followed: tuple[Path, str]) -> None:

@@ -8,7 +8,6 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from configs import build, stored
 from configs.cli import explain, options
+from tests.followed import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,20 +59,11 @@ def test_files_that_are_named_exist(path: Path) -> None:
             assert own or (ROOT / span).exists() or "NAME" in span, f"{path.name} names {span}"
 
 
-def commands(path: Path) -> Iterator[str]:
-    """Every command line in blocks and in running text, without what explains it."""
-    text = re.sub(r"\s*\\\n\s*", " ", path.read_text(encoding="utf-8"))
-    lines = [line.strip() for line in text.splitlines()] + re.findall(r"`((?:python|make) [^`]+)`", text)
-    for line in lines:
-        if re.match(r"(python|torchrun|make) ", line):
-            yield re.split(r"\s{3,}\S*[a-z]+ | {2,}#| \.\.\.", line)[0]
-
-
 def argv(command: str) -> list[str]:
     """The script and its arguments, without placeholders."""
     words = shlex.split(command)
     start = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return [word for word in words[start:] if not re.search(r"^\[|^[A-Z]+=|=NAME$|<TAB>", word)]
+    return [word for word in words[start:] if not re.search(r"^\[|^[A-Z]+=|=NAME$|<TAB>|^\.\.\.$", word)]
 
 
 class Parsed(BaseException):
@@ -136,7 +127,7 @@ def as_for_testing(overrides: tuple[str, ...]) -> None:
 def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     seen = 0
-    for command in dict.fromkeys(commands(path)):
+    for command in commands(path.read_text(encoding="utf-8")):
         if command.startswith("make "):
             for target in shlex.split(command.partition("#")[0])[1:]:
                 assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name}: {command}"
@@ -150,7 +141,7 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
             hydra_flags = ("-m", "--multirun", "--help", "--cfg", "job", "-sc", "install=bash", "--info")
             compose([word for word in rest if word not in hydra_flags])
             continue
-        if "--help" in rest or (not rest and "`" in command):
+        if "--help" in rest or script.startswith("tests/"):
             continue
         if script == "test.py" and "-r" not in rest:  # shortened in running text
             rest = ["-r", "CHECKPOINT", *rest]
@@ -162,7 +153,7 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
         for rule in [rules] if isinstance(rules, str) else rules:
             assert rule in (*options("predictor"), "all", *OWN), f"{path.name}: {command}"
         overrides = list(getattr(found, "overrides", None) or [])
-        trains = "reproduce" in script or getattr(found, "benchmark", "") in ("step", "loader")
+        trains = "reproduce" in script or rest[:1] in (["step"], ["loader"])
         if trains:
             given = {key: getattr(found, f"{key}s", None) for key in ("model", "loss", "seed")}
             compose([*(f"{key}={value}" for key, value in given.items() if value), *overrides])
