@@ -80,7 +80,7 @@ _FIXED = {"up_output.weight": 4, "up_pool4_out.weight": 4, "up_final.weight": 16
 
 def is_published(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint that was read is one of the released ones."""
-    return isinstance(checkpoint.get("state_dict"), dict) and {"arch", "config"} <= checkpoint.keys()
+    return "arch" in checkpoint and all(isinstance(checkpoint.get(k), dict) for k in ("state_dict", "config"))
 
 
 def load_published(

@@ -54,9 +54,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
     """Copy a state dict into a network that has exactly these tensors.
 
     Raises:
-        CheckpointError: a tensor is missing, is not the network's, or has another shape; a different number
-            of classes is said as such.
+        CheckpointError: it is no state dict; or a tensor is missing, is not the network's, or has another
+            shape; a different number of classes is said as such.
     """
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{source} holds no tensors by name; choose a checkpoint that train.py wrote")
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]

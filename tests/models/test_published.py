@@ -90,6 +90,7 @@ def test_names_of_other_projects(change, message):
 
 def test_what_is_no_released_checkpoint(tmp_path):
     assert not is_published({"format": 1, "model": {}, "config": {}})
+    assert not is_published({"arch": "DataParallel", "state_dict": {}, "config": "a text"})
     torch.save({"weights": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"a\.pth is none of the released ones"):
         load_published(tmp_path / "a.pth")

@@ -141,9 +141,21 @@ def test_a_stored_configuration_cannot_choose_code_or_read_the_environment() -> 
     packed["values"]["model"]["extra"] = {"_target_": "os.system", "command": "true"}
     back = stored.unpack(packed)
     assert back.model._target_ == target and "_target_" not in back.model.extra
-    packed["values"]["run_dir"] = "${oc.env:HOME}"
-    with pytest.raises(ValueError, match="not allowed"):
-        stored.unpack(packed)
+    packed["values"]["model"]["extra"] = ({"_target_": "os.system", "command": "true"},)
+    assert "_target_" not in stored.unpack(packed).model.extra[0]
+    for key, value in (
+        ("run_dir", "${oc.env:HOME}"),
+        ("run_dir", "${${suffix}:HOME}"),  # where the suffix is oc.env
+        ("model._target_", "os.system"),
+        ("model[_target_]", "os.system"),
+        (3, "os.system"),
+    ):
+        changed = {**packed, "values": {**packed["values"], "suffix": "oc.env", key: value}}
+        with pytest.raises(ValueError, match="not allowed"):
+            stored.unpack(changed)
+    for wrong in ({"choices": ["model"]}, {"values": ["model"]}):
+        with pytest.raises(ValueError, match="no configuration of this project"):
+            stored.unpack({**packed, **wrong})
     packed["choices"]["model"] = "../../evil"
     with pytest.raises(ValueError, match="unknown"):
         stored.unpack(packed)
