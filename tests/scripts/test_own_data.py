@@ -114,5 +114,7 @@ def test_prediction_needs_the_classes_and_not_the_images(here: Path, root: Path)
         facts(cfg)
     info = facts(cfg, here / "classes.yaml")
     assert info.classes == ("background", "cell") and info.mean == (0.1, 0.2, 0.3) and info.scored == (1,)
+    inline = build.compose("train", ["dataset=folder", "dataset.classes=[background,nucleus]"])
+    assert facts(inline).classes == ("background", "nucleus")
     assert facts(build.compose("train", ["dataset=cityscapes"])).num_classes == 19
     assert facts(build.compose("train", ["dataset.num_classes=4"])).num_classes == 4
