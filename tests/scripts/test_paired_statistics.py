@@ -281,7 +281,10 @@ def test_paper_protocol_reads_its_own_folder(results, capsys):
     assert "max − T" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["nowhere"], ["{}", "--rule", "maxx"], ["{}", "--confidence", "95"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["nowhere"], ["{}", "--rule", "maxx"], ["{}", "--confidence", "95"], ["{}", "--resamples", "-1"]],
+)
 def test_bad_input_is_one_line_and_exit_code_two(results, capsys, arguments):
     assert main([a.format(results) for a in arguments]) == 2
     error = capsys.readouterr().err
