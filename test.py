@@ -14,7 +14,8 @@ from torch import nn
 
 from configs import build
 from configs.checkpoint import load
-from configs.cli import guarded, list_skipped, options
+from configs.cli import guarded, list_skipped
+from configs.compose import options
 from rankseg.calibration import focal_correction
 from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world

@@ -25,7 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs import build, stored
-from configs.cli import guarded, list_skipped, spelled
+from configs.cli import guarded, list_skipped
+from configs.compose import GROUPS, spelled
 from datasets import EvalLoader, SegmentationDataset
 from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
@@ -119,7 +120,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
             folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=prints, world_size=where.size)
         )
     trainer.fit()
-    options = {group: cfg[group].get("name", choices[group]) for group in build.GROUPS}
+    options = {group: cfg[group].get("name", choices[group]) for group in GROUPS}
     numbers = {"lr": cfg.optimizer.lr, **{key: cfg[key] for key in ("epochs", "batch_size", "seed")}}
     journal.hparams({**options, **numbers}, trainer.progress.best or 0.0)
     journal.close()

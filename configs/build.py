@@ -7,30 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from configs.cli import CONFIGS, options, spelled, unknown_option
+from configs.compose import CONFIGS, options, unknown_option
 from datasets import DatasetInfo, EvalLoader, SegmentationDataset, TrainLoader
 from rankseg import Predictor
 from trainers.distributed import World
 from trainers.evaluator import Scoring
 from trainers.losses import SegmentationLoss
-
-GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "predictor", "protocol", "trainer")
-
-
-def compose(name: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
-    """Compose a configuration as the command line does, but outside Hydra's own main."""
-    if GlobalHydra.instance().is_initialized():
-        return hydra_compose(name, spelled(overrides))
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra_compose(name, spelled(overrides))
 
 
 def _make(node: Any, **arguments: Any) -> Any:

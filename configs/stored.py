@@ -14,8 +14,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from configs.build import GROUPS, compose
-from configs.cli import CONFIGS, options, spelled, unknown_key, unknown_option
+from configs.compose import CONFIGS, GROUPS, compose, options, spelled, unknown_key, unknown_option
 
 _INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 # ${dataset.root} refers to another key; whatever else stands in ${} may call a resolver, such as oc.env.

@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 from configs import build
 from configs.checkpoint import load
-from configs.cli import guarded, options
+from configs.cli import guarded
+from configs.compose import options
 from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
 from rankseg import Predictor

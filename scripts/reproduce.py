@@ -27,7 +27,8 @@ import _root
 from omegaconf import OmegaConf
 
 from configs import build
-from configs.cli import CONFIGS, guarded
+from configs.cli import guarded
+from configs.compose import CONFIGS
 from scripts.grid.cells import Cell, cells
 from scripts.grid.record import record
 from scripts.grid.running import Display, call, clock

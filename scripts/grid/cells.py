@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs import stored
 from configs.build import absolute_root
-from configs.cli import CONFIGS, spelled
+from configs.compose import CONFIGS, spelled
 from trainers.journal import read_rows
 from trainers.results import file_sha256
 

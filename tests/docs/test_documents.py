@@ -17,8 +17,9 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
-from configs import build, stored
-from configs.cli import explain, options
+from configs import stored
+from configs.cli import explain
+from configs.compose import compose, options
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,7 +100,7 @@ def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Na
     return caught.value.args[0]
 
 
-def compose(overrides: list[str]) -> None:
+def compose_cells(overrides: list[str]) -> None:
     """Compose cells of what may be a sweep, so many that each value is in one."""
     kept = [word for word in overrides if not word.startswith(PLUGINS) and not word.endswith(OWN)]
     lists = []
@@ -116,7 +117,7 @@ def compose(overrides: list[str]) -> None:
 @functools.cache
 def compose_one(cell: tuple[str, ...]) -> None:
     try:
-        build.compose("train", cell)
+        compose("train", cell)
     except Exception as error:
         pytest.fail(f"train.py {' '.join(cell)}: {explain(error)}")
 
@@ -148,7 +149,7 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
         seen += 1
         if script == "train.py":
             hydra_flags = ("-m", "--multirun", "--help", "--cfg", "job", "-sc", "install=bash", "--info")
-            compose([word for word in rest if word not in hydra_flags])
+            compose_cells([word for word in rest if word not in hydra_flags])
             continue
         if "--help" in rest or (not rest and "`" in command):
             continue
@@ -165,7 +166,7 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
         trains = "reproduce" in script or getattr(found, "benchmark", "") in ("step", "loader")
         if trains:
             given = {key: getattr(found, f"{key}s", None) for key in ("model", "loss", "seed")}
-            compose([*(f"{key}={value}" for key, value in given.items() if value), *overrides])
+            compose_cells([*(f"{key}={value}" for key, value in given.items() if value), *overrides])
         else:
             as_for_testing(tuple(overrides))
     few = path.name in ("README.md", "CONTRIBUTING.md", "engine.md", "own-data.md", "faq.md") and seen < 3

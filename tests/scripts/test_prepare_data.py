@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs import build
+from configs.compose import compose
 from datasets import DatasetError, Folder
 from datasets.kvasir_seg import default_split
 from scripts.parallel import ahead
@@ -169,7 +169,7 @@ def test_what_is_printed_to_be_typed_can_be_typed(mine: Path, capsys: pytest.Cap
     assert main(["check", "folder", "--root", str(there), "--quiet"]) == 0
     line = capsys.readouterr().out.rpartition("train on it: ")[2]
     words = [word for word in shlex.split(line) if "=" in word]
-    assert build.compose("train", words).dataset.root == str(there)
+    assert compose("train", words).dataset.root == str(there)
     (there / "train.txt").unlink()
     with pytest.raises(DatasetError, match=r"prepare_data\.py split ") as raised:
         main(["check", "folder", "--root", str(there)])

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from configs import build, stored
+from configs.compose import compose
 from rankseg import rules
 from scripts.reporting import charts, explain
 from scripts.reporting.measure import (
@@ -62,7 +63,7 @@ def report() -> object:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder: the small network after forty steps, with a journal of two epochs."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = build.compose("train", SMALL)
+    cfg = compose("train", SMALL)
     torch.manual_seed(0)
     network, criterion = build.model(cfg), build.loss(cfg)
     optimizer = torch.optim.AdamW(network.parameters(), 5e-3)

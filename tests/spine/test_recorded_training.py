@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from configs import build
+from configs.compose import compose
 from datasets import EvalTransform
 from datasets.batches import Batch
 from datasets.voc2012 import INFO
@@ -93,7 +94,7 @@ def recorded(shared: Path) -> dict[str, Any]:
 
 def train(shared: Path, loss: str) -> SimpleNamespace:
     """Our trainer in the original's place."""
-    cfg = build.compose("train", [*SETTINGS, f"loss={loss}"])
+    cfg = compose("train", [*SETTINGS, f"loss={loss}"])
     network, _ = load_published(recipe.released(shared, "pspnet", 21))
     for module in network.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
@@ -150,7 +151,7 @@ def test_two_epochs(shared: Path, recorded: dict[str, Any], loss: str) -> None:
 
 
 def test_the_optimizer_is_theirs(recorded: dict[str, Any]) -> None:
-    cfg = build.compose("train", SETTINGS)
+    cfg = compose("train", SETTINGS)
     with torch.device("meta"):
         optimizer = build.optimizer(cfg, PSPNet(21))
     for ours, theirs in zip(
