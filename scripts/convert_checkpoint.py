@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-import _root  # noqa: F401  (puts the repository on the path)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs import stored
 from configs.cli import guarded

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, cast
 
-import _root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
+from scripts import ROOT
 from scripts.reporting import explain, sections
 from scripts.reporting.measure import Findings, Key, by_size, chosen_cutoffs, measure, variants
 from scripts.reporting.page import html_page
@@ -133,7 +135,7 @@ def facts(cfg: Any, path: Path, checkpoint: dict[str, Any], data: Any) -> dict[s
     """Where the numbers came from: the checkpoint, its training, and this report."""
     beside = path.parent / "provenance.json"
     trained = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    now = provenance(_root.ROOT)
+    now = provenance(ROOT)
     versions = ", ".join(f"{name} {version}" for name, version in now["versions"].items())
     return {
         "checkpoint": f"{path.name}, epoch {checkpoint['epoch']}",

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from configs import build
 from configs.checkpoint import load
+from scripts import ROOT
 from scripts.benchmarks.timing import Stopwatch, add_clock
 from trainers import evaluator
 from trainers.device import pick_device
 from trainers.distributed import World
 
-ROOT = Path(__file__).resolve().parents[2]
 THREE = ("T", "max", "rankdice")
 WAYS = {"-p max": ("max",), "-p rankdice": ("rankdice",), "-p T -p max -p rankdice": THREE}
 IDLE = "(start-up alone: --help)"

@@ -94,7 +94,6 @@ def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Na
         for name in ("parse_args", "parse_intermixed_args"):
             patch.setattr(argparse.ArgumentParser, name, stop(getattr(argparse.ArgumentParser, name)))
         patch.setattr(sys, "argv", [str(script), *arguments[1:]])
-        patch.syspath_prepend(str(script.parent))
         with pytest.raises(Parsed) as caught:
             runpy.run_path(str(script), run_name="__main__")
     return caught.value.args[0]

@@ -25,7 +25,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         path = ROOT / "scripts" / name
-        monkeypatch.syspath_prepend(str(path.parent))
         monkeypatch.setattr(sys, "argv", [str(path), *arguments])
         code = 0
         try:
