@@ -85,12 +85,12 @@ def find_temperature(
     return fitted, {"temperature_fitted_on": data.fingerprint()}
 
 
-def variant(cfg: DictConfig) -> str:
+def variant(cfg: DictConfig, threshold: float) -> str:
     """The folder beside the usual results for what is not scored as usual, so that none replaces another."""
     unusual = {
         "focal_corrected": cfg.correct_focal,
         "calibrated": cfg.temperature != 1,
-        f"threshold_{cfg.threshold:g}": cfg.threshold != 0.5,
+        f"threshold_{threshold:g}": threshold != 0.5,
     }
     return "_".join(name for name, here in unusual.items() if here)
 
@@ -104,7 +104,7 @@ def score(args: argparse.Namespace, where: World) -> None:
         for name in args.predictor or ["rankdice"]
         for r in (["T", "max", "rankdice"] if name == "all" else [name])
     ]
-    rules = build.rules(dict.fromkeys(names), dict(cfg.protocol.rules), cfg.threshold, cfg.predictor)
+    rules, threshold = build.rules(dict.fromkeys(names), cfg), build.threshold(cfg)
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
     criterion = build.loss(cfg)
@@ -126,14 +126,14 @@ def score(args: argparse.Namespace, where: World) -> None:
     if not where.is_main:
         return
     list_skipped(loader.skipped)
-    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant(cfg)
+    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant(cfg, threshold)
     details = {
         **build.describe(cfg, data, cfg.split),
         "link": criterion.link,
         "temperature": temperature,
         **fitted,
         "correct_focal": cfg.correct_focal,
-        **({"threshold": cfg.threshold} if cfg.threshold != 0.5 else {}),
+        **({"threshold": threshold} if threshold != 0.5 else {}),
         "checkpoint": {
             "file": args.resume.name,
             "epoch": checkpoint["epoch"],

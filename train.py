@@ -138,7 +138,7 @@ def validation(
 ) -> Callable[[nn.Module, int, int], float]:
     """What to do after an epoch: score every rule, log, draw; the score of ``predictor`` picks the best epoch."""
     names = dict.fromkeys([*cfg.validation, cfg.predictor.name])
-    rules = build.rules(names, dict(cfg.protocol.rules), chosen=cfg.predictor)
+    rules = build.rules(names, cfg)
     scoring, precision = build.scoring(cfg, data.info), cfg.trainer.precision
 
     def validate(network: nn.Module, epoch: int, step: int) -> float:

@@ -32,28 +32,32 @@ def _make(node: Any, **arguments: Any) -> Any:
         raise
 
 
-def rules(
-    names: Iterable[str],
-    aliases: dict[str, str] | None = None,
-    threshold: float | None = None,
-    chosen: Any = None,
-) -> dict[str, Predictor]:
-    """The prediction rules of these names; a protocol may put another implementation behind a name.
+def rules(names: Iterable[str], cfg: DictConfig | None = None) -> dict[str, Predictor]:
+    """The prediction rules of these names, as the files in ``configs/predictor`` say, or a configuration on top.
 
-    ``threshold`` is that of rule T, where it is not the one of its configuration; ``chosen`` is the node
-    ``predictor`` of a configuration, which may hold overrides for the rule that it names.
+    Its protocol may put another implementation behind a name; its ``predictor`` may hold overrides for the rule that
+    it names, and ``threshold`` one for rule T.
     """
-    built = {}
-    for name in names:
-        actual = (aliases or {}).get(name, name)
-        if actual not in options("predictor"):
-            raise ValueError(unknown_option("predictor", name))
-        own = chosen is not None and chosen.name == actual
-        node = chosen.copy() if own else OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml")
-        if actual == "T" and threshold is not None:
-            node.at = threshold
-        built[name] = _make(node)
-    return built
+    return {name: _make(_rule(name, cfg)) for name in names}
+
+
+def _rule(name: str, cfg: DictConfig | None) -> Any:
+    """The node that a rule is made of."""
+    actual = name if cfg is None else cfg.protocol.rules.get(name, name)
+    if actual not in options("predictor"):
+        raise ValueError(unknown_option("predictor", name))
+    if cfg is not None and cfg.predictor.name == actual:
+        node: Any = cfg.predictor.copy()
+    else:
+        node = OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml")
+    if actual == "T" and cfg is not None and cfg.get("threshold") is not None:
+        node.at = cfg.threshold
+    return node
+
+
+def threshold(cfg: DictConfig) -> float:
+    """Where rule T cuts."""
+    return float(_rule("T", cfg).at)
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:

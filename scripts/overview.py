@@ -49,7 +49,7 @@ def main() -> None:
     with world(args.device) as where:
         network, cfg, _ = load(path, args.overrides)
         network = network.to(where.device).eval()
-        data, rules = build.dataset(cfg, cfg.split), build.rules(RULES, dict(cfg.protocol.rules))
+        data, rules = build.dataset(cfg, cfg.split), build.rules(RULES, cfg)
         loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
         scoring = build.scoring(cfg, data.info)
         results = evaluate(network, loader, rules, criterion, scoring, where, progress="scoring")

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     network, cfg, _ = load(args.resume, args.overrides)
     info = facts(cfg, args.classes)
     name = args.predictor or ("rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap")
-    rule = build.rules([name], dict(cfg.protocol.rules))[name]
+    rule = build.rules([name], cfg)[name]
     segment = Segmenter(network, cfg, info, rule, _view(args, cfg), pick_device(args.device))
     _settle(args, cfg, name, info)
     outputs = {image: Outputs(args, image) for image in found}

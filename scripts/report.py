@@ -58,7 +58,7 @@ def report(args: argparse.Namespace, where: World) -> Path:
     network = network.to(where.device).eval()
     build.absolute_root(cfg)
     data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)
-    scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, dict(cfg.protocol.rules))
+    scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, cfg)
     loader = build.eval_loader(cfg, data, where)
     held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), where)
     fitted = held_out_temperature(network, held_out, link, where, ignore_index=scoring.ignore_index)
@@ -142,6 +142,7 @@ def facts(cfg: Any, path: Path, checkpoint: dict[str, Any], data: Any) -> dict[s
         "data": f"{cfg.dataset.name} {cfg.split}, {len(data)} images, fingerprint {data.fingerprint()}",
         "model": ", ".join(f"{key} {value}" for key, value in cfg.model.items() if not key.startswith("_")),
         "loss": cfg.loss.name,
+        "threshold of T": build.threshold(cfg),
         "training": f"{cfg.epochs} epochs, batch {cfg.batch_size}, seed {cfg.seed}",
         "trained by": trained.get("command"),
         "trained on": trained.get("date"),

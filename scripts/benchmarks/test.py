@@ -115,7 +115,7 @@ def parts(checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
     where = World(0, 1, pick_device())
     data = build.dataset(cfg, cfg.split)
     loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
-    rules = build.rules(THREE, dict(cfg.protocol.rules), cfg.threshold, cfg.predictor)
+    rules = build.rules(THREE, cfg)
     watch, network = Stopwatch(where.device, args.clock), network.to(where.device)
     watch.watch(network, "forward", "network")
     rules = {name: functools.partial(watch.call, f"rule {name}", rule) for name, rule in rules.items()}

@@ -311,6 +311,14 @@ def test_a_damaged_image_does_not_stop_the_others(
     assert not list((tmp_path / "out").glob("*broken*"))
 
 
+def test_overrides_reach_the_rule(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    command = ["-r", str(checkpoint), str(photos / "one.png"), "--quiet", "-p", "T", "--per-class"]
+    for at, name in ((0, "disc"), (1, "box")):
+        out = tmp_path / str(at)
+        main([*command, f"threshold={at}", "--out", str(out)])
+        assert bool(np.asarray(Image.open(out / "classes" / "one" / f"{name}.png")).any()) is (at == 0)
+
+
 def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     image = photos / "one.png"

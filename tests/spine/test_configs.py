@@ -50,10 +50,18 @@ def test_the_paper_protocol_puts_its_own_rankdice_behind_the_name() -> None:
     cfg = compose("train", ["protocol=paper"])
     ours, theirs = (
         build.rules(["rankdice"])["rankdice"],
-        build.rules(["rankdice"], dict(cfg.protocol.rules))["rankdice"],
+        build.rules(["rankdice"], cfg)["rankdice"],
     )
     assert theirs.keywords["app"] == 2 and theirs.keywords["truncate_mean"] is True
     assert ours.keywords.get("app", 0) == 0
+
+
+def test_a_threshold_is_that_of_the_rule_and_an_override_of_it_is_not_lost() -> None:
+    packed = {"choices": {"predictor": "T"}, "values": {"predictor": {"at": 0.3}}}
+    cfg = stored.unpack(packed)
+    assert build.rules(["T"], cfg)["T"].keywords == {"at": 0.3} and build.threshold(cfg) == 0.3
+    assert build.threshold(stored.unpack(packed, ["threshold=0.4"])) == 0.4
+    assert build.threshold(stored.unpack(packed, ["predictor=rankdice"])) == 0.5
 
 
 def test_an_unknown_rule_names_what_there_is() -> None:
