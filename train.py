@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs import build, stored
+from configs.checks import check_values
 from configs.cli import guarded, list_skipped
 from configs.compose import GROUPS, spelled
 from datasets import EvalLoader, SegmentationDataset
@@ -43,6 +44,7 @@ ROOT = Path(__file__).resolve().parent
 
 def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     """Train one cell of the grid, from the start or from where it was interrupted."""
+    check_values(cfg)
     build.absolute_root(cfg)
     folder = Path(cfg.run_dir)
     config = stored.pack(cfg, choices)

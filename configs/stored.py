@@ -14,6 +14,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from configs.checks import check_values
 from configs.compose import CONFIGS, GROUPS, compose, options, spelled, unknown_key, unknown_option
 
 _INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
@@ -46,7 +47,8 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration of a checkpoint with overrides on top, and the options of ``configs/test.yaml``.
 
     Raises:
-        ValueError: the stored configuration is not one of ours, or an override names what does not exist.
+        ValueError: the stored configuration is not one of ours, an override names what does not exist, or a value
+            cannot be used.
     """
     parts = stored if isinstance(stored, dict) else {}
     if set(parts) != {"choices", "values"} or not all(isinstance(part, dict) for part in parts.values()):
@@ -71,6 +73,7 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
         if OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
             raise ValueError(unknown_key(key, cfg))
         OmegaConf.update(cfg, key, value, merge=True)
+    check_values(cfg)
     return cfg
 
 
