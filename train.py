@@ -48,7 +48,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     build.absolute_root(cfg)
     folder = Path(cfg.run_dir)
     config = stored.pack(cfg, choices)
-    checkpoints = Checkpoints(folder, lambda path: read_checkpoint(path, "cpu"), keep=cfg.trainer.keep)
+    checkpoints = Checkpoints(folder, read_checkpoint, keep=cfg.trainer.keep)
     if where.is_main:
         checkpoints.claim()
         if not cfg.resume:

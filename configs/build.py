@@ -18,6 +18,7 @@ from rankseg import Predictor
 from trainers.distributed import World
 from trainers.evaluator import Scoring
 from trainers.losses import SegmentationLoss
+from trainers.schedules import Schedule
 
 
 def _make(node: Any, **arguments: Any) -> Any:
@@ -146,7 +147,7 @@ def optimizer(cfg: DictConfig, network: nn.Module) -> torch.optim.Optimizer:
     return _make(cfg.optimizer)([group for group in groups if group["params"]])
 
 
-def schedule(cfg: DictConfig) -> Any:
+def schedule(cfg: DictConfig) -> Schedule:
     """The learning-rate factor as a function of (update, updates in all)."""
     return _make(cfg.schedule)
 

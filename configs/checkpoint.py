@@ -42,7 +42,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     Raises:
         ValueError: the file is no checkpoint, or not one of this project or of the paper's authors.
     """
-    checkpoint = read_checkpoint(path, "cpu")
+    checkpoint = read_checkpoint(path)
     from models.published import is_published, load_published  # slow to import: a bad path is said before
 
     if is_published(checkpoint):

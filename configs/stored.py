@@ -16,25 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.checks import check_values
 from configs.compose import CONFIGS, GROUPS, compose, options, spelled, unknown_key, unknown_option
+from configs.free import FREE
 
 _INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 # ${dataset.root} refers to another key; whatever else stands in ${} may call a resolver, such as oc.env.
 _REFERENCE = re.compile(r"\$\{[\w.]+\}")
-# What may differ between two starts of the same run: no number depends on it.
-_FREE = (
-    "expected",
-    "loader_timeout",
-    "num_workers",
-    "device",
-    "verify",
-    "resume",
-    "validation",
-    "save_dir",
-    "run_dir",
-    "dataset.root",
-    "dataset.source.root",
-)
-_FREE_TRAINER = ("tensorboard", "panels", "save_minutes", "save_every", "keep")
 
 
 def pack(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
@@ -119,8 +105,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         found: list[str] = []
         for key in [*old, *(k for k in new if k not in old)]:
             name = f"{prefix}{key}"
-            free = name in _FREE or (prefix == "trainer." and key in _FREE_TRAINER)
-            if not free:
+            if name not in FREE:
                 found += differences(old.get(key), new.get(key), f"{name}.")
         return found
     return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]

@@ -20,8 +20,8 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 
-def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, ours or a published one, without running anything that it contains.
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, ours or a published one, onto the CPU, without running anything that it contains.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,7 +34,7 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise CheckpointError(f"checkpoint {path} is a folder; give the path of a .pth file in it")
     try:
         with torch.serialization.safe_globals(_numpy_scalar()):
-            content = torch.load(path, map_location=map_location, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged bytes fail in the unpickler in a dozen ways, all of them this one

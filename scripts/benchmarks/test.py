@@ -33,7 +33,7 @@ PARTS = {
     "link_probs": "probabilities",
     "encode": "encoding the truth, once for all rules",
     "count": "counting, three rules",
-    "_add": "reliability",
+    "observe": "reliability",
     "_collect": "averages",
 }
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import yaml
 
-# Keys of a configuration that no number depends on, and the seed: free to differ within one average.
-_FREE = {"seed", "expected", "hydra", "run_dir", "save_dir", "num_workers", "device", "verify", "resume"}
-_FREE |= {"dataset.root", "dataset.source.root", "trainer.tensorboard", "trainer.panels", "trainer.keep"}
-_FREE |= {"trainer.save_minutes", "trainer.save_every", "validation", "loader_timeout"}
+from configs.free import FREE
+
+_FREE = FREE | {"seed", "hydra"}  # what may differ within one average
 _AT_MOST = 5
 
 

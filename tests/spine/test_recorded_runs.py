@@ -108,7 +108,7 @@ def checkpoint(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="module")
 def network(checkpoint: Path) -> Iterator[Remembering]:
     """The network as it is loaded from the file; later loads get the same one, instead of 190 MB again."""
-    content = read_checkpoint(checkpoint, "cpu")
+    content = read_checkpoint(checkpoint)
     network, config = load_published(content)
     remembering = Remembering(network)
     with pytest.MonkeyPatch.context() as patch:

@@ -180,7 +180,7 @@ def test_a_checkpoint_of_the_recorded_structure_is_read(recorded, tmp_path, loss
     torch.save(content, path)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
-    read = read_checkpoint(path, "cpu")
+    read = read_checkpoint(path)
     assert is_published(read) and read["monitor_best"] == content["monitor_best"]
     assert translate_config(read["config"])["loss"] == LOSSES[loss]
     names = {key.removeprefix("module."): tensor for key, tensor in read["state_dict"].items()}
