@@ -160,7 +160,7 @@ def load_table(path: Path) -> Table:
     import yaml
 
     try:
-        return as_table(yaml.safe_load(path.read_text()), str(path))
+        return as_table(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 

@@ -201,7 +201,7 @@ def _settle(args: argparse.Namespace, cfg: DictConfig, rule: str, info: DatasetI
     }
     path = args.out / "predict.json"
     if path.exists() and not args.force:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key, value in settings.items() if before.get(key) != value]
         if changed:
             raise ValueError(

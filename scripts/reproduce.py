@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from configs import build
 from configs.cli import guarded
-from configs.compose import CONFIGS
+from configs.compose import CONFIGS, options, unknown_option
 from scripts import ROOT
 from scripts.grid.cells import Cell, cells
 from scripts.grid.record import record
@@ -138,10 +138,9 @@ def main() -> None:
 
 def _results(protocol: str) -> str:
     """The folder of a run in which a protocol's results are."""
-    path = CONFIGS / "protocol" / f"{protocol}.yaml"
-    if not path.exists():
-        raise ValueError(f"--protocols: {protocol} is unknown; there are: corrected, paper")
-    return str(OmegaConf.load(path).results)
+    if protocol not in options("protocol"):
+        raise ValueError(unknown_option("protocol", protocol))
+    return str(OmegaConf.load(CONFIGS / "protocol" / f"{protocol}.yaml").results)
 
 
 def check_data(todo: Sequence[Cell]) -> None:
