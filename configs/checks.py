@@ -34,3 +34,16 @@ def check_values(cfg: DictConfig) -> None:
         raise ValueError(
             f"validation={cfg.validation} must be a list: write 'validation=[{cfg.validation}]', quoted"
         )
+
+
+def check_uncalibrated(cfg: DictConfig, command: str) -> None:
+    """Refuse what changes probabilities, for a command that shows them as the network gives them.
+
+    Raises:
+        ValueError: with what to pass.
+    """
+    if cfg.temperature != 1 or cfg.correct_focal:
+        raise ValueError(
+            f"{command} shows probabilities as the network gives them, not with temperature={cfg.temperature}, "
+            f"correct_focal={cfg.correct_focal}: pass temperature=1 correct_focal=false"
+        )

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs import build
 from configs.checkpoint import load
+from configs.checks import check_uncalibrated
 from configs.cli import guarded
 from scripts import ROOT
 from scripts.reporting import explain, sections
@@ -55,6 +56,7 @@ def report(args: argparse.Namespace, where: World) -> Path:
     """Measure, draw and write; return the page's path."""
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
     network, cfg, checkpoint = load(path, args.overrides)
+    check_uncalibrated(cfg, "report.py")  # it compares calibrated ones of its own with them
     network = network.to(where.device).eval()
     build.absolute_root(cfg)
     data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)

@@ -285,6 +285,13 @@ def test_a_run_that_is_not_there_is_named(report: object, tmp_path: Path) -> Non
         report.report(absent, HERE)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("override", ["temperature=2", "temperature=fit", "correct_focal=true"])
+def test_what_would_be_ignored_is_refused(report: object, run: Path, override: str) -> None:
+    arguments = argparse.Namespace(run=run, out=None, images=2, overrides=[override])
+    with pytest.raises(ValueError, match="pass temperature=1 correct_focal=false"):
+        report.report(arguments, HERE)  # type: ignore[attr-defined]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [1280, 480])
 def test_a_browser_shows_the_page(page: Path, tmp_path: Path, width: int) -> None:
