@@ -26,6 +26,7 @@ from trainers.reproducibility import provenance
 from trainers.results import comparison, file_sha256, fingerprint
 
 ROOT = Path(__file__).resolve().parent
+ALL = ("T", "max", "rankdice")
 EXAMPLES = """\
 examples:
   python test.py -r saved/synthetic/tiny/ce/seed0/best_model.pth -p all
@@ -99,11 +100,7 @@ def score(args: argparse.Namespace, where: World) -> None:
     """Load, score, print and write."""
     network, cfg, checkpoint = load(args.resume, args.overrides)
     network = network.to(where.device)
-    names = [
-        r
-        for name in args.predictor or ["rankdice"]
-        for r in (["T", "max", "rankdice"] if name == "all" else [name])
-    ]
+    names = [rule for name in args.predictor or ["rankdice"] for rule in (ALL if name == "all" else (name,))]
     rules, threshold = build.rules(dict.fromkeys(names), cfg), build.threshold(cfg)
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
@@ -141,12 +138,7 @@ def score(args: argparse.Namespace, where: World) -> None:
         },
         "provenance": provenance(ROOT),
     }
-    free = (
-        "seed",
-        "checkpoint",
-        "provenance",
-        *(["temperature"] if fitted else []),
-    )  # differ within an average
+    free = {"seed", "checkpoint", "provenance"} | ({"temperature"} if fitted else set())  # within an average
     details["config_hash"] = fingerprint({k: v for k, v in details.items() if k not in free})
     for result in results.values():
         result.save(folder, details)
@@ -156,8 +148,8 @@ def score(args: argparse.Namespace, where: World) -> None:
     if {"T", "rankdice"} <= set(results) and temperature == 1 and not cfg.correct_focal:
         dice = {name: result.scores["mean_dice"] for name, result in results.items()}
         if dice["rankdice"] < dice["T"]:
-            print("RankDice ranks true probabilities; these may be off: try temperature=fit", end="")
-            print(" or correct_focal=true" if cfg.loss.name == "focal" else "")
+            more = " or correct_focal=true" if cfg.loss.name == "focal" else ""
+            print(f"RankDice ranks true probabilities; these may be off: try temperature=fit{more}")
     print(f"results: {folder}")
 
 

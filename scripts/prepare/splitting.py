@@ -55,9 +55,10 @@ def _group(stem: str, pattern: str | None) -> str:
         match = re.search(pattern, stem)
     except re.error as error:
         raise ValueError(f"--group {pattern!r} is no regular expression: {error}") from None
-    if not match:
+    found = match and (match[1] if match.re.groups else match[0])
+    if found is None:
         raise ValueError(f"--group {pattern!r} finds nothing in {stem!r}: mend the expression, or the name")
-    return match[1] if match.re.groups else match[0]
+    return found
 
 
 def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = False) -> list[Path]:

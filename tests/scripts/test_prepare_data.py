@@ -239,6 +239,7 @@ def test_split_is_a_partition_that_keeps_groups_together() -> None:
         (["a"], {"val": 0.5}, None, "add images"),
         (["a", "b"], {"val": 0.5}, "[0-9", "regular expression"),
         (["a", "b"], {"val": 0.5}, "z", "finds nothing in 'a'"),
+        (["p1_a", "b"], {"val": 0.5}, r"^(p\d+_)?", "finds nothing in 'b'"),
     ],
 )
 def test_impossible_splits_are_refused(
