@@ -16,7 +16,14 @@ _WHOLE = {
     "trainer.keep": 0,
     "trainer.panels": 0,
 }
-_NUMBERS = {"optimizer.lr": 0, "backbone_lr_ratio": 0, "loader_timeout": 0, "trainer.save_minutes": 0}
+_NUMBERS = {
+    "optimizer.lr": 0,
+    "backbone_lr_ratio": 0,
+    "loader_timeout": 0,
+    "trainer.save_minutes": 0,
+    "trainer.clip_norm": 0,
+}
+_MAY_BE_NULL = ("trainer.clip_norm",)
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -28,6 +35,8 @@ def check_values(cfg: DictConfig) -> None:
     for key, least in {**_WHOLE, **_NUMBERS}.items():
         value, kind = OmegaConf.select(cfg, key), "whole number" if key in _WHOLE else "number"
         wanted = int if key in _WHOLE else (int, float)
+        if value is None and key in _MAY_BE_NULL:
+            continue
         if isinstance(value, bool) or not isinstance(value, wanted) or value < least:
             raise ValueError(f"{key}={value} must be a {kind} of at least {least}")
     if not OmegaConf.is_list(cfg.validation):

@@ -197,6 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in args.runs:
             folder = result_folder(run, args.protocol)
             baseline = read_rule(folder, args.baseline, args.metric)
+            if args.protocol == "paper" and baseline.record.get("protocol") != "paper":
+                raise ValueError(
+                    f"{folder} holds no scores of protocol=paper; score it so with test.py first"
+                )
             for name in args.rule or [r for r in rules_in(folder) if r != args.baseline]:
                 pairs.append((baseline, read_rule(folder, name, args.metric)))
         if not pairs:

@@ -57,6 +57,7 @@ BAD = [
     ("prepare_data.py", "split", "absent"),
     ("reproduce.py", "--losses", "cee", "--dry-run"),
     ("reproduce.py", "--protocols", "absent", "--dry-run"),
+    ("reproduce.py", "epochs=0", "--dry-run"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -279,6 +280,11 @@ def test_paper_protocol_reads_its_own_folder(results, capsys):
     put(results / "paper", "max", TRUTH, images=list("abcd"), protocol="paper")
     assert main([str(results.parent), "--protocol", "paper"]) == 0
     assert "max − T" in capsys.readouterr().out
+    shutil.rmtree(results / "paper")
+    for folder in (results, results.parent):
+        assert main([str(folder), "--protocol", "paper"]) == 2
+        error = capsys.readouterr().err
+        assert "no scores of protocol=paper" in error or "holds no per-image scores" in error
 
 
 @pytest.mark.parametrize(

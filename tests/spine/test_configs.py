@@ -73,6 +73,7 @@ def test_a_threshold_is_that_of_the_rule_and_an_override_of_it_is_not_lost() -> 
         ("seed=-1", "seed=-1 must be a whole number of at least 0"),
         ("trainer.validate_every=0", r"trainer\.validate_every=0 must be a whole number of at least 1"),
         ("trainer.save_every=2.5", r"trainer\.save_every=2\.5 must be a whole number of at least 1"),
+        ("trainer.clip_norm=abc", r"trainer\.clip_norm=abc must be a number of at least 0"),
         ("optimizer.lr=abc", r"optimizer\.lr=abc must be a number of at least 0"),
         ("optimizer.lr=true", r"optimizer\.lr=True must be a number of at least 0"),
         ("validation=rankdice", r"validation=rankdice must be a list: write 'validation=\[rankdice\]'"),
