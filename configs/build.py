@@ -58,7 +58,7 @@ def _rule(name: str, cfg: DictConfig | None) -> Any:
 
 def threshold(cfg: DictConfig) -> float:
     """Where rule T cuts."""
-    return float(_rule("T", cfg).at)
+    return _rule("T", cfg).at
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:

@@ -22,8 +22,9 @@ _NUMBERS = {
     "loader_timeout": 0,
     "trainer.save_minutes": 0,
     "trainer.clip_norm": 0,
+    "threshold": 0,  # of test.py only
 }
-_MAY_BE_NULL = ("trainer.clip_norm",)
+_MAY_BE_NULL = ("trainer.clip_norm", "threshold")
 
 
 def check_values(cfg: DictConfig) -> None:

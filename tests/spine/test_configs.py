@@ -84,6 +84,8 @@ def test_a_value_that_cannot_be_used_is_named_by_its_key(override: str, message:
         check_values(compose("train", [override]))
     with pytest.raises(ValueError, match=message):
         stored.unpack({"choices": {}, "values": {}}, [override])
+    with pytest.raises(ValueError, match="threshold=abc must be a number of at least 0"):
+        stored.unpack({"choices": {}, "values": {}}, ["threshold=abc"])
 
 
 def test_an_unknown_rule_names_what_there_is() -> None:
