@@ -14,7 +14,8 @@ from torch import nn
 
 from configs import build
 from configs.checkpoint import load
-from configs.cli import guarded, list_skipped, options
+from configs.cli import guarded, list_skipped
+from configs.compose import options
 from rankseg.calibration import focal_correction
 from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
@@ -25,6 +26,7 @@ from trainers.reproducibility import provenance
 from trainers.results import comparison, file_sha256, fingerprint
 
 ROOT = Path(__file__).resolve().parent
+ALL = ("T", "max", "rankdice")
 EXAMPLES = """\
 examples:
   python test.py -r saved/synthetic/tiny/ce/seed0/best_model.pth -p all
@@ -84,12 +86,12 @@ def find_temperature(
     return fitted, {"temperature_fitted_on": data.fingerprint()}
 
 
-def variant(cfg: DictConfig) -> str:
+def variant(cfg: DictConfig, threshold: float) -> str:
     """The folder beside the usual results for what is not scored as usual, so that none replaces another."""
     unusual = {
         "focal_corrected": cfg.correct_focal,
         "calibrated": cfg.temperature != 1,
-        f"threshold_{cfg.threshold:g}": cfg.threshold != 0.5,
+        f"threshold_{threshold:g}": threshold != 0.5,
     }
     return "_".join(name for name, here in unusual.items() if here)
 
@@ -98,12 +100,8 @@ def score(args: argparse.Namespace, where: World) -> None:
     """Load, score, print and write."""
     network, cfg, checkpoint = load(args.resume, args.overrides)
     network = network.to(where.device)
-    names = [
-        r
-        for name in args.predictor or ["rankdice"]
-        for r in (["T", "max", "rankdice"] if name == "all" else [name])
-    ]
-    rules = build.rules(dict.fromkeys(names), dict(cfg.protocol.rules), cfg.threshold, cfg.predictor)
+    names = [rule for name in args.predictor or ["rankdice"] for rule in (ALL if name == "all" else (name,))]
+    rules, threshold = build.rules(dict.fromkeys(names), cfg), build.threshold(cfg)
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
     criterion = build.loss(cfg)
@@ -125,14 +123,14 @@ def score(args: argparse.Namespace, where: World) -> None:
     if not where.is_main:
         return
     list_skipped(loader.skipped)
-    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant(cfg)
+    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant(cfg, threshold)
     details = {
         **build.describe(cfg, data, cfg.split),
         "link": criterion.link,
         "temperature": temperature,
         **fitted,
         "correct_focal": cfg.correct_focal,
-        **({"threshold": cfg.threshold} if cfg.threshold != 0.5 else {}),
+        **({"threshold": threshold} if threshold != 0.5 else {}),
         "checkpoint": {
             "file": args.resume.name,
             "epoch": checkpoint["epoch"],
@@ -140,12 +138,7 @@ def score(args: argparse.Namespace, where: World) -> None:
         },
         "provenance": provenance(ROOT),
     }
-    free = (
-        "seed",
-        "checkpoint",
-        "provenance",
-        *(["temperature"] if fitted else []),
-    )  # differ within an average
+    free = {"seed", "checkpoint", "provenance"} | ({"temperature"} if fitted else set())  # within an average
     details["config_hash"] = fingerprint({k: v for k, v in details.items() if k not in free})
     for result in results.values():
         result.save(folder, details)
@@ -155,8 +148,8 @@ def score(args: argparse.Namespace, where: World) -> None:
     if {"T", "rankdice"} <= set(results) and temperature == 1 and not cfg.correct_focal:
         dice = {name: result.scores["mean_dice"] for name, result in results.items()}
         if dice["rankdice"] < dice["T"]:
-            print("RankDice ranks true probabilities; these may be off: try temperature=fit", end="")
-            print(" or correct_focal=true" if cfg.loss.name == "focal" else "")
+            more = " or correct_focal=true" if cfg.loss.name == "focal" else ""
+            print(f"RankDice ranks true probabilities; these may be off: try temperature=fit{more}")
     print(f"results: {folder}")
 
 

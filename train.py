@@ -25,7 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs import build, stored
-from configs.cli import guarded, list_skipped, spelled
+from configs.checks import check_values
+from configs.cli import guarded, list_skipped
+from configs.compose import GROUPS, spelled
 from datasets import EvalLoader, SegmentationDataset
 from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
@@ -42,10 +44,11 @@ ROOT = Path(__file__).resolve().parent
 
 def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     """Train one cell of the grid, from the start or from where it was interrupted."""
+    check_values(cfg)
     build.absolute_root(cfg)
     folder = Path(cfg.run_dir)
     config = stored.pack(cfg, choices)
-    checkpoints = Checkpoints(folder, lambda path: read_checkpoint(path, "cpu"), keep=cfg.trainer.keep)
+    checkpoints = Checkpoints(folder, read_checkpoint, keep=cfg.trainer.keep)
     if where.is_main:
         checkpoints.claim()
         if not cfg.resume:
@@ -119,7 +122,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
             folder / "provenance.json", provenance(ROOT, seed=cfg.seed, data=prints, world_size=where.size)
         )
     trainer.fit()
-    options = {group: cfg[group].get("name", choices[group]) for group in build.GROUPS}
+    options = {group: cfg[group].get("name", choices[group]) for group in GROUPS}
     numbers = {"lr": cfg.optimizer.lr, **{key: cfg[key] for key in ("epochs", "batch_size", "seed")}}
     journal.hparams({**options, **numbers}, trainer.progress.best or 0.0)
     journal.close()
@@ -137,7 +140,7 @@ def validation(
 ) -> Callable[[nn.Module, int, int], float]:
     """What to do after an epoch: score every rule, log, draw; the score of ``predictor`` picks the best epoch."""
     names = dict.fromkeys([*cfg.validation, cfg.predictor.name])
-    rules = build.rules(names, dict(cfg.protocol.rules), chosen=cfg.predictor)
+    rules = build.rules(names, cfg)
     scoring, precision = build.scoring(cfg, data.info), cfg.trainer.precision
 
     def validate(network: nn.Module, epoch: int, step: int) -> float:

@@ -7,30 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from configs.cli import CONFIGS, options, spelled, unknown_option
+from configs.compose import CONFIGS, options, unknown_option
 from datasets import DatasetInfo, EvalLoader, SegmentationDataset, TrainLoader
 from rankseg import Predictor
 from trainers.distributed import World
 from trainers.evaluator import Scoring
 from trainers.losses import SegmentationLoss
-
-GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "predictor", "protocol", "trainer")
-
-
-def compose(name: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
-    """Compose a configuration as the command line does, but outside Hydra's own main."""
-    if GlobalHydra.instance().is_initialized():
-        return hydra_compose(name, spelled(overrides))
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra_compose(name, spelled(overrides))
+from trainers.schedules import Schedule
 
 
 def _make(node: Any, **arguments: Any) -> Any:
@@ -45,28 +33,32 @@ def _make(node: Any, **arguments: Any) -> Any:
         raise
 
 
-def rules(
-    names: Iterable[str],
-    aliases: dict[str, str] | None = None,
-    threshold: float | None = None,
-    chosen: Any = None,
-) -> dict[str, Predictor]:
-    """The prediction rules of these names; a protocol may put another implementation behind a name.
+def rules(names: Iterable[str], cfg: DictConfig | None = None) -> dict[str, Predictor]:
+    """The prediction rules of these names, as the files in ``configs/predictor`` say, or a configuration on top.
 
-    ``threshold`` is that of rule T, where it is not the one of its configuration; ``chosen`` is the node
-    ``predictor`` of a configuration, which may hold overrides for the rule that it names.
+    Its protocol may put another implementation behind a name; its ``predictor`` may hold overrides for the rule that
+    it names, and ``threshold`` one for rule T.
     """
-    built = {}
-    for name in names:
-        actual = (aliases or {}).get(name, name)
-        if actual not in options("predictor"):
-            raise ValueError(unknown_option("predictor", name))
-        own = chosen is not None and chosen.name == actual
-        node = chosen.copy() if own else OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml")
-        if actual == "T" and threshold is not None:
-            node.at = threshold
-        built[name] = _make(node)
-    return built
+    return {name: _make(_rule(name, cfg)) for name in names}
+
+
+def _rule(name: str, cfg: DictConfig | None) -> Any:
+    """The node that a rule is made of."""
+    actual = name if cfg is None else cfg.protocol.rules.get(name, name)
+    if actual not in options("predictor"):
+        raise ValueError(unknown_option("predictor", name))
+    if cfg is not None and cfg.predictor.name == actual:
+        node: Any = cfg.predictor.copy()
+    else:
+        node = OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml")
+    if actual == "T" and cfg is not None and cfg.get("threshold") is not None:
+        node.at = cfg.threshold
+    return node
+
+
+def threshold(cfg: DictConfig) -> float:
+    """Where rule T cuts."""
+    return _rule("T", cfg).at
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
@@ -155,7 +147,7 @@ def optimizer(cfg: DictConfig, network: nn.Module) -> torch.optim.Optimizer:
     return _make(cfg.optimizer)([group for group in groups if group["params"]])
 
 
-def schedule(cfg: DictConfig) -> Any:
+def schedule(cfg: DictConfig) -> Schedule:
     """The learning-rate factor as a function of (update, updates in all)."""
     return _make(cfg.schedule)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,22 @@ from models import load_state, read_checkpoint
 _PUBLISHED = {
     "temperature": "temperature",
     "threshold": "threshold",
+    "epochs": "epochs",
     "batch_size": "batch_size",
     "dataset.crop": "crop",
     "dataset.eval_crop": "eval_crop",
 }
+
+
+def as_stored(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``models.published`` says of a released configuration, in the form that checkpoints hold.
+
+    Its protocol is ``paper``, and what it does not say is as in the paper.
+    """
+    choices = {group: theirs[group] for group in ("dataset", "model", "loss", "predictor")}
+    choices |= {"optimizer": "sgd", "schedule": "poly", "protocol": "paper", "trainer": "default"}
+    values = {key: theirs[name] for key, name in _PUBLISHED.items() if theirs[name] is not None}
+    return {"choices": choices, "values": values}
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
@@ -30,15 +42,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     Raises:
         ValueError: the file is no checkpoint, or not one of this project or of the paper's authors.
     """
-    checkpoint = read_checkpoint(path, "cpu")
+    checkpoint = read_checkpoint(path)
     from models.published import is_published, load_published  # slow to import: a bad path is said before
 
     if is_published(checkpoint):
         network, theirs = load_published(checkpoint, where=f"checkpoint {path}")
-        choices = {group: theirs[group] for group in ("dataset", "model", "loss")}
-        values = {key: theirs[name] for key, name in _PUBLISHED.items() if theirs.get(name)}
-        cfg = stored.unpack({"choices": {**choices, "protocol": "paper"}, "values": values}, overrides)
-        return network, cfg, checkpoint
+        return network, stored.unpack(as_stored(theirs), overrides), checkpoint
     if not {"model", "config", "epoch"} <= set(checkpoint):
         raise ValueError(f"{path} is a checkpoint of another project: it lacks model, config or epoch")
     cfg = stored.unpack(checkpoint["config"], overrides)

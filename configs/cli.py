@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.compose import unknown_key, unknown_option
 from datasets import DatasetError
 from trainers.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUME, Interrupted, TrainingError
-
-CONFIGS = Path(__file__).parent
 
 
 def guarded(main: Callable[[], Any]) -> None:
@@ -89,25 +84,6 @@ def list_skipped(skipped: Mapping[str, str]) -> None:
         print(f"  {name}: {reason}", file=sys.stderr)
 
 
-def spelled(words: Iterable[str]) -> list[str]:
-    """Overrides as Hydra can read them: values that its grammar does not know are put in quotes.
-
-    Paths are such values: `~`, umlauts and brackets are not in the grammar.
-    """
-    parser, found = OverridesParser.create(), list[str]()
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and not word.startswith("-") and not value.startswith(("[", "{", "'", '"')):
-            try:
-                parser.parse_override(word)
-            except HydraException:
-                # In Hydra's quotes a backslash is itself, but before a quote it is doubled.
-                escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-                word = f"{key}='{escaped}{value[len(value.rstrip(chr(92))) :]}'"
-        found.append(word)
-    return found
-
-
 def explain(error: BaseException) -> str:
     """One line about a configuration error: what was wrong and what is allowed."""
     text = str(error)
@@ -126,38 +102,3 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Error in call to target '([^']+)':\s*(.*)", text, re.DOTALL):
         return f"{match[1]}: {match[2]}"
     return text
-
-
-def options(group: str) -> list[str]:
-    """The options of a configuration group, such as ``predictor``."""
-    folder = CONFIGS / group
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-
-
-def unknown_option(group: str, name: str) -> str:
-    """What to say about an option that a group does not have."""
-    allowed = options(group)
-    return f"{group}={name} is unknown{_meant(name, allowed)}; {group} is one of: {', '.join(allowed)}"
-
-
-def unknown_key(key: str, config: Any = None) -> str:
-    """What to say about a key that the configuration does not have."""
-    from configs.build import compose
-
-    node = compose("train") if config is None else config
-    parent, _, name = key.rpartition(".")
-    for part in parent.split(".") if parent else []:
-        if not OmegaConf.is_dict(node) or part not in node:
-            return unknown_key(part, node)
-        node = node._get_node(part)
-    allowed = [str(k) for k in node if not str(k).startswith("_")] if OmegaConf.is_dict(node) else []
-    if not parent:
-        allowed += sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and not p.name.startswith("_"))
-    where = f"in {parent}" if parent else "at the top"
-    listed = ", ".join(dict.fromkeys(allowed))
-    return f"{key} is no key of the configuration{_meant(name, allowed)}; {where} there are: {listed}"
-
-
-def _meant(name: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -14,26 +14,13 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from configs.build import GROUPS, compose
-from configs.cli import CONFIGS, options, spelled, unknown_key, unknown_option
+from configs.checks import check_values
+from configs.compose import CONFIGS, GROUPS, compose, options, spelled, unknown_key, unknown_option
+from configs.free import FREE
 
 _INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
-_RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:...} and the like; ${dataset.root} is a plain reference
-# What may differ between two starts of the same run: no number depends on it.
-_FREE = (
-    "expected",
-    "loader_timeout",
-    "num_workers",
-    "device",
-    "verify",
-    "resume",
-    "validation",
-    "save_dir",
-    "run_dir",
-    "dataset.root",
-    "dataset.source.root",
-)
-_FREE_TRAINER = ("tensorboard", "panels", "save_minutes", "save_every", "keep")
+# ${dataset.root} refers to another key; whatever else stands in ${} may call a resolver, such as oc.env.
+_REFERENCE = re.compile(r"\$\{[\w.]+\}")
 
 
 def pack(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
@@ -46,9 +33,11 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration of a checkpoint with overrides on top, and the options of ``configs/test.yaml``.
 
     Raises:
-        ValueError: the stored configuration is not one of ours, or an override names what does not exist.
+        ValueError: the stored configuration is not one of ours, an override names what does not exist, or a value
+            cannot be used.
     """
-    if not isinstance(stored, dict) or set(stored) != {"choices", "values"}:
+    parts = stored if isinstance(stored, dict) else {}
+    if set(parts) != {"choices", "values"} or not all(isinstance(part, dict) for part in parts.values()):
         raise ValueError(
             "the checkpoint holds no configuration of this project; it cannot be tested without one"
         )
@@ -63,13 +52,14 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     cfg = OmegaConf.merge(cfg, OmegaConf.load(CONFIGS / "test.yaml"))  # type: ignore[assignment]
     for key, value in stored["values"].items():
-        if key.partition(".")[0] not in groups:
+        if _harmless(key).partition(".")[0] not in groups:
             OmegaConf.update(cfg, key, _plain(value), merge=True)
     OmegaConf.set_struct(cfg, True)
     for key, value in values:
         if OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
             raise ValueError(unknown_key(key, cfg))
         OmegaConf.update(cfg, key, value, merge=True)
+    check_values(cfg)
     return cfg
 
 
@@ -91,13 +81,20 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, An
     return groups, values
 
 
+def _harmless(key: Any) -> str:
+    """A stored key, such as ``dataset.crop``, that does not lead to what Hydra builds."""
+    if not isinstance(key, str) or _INSTANTIATE & set(re.split(r"[.\[\]]", key)):
+        raise ValueError(f"the checkpoint's configuration holds the key {key!r}, which is not allowed there")
+    return key
+
+
 def _plain(value: Any) -> Any:
     """A stored value without anything that could choose code or read the environment."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if key not in _INSTANTIATE}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, str) and _RESOLVER.search(value):
+    if isinstance(value, str) and "${" in _REFERENCE.sub("", value):
         raise ValueError(f"the checkpoint's configuration holds {value!r}, which is not allowed there")
     return value
 
@@ -108,8 +105,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         found: list[str] = []
         for key in [*old, *(k for k in new if k not in old)]:
             name = f"{prefix}{key}"
-            free = name in _FREE or (prefix == "trainer." and key in _FREE_TRAINER)
-            if not free:
+            if name not in FREE:
                 found += differences(old.get(key), new.get(key), f"{name}.")
         return found
     return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]

@@ -43,12 +43,7 @@ def load(image: Image.Image, path: Path) -> Image.Image:
     """
     try:
         image.load()
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-    ) as error:  # Pillow reports damaged files with any of these
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways to say that it is damaged
         raise DatasetError(f"{path} is damaged ({error}): fetch it again") from None
     return image
 

@@ -48,7 +48,7 @@ def list_images(folder: Path) -> dict[str, Path]:
 
 def read_split(path: Path) -> list[str]:
     """Return the lines of a split file that are not empty."""
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 class PairedDataset(SegmentationDataset):

@@ -58,10 +58,8 @@ class Folder(PairedDataset):
             if not home.is_dir() or not path.is_file():
                 where = path if home.is_dir() else home
                 raise self.missing(f"{where} does not exist")
-            table, source = load_table(path), str(path)
-        else:
-            table, source = as_table(classes), "classes"
-        entries = [as_entry(item, source) for item in table["classes"]]
+            classes = path
+        table, entries, source = read_classes(classes)
         self.info = make_info(home.resolve().name, table, entries, source)
         self.table = label_table(value_map(entries, self.info.ignore_index, source))
         for key, expected in (("num_classes", num_classes), ("ignore_index", ignore_index)):
@@ -69,6 +67,8 @@ class Folder(PairedDataset):
             if expected not in (None, actual):
                 raise DatasetError(f"{source} has {key} {actual}, not {expected}: set dataset.{key}={actual}")
         self.rgb_masks = bool(table.get("rgb_masks", False))
+        if self.rgb_masks and len(set(self.info.palette)) < self.info.num_classes:
+            raise DatasetError(f"{source}: two classes have one colour, by which rgb_masks tells them apart")
         super().__init__(home, split)
 
     def find_pairs(self) -> list[Pair]:
@@ -88,7 +88,12 @@ class Folder(PairedDataset):
                 f"`python scripts/prepare_data.py split {shlex.quote(str(self.root))}` writes split files"
             )
         known = {pair.name: pair for pair in pairs}
-        names = [Path(line).stem if Path(line).stem in known else line for line in read_split(path)]
+
+        def name(line: str) -> str:  # as it is, if there is such an image: the end of case.1 is no suffix
+            stem = Path(line).stem
+            return stem if line not in known and stem in known else line
+
+        names = map(name, read_split(path))
         return [known.get(n, Pair(n, images / f"{n}.jpg", masks / f"{n}.png")) for n in names]
 
     def read_mask(self, path: Path) -> np.ndarray:
@@ -135,6 +140,18 @@ class Folder(PairedDataset):
         return []
 
 
+def read_classes(classes: str | Path | Table | Sequence[Any]) -> tuple[Table, list[dict[str, Any]], str]:
+    """Return the table of classes, each class as a mapping, and what messages call the table.
+
+    `classes` is the path of a YAML file, or what such a file holds. Raises DatasetError where it cannot be used.
+    """
+    if isinstance(classes, (str, Path)):
+        table, source = load_table(Path(classes)), str(classes)
+    else:
+        table, source = as_table(classes), "classes"
+    return table, [as_entry(item, source) for item in table["classes"]], source
+
+
 def load_table(path: Path) -> Table:
     """Return the content of classes.yaml.
 
@@ -143,7 +160,7 @@ def load_table(path: Path) -> Table:
     import yaml
 
     try:
-        return as_table(yaml.safe_load(path.read_text()), str(path))
+        return as_table(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 

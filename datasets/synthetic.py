@@ -159,8 +159,7 @@ class Synthetic(SegmentationDataset):
         return (255 * image.clamp(0, 1)).to(torch.uint8)
 
 
-# How deep inside a shape of half width 1 a point is, in half widths: positive inside, 0 at the edge. By
-# class.
+# By class: how deep inside a shape of half width 1 a point is, in half widths. Positive inside, 0 at the edge.
 SHAPES = {
     1: lambda u, v: 1 - torch.sqrt(u * u + v * v),
     2: lambda u, v: 1 - torch.maximum(u.abs(), v.abs()),

@@ -40,11 +40,24 @@ def require_pair(image: Tensor, mask: Tensor) -> None:
 
 
 def as_size(size: Size) -> tuple[int, int]:
-    """Return (height, width) of a square given by its side, or of a pair."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)
+    """Return (height, width) of a square given by its side, or of a pair.
+
+    Raises ValueError for anything else.
+    """
+    pair = (size, size) if isinstance(size, int) else size
+    good = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(k, int) and k > 0 for k in pair)
+    if not good:
+        raise ValueError(
+            f"size {size}: give one side in pixels, or [height, width] (dataset.crop or .resize)"
+        )
+    return pair[0], pair[1]
+
+
+def check_size(size: Size | None) -> Size | None:
+    """Return the size as it is, or raise ValueError where it is none."""
+    if size is not None:
+        as_size(size)
+    return size
 
 
 def resize_to(shape: Sequence[int], size: Size) -> list[int]:
@@ -144,7 +157,7 @@ class TrainTransform:
             raise ValueError(f"flip={flip}: give a probability, 0 to 1")
         self.normalise = Normalise(mean, std)
         self.crop = None if crop is None else as_size(crop)
-        self.resize, self.rotate, self.flip, self.label_fill = resize, rotate, flip, label_fill
+        self.resize, self.rotate, self.flip, self.label_fill = check_size(resize), rotate, flip, label_fill
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         require_pair(image, mask)
@@ -198,7 +211,7 @@ class EvalTransform:
                 f"crop={crop}: the paper's evaluation needs one side in pixels (dataset.eval_crop)"
             )
         self.normalise = Normalise(mean, std)
-        self.resize, self.crop, self.legacy = resize, crop, legacy
+        self.resize, self.crop, self.legacy = check_size(resize), crop, legacy
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         require_pair(image, mask)

@@ -80,17 +80,16 @@ _FIXED = {"up_output.weight": 4, "up_pool4_out.weight": 4, "up_final.weight": 16
 
 def is_published(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint that was read is one of the released ones."""
-    return isinstance(checkpoint.get("state_dict"), dict) and {"arch", "config"} <= checkpoint.keys()
+    return "arch" in checkpoint and all(isinstance(checkpoint.get(k), dict) for k in ("state_dict", "config"))
 
 
 def load_published(
-    source: str | Path | dict[str, Any], map_location: str | torch.device = "cpu", where: str | None = None
+    source: str | Path | dict[str, Any], where: str | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a released checkpoint, in evaluation mode, and its configuration in our names.
+    """The network of a released checkpoint, on the CPU and in evaluation mode, and its configuration in our names.
 
     Args:
         source: the file, or what ``read_checkpoint`` returned.
-        map_location: the device of the network.
         where: how messages name the checkpoint; by default its path.
 
     Returns:
@@ -100,7 +99,7 @@ def load_published(
         FileNotFoundError: there is no such file.
         CheckpointError: the file cannot be read safely, is no released checkpoint, or contradicts itself.
     """
-    checkpoint = source if isinstance(source, dict) else read_checkpoint(source, map_location)
+    checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     where = where or ("the checkpoint" if isinstance(source, dict) else f"checkpoint {source}")
     if not is_published(checkpoint):
         raise CheckpointError(
@@ -122,7 +121,7 @@ def load_published(
     network = NETWORKS[name](num_classes)
     load_state(network, translate_state(name, state, where), where)
     config |= {"num_classes": num_classes, "epoch": int(checkpoint.get("epoch", 0))}
-    return network.to(map_location).eval(), config
+    return network.eval(), config
 
 
 def translate_state(name: str, state: dict[str, Tensor], where: str = "the state dict") -> dict[str, Tensor]:

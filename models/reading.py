@@ -20,8 +20,8 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 
-def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, ours or a published one, without running anything that it contains.
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, ours or a published one, onto the CPU, without running anything that it contains.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,7 +34,7 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise CheckpointError(f"checkpoint {path} is a folder; give the path of a .pth file in it")
     try:
         with torch.serialization.safe_globals(_numpy_scalar()):
-            content = torch.load(path, map_location=map_location, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged bytes fail in the unpickler in a dozen ways, all of them this one
@@ -54,9 +54,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
     """Copy a state dict into a network that has exactly these tensors.
 
     Raises:
-        CheckpointError: a tensor is missing, is not the network's, or has another shape; a different number
-            of classes is said as such.
+        CheckpointError: it is no state dict; or a tensor is missing, is not the network's, or has another
+            shape; a different number of classes is said as such.
     """
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{source} holds no tensors by name; choose a checkpoint that train.py wrote")
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]

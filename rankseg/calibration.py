@@ -77,14 +77,22 @@ class Reliability:
             observations[c] += hit
 
     def merge(self, other: Reliability) -> Reliability:
-        """Add the statistics of `other` (same bins and classes), for example of another process; return self."""
+        """Add the statistics of `other`, for example of another process; return self.
+
+        Raises:
+            ValueError: `other` has another number of bins or classes.
+        """
         if other.bins != self.bins:
             raise ValueError(f"cannot merge {other.bins} bins into {self.bins}; use the same number")
-        if other.count is not None:
-            for name in ("count", "forecast", "observed"):
-                mine = getattr(self, name)
-                theirs = getattr(other, name)
-                setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
+        if other.count is None:
+            return self
+        if self.count is not None and len(self.count) != len(other.count):
+            raise ValueError(
+                f"cannot merge {len(other.count)} classes into {len(self.count)}; keep them apart"
+            )
+        for name in ("count", "forecast", "observed"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
         return self
 
     def curve(self) -> ReliabilityCurve:
@@ -137,7 +145,7 @@ def fit_temperature(
         link: "softmax" or "sigmoid" (one against rest).
 
     Raises:
-        ValueError: no valid pixel, unknown link, or non-finite logits.
+        ValueError: no valid pixel, a label of no class, unknown link, or non-finite logits.
     """
     check_choice("link", link, ("softmax", "sigmoid"))
     classes = logits.shape[1]
@@ -147,6 +155,11 @@ def fit_temperature(
     if not labels.numel():
         raise ValueError(
             f"targets has no pixel other than ignore_index={ignore_index}; fit on labelled images"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"targets hold labels {int(labels.min())}..{int(labels.max())}, but logits have {classes} classes; "
+            f"remap them, or mark them by ignore_index={ignore_index}"
         )
     if not torch.isfinite(scores).all():
         raise ValueError("logits holds NaN or infinity; look at the network before its temperature")

@@ -40,9 +40,9 @@ def select(flat: Tensor, tau: Tensor, cutpoint: Tensor, tied: Tensor) -> Tensor:
     masks = _above(flat, torch.where(everything, -1, cutpoint))
     missing = tied.masked_fill(everything, 0)
     for row in missing.nonzero()[:, 0].split(max(1, (1 << 22) // flat.shape[1])):
-        tied = flat[row] == cutpoint[row, None]
-        tied &= tied.cumsum(1, dtype=torch.int32) <= missing[row, None]
-        masks[row] |= tied
+        equal = flat[row] == cutpoint[row, None]
+        equal &= equal.cumsum(1, dtype=torch.int32) <= missing[row, None]
+        masks[row] |= equal
     return masks
 
 

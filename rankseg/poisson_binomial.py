@@ -39,19 +39,6 @@ def pmf(probs: Tensor) -> Tensor:
     return law
 
 
-def pmf_fft(probs: Tensor) -> Tensor:
-    """P(Γ = 0..D) of `probs` (..., D) from its characteristic function: (..., D + 1) float64.
-
-    Absolute error about 1e-15 (Hong, 2013); all leading axes at once, memory D² numbers each.
-    """
-    p = probs.double()
-    size = p.shape[-1] + 1
-    angle = 2 * math.pi * torch.arange(size, dtype=torch.float64, device=p.device) / size
-    factor = torch.exp(-1j * angle) - 1
-    transform = (1 + p[..., None, :] * factor[:, None]).prod(-1)
-    return torch.fft.ifft(transform).real.clamp(min=0)
-
-
 def refined_cdf(x: Tensor, skewness: Tensor) -> Tensor:
     """Refined normal distribution function Φ(x) + κ (1 - x²) φ(x) / 6 (Volkova, 1996), x standardised."""
     density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)

@@ -14,7 +14,7 @@ from torch import Tensor
 _ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5, torch.float64: 1e-5}
 
 
-def check_probs(probs: Tensor, name: str = "probs") -> Tensor:
+def check_probs(probs: Tensor) -> Tensor:
     """Return `probs` (N, C, *S), detached and within [0, 1], or say why it is refused.
 
     Values outside [0, 1] by rounding alone are clamped (into a copy: inputs are never modified).
@@ -26,32 +26,32 @@ def check_probs(probs: Tensor, name: str = "probs") -> Tensor:
     """
     if not isinstance(probs, Tensor):
         raise TypeError(
-            f"{name} must be a torch.Tensor, got {type(probs).__name__}; convert it with torch.as_tensor"
+            f"probs must be a torch.Tensor, got {type(probs).__name__}; convert it with torch.as_tensor"
         )
     if probs.dtype not in _ROUNDING:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {probs.dtype}; pass probabilities"
+            f"probs must be float16, bfloat16, float32 or float64, got {probs.dtype}; pass probabilities"
         )
     if probs.ndim < 3:
         raise ValueError(
-            f"{name} must be (N, C, *S), got shape {tuple(probs.shape)}; add the axes that are missing"
+            f"probs must be (N, C, *S), got shape {tuple(probs.shape)}; add the axes that are missing"
         )
     if probs.shape[1] == 0:
-        raise ValueError(f"{name} has no class (shape {tuple(probs.shape)}); axis 1 must hold at least one")
+        raise ValueError(f"probs has no class (shape {tuple(probs.shape)}); axis 1 must hold at least one")
     if 0 in probs.shape[2:]:
-        raise ValueError(f"{name} has an empty spatial axis (shape {tuple(probs.shape)}); each needs a pixel")
+        raise ValueError(f"probs has an empty spatial axis (shape {tuple(probs.shape)}); each needs a pixel")
     probs = probs.detach()
     if probs.numel() == 0:
         return probs
     # min and max are NaN as soon as one value is: two reductions check everything.
     low, high = (value.item() for value in torch.aminmax(probs))
     if math.isnan(low) or math.isnan(high):
-        raise ValueError(f"{name} holds NaN; look for a division by zero or an overflow in the network")
+        raise ValueError("probs holds NaN; look for a division by zero or an overflow in the network")
     if low < 0 or high > 1:
         slack = _ROUNDING[probs.dtype]
         if low < -slack or high > 1 + slack:
             raise ValueError(
-                f"{name} must lie in [0, 1], got values in [{low:.6g}, {high:.6g}]; apply softmax or sigmoid to logits"
+                f"probs must lie in [0, 1], got values in [{low:.6g}, {high:.6g}]; apply softmax or sigmoid to logits"
             )
         probs = probs.clamp(0, 1)
     return probs

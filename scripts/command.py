@@ -1,4 +1,4 @@
-"""How the scripts end that do without torch; the others end as ``configs.cli.guarded`` says."""
+"""How the scripts end that do without Hydra; the others end as ``configs.cli.guarded`` says."""
 
 from __future__ import annotations
 

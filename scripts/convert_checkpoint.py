@@ -3,9 +3,9 @@
     python scripts/convert_checkpoint.py checkpoint-epoch300.pth converted.pth
     python test.py -r converted.pth -p rankdice dataset.root=/data/cityscapes
 
-The network, its temperature and its training configuration go over, and ``protocol=paper`` with them; the
-optimizer's state stays behind. test.py reads the released file as well; the converted one is half as large,
-and holds no NumPy value, so that ``torch.load(weights_only=True)`` reads it anywhere.
+The network, its temperature and threshold, its crops and what else is known of its training go over, and
+``protocol=paper`` with them; the optimizer's state stays behind. test.py reads the released file as well; the
+converted one is half as large, and holds no NumPy value, so that ``torch.load(weights_only=True)`` reads it anywhere.
 Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-import _root  # noqa: F401  (puts the repository on the path)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs import stored
+from configs.checkpoint import as_stored
 from configs.cli import guarded
 from models import CheckpointError, read_checkpoint
 from models.published import is_published, load_published
@@ -35,15 +37,12 @@ def convert(source: Path) -> dict[str, Any]:
     if checkpoint.get("format") == FORMAT and not is_published(checkpoint):
         raise CheckpointError(f"checkpoint {source} is in this project's format already; test.py -r reads it")
     network, theirs = load_published(checkpoint, where=f"checkpoint {source}")
-    choices = {group: theirs[group] for group in ("dataset", "model", "loss", "predictor")}
-    choices |= {"optimizer": "sgd", "schedule": "poly", "protocol": "paper", "trainer": "default"}
-    values: dict[str, Any] = {"temperature": theirs["temperature"]}
-    values |= {key: theirs[key] for key in ("epochs", "batch_size") if theirs[key] is not None}
+    config = as_stored(theirs)
     best = float(checkpoint.get("monitor_best", math.nan))
     return {
         "format": FORMAT,
         "model": network.state_dict(),
-        "config": stored.pack(stored.unpack({"choices": choices, "values": values}), choices),
+        "config": stored.pack(stored.unpack(config), config["choices"]),
         "epoch": theirs["epoch"],
         "score": best if math.isfinite(best) else None,
     }

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs import build
 from configs.checkpoint import load
+from configs.checks import check_uncalibrated
 from configs.cli import guarded
 from trainers.distributed import world
 from trainers.evaluator import evaluate
@@ -48,8 +49,9 @@ def main() -> None:
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
     with world(args.device) as where:
         network, cfg, _ = load(path, args.overrides)
+        check_uncalibrated(cfg, "overview.py")
         network = network.to(where.device).eval()
-        data, rules = build.dataset(cfg, cfg.split), build.rules(RULES, dict(cfg.protocol.rules))
+        data, rules = build.dataset(cfg, cfg.split), build.rules(RULES, cfg)
         loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
         scoring = build.scoring(cfg, data.info)
         results = evaluate(network, loader, rules, criterion, scoring, where, progress="scoring")

@@ -39,6 +39,7 @@ from scripts.paired.scores import (
 from scripts.paired.seeds import over_seeds
 from scripts.paired.sweeps import sweep_of
 from scripts.tables.results import short, variant_of
+from trainers.journal import finite_or_none
 
 
 def compare(
@@ -188,15 +189,6 @@ def _range(ends: Sequence[float]) -> str:
     return f"{ends[0]:+.2f}, {ends[1]:+.2f}"
 
 
-def plain(value: Any) -> Any:
-    """The same value for JSON, which has no NaN."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(arguments)
@@ -205,6 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in args.runs:
             folder = result_folder(run, args.protocol)
             baseline = read_rule(folder, args.baseline, args.metric)
+            if args.protocol == "paper" and baseline.record.get("protocol") != "paper":
+                raise ValueError(
+                    f"{folder} holds no scores of protocol=paper; score it so with test.py first"
+                )
             for name in args.rule or [r for r in rules_in(folder) if r != args.baseline]:
                 pairs.append((baseline, read_rule(folder, name, args.metric)))
         if not pairs:
@@ -214,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = [compare(*pair, args.confidence, args.resamples, args.seed) for pair in pairs]
         seeds = over_seeds(found, [rule for _, rule in pairs]) if len(args.runs) > 1 else []
         if args.json:
-            print(json.dumps(plain({"comparisons": found, "seeds": seeds}), indent=1))
+            print(json.dumps(finite_or_none({"comparisons": found, "seeds": seeds}), indent=1))
         else:
             print(markdown(found, seeds), end="")
         if args.plot:

@@ -20,13 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from scripts import ROOT
 from scripts.command import leave
 from scripts.tables.compare import read_expected, violations
 from scripts.tables.generated import FORMATS, MODES, generated, render, stale, tables, write
 from scripts.tables.ours import Groups, problem_count
 from scripts.tables.results import Problem, group_seeds, read_results
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:

@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 from configs import build
 from configs.checkpoint import load
-from configs.cli import guarded, options
+from configs.cli import guarded
+from configs.compose import options
 from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
 from rankseg import Predictor
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     network, cfg, _ = load(args.resume, args.overrides)
     info = facts(cfg, args.classes)
     name = args.predictor or ("rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap")
-    rule = build.rules([name], dict(cfg.protocol.rules))[name]
+    rule = build.rules([name], cfg)[name]
     segment = Segmenter(network, cfg, info, rule, _view(args, cfg), pick_device(args.device))
     _settle(args, cfg, name, info)
     outputs = {image: Outputs(args, image) for image in found}
@@ -200,7 +201,7 @@ def _settle(args: argparse.Namespace, cfg: DictConfig, rule: str, info: DatasetI
     }
     path = args.out / "predict.json"
     if path.exists() and not args.force:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key, value in settings.items() if before.get(key) != value]
         if changed:
             raise ValueError(

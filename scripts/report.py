@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, cast
 
-import _root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs import build
 from configs.checkpoint import load
+from configs.checks import check_uncalibrated
 from configs.cli import guarded
+from scripts import ROOT
 from scripts.reporting import explain, sections
 from scripts.reporting.measure import Findings, Key, by_size, chosen_cutoffs, measure, variants
 from scripts.reporting.page import html_page
@@ -53,10 +56,11 @@ def report(args: argparse.Namespace, where: World) -> Path:
     """Measure, draw and write; return the page's path."""
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
     network, cfg, checkpoint = load(path, args.overrides)
+    check_uncalibrated(cfg, "report.py")  # it compares calibrated ones of its own with them
     network = network.to(where.device).eval()
     build.absolute_root(cfg)
     data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)
-    scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, dict(cfg.protocol.rules))
+    scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, cfg)
     loader = build.eval_loader(cfg, data, where)
     held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), where)
     fitted = held_out_temperature(network, held_out, link, where, ignore_index=scoring.ignore_index)
@@ -133,13 +137,14 @@ def facts(cfg: Any, path: Path, checkpoint: dict[str, Any], data: Any) -> dict[s
     """Where the numbers came from: the checkpoint, its training, and this report."""
     beside = path.parent / "provenance.json"
     trained = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    now = provenance(_root.ROOT)
+    now = provenance(ROOT)
     versions = ", ".join(f"{name} {version}" for name, version in now["versions"].items())
     return {
         "checkpoint": f"{path.name}, epoch {checkpoint['epoch']}",
         "data": f"{cfg.dataset.name} {cfg.split}, {len(data)} images, fingerprint {data.fingerprint()}",
         "model": ", ".join(f"{key} {value}" for key, value in cfg.model.items() if not key.startswith("_")),
         "loss": cfg.loss.name,
+        "threshold of T": build.threshold(cfg),
         "training": f"{cfg.epochs} epochs, batch {cfg.batch_size}, seed {cfg.seed}",
         "trained by": trained.get("command"),
         "trained on": trained.get("date"),

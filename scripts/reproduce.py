@@ -23,11 +23,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import _root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
 from omegaconf import OmegaConf
 
 from configs import build
-from configs.cli import CONFIGS, guarded
+from configs.cli import guarded
+from configs.compose import CONFIGS, options, unknown_option
+from scripts import ROOT
 from scripts.grid.cells import Cell, cells
 from scripts.grid.record import record
 from scripts.grid.running import Display, call, clock
@@ -123,7 +126,7 @@ def main() -> None:
     failures = run(todo, len(grid), wanted, args)
     if args.record:
         finished = [cell for cell in grid if cell.trained()]
-        count = sum(record(cell, args.record, _root.ROOT) for cell in finished)
+        count = sum(record(cell, args.record, ROOT) for cell in finished)
         print(f"recorded: {count} files of {len(finished)} cells in {args.record}")
     table(grid)
     if failures:
@@ -135,10 +138,9 @@ def main() -> None:
 
 def _results(protocol: str) -> str:
     """The folder of a run in which a protocol's results are."""
-    path = CONFIGS / "protocol" / f"{protocol}.yaml"
-    if not path.exists():
-        raise ValueError(f"--protocols: {protocol} is unknown; there are: corrected, paper")
-    return str(OmegaConf.load(path).results)
+    if protocol not in options("protocol"):
+        raise ValueError(unknown_option("protocol", protocol))
+    return str(OmegaConf.load(CONFIGS / "protocol" / f"{protocol}.yaml").results)
 
 
 def check_data(todo: Sequence[Cell]) -> None:
@@ -225,7 +227,7 @@ def table(grid: Sequence[Cell]) -> None:
         if Path(saved).is_dir():
             print(flush=True)
             subprocess.run(
-                [sys.executable, str(_root.ROOT / "scripts" / "paper_tables.py"), "--saved", saved],
+                [sys.executable, str(ROOT / "scripts" / "paper_tables.py"), "--saved", saved],
                 check=False,
             )
 

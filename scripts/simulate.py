@@ -256,10 +256,10 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
                 writer.writerow((row.example, row.setting, row.size, name, *numbers))
 
 
-def draw_heatmaps(example: str, folder: Path, size: int = 64, seed: int = 0) -> Path:
+def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
     """One map for each setting, with the outlines of the masks of T 0.5 (dashed) and RankDice (solid)."""
     plt = load_pyplot()
-    found = list(settings(example, (size,), seed))
+    found = list(settings(example, (64,), seed))
     figure, axes = plt.subplots(
         1, len(found), figsize=(3.4 * len(found) + 0.8, 3.6), squeeze=False, layout="constrained"
     )

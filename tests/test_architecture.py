@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,30 @@ def test_imports_point_one_way(package: str) -> None:
     for path in sources(package):
         wrong = (imported(path) & OURS) - ALLOWED[package]
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def modules_imported(path: Path) -> set[str]:
+    """The project's modules that a file imports, inside functions too: ``configs.build``, ``datasets.base``."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            package = f"{path.parent.name}." * bool(node.level) + (node.module or "")
+            found |= {package, *(f"{package}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    files = {
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
+        for package in (*ALLOWED, "scripts")
+        for path in sources(package)
+        if path.name != "__init__.py"  # what gathers the others
+    }
+    graph = {name: modules_imported(path) & files.keys() for name, path in files.items()}
+    assert graph["configs.build"] and graph["datasets.folder"]
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("package", sorted(set(ALLOWED) - KNOW_HYDRA))

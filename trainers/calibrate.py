@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankseg.calibration import fit_temperature
 from trainers.distributed import World, gather
+from trainers.evaluator import at_size
 
 
 @torch.inference_mode()
@@ -39,9 +39,7 @@ def held_out_temperature(
     for batch in tqdm(
         batches, desc="fitting the temperature", disable=None if where.is_main else True, leave=False
     ):
-        logits = model(batch.images.to(where.device)).logits.float()
-        if logits.shape[-2:] != batch.targets.shape[-2:]:
-            logits = F.interpolate(logits, batch.targets.shape[-2:], mode="bilinear", align_corners=False)
+        logits = at_size(model(batch.images.to(where.device)).logits, batch.targets.shape[-2:])
         stride = max(1, batch.targets[0].numel() // pixels)
         some, labels = logits.flatten(2)[..., ::stride].cpu(), batch.targets.flatten(1)[:, ::stride].cpu()
         kept += zip(batch.indices, some, labels, strict=True)

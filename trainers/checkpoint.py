@@ -82,9 +82,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")
         try:
-            fcntl.lockf(
-                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # POSIX: worker processes do not inherit it
+            # A POSIX lock: worker processes do not inherit it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(
                 f"another process is training in {self.folder}: wait for it, or stop it"

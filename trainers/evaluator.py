@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from trainers.losses import SegmentationLoss, link_probs
 from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, mean_over_classes, summary
 from trainers.results import EvalResult
 from trainers.update import PRECISIONS
+
+_OBSERVED = 1 << 14  # pixels of an image that its reliability is read from, or some more
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,7 @@ def evaluate(
             continue
         with cast:
             logits = model(images).logits
-        logits = logits.float()
-        if logits.shape[-2:] != targets.shape[-2:]:
-            logits = F.interpolate(logits, targets.shape[-2:], mode="bilinear", align_corners=False)
+        logits = at_size(logits, targets.shape[-2:])
         losses += _losses(criterion, logits, targets, batch.indices, scoring)
 
         probs = link_probs(logits / temperature if temperature != 1 else logits, criterion.link)
@@ -138,7 +138,7 @@ def evaluate(
             masks = rule(probs)
             seconds[name] += _now(where) - started
             counts[name].append(count(masks, truth).to("cpu"))
-        _add(reliability, probs, truth)
+        observe(reliability, probs, truth)
         rows += zip(batch.indices, batch.names, strict=True)
         if not bar.disable and rules:
             shown, last = next(reversed(counts.items()))
@@ -162,12 +162,20 @@ def _losses(
     ]
 
 
-def _add(reliability: Reliability, probs: Tensor, truth: Truth, pixels: int = 1 << 14) -> None:
-    """Bin the probabilities of at most some ``pixels`` of an image, at a regular stride.
+def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits (N, C, *, *) as float32 at the (height, width) of their targets, bilinear."""
+    logits = logits.float()
+    if logits.shape[-2:] == tuple(size):
+        return logits
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
+    """Add a batch's probabilities (N, C, H, W), of large images at a regular stride.
 
     Neighbouring pixels say the same thing, and binning all of them would cost more than predicting does.
     """
-    step = max(1, truth.onehot[0, 0].numel() // pixels)
+    step = max(1, truth.onehot[0, 0].numel() // _OBSERVED)
     valid = None if truth.valid is None else truth.valid.flatten(1)[:, ::step]
     reliability.update(probs.flatten(2)[..., ::step], truth.onehot.flatten(2)[..., ::step], valid)
 

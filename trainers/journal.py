@@ -70,9 +70,7 @@ class Journal:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(
-                str(self.path.parent / "tensorboard"), purge_step=step + 1 if step else None
-            )
+            self.events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
             self.events.add_custom_scalars(_charts(self.classes))
 
     def log(self, step: int, kind: str, **values: Any) -> None:

@@ -18,6 +18,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from rankseg import Predictor
 from trainers.distributed import World
+from trainers.evaluator import at_size
 from trainers.losses import Link, link_probs
 
 Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -32,14 +33,16 @@ def panels(
     link: Link,
     where: World,
     indices: Iterable[int],
-    draw: Callable[..., Tensor] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, picture uint8 (3, H', W')) for these images of a data set, each drawn as a `row`, or by ``draw``."""
+    draw: Callable[..., Any] | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Yield for these images of a data set their names and what ``draw`` makes of them, by default a `row`.
+
+    ``draw`` is called with image, target, probs, masks and info; see `row`.
+    """
     for index in indices:
         image, mask = data.read(index)
         pixels, target = transform(image, mask)
-        logits = model(pixels[None].to(where.device)).logits.float()
-        logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
+        logits = at_size(model(pixels[None].to(where.device)).logits, target.shape[-2:])
         probs = link_probs(logits, link)
         masks = {name: rule(probs)[0].cpu() for name, rule in rules.items()}
         image = shown(pixels, data.info, target.shape)

@@ -37,9 +37,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(
-        deterministic
-    )  # both ways: a sweep trains several cells in one process
+    # Off as well as on: a sweep trains several cells in one process.
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def rng_state() -> dict[str, Any]:

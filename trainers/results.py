@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers.journal import write_json
+from trainers.journal import write_json, write_text
 from trainers.metrics import Counts
 
 FORMAT = 1
@@ -59,12 +59,9 @@ class EvalResult:
                 "images": self.names,
             },
         )
-        aside = path.with_name(f".{self.predictor}.csv.{os.getpid()}.tmp")
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows(self._rows())
-        os.replace(aside, path.with_suffix(".csv"))
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([COLUMNS, *self._rows()])
+        write_text(path.with_suffix(".csv"), table.getvalue())
         return path
 
     def _rows(self) -> list[tuple[Any, ...]]:

@@ -53,27 +53,6 @@ class Cosine:
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * (step - 1) / total)) / 2
 
 
-@dataclass(frozen=True)
-class Warmup:
-    """Rise linearly over the first `steps` updates, reaching 1 at the last of them, then follow `then`.
-
-    `then` sees the updates that are left as a run of its own.
-    """
-
-    then: Schedule
-    steps: int
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps is {self.steps}: a warm-up takes 0 or more updates")
-
-    def __call__(self, step: int, total: int) -> float:
-        _check(step, total)
-        if step <= self.steps:
-            return step / self.steps
-        return self.then(step - self.steps, total - self.steps)
-
-
 def _check(step: int, total: int) -> None:
     if not 1 <= step <= total:
         raise ValueError(f"step is {step} of {total}: updates are numbered from 1 to total")

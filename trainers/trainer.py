@@ -19,9 +19,9 @@ from trainers.distributed import gather, highest, share_buffers, unwrap
 from trainers.errors import Interrupted, StopSignals, explained
 from trainers.journal import Journal
 from trainers.reproducibility import restore_rng, rng_state
+from trainers.schedules import Schedule
 from trainers.update import Update
 
-Schedule = Callable[[int, int], float]
 Validate = Callable[[nn.Module, int, int], float]
 _STOP = 2  # a vote that outweighs that for a checkpoint, 1
 _LESS = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import rankseg
 from rankseg.nonoverlap import surrogate_objective
-from scripts.benchmarks.timing import CLOCKS
+from scripts.benchmarks.timing import CLOCKS, add_clock
 
 PEER = """
 import json, sys, time, torch
@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--rounds", type=int, default=5, help="rounds a median is of (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default 2)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what seconds are (default wall)")
     parser.add_argument("--size", type=int, default=512, help="pixels a side of the main row (default 512)")
     parser.add_argument(
         "--largest", type=int, default=2048, help="largest side of the scaling rows (default 2048)"
@@ -52,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-trna", action="store_true", help="the peer's T-RNA too (two minutes a round)")
     parser.add_argument("--volume", action="store_true", help="a 1x2x256x256x256 volume too (1 GiB)")
     parser.add_argument("--plot", type=Path, help="write the scaling plot to this file (needs matplotlib)")
+    add_clock(parser)
 
 
 def main(args: argparse.Namespace) -> None:

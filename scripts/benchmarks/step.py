@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import build
+from configs.compose import compose
 from scripts.benchmarks.timing import Stopwatch, add_clock
 from trainers.device import pick_device
 from trainers.distributed import World
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the median time of each part of a step, and the ratios of the three steps, made in turn."""
     device = pick_device(args.device)
-    cfg = build.compose("train", args.overrides)
+    cfg = compose("train", args.overrides)
     where = World(0, 1, device)
     data = build.dataset(cfg, "train")
     batches = endless(build.train_loader(cfg, data, where))

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from configs import build
 from configs.checkpoint import load
+from scripts import ROOT
 from scripts.benchmarks.timing import Stopwatch, add_clock
 from trainers import evaluator
 from trainers.device import pick_device
 from trainers.distributed import World
 
-ROOT = Path(__file__).resolve().parents[2]
 THREE = ("T", "max", "rankdice")
 WAYS = {"-p max": ("max",), "-p rankdice": ("rankdice",), "-p T -p max -p rankdice": THREE}
 IDLE = "(start-up alone: --help)"
@@ -33,7 +33,7 @@ PARTS = {
     "link_probs": "probabilities",
     "encode": "encoding the truth, once for all rules",
     "count": "counting, three rules",
-    "_add": "reliability",
+    "observe": "reliability",
     "_collect": "averages",
 }
 
@@ -115,7 +115,7 @@ def parts(checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
     where = World(0, 1, pick_device())
     data = build.dataset(cfg, cfg.split)
     loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
-    rules = build.rules(THREE, dict(cfg.protocol.rules), cfg.threshold, cfg.predictor)
+    rules = build.rules(THREE, cfg)
     watch, network = Stopwatch(where.device, args.clock), network.to(where.device)
     watch.watch(network, "forward", "network")
     rules = {name: functools.partial(watch.call, f"rule {name}", rule) for name, rule in rules.items()}

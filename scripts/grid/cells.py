@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs import stored
 from configs.build import absolute_root
-from configs.cli import CONFIGS, spelled
+from configs.checks import check_values
+from configs.compose import CONFIGS, spelled
 from trainers.journal import read_rows
 from trainers.results import file_sha256
 
@@ -75,7 +76,7 @@ def cells(overrides: Sequence[str]) -> list[Cell]:
     Seeds vary slowest, so that a grid cut short has whole tables of fewer seeds.
 
     Raises:
-        ValueError: two cells would share a directory.
+        ValueError: two cells would share a directory, or a value cannot be used.
     """
     given = OverridesParser.create().parse_overrides(spelled(overrides))
     named = {override.key_or_group for override in given}
@@ -102,6 +103,7 @@ def cells(overrides: Sequence[str]) -> list[Cell]:
         for values in product(*(swept[key] for key in keys)):
             line = (*fixed, *(f"{key}={value}" for key, value in zip(keys, values, strict=True)))
             cfg = compose("train", list(line))
+            check_values(cfg)
             absolute_root(cfg)
             found.append(Cell(line, cfg))
     folders = [cell.folder for cell in found]

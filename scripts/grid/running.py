@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from scripts import ROOT
 from scripts.grid.cells import Cell
 
-ROOT = Path(__file__).resolve().parents[2]
 _SCORING = 1  # scoring a cell is estimated to take as long as so many epochs
 _POLL = 0.5  # seconds
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None

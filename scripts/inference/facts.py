@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydra.utils import get_class
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from configs import build
 from datasets import DatasetInfo, Folder
-from datasets.folder import as_entry, load_table, make_info
+from datasets.folder import make_info, read_classes
 
 
 def facts(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
@@ -19,13 +19,15 @@ def facts(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
         FileNotFoundError: the network was trained on a folder whose classes.yaml is not there.
     """
     kind = get_class(cfg.dataset.source._target_)
+    name = str(cfg.dataset.name)
     if classes is None and kind is Folder:
-        classes = Path(cfg.dataset.classes or Path(cfg.dataset.root) / "classes.yaml").expanduser()
+        own = cfg.dataset.classes
+        if OmegaConf.is_config(own):  # the table itself
+            return make_info(name, *read_classes(OmegaConf.to_object(own)))
+        classes = Path(own or Path(cfg.dataset.root) / "classes.yaml").expanduser()
         if not classes.is_file():
             raise FileNotFoundError(f"{classes}, which names the classes, is not there: pass --classes PATH")
     if classes is not None:
-        table = load_table(classes)
-        entries = [as_entry(item, str(classes)) for item in table["classes"]]
-        return make_info(str(cfg.dataset.name), table, entries, str(classes))
+        return make_info(name, *read_classes(classes))
     known = getattr(kind, "info", None)
     return known or build.dataset(cfg, next(iter(cfg.dataset.splits))).info

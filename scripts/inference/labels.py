@@ -58,9 +58,8 @@ def label_map(
         if each is not None:
             each(c, mask)
         scored = c in info.scored
-        rank = (
-            probs[c] if scored else probs[c] - 2 + 1e-6
-        )  # (-2, -1]: behind a scored class that has the pixel
+        # What is not scored ranks in (-2, -1]: behind a scored class that has the pixel.
+        rank = probs[c] if scored else probs[c] - 2 + 1e-6
         better = rank > best
         if scored:
             better &= mask

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from datasets.transforms import Size, resize_to
+from trainers.evaluator import at_size
 
 Network = Callable[[Tensor], Tensor]  # normalised (B, 3, h, w) -> logits (B, C, h', w')
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -106,11 +106,8 @@ def _look(
     """Return (B, C, *size) probabilities of windows (B, 3, h, w), averaged with those of their mirror images."""
     probs = None
     for mirrored in (False, True) if flip else (False,):
-        logits = network(pixels.flip(-1) if mirrored else pixels).float()
-        logits = logits.flip(-1) if mirrored else logits
-        if logits.shape[-2:] != tuple(size):
-            logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
-        one = to_probs(logits)
+        logits = network(pixels.flip(-1) if mirrored else pixels)
+        one = to_probs(at_size(logits.flip(-1) if mirrored else logits, size))
         probs = one if probs is None else (probs + one) / 2
     assert probs is not None
     return probs

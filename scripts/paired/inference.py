@@ -45,10 +45,12 @@ def bca_of_mean(
     """Bias-corrected and accelerated bootstrap interval of the mean; the same seed gives the same interval.
 
     Raises:
-        ValueError: no values, or a confidence outside (0, 1).
+        ValueError: no values, no resamples, or a confidence outside (0, 1).
     """
     if not values:
         raise ValueError("an interval needs at least one difference; the two rules share no scored image")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} must be at least 1; 10000 is usual")
     data = torch.tensor(values, dtype=torch.float64)
     if data.min() == data.max():
         return float(data[0]), float(data[0])

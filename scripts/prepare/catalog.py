@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from configs.cli import CONFIGS
+from configs.compose import CONFIGS
 from datasets import VOC2012, Cityscapes, DatasetError, Folder, KvasirSEG
 from datasets.files import PairedDataset
 

@@ -6,7 +6,6 @@ looking at several files (duplicates, images in two splits) is checked here.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from datasets.files import IMAGE_SUFFIXES, PairedDataset, file_size
 from scripts.parallel import ahead
+from trainers.results import file_sha256
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,6 @@ def _images(folder: Path) -> list[Path]:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return (
-                hashlib.file_digest(file, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else (hashlib.sha256(file.read()).hexdigest())
-            )
+        return file_sha256(path)
     except OSError:
         return ""

@@ -253,9 +253,8 @@ def _opener(archive: Path) -> Callable[[Path], contextlib.AbstractContextManager
 @contextlib.contextmanager
 def _zip(archive: Path) -> Iterator[Opened]:
     with zipfile.ZipFile(archive) as file:
-        members = (
-            file.infolist()
-        )  # extract() strips .. and absolute paths, makes no links, and checks the CRC
+        members = file.infolist()
+        # extract() strips .. and absolute paths, makes no links, and checks the CRC.
         yield members, sum(member.file_size for member in members), file.extract
 
 

@@ -6,11 +6,12 @@ The same names give the same split on every machine, in every version of Python.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from trainers.journal import write_text
 
 
 def make_split(
@@ -54,9 +55,10 @@ def _group(stem: str, pattern: str | None) -> str:
         match = re.search(pattern, stem)
     except re.error as error:
         raise ValueError(f"--group {pattern!r} is no regular expression: {error}") from None
-    if not match:
+    found = match and (match[1] if match.re.groups else match[0])
+    if found is None:
         raise ValueError(f"--group {pattern!r} finds nothing in {stem!r}: mend the expression, or the name")
-    return match[1] if match.re.groups else match[0]
+    return found
 
 
 def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = False) -> list[Path]:
@@ -66,14 +68,12 @@ def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = Fa
         ValueError: files with other content are there already and ``force`` was not given.
     """
     paths = {root / f"{name}.txt": "".join(f"{stem}\n" for stem in stems) for name, stems in split.items()}
-    changed = [p for p, text in paths.items() if p.exists() and p.read_text() != text]
+    changed = [p for p, text in paths.items() if p.exists() and p.read_text(encoding="utf-8") != text]
     if changed and not force:
         names = ", ".join(path.name for path in changed)
         raise ValueError(
             f"{root} has other split files ({names}): a new split makes old scores incomparable; --force"
         )
     for path, text in paths.items():
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(text)
-        os.replace(aside, path)
+        write_text(path, text)
     return list(paths)

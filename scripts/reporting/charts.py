@@ -151,13 +151,12 @@ def lines(
     colours: Mapping[str, str],
     level: tuple[str, float] | None = None,
     whole: bool = False,
-    size: tuple[int, int] = (560, 300),
 ) -> str:
     """Lines with marks; ``level`` is a value to compare with, drawn across; ``whole`` x are integers."""
     points = [p for line in series.values() for p in line]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     span = (min(xs), max(xs)) if len(set(xs)) > 1 else (xs[0] - 1, xs[0] + 1)
-    plot = Plot(title, span, padded(ys, include=[level[1]] if level else []), size)
+    plot = Plot(title, span, padded(ys, include=[level[1]] if level else []))
     marked = [t for t in ticks(*span, about=8) if not whole or t == int(t)]
     plot.axes(xlabel, ylabel, xticks=marked)
     if level:

@@ -6,25 +6,23 @@ Letters of shapes: N images, C classes, H × W pixels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankseg import Predictor, rules
 from rankseg.calibration import Reliability, focal_correction
 from trainers.distributed import World
-from trainers.evaluator import Scoring
+from trainers.evaluator import Scoring, at_size, observe
 from trainers.losses import Link, link_probs
-from trainers.metrics import Counts, Truth, count, mean_over_classes
+from trainers.metrics import Counts, count, mean_over_classes
 
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 CUTOFF_BINS = 30
-_PIXELS = 1 << 14  # of an image that the reliability is read from
 
 
 class Key(NamedTuple):
@@ -68,19 +66,6 @@ class Findings:
         return 100 * float(self.dice(key).nanmean())
 
 
-@torch.inference_mode()
-def logits_of(
-    model: nn.Module, batches: Iterable[Any], where: World, progress: str
-) -> Iterator[tuple[Any, Tensor]]:
-    """Batches with their logits (N, C, H, W) at the size of the target."""
-    for batch in tqdm(batches, desc=progress, disable=None, leave=False):
-        logits = model(batch.images.to(where.device)).logits.float()
-        size = batch.targets.shape[-2:]
-        if logits.shape[-2:] != size:
-            logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-        yield batch, logits
-
-
 def variants(link: Link, temperature: float, loss: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """The ways to make probabilities of logits that the report compares."""
     ways: dict[str, Callable[[Tensor], Tensor]] = {
@@ -121,10 +106,11 @@ def measure(
     )
     sweep = thresholds()
 
-    for batch, logits in logits_of(model, batches, where, "measuring"):
+    for batch in tqdm(batches, desc="measuring", disable=None, leave=False):
         targets = batch.targets.to(where.device)
         if scoring.paper and (targets == scoring.ignore_index).all():
             continue
+        logits = at_size(model(batch.images.to(where.device)).logits, targets.shape[-2:])
         truth, second = scoring.encode(targets), other.encode(targets)
         names += batch.names
 
@@ -151,13 +137,6 @@ def measure(
         scoring,
         temperature,
     )
-
-
-def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
-    """Add a batch's pixels, of large images at a regular stride: neighbours say the same thing."""
-    step = max(1, probs[0, 0].numel() // _PIXELS)
-    valid = None if truth.valid is None else truth.valid.flatten(1)[:, ::step]
-    reliability.update(probs.flatten(2)[..., ::step], truth.onehot.flatten(2)[..., ::step], valid)
 
 
 def lowest(probs: Tensor, masks: Tensor) -> Tensor:

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from rankseg import Predictor
 from scripts.reporting.measure import Findings
 from trainers.distributed import World
-from trainers.losses import Link, link_probs
-from trainers.panels import heat, overlay, row, shown
+from trainers.losses import Link
+from trainers.panels import panels, row, tiles
 
 _WIDTH = 320  # tiles are stored no wider than this
 
@@ -47,7 +45,6 @@ def pick(findings: Findings, number: int = 3) -> dict[str, list[int]]:
     return {title: picked for title, picked in groups.items() if picked}
 
 
-@torch.inference_mode()
 def strips(
     model: nn.Module,
     data: Any,
@@ -60,28 +57,19 @@ def strips(
     folder: Path,
 ) -> dict[int, Strip]:
     """Draw these images; each is written to ``folder`` as a PNG as well."""
-    drawn = {}
     positions = {name: index for index, name in enumerate(data.names)}
+    picked = list(dict.fromkeys(indices))
+    places = [positions[findings.names[index]] for index in picked]
+    seen = panels(model, data, transform, rules, link, where, places, draw=lambda *parts: parts)
     folder.mkdir(parents=True, exist_ok=True)
-    for index in dict.fromkeys(indices):
-        name = findings.names[index]
-        pixels, target = transform(*data.read(positions[name]))
-        logits = model(pixels[None].to(where.device)).logits.float()
-        logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
-        probs = link_probs(logits, link)
-        masks = {rule: predictor(probs)[0].cpu() for rule, predictor in rules.items()}
-        image, probs = shown(pixels, data.info, target.shape), probs[0].cpu()
-        truth = target == torch.arange(data.info.num_classes)[:, None, None]
-        tiles = {
-            "image": image,
-            "truth": overlay(image, truth, data.info),
-            "probability": heat(probs[list(data.info.scored)].amax(0)),
-            **{rule: overlay(image, mask, data.info) for rule, mask in masks.items()},
-        }
+    drawn = {}
+    for index, (name, parts) in zip(picked, seen, strict=True):
+        titles = ("image", "truth", "probability", *rules)
+        uris = {title: data_uri(tile) for title, tile in zip(titles, tiles(*parts).values(), strict=True)}
         dice = {rule: 100 * float(findings.dice(findings.key(rule))[index]) for rule in rules}
-        drawn[index] = Strip(name, {title: data_uri(tile) for title, tile in tiles.items()}, dice)
-        enlarge = max(1, 160 // image.shape[2])
-        strip = row(image, target, probs, masks, data.info, enlarge)
+        drawn[index] = Strip(name, uris, dice)
+        width = parts[0].shape[2]
+        strip = row(*parts, scale=max(1, 160 // width))
         to_pil_image(strip).save(folder / f"{len(drawn):02}-{Path(name).stem}.png")
     return drawn
 

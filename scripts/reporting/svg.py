@@ -6,7 +6,7 @@ Coordinates are data's; sizes are pixels. Colours are CSS variables, so that lig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 Range = tuple[float, float]
@@ -25,11 +25,11 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(k * step, 12) + 0.0 for k in range(first, last + 1)]
 
 
-def padded(values: Iterable[float], share: float = 0.06, include: Sequence[float] = ()) -> Range:
+def padded(values: Iterable[float], include: Sequence[float] = ()) -> Range:
     """The range of finite values with some room on both sides."""
     finite = [v for v in (*values, *include) if math.isfinite(v)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    room = (high - low) * share or max(abs(high), 1.0) * share
+    room = 0.06 * ((high - low) or max(abs(high), 1.0))
     return low - room, high + room
 
 
@@ -69,18 +69,17 @@ class Plot:
         ylabel: str = "",
         xticks: Sequence[float] | None = None,
         yticks: Sequence[float] | None = None,
-        label: Callable[[float], str] = plain,
     ) -> Plot:
         """Draw the grid, the ticks and the names of the axes."""
         x0, x1, y0, y1 = self.px(self.x[0]), self.px(self.x[1]), self.py(self.y[0]), self.py(self.y[1])
         for value in ticks(*self.y) if yticks is None else yticks:
             at = self.py(value)
             self.parts.append(f'<line class="grid" x1="{x0}" x2="{x1}" y1="{at}" y2="{at}"/>')
-            self.text(x0 - 8, at + 4, label(value), "end")
+            self.text(x0 - 8, at + 4, plain(value), "end")
         for value in ticks(*self.x) if xticks is None else xticks:
             at = self.px(value)
             self.parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{y0}" y2="{y1}"/>')
-            self.text(at, y0 + 17, label(value), "middle")
+            self.text(at, y0 + 17, plain(value), "middle")
         if xlabel:
             self.text((x0 + x1) / 2, self.size[1] - 6, xlabel, "middle", "axis")
         if ylabel:

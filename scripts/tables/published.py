@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scripts import ROOT
 from scripts.tables.table import DATASETS, LOSSES, MODELS, Cell, Note, Table, label
 
-FOLDER = Path(__file__).resolve().parents[2] / "saved" / "published"
+FOLDER = ROOT / "saved" / "published"
 COLUMNS = {
     "cityscapes": ("T", "max", "rankdice"),
     "voc2012": ("T", "max", "rankdice"),

@@ -12,10 +12,9 @@ from typing import Any
 
 import yaml
 
-# Keys of a configuration that no number depends on, and the seed: free to differ within one average.
-_FREE = {"seed", "expected", "hydra", "run_dir", "save_dir", "num_workers", "device", "verify", "resume"}
-_FREE |= {"dataset.root", "dataset.source.root", "trainer.tensorboard", "trainer.panels", "trainer.keep"}
-_FREE |= {"trainer.save_minutes", "trainer.save_every", "validation", "loader_timeout"}
+from configs.free import FREE
+
+_FREE = FREE | {"seed", "hydra"}  # what may differ within one average
 _AT_MOST = 5
 
 
@@ -238,12 +237,9 @@ def group_seeds(results: Iterable[Result]) -> dict[tuple[str, ...], Group]:
 def difference(one: Result, other: Result) -> str:
     """In what two results differ so that they have no common average; empty if in nothing."""
     unlike = [key for key, value in one.identity.items() if value != other.identity[key]]
-    if (
-        one.config and other.config
-    ):  # the configuration's keys say more than its hash, and hold the training too
+    keys = []
+    if one.config and other.config:  # its keys say more than its hash, and hold the training too
         keys = [key for key in one.config | other.config if one.config.get(key) != other.config.get(key)]
-    else:
-        keys = []
     if keys or len(unlike) > 1:
         unlike = [key for key in unlike if key != "configuration"]
     parts = [f"{key} {one.identity[key]} against {other.identity[key]}" for key in unlike]

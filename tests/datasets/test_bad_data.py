@@ -213,6 +213,7 @@ def test_a_binary_mask_of_0_and_255_is_not_taken_for_void(tmp_path):
         ("classes: [a, {name: b, color: [1, 2]}]", "not enough values"),
         ("classes: [a, b]\nscored: [2]", r"scored classes \(2,\) go beyond 0..1"),
         ("classes: [a, b]\nignore_index: 1", r"ignore_index=1 must lie in 2..255"),
+        ("classes: [a, b, {name: c, color: [128, 0, 0]}]\nrgb_masks: true", "two classes have one colour"),
     ],
 )
 def test_a_faulty_table_of_classes(tmp_path, table, message):

@@ -135,6 +135,15 @@ def test_folder_layouts(tmp_path, layout):
     assert data.info.classes == ("background", "lesion") and data.info.scored == (1,)
 
 
+def test_a_folders_split_may_name_files_with_dots_and_with_suffixes(tmp_path):
+    root = make_folder(tmp_path)
+    for folder, suffix in (("images", ".png"), ("masks", ".png")):
+        for name in ("case", "case.1"):
+            Image.new("RGB" if folder == "images" else "L", (8, 8)).save(root / folder / f"{name}{suffix}")
+    (root / "train.txt").write_text("case.1\ncase2.png\n")
+    assert [pair.image.stem for pair in Folder(root, "train").pairs] == ["case.1", "case2"]
+
+
 def test_folder_table(tmp_path):
     table = """
         classes:

@@ -175,5 +175,13 @@ def test_settings_that_make_no_sense_are_refused():
     for arguments, message in (({"rotate": 2.5}, "whole degrees"), ({"flip": 1.5}, "probability")):
         with pytest.raises(ValueError, match=message):
             TrainTransform(*PLAIN, **arguments)
+    for size in ("abc", 0, 2.5, (1, 2, 3), (8, "b")):
+        for transform, name in (
+            (TrainTransform, "crop"),
+            (TrainTransform, "resize"),
+            (EvalTransform, "resize"),
+        ):
+            with pytest.raises(ValueError, match=r"size .*: give one side in pixels, or \[height, width\]"):
+                transform(*PLAIN, **{name: size})
     with pytest.raises(ValueError, match=r"dataset\.eval_crop"):
         EvalTransform(*PLAIN, legacy=True)

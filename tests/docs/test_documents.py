@@ -16,8 +16,9 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
-from configs import build, stored
-from configs.cli import explain, options
+from configs import stored
+from configs.cli import explain
+from configs.compose import compose, options
 from tests.followed import commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,13 +85,12 @@ def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Na
         for name in ("parse_args", "parse_intermixed_args"):
             patch.setattr(argparse.ArgumentParser, name, stop(getattr(argparse.ArgumentParser, name)))
         patch.setattr(sys, "argv", [str(script), *arguments[1:]])
-        patch.syspath_prepend(str(script.parent))
         with pytest.raises(Parsed) as caught:
             runpy.run_path(str(script), run_name="__main__")
     return caught.value.args[0]
 
 
-def compose(overrides: list[str]) -> None:
+def compose_cells(overrides: list[str]) -> None:
     """Compose cells of what may be a sweep, so many that each value is in one."""
     kept = [word for word in overrides if not word.startswith(PLUGINS) and not word.endswith(OWN)]
     lists = []
@@ -107,7 +107,7 @@ def compose(overrides: list[str]) -> None:
 @functools.cache
 def compose_one(cell: tuple[str, ...]) -> None:
     try:
-        build.compose("train", cell)
+        compose("train", cell)
     except Exception as error:
         pytest.fail(f"train.py {' '.join(cell)}: {explain(error)}")
 
@@ -139,7 +139,7 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
         seen += 1
         if script == "train.py":
             hydra_flags = ("-m", "--multirun", "--help", "--cfg", "job", "-sc", "install=bash", "--info")
-            compose([word for word in rest if word not in hydra_flags])
+            compose_cells([word for word in rest if word not in hydra_flags])
             continue
         if "--help" in rest or script.startswith("tests/"):
             continue
@@ -156,7 +156,7 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
         trains = "reproduce" in script or rest[:1] in (["step"], ["loader"])
         if trains:
             given = {key: getattr(found, f"{key}s", None) for key in ("model", "loss", "seed")}
-            compose([*(f"{key}={value}" for key, value in given.items() if value), *overrides])
+            compose_cells([*(f"{key}={value}" for key, value in given.items() if value), *overrides])
         else:
             as_for_testing(tuple(overrides))
     few = path.name in ("README.md", "CONTRIBUTING.md", "engine.md", "own-data.md", "faq.md") and seen < 3

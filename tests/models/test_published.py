@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs import stored
+from configs.checkpoint import as_stored
 from models import CheckpointError, PSPNet, read_checkpoint
 from models.published import is_published, load_published, translate_config, translate_state
 
@@ -19,7 +21,7 @@ CONFIG = {
     "name": "DeepLab",
     "arch": {"type": "DeepLab", "args": {"backbone": "resnet50"}},
     "train_loader": LOADER,
-    "test_loader": {"type": "VOC", "args": {"batch_size": 8, "crop_size": 480}},
+    "test_loader": {"type": "VOC", "args": {"batch_size": 8, "crop_size": 448}},
     "loss": "BCEDiceLoss",
     "predict": {
         "temperature": 0.05,
@@ -45,8 +47,18 @@ def test_configuration_in_our_names():
         "batch_size": 8,
         "epochs": 300,
         "crop": 380,
-        "eval_crop": 480,
+        "eval_crop": 448,
     }
+
+
+def test_a_converted_configuration_says_all_that_the_released_one_says():
+    theirs = as_stored(translate_config(CONFIG))
+    ours = stored.pack(stored.unpack(theirs), theirs["choices"])
+    for one in (theirs, ours):
+        cfg = stored.unpack(one)
+        assert (cfg.temperature, cfg.threshold, cfg.epochs, cfg.batch_size) == (0.05, 0.4, 300, 8)
+        assert (cfg.dataset.crop, cfg.dataset.eval_crop) == (380, 448)
+        assert (cfg.protocol.name, cfg.predictor.name, cfg.optimizer.momentum) == ("paper", "rankdice", 0.9)
 
 
 def test_configurations_older_than_two_settings():
@@ -90,6 +102,7 @@ def test_names_of_other_projects(change, message):
 
 def test_what_is_no_released_checkpoint(tmp_path):
     assert not is_published({"format": 1, "model": {}, "config": {}})
+    assert not is_published({"arch": "DataParallel", "state_dict": {}, "config": "a text"})
     torch.save({"weights": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"a\.pth is none of the released ones"):
         load_published(tmp_path / "a.pth")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import CheckpointError, read_checkpoint
+from models import CheckpointError, TinyUNet, load_state, read_checkpoint
 
 
 class Attack:
@@ -122,3 +122,10 @@ def test_missing_files_folders_and_other_contents(tmp_path):
     torch.save([1, 2], tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="holds a list, not a dictionary"):
         read_checkpoint(tmp_path / "a.pth")
+
+
+def test_what_is_no_state_dict_is_refused():
+    network = TinyUNet(2)
+    for state in (3, [1, 2], dict.fromkeys(network.state_dict(), 1)):
+        with pytest.raises(CheckpointError, match=r"a\.pth holds no tensors by name"):
+            load_state(network, state, "a.pth")

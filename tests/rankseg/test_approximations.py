@@ -164,14 +164,12 @@ def test_interpolated_scores_equal_the_sums_they_replace() -> None:
     assert torch.allclose(fast[0], (summed / (support + tau + 2.0)).sum(1), rtol=1e-10)
 
 
-def test_exact_laws_agree() -> None:
+def test_moments_are_those_of_the_exact_law() -> None:
     p = torch.rand(3, 40, generator=torch.Generator().manual_seed(2))
-    fft = poisson_binomial.pmf_fft(p)
     count = torch.arange(41.0, dtype=torch.float64)
     found = poisson_binomial.moments(p)
     for row in range(3):
         law = poisson_binomial.pmf(p[row])
-        assert torch.allclose(law, fft[row], atol=1e-14)
         mean = law @ count
         assert torch.allclose(mean, found.mean[row])
         assert torch.allclose(law @ (count - mean) ** 2, found.variance[row])

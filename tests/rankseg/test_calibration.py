@@ -102,10 +102,17 @@ def test_refusals() -> None:
         Reliability().update(torch.rand(1, 2, 4), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="merge"):
         Reliability(5).merge(Reliability(6))
+    one, three = Reliability(), Reliability()
+    one.update(torch.rand(1, 1, 4), torch.ones(1, 1, 4))
+    three.update(torch.rand(1, 3, 4), torch.ones(1, 3, 4))
+    with pytest.raises(ValueError, match="cannot merge 3 classes into 1"):
+        one.merge(three)
     with pytest.raises(ValueError, match="call update first"):
         Reliability().curve()
     with pytest.raises(ValueError, match="ignore_index"):
         fit_temperature(torch.zeros(1, 2, 3), torch.full((1, 3), 255))
+    with pytest.raises(ValueError, match=r"labels 0\.\.7, but logits have 2 classes"):
+        fit_temperature(torch.zeros(1, 2, 2), torch.tensor([[0, 7]]))
     with pytest.raises(ValueError, match="link"):
         fit_temperature(torch.zeros(1, 2, 3), torch.zeros(1, 3).long(), link="tanh")
     with pytest.raises(ValueError, match="gamma"):

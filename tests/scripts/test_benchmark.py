@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from configs import build, stored
+from configs.compose import compose
 from scripts.benchmarks import step, test
 from scripts.benchmarks.timing import Stopwatch
 from tests.trainers.test_update import ALONE, batch, make, network
@@ -44,7 +45,7 @@ def test_the_originals_step_runs_the_network_twice_and_scores_it() -> None:
 
 
 def test_the_parts_of_a_step_are_all_there() -> None:
-    cfg = build.compose("train", ["experiment=smoke"])
+    cfg = compose("train", ["experiment=smoke"])
     data = build.dataset(cfg, "train")
     batches = step.endless(build.train_loader(cfg, data, ALONE))
     rows = step.parts(cfg, ALONE, batches, OPTIONS)

@@ -25,7 +25,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         path = ROOT / "scripts" / name
-        monkeypatch.syspath_prepend(str(path.parent))
         monkeypatch.setattr(sys, "argv", [str(path), *arguments])
         code = 0
         try:
@@ -58,6 +57,7 @@ BAD = [
     ("prepare_data.py", "split", "absent"),
     ("reproduce.py", "--losses", "cee", "--dry-run"),
     ("reproduce.py", "--protocols", "absent", "--dry-run"),
+    ("reproduce.py", "epochs=0", "--dry-run"),
 ]
 
 

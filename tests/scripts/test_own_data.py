@@ -105,14 +105,16 @@ def test_the_table_of_faults_quotes_real_messages(here: Path, root: Path) -> Non
 
 
 def test_prediction_needs_the_classes_and_not_the_images(here: Path, root: Path) -> None:
-    from configs import build
+    from configs.compose import compose
     from scripts.inference.facts import facts
 
     (here / "classes.yaml").write_text("classes: [background, cell]\nmean: [0.1, 0.2, 0.3]\n")
-    cfg = build.compose("train", ["dataset=folder", "dataset.root=gone"])
+    cfg = compose("train", ["dataset=folder", "dataset.root=gone"])
     with pytest.raises(FileNotFoundError, match=r"gone/classes\.yaml.*--classes"):
         facts(cfg)
     info = facts(cfg, here / "classes.yaml")
     assert info.classes == ("background", "cell") and info.mean == (0.1, 0.2, 0.3) and info.scored == (1,)
-    assert facts(build.compose("train", ["dataset=cityscapes"])).num_classes == 19
-    assert facts(build.compose("train", ["dataset.num_classes=4"])).num_classes == 4
+    inline = compose("train", ["dataset=folder", "dataset.classes=[background,nucleus]"])
+    assert facts(inline).classes == ("background", "nucleus")
+    assert facts(compose("train", ["dataset=cityscapes"])).num_classes == 19
+    assert facts(compose("train", ["dataset.num_classes=4"])).num_classes == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -279,9 +280,17 @@ def test_paper_protocol_reads_its_own_folder(results, capsys):
     put(results / "paper", "max", TRUTH, images=list("abcd"), protocol="paper")
     assert main([str(results.parent), "--protocol", "paper"]) == 0
     assert "max − T" in capsys.readouterr().out
+    shutil.rmtree(results / "paper")
+    for folder in (results, results.parent):
+        assert main([str(folder), "--protocol", "paper"]) == 2
+        error = capsys.readouterr().err
+        assert "no scores of protocol=paper" in error or "holds no per-image scores" in error
 
 
-@pytest.mark.parametrize("arguments", [["nowhere"], ["{}", "--rule", "maxx"], ["{}", "--confidence", "95"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["nowhere"], ["{}", "--rule", "maxx"], ["{}", "--confidence", "95"], ["{}", "--resamples", "-1"]],
+)
 def test_bad_input_is_one_line_and_exit_code_two(results, capsys, arguments):
     assert main([a.format(results) for a in arguments]) == 2
     error = capsys.readouterr().err

@@ -340,14 +340,6 @@ def test_seed_and_path_may_differ(saved):
     assert table.rows[0][3].text == "(50.00 ± 0.00, 40.00 ± 0.00)"
 
 
-def test_what_may_differ_between_two_starts_of_a_run_may_differ_between_seeds():
-    from configs import stored
-    from scripts.tables import results
-
-    trainer = {f"trainer.{key}" for key in stored._FREE_TRAINER}
-    assert {*stored._FREE, *trainer} <= results._FREE
-
-
 def test_rules_of_unlike_checkpoints_are_no_comparison(saved):
     saved()
     saved(predictor="rankdice", checkpoint__sha256="other", scores__mean_dice=0.9)

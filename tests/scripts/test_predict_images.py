@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from configs import build, stored
+from configs.compose import GROUPS, compose
 from datasets import DatasetError, DatasetInfo
 from datasets.decode import EXIF_ORIENTATION
 from datasets.transforms import EvalTransform, Normalise
@@ -228,11 +229,11 @@ def test_damaged_and_deep_images_are_named(tmp_path: Path) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained network of three classes, stored as train.py stores one."""
     torch.manual_seed(0)
-    choices = dict.fromkeys(build.GROUPS, "") | {
+    choices = dict.fromkeys(GROUPS, "") | {
         "dataset": "synthetic", "model": "tiny", "loss": "ce", "optimizer": "adamw", "schedule": "poly",
         "predictor": "rankdice", "protocol": "corrected", "trainer": "default",
     }  # fmt: skip
-    cfg = build.compose("train", ["dataset.num_classes=3", "run_dir=x"])
+    cfg = compose("train", ["dataset.num_classes=3", "run_dir=x"])
     path = tmp_path_factory.mktemp("run") / "best_model.pth"
     network = build.model(cfg)
     save({"format": 1, "model": network.state_dict(), "config": stored.pack(cfg, choices), "epoch": 1}, path)
@@ -308,6 +309,14 @@ def test_a_damaged_image_does_not_stop_the_others(
     said = capsys.readouterr()
     assert str(path) in said.err and "3 images segmented" in said.out and "1 failed" in said.out
     assert not list((tmp_path / "out").glob("*broken*"))
+
+
+def test_overrides_reach_the_rule(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    command = ["-r", str(checkpoint), str(photos / "one.png"), "--quiet", "-p", "T", "--per-class"]
+    for at, name in ((0, "disc"), (1, "box")):
+        out = tmp_path / str(at)
+        main([*command, f"threshold={at}", "--out", str(out)])
+        assert bool(np.asarray(Image.open(out / "classes" / "one" / f"{name}.png")).any()) is (at == 0)
 
 
 def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

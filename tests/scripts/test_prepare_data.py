@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs import build
+from configs.compose import compose
 from datasets import DatasetError, Folder
 from datasets.kvasir_seg import default_split
 from scripts.parallel import ahead
@@ -169,7 +169,7 @@ def test_what_is_printed_to_be_typed_can_be_typed(mine: Path, capsys: pytest.Cap
     assert main(["check", "folder", "--root", str(there), "--quiet"]) == 0
     line = capsys.readouterr().out.rpartition("train on it: ")[2]
     words = [word for word in shlex.split(line) if "=" in word]
-    assert build.compose("train", words).dataset.root == str(there)
+    assert compose("train", words).dataset.root == str(there)
     (there / "train.txt").unlink()
     with pytest.raises(DatasetError, match=r"prepare_data\.py split ") as raised:
         main(["check", "folder", "--root", str(there)])
@@ -239,6 +239,7 @@ def test_split_is_a_partition_that_keeps_groups_together() -> None:
         (["a"], {"val": 0.5}, None, "add images"),
         (["a", "b"], {"val": 0.5}, "[0-9", "regular expression"),
         (["a", "b"], {"val": 0.5}, "z", "finds nothing in 'a'"),
+        (["p1_a", "b"], {"val": 0.5}, r"^(p\d+_)?", "finds nothing in 'b'"),
     ],
 )
 def test_impossible_splits_are_refused(

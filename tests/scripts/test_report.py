@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from configs import build, stored
+from configs.compose import compose
 from rankseg import rules
 from scripts.reporting import charts, explain
 from scripts.reporting.measure import (
@@ -62,7 +63,7 @@ def report() -> object:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder: the small network after forty steps, with a journal of two epochs."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = build.compose("train", SMALL)
+    cfg = compose("train", SMALL)
     torch.manual_seed(0)
     network, criterion = build.model(cfg), build.loss(cfg)
     optimizer = torch.optim.AdamW(network.parameters(), 5e-3)
@@ -282,6 +283,13 @@ def test_a_run_that_is_not_there_is_named(report: object, tmp_path: Path) -> Non
     absent = argparse.Namespace(run=tmp_path / "absent", out=None, images=2, overrides=[])
     with pytest.raises((FileNotFoundError, ValueError), match="absent"):
         report.report(absent, HERE)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("override", ["temperature=2", "temperature=fit", "correct_focal=true"])
+def test_what_would_be_ignored_is_refused(report: object, run: Path, override: str) -> None:
+    arguments = argparse.Namespace(run=run, out=None, images=2, overrides=[override])
+    with pytest.raises(ValueError, match="pass temperature=1 correct_focal=false"):
+        report.report(arguments, HERE)  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

@@ -12,21 +12,23 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from configs import build, stored
-from configs.cli import CONFIGS, explain, options, remedy, spelled, unknown_key, unknown_option
+from configs.checks import check_values
+from configs.cli import explain, remedy
+from configs.compose import CONFIGS, GROUPS, compose, options, spelled, unknown_key, unknown_option
 
-CHOICES = list(chain.from_iterable([(group, name) for name in options(group)] for group in build.GROUPS))
+CHOICES = list(chain.from_iterable([(group, name) for name in options(group)] for group in GROUPS))
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda value: str(value))
 def test_every_option_composes_and_resolves(group: str, name: str) -> None:
-    cfg = build.compose("train", [f"{group}={name}"])
+    cfg = compose("train", [f"{group}={name}"])
     OmegaConf.to_container(cfg, resolve=True)
     assert cfg[group].get("name", name) == name or group in ("optimizer", "schedule", "trainer")
 
 
 @pytest.mark.parametrize("name", options("experiment"))
 def test_every_experiment_composes(name: str) -> None:
-    cfg = build.compose("train", [f"experiment={name}"])
+    cfg = compose("train", [f"experiment={name}"])
     OmegaConf.to_container(cfg, resolve=True)
     header = (CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
     for word in ("Claim:", "Cost:", "Command:"):
@@ -36,7 +38,7 @@ def test_every_experiment_composes(name: str) -> None:
 @pytest.mark.parametrize("name", options("loss"))
 def test_every_loss_is_built_with_its_protocol(name: str) -> None:
     for protocol, legacy in (("paper", True), ("corrected", False)):
-        loss = build.loss(build.compose("train", [f"loss={name}", f"protocol={protocol}"]))
+        loss = build.loss(compose("train", [f"loss={name}", f"protocol={protocol}"]))
         assert loss.legacy is legacy and loss.link in ("softmax", "sigmoid")
 
 
@@ -46,13 +48,44 @@ def test_every_rule_is_built() -> None:
 
 
 def test_the_paper_protocol_puts_its_own_rankdice_behind_the_name() -> None:
-    cfg = build.compose("train", ["protocol=paper"])
+    cfg = compose("train", ["protocol=paper"])
     ours, theirs = (
         build.rules(["rankdice"])["rankdice"],
-        build.rules(["rankdice"], dict(cfg.protocol.rules))["rankdice"],
+        build.rules(["rankdice"], cfg)["rankdice"],
     )
     assert theirs.keywords["app"] == 2 and theirs.keywords["truncate_mean"] is True
     assert ours.keywords.get("app", 0) == 0
+
+
+def test_a_threshold_is_that_of_the_rule_and_an_override_of_it_is_not_lost() -> None:
+    packed = {"choices": {"predictor": "T"}, "values": {"predictor": {"at": 0.3}}}
+    cfg = stored.unpack(packed)
+    assert build.rules(["T"], cfg)["T"].keywords == {"at": 0.3} and build.threshold(cfg) == 0.3
+    assert build.threshold(stored.unpack(packed, ["threshold=0.4"])) == 0.4
+    assert build.threshold(stored.unpack(packed, ["predictor=rankdice"])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs=0", "epochs=0 must be a whole number of at least 1"),
+        ("batch_size=abc", "batch_size=abc must be a whole number of at least 1"),
+        ("seed=-1", "seed=-1 must be a whole number of at least 0"),
+        ("trainer.validate_every=0", r"trainer\.validate_every=0 must be a whole number of at least 1"),
+        ("trainer.save_every=2.5", r"trainer\.save_every=2\.5 must be a whole number of at least 1"),
+        ("trainer.clip_norm=abc", r"trainer\.clip_norm=abc must be a number of at least 0"),
+        ("optimizer.lr=abc", r"optimizer\.lr=abc must be a number of at least 0"),
+        ("optimizer.lr=true", r"optimizer\.lr=True must be a number of at least 0"),
+        ("validation=rankdice", r"validation=rankdice must be a list: write 'validation=\[rankdice\]'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_by_its_key(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_values(compose("train", [override]))
+    with pytest.raises(ValueError, match=message):
+        stored.unpack({"choices": {}, "values": {}}, [override])
+    with pytest.raises(ValueError, match="threshold=abc must be a number of at least 0"):
+        stored.unpack({"choices": {}, "values": {}}, ["threshold=abc"])
 
 
 def test_an_unknown_rule_names_what_there_is() -> None:
@@ -78,7 +111,7 @@ def test_any_path_may_be_the_value_of_an_override(path: str) -> None:
     (word,) = spelled([f"dataset.root={path}"])
     assert OverridesParser.create().parse_override(word).value() == path
     assert spelled([word]) == [word]
-    assert build.compose("train", [f"dataset.root={path}"]).dataset.root == path
+    assert compose("train", [f"dataset.root={path}"]).dataset.root == path
     unpacked = stored.unpack({"choices": {"dataset": "folder"}, "values": {}}, [f"dataset.root={path}"])
     assert unpacked.dataset.root == path
 
@@ -87,7 +120,7 @@ def test_what_hydra_reads_stays_as_it_is() -> None:
     words = ["-m", "--cfg", "job", "loss=ce,focal", "validation=[T,max]", "seed=range(3)", "x='a,b'", "[T,"]
     assert spelled(words) == words
     with pytest.raises(OverrideParseException) as caught:
-        build.compose("train", ["validation=[T,"])
+        compose("train", ["validation=[T,"])
     assert explain(caught.value) == "validation=[T, cannot be read: write key=value, and lists as 'key=[a,b]'"
 
 
@@ -104,17 +137,21 @@ def test_what_the_system_says_comes_with_a_remedy() -> None:
 
 def test_unknown_names_are_explained_in_one_line() -> None:
     assert "did you mean lr?" in unknown_key("optimizer.lrr")
+    assert "did you mean optimizer?" in unknown_key("optimiser.lr")
+    assert unknown_key("dataset.sourc.root").startswith(
+        "dataset.sourc is no key of the configuration (did you mean source?); in dataset there are: name, "
+    )
     assert "did you mean focal?" in unknown_option("loss", "focla")
     with pytest.raises(Exception) as caught:
-        build.compose("train", ["los=ce"])
+        compose("train", ["los=ce"])
     assert "los is no key" in explain(caught.value) and "loss" in explain(caught.value)
     with pytest.raises(Exception) as caught:
-        build.compose("train", ["loss=cee"])
+        compose("train", ["loss=cee"])
     assert "loss is one of: b_soft_dice, bce" in explain(caught.value)
 
 
 def test_a_stored_configuration_comes_back_with_overrides_on_top() -> None:
-    cfg = build.compose("train", ["loss=focal", "protocol=paper", "batch_size=3", "optimizer.lr=0.5"])
+    cfg = compose("train", ["loss=focal", "protocol=paper", "batch_size=3", "optimizer.lr=0.5"])
     choices = {
         "dataset": "synthetic", "model": "tiny", "loss": "focal", "optimizer": "adamw", "schedule": "poly",
         "predictor": "rankdice", "protocol": "paper", "trainer": "default",
@@ -130,7 +167,7 @@ def test_a_stored_configuration_comes_back_with_overrides_on_top() -> None:
 
 
 def test_a_stored_configuration_cannot_choose_code_or_read_the_environment() -> None:
-    cfg = build.compose("train")
+    cfg = compose("train")
     choices = {
         "dataset": "synthetic", "model": "tiny", "loss": "ce", "optimizer": "adamw", "schedule": "poly",
         "predictor": "rankdice", "protocol": "corrected", "trainer": "default",
@@ -141,9 +178,21 @@ def test_a_stored_configuration_cannot_choose_code_or_read_the_environment() -> 
     packed["values"]["model"]["extra"] = {"_target_": "os.system", "command": "true"}
     back = stored.unpack(packed)
     assert back.model._target_ == target and "_target_" not in back.model.extra
-    packed["values"]["run_dir"] = "${oc.env:HOME}"
-    with pytest.raises(ValueError, match="not allowed"):
-        stored.unpack(packed)
+    packed["values"]["model"]["extra"] = ({"_target_": "os.system", "command": "true"},)
+    assert "_target_" not in stored.unpack(packed).model.extra[0]
+    for key, value in (
+        ("run_dir", "${oc.env:HOME}"),
+        ("run_dir", "${${suffix}:HOME}"),  # where the suffix is oc.env
+        ("model._target_", "os.system"),
+        ("model[_target_]", "os.system"),
+        (3, "os.system"),
+    ):
+        changed = {**packed, "values": {**packed["values"], "suffix": "oc.env", key: value}}
+        with pytest.raises(ValueError, match="not allowed"):
+            stored.unpack(changed)
+    for wrong in ({"choices": ["model"]}, {"values": ["model"]}):
+        with pytest.raises(ValueError, match="no configuration of this project"):
+            stored.unpack({**packed, **wrong})
     packed["choices"]["model"] = "../../evil"
     with pytest.raises(ValueError, match="unknown"):
         stored.unpack(packed)

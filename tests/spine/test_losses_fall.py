@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # as a script, this file's own folder comes first
 
 from configs import build  # noqa: E402
+from configs.compose import compose  # noqa: E402
 from trainers.distributed import World  # noqa: E402
 from trainers.update import Update  # noqa: E402
 
@@ -38,7 +39,7 @@ def run(data: Path, dataset: str, model: str, loss: str, steps: int = STEPS, *mo
         f"loss={loss}",
     ]
     sizes = [f"dataset.resize={CROP}", f"dataset.crop={CROP}", f"batch_size={BATCH}", "optimizer=sgd"]
-    cfg = build.compose("train", [*overrides, *sizes, *more])
+    cfg = compose("train", [*overrides, *sizes, *more])
     torch.manual_seed(0)
     network = build.model(cfg)
     for module in network.modules():

@@ -108,7 +108,7 @@ def checkpoint(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="module")
 def network(checkpoint: Path) -> Iterator[Remembering]:
     """The network as it is loaded from the file; later loads get the same one, instead of 190 MB again."""
-    content = read_checkpoint(checkpoint, "cpu")
+    content = read_checkpoint(checkpoint)
     network, config = load_published(content)
     remembering = Remembering(network)
     with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +125,7 @@ def run(checkpoint: Path, voc: Path, case: tuple[str, float, float]) -> dict[str
     network, cfg, _ = load(checkpoint, [f"{key}={value}" for key, value in settings.items()])
     assert (cfg.protocol.name, cfg.batch_size, cfg.dataset.eval_crop) == ("paper", 2, 64)
     data = build.dataset(cfg, cfg.split)
-    rules = build.rules(RUNS[case], dict(cfg.protocol.rules), cfg.threshold)
+    rules = build.rules(RUNS[case], cfg)
     loader = build.eval_loader(cfg, data, HERE)
     scoring = build.scoring(cfg, data.info)
     return evaluate(network, loader, rules, build.loss(cfg), scoring, HERE, temperature=cfg.temperature)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from configs import build
+from configs.compose import compose
 from datasets import EvalTransform
 from datasets.batches import Batch
 from datasets.voc2012 import INFO
@@ -97,7 +98,7 @@ def recorded(shared: Path) -> dict[str, Any]:
 
 def train(shared: Path, loss: str) -> SimpleNamespace:
     """Our trainer in the original's place."""
-    cfg = build.compose("train", [*SETTINGS, f"loss={loss}"])
+    cfg = compose("train", [*SETTINGS, f"loss={loss}"])
     network, _ = load_published(recipe.released(shared, "pspnet", 21))
     for module in network.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
@@ -154,7 +155,7 @@ def test_two_epochs(shared: Path, recorded: dict[str, Any], loss: str) -> None:
 
 
 def test_the_optimizer_is_theirs(recorded: dict[str, Any]) -> None:
-    cfg = build.compose("train", SETTINGS)
+    cfg = compose("train", SETTINGS)
     with torch.device("meta"):
         optimizer = build.optimizer(cfg, PSPNet(21))
     for ours, theirs in zip(
@@ -183,7 +184,7 @@ def test_a_checkpoint_of_the_recorded_structure_is_read(recorded, tmp_path, loss
     torch.save(content, path)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
-    read = read_checkpoint(path, "cpu")
+    read = read_checkpoint(path)
     assert is_published(read) and read["monitor_best"] == content["monitor_best"]
     assert translate_config(read["config"])["loss"] == LOSSES[loss]
     names = {key.removeprefix("module."): tensor for key, tensor in read["state_dict"].items()}

@@ -52,6 +52,18 @@ def test_rules_stand_side_by_side_and_classes_have_their_names(
     assert row["kind"] == "val_T" and row["class_dice"] == {"0": 1.0, "1": 0.25, "2": None}
 
 
+def test_a_run_that_starts_over_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    for dice, epochs in ((0.25, 3), (0.5, 1)):
+        journal = Journal(tmp_path, classes=CLASSES)
+        for epoch in range(1, epochs + 1):
+            journal.log(epoch, "val_T", epoch=epoch, **scores(dice))
+        journal.close()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert [(e.step, e.value) for e in accumulator.Scalars("val/mean_dice/T")] == [(1, 0.5)]
+    assert [row["mean_dice"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0.5]
+
+
 def test_charts_hold_every_rule_of_one_score(events: EventAccumulator) -> None:
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {chart.title: chart.multiline.tag[0] for part in layout.category for chart in part.chart}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import build
+from configs.compose import compose as composed
 from tests.trainers.forked import ROOT, SMALL, run_dir, same, state, train
 
 CELLS = ("loss=ce,focal",)
@@ -103,4 +103,4 @@ def test_slurm_jobs_are_requeued_before_their_time_is_up(tmp_path: Path) -> None
     )
     assert re.search(r"#SBATCH --signal=USR2@120", text), text
     assert "#SBATCH --requeue\n" in text and "#SBATCH --open-mode=append" in text
-    assert build.compose("train", ["launcher=slurm"]).seed == 0
+    assert composed("train", ["launcher=slurm"]).seed == 0

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import train as command
-from configs import build
+from configs.compose import GROUPS, compose
 from models import read_checkpoint
 from tests.trainers.forked import SMALL, begin, rows, run_dir, same, state, train, wait_for
 from tests.trainers.test_update import ALONE
 
-CHOICES = dict.fromkeys(build.GROUPS, "default")
+CHOICES = dict.fromkeys(GROUPS, "default")
 
 
 class Made(Exception):
@@ -32,7 +32,7 @@ def update(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             raise Made(model, options)
 
         monkeypatch.setattr(command, "Update", update)
-        cfg = build.compose("train", [*SMALL, f"save_dir={tmp_path}", *overrides])
+        cfg = compose("train", [*SMALL, f"save_dir={tmp_path}", *overrides])
         try:
             with pytest.raises(Made) as caught:
                 command.fit(cfg, CHOICES, ALONE)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainers.schedules import Constant, Cosine, Polynomial, Schedule, Warmup
+from trainers.schedules import Constant, Cosine, Polynomial, Schedule
 
 # Two epochs of four updates at base rate 0.01, as the original trainer set them.
 RECORDED = [
@@ -21,7 +21,7 @@ RECORDED = [
     0.0015389305166811453,
     0.0,
 ]
-SCHEDULES = [Polynomial(), Constant(), Cosine(), Cosine(0.1), Warmup(Cosine(), 3), Warmup(Polynomial(), 0)]
+SCHEDULES = [Polynomial(), Constant(), Cosine(), Cosine(0.1)]
 
 
 def rates(schedule: Schedule, total: int) -> list[float]:
@@ -58,17 +58,6 @@ def test_cosine_starts_at_one_and_is_half_way_down_in_the_middle() -> None:
     assert Cosine(floor=0.2)(10**6, 10**6) == pytest.approx(0.2)
 
 
-def test_warmup_rises_then_runs_the_rest_as_a_run_of_its_own() -> None:
-    factors = rates(Warmup(Polynomial(), 4), 12)
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors[4:] == rates(Polynomial(), 8)
-    assert rates(Warmup(Constant(), 0), 3) == [1.0, 1.0, 1.0]
-
-
-def test_warmup_longer_than_the_run_never_reaches_the_base_rate() -> None:
-    assert rates(Warmup(Constant(), 10), 5) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_factors_lie_in_the_unit_interval_and_need_no_history(schedule: Schedule) -> None:
     forward = rates(schedule, 17)
@@ -81,8 +70,3 @@ def test_factors_lie_in_the_unit_interval_and_need_no_history(schedule: Schedule
 def test_a_step_outside_the_run_is_refused(schedule: Schedule, step: int) -> None:
     with pytest.raises(ValueError, match=f"step is {step} of 5"):
         schedule(step, 5)
-
-
-def test_a_negative_warmup_is_refused() -> None:
-    with pytest.raises(ValueError, match="steps is -1"):
-        Warmup(Constant(), -1)

@@ -1,0 +1,80 @@
+"""The configurations in this folder: composing them, listing them, and what to say of a name that is none of theirs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+CONFIGS = Path(__file__).parent
+GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "predictor", "protocol", "trainer")
+
+
+def compose(name: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
+    """Compose a configuration as the command line does, but outside Hydra's own main."""
+    if GlobalHydra.instance().is_initialized():
+        return hydra_compose(name, spelled(overrides))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra_compose(name, spelled(overrides))
+
+
+def spelled(words: Iterable[str]) -> list[str]:
+    """Overrides as Hydra can read them: values that its grammar does not know are put in quotes.
+
+    Paths are such values: `~`, umlauts and brackets are not in the grammar.
+    """
+    parser, found = OverridesParser.create(), list[str]()
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and not word.startswith("-") and not value.startswith(("[", "{", "'", '"')):
+            try:
+                parser.parse_override(word)
+            except HydraException:
+                # In Hydra's quotes a backslash is itself, but before a quote it is doubled.
+                escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+                word = f"{key}='{escaped}{value[len(value.rstrip(chr(92))) :]}'"
+        found.append(word)
+    return found
+
+
+def options(group: str) -> list[str]:
+    """The options of a configuration group, such as ``predictor``."""
+    folder = CONFIGS / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def unknown_option(group: str, name: str) -> str:
+    """What to say about an option that a group does not have."""
+    allowed = options(group)
+    return f"{group}={name} is unknown{_meant(name, allowed)}; {group} is one of: {', '.join(allowed)}"
+
+
+def unknown_key(key: str, config: Any = None) -> str:
+    """What to say about a key that the configuration does not have."""
+    node = compose("train") if config is None else config
+    *path, name = key.split(".")
+    for depth, part in enumerate(path):
+        if not OmegaConf.is_dict(node) or part not in node:
+            path, name = path[:depth], part  # the first that is unknown is what to mend
+            break
+        node = node._get_node(part)
+    allowed = [str(k) for k in node if not str(k).startswith("_")] if OmegaConf.is_dict(node) else []
+    if not path:
+        allowed += sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and not p.name.startswith("_"))
+    key, where = ".".join([*path, name]), f"in {'.'.join(path)}" if path else "at the top"
+    listed = ", ".join(dict.fromkeys(allowed))
+    return f"{key} is no key of the configuration{_meant(name, allowed)}; {where} there are: {listed}"
+
+
+def _meant(name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
