@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import layouts
 from .base import DatasetError, DatasetInfo, spread
 from .decode import decode_mask
 from .files import Pair, PairedDataset, label_table
@@ -57,11 +58,7 @@ class Cityscapes(PairedDataset):
         dict.fromkeys([*range(LAST_LABEL_ID + 1), 255], VOID)
         | {label_id: train_id for train_id, (label_id, _, _) in enumerate(CLASSES)}
     )
-    help_tree = """\
-  cityscapes/leftImg8bit/{train,val}/<city>/<city>_000000_000019_leftImg8bit.png
-  cityscapes/gtFine/{train,val}/<city>/<city>_000000_000019_gtFine_labelIds.png   (not labelTrainIds)
-  from https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip);
-  free for research after registration."""
+    help_tree = layouts.CITYSCAPES
 
     def find_pairs(self) -> list[Pair]:
         """Return the pairs of every city, cities and frames sorted by name."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .base import DatasetError
+from .errors import DatasetError
 
 EXIF_ORIENTATION = 0x0112
 DEEP_MODES = ("I", "F")  # and every "I;16..."; 8 bits cannot hold them

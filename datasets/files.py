@@ -17,7 +17,6 @@ from .base import DatasetError, SegmentationDataset, digest
 from .decode import EXIF_ORIENTATION, decode_image, decode_mask, is_deep, open_image
 
 INVALID = 254
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class Pair(NamedTuple):
@@ -36,19 +35,6 @@ def label_table(mapping: Mapping[int, int]) -> bytes:
 def index_table(num_classes: int, ignore_index: int = 255) -> bytes:
     """Return the table of masks that already hold class indices."""
     return label_table({**{k: k for k in range(num_classes)}, ignore_index: ignore_index})
-
-
-def list_images(folder: Path) -> dict[str, Path]:
-    """Return the image files of a folder by stem, sorted by name."""
-    files = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-    )
-    return {p.stem: p for p in files}
-
-
-def read_split(path: Path) -> list[str]:
-    """Return the lines of a split file that are not empty."""
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
 
 class PairedDataset(SegmentationDataset):

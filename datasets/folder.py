@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from . import layouts
 from .base import DatasetError, DatasetInfo, spread
 from .decode import decode_image, decode_mask
-from .files import Pair, PairedDataset, label_table, list_images, preview, read_split
+from .files import Pair, PairedDataset, label_table, preview
+from .listing import list_images, read_split
 from .voc2012 import voc_colour
 
 KEYS = ("classes", "scored", "ignore_index", "mean", "std", "rgb_masks")
@@ -39,10 +41,7 @@ class Folder(PairedDataset):
     `ignore_index` are what the rest of the configuration counts on: DatasetError where the table has others.
     """
 
-    help_tree = """\
-  mine/images/*.jpg, mine/masks/*.png                 pairs share a name; one-channel masks of class indices
-  mine/{train,val}.txt                                a name a line; or {images,masks}/{train,val}/
-  mine/classes.yaml                                   classes: [background, lesion]"""
+    help_tree = layouts.FOLDER
 
     def __init__(
         self,

@@ -19,17 +19,19 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs.cli import guarded
-from datasets.files import list_images
+from datasets.listing import list_images
 from scripts.parallel import default_workers
 from scripts.prepare.catalog import CATALOG, Entry
-from scripts.prepare.checking import Report, check
 from scripts.prepare.fetching import download, unpack
 from scripts.prepare.splitting import make_split, write_split
-from scripts.prepare.totals import count
+
+if TYPE_CHECKING:
+    from scripts.prepare.checking import Report  # needs torch, as `stats` does: imported where it is used
 
 FAULTY = 1
 SHOWN = 50
@@ -107,7 +109,7 @@ def _list(args: argparse.Namespace) -> int:
                     "home": e.home,
                     "root": str(e.root),
                     "fetch": e.archive is not None,
-                    "tree": e.kind.help_tree,
+                    "tree": e.tree,
                 }
                 for e in CATALOG.values()
             }
@@ -119,12 +121,14 @@ def _list(args: argparse.Namespace) -> int:
         if entry.archive:
             rows["fetch"] = f"python scripts/prepare_data.py fetch {entry.name}"
         print("\n".join(f"  {key + ':':<15}{value}" for key, value in rows.items()))
-        print(f"{entry.kind.help_tree}\n")
+        print(f"{entry.tree}\n")
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     """Read every file of the splits; the exit code says whether they are sound."""
+    from scripts.prepare.checking import check
+
     entry = CATALOG[args.name]
     root = args.root or entry.root
     splits = entry.splits(root, args.split, args.classes)
@@ -158,6 +162,8 @@ def _print_report(report: Report, entry: Entry, num_classes: int, shown: int | N
 
 def _stats(args: argparse.Namespace) -> int:
     """Count one split: train, unless another was chosen."""
+    from scripts.prepare.totals import count
+
     entry = CATALOG[args.name]
     results = {}
     for split in args.split or ["train"]:

@@ -22,7 +22,7 @@ from torchvision.utils import draw_segmentation_masks
 from datasets import DatasetError
 from datasets.base import DatasetInfo
 from datasets.decode import EXIF_ORIENTATION, is_deep, load, open_image
-from datasets.files import IMAGE_SUFFIXES
+from datasets.listing import IMAGE_SUFFIXES
 
 VOID_COLOUR = (224, 224, 192)
 BAND = 256  # rows of an overlay that are drawn at once

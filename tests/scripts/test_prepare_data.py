@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from scripts.parallel import ahead
 from scripts.prepare.splitting import make_split, write_split
 from scripts.prepare.totals import count
 from scripts.prepare_data import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -191,6 +196,22 @@ def test_list_knows_every_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name, entry in known.items() if entry["fetch"]] == ["voc2012", "kvasir_seg"]
     assert main(["list"]) == 0
     assert "Flickr" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", ["--help", "list", "split mine --force", "fetch cityscapes", "check --help"]
+)
+def test_what_reads_no_pixel_does_not_wait_for_torch(words: str, mine: Path, tmp_path: Path) -> None:
+    for name in ("torch", "torchvision"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
 def test_stats_are_those_of_all_pixels(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

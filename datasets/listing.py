@@ -1,0 +1,24 @@
+"""Which image files a folder holds, and which names a split file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder, sorted by name."""
+    return sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+    )
+
+
+def list_images(folder: Path) -> dict[str, Path]:
+    """Return the image files of a folder by stem, sorted by name."""
+    return {path.stem: path for path in image_files(folder)}
+
+
+def read_split(path: Path) -> list[str]:
+    """Return the lines of a split file that are not empty."""
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
