@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs.cli import guarded
 from datasets.listing import list_images
 from scripts.parallel import default_workers
-from scripts.prepare.catalog import CATALOG, Entry
+from scripts.prepare.catalog import CATALOG, Archive, Entry
 from scripts.prepare.fetching import download, unpack
 from scripts.prepare.splitting import make_split, write_split
+from trainers.lock import Lock
 
 if TYPE_CHECKING:
     from scripts.prepare.checking import Report  # needs torch, as `stats` does: imported where it is used
@@ -189,16 +190,9 @@ def _fetch(args: argparse.Namespace) -> int:
     """Download, or say what to do."""
     entry = CATALOG[args.name]
     root = (args.root or entry.root).expanduser()
-    archive = entry.archive
-    if all((root / name).exists() for name in entry.holds):
+    if entry.complete(root):
         return _fetched(args, entry, root, "there already")
-    there = [name for name in entry.holds if (root / name).exists()]
-    if archive and there:
-        lacking = ", ".join(name for name in entry.holds if name not in there)
-        raise ValueError(
-            f"{root} holds {', '.join(there)} without {lacking}: remove it, or give another --root"
-        )
-    if archive is None:
+    if entry.archive is None:
         steps = [step.format(root=shlex.quote(str(root))) for step in entry.steps]
         if args.json:
             _print_json({"name": entry.name, "root": str(root), "status": "by hand", "steps": steps})
@@ -207,7 +201,17 @@ def _fetch(args: argparse.Namespace) -> int:
             print("\n".join(f"  {k}. {step}" for k, step in enumerate(steps, 1)))
         return 0
     print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
-    path = root.parent / archive.file
+    path = root.parent / entry.archive.file
+    with Lock(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
+        if entry.complete(root):  # by the process that was waited for
+            return _fetched(args, entry, root, "there already")
+        entry.refuse_half(root)
+        _download(args, entry.archive, path, root)
+    return _fetched(args, entry, root, "fetched")
+
+
+def _download(args: argparse.Namespace, archive: Archive, path: Path, root: Path) -> None:
+    """Fetch an archive to a path and unpack it into a folder."""
     other = args.url is not None and args.checksum is not None  # a stranger's archive has a size of its own
     digest = download(
         args.url or archive.urls,
@@ -222,7 +226,6 @@ def _fetch(args: argparse.Namespace) -> int:
     unpack(path, root, archive.inside, progress=not args.quiet)
     if not args.keep:
         path.unlink()
-    return _fetched(args, entry, root, "fetched")
 
 
 def _fetched(args: argparse.Namespace, entry: Entry, root: Path, status: str) -> int:

@@ -56,6 +56,19 @@ class Entry:
         """The folder that the configuration looks in unless dataset.root says otherwise."""
         return Path(str(OmegaConf.load(CONFIGS / "dataset" / f"{self.name}.yaml")["root"]))
 
+    def complete(self, root: Path) -> bool:
+        """Whether all of it is there."""
+        return all((root / name).exists() for name in self.holds)
+
+    def refuse_half(self, root: Path) -> None:
+        """Raise ValueError where a part of it is there: nothing is unpacked over that."""
+        lacking = [name for name in self.holds if not (root / name).exists()]
+        there = [name for name in self.holds if name not in lacking]
+        if there and lacking:
+            raise ValueError(
+                f"{root} holds {', '.join(there)} without {', '.join(lacking)}: remove it, or give another --root"
+            )
+
     def open(self, root: Path, split: str, classes: Path | None = None) -> PairedDataset:
         """Return one split.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 import threading
 import zipfile
@@ -19,6 +20,8 @@ from PIL import Image
 from configs.cli import guarded
 from scripts.prepare.fetching import FetchError, download, unpack
 from scripts.prepare_data import main
+from tests.trainers.forked import start, wait_for
+from trainers.lock import Lock
 
 
 class Server(ThreadingHTTPServer):
@@ -29,6 +32,7 @@ class Server(ThreadingHTTPServer):
     breaks: list[int]
     ranges = True
     failures: list[int]
+    hold: threading.Event | None = None  # answers wait for it
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -45,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, asked = self.server, self.headers.get("Range")
         server.asked.append(asked)
+        if server.hold:
+            server.hold.wait(60)
         if server.failures:
             self.send_error(server.failures.pop(0))
             return
@@ -224,6 +230,33 @@ def test_fetch_check_and_fetch_again(
     asked = len(server.asked)
     assert main(fetch) == 0 and len(server.asked) == asked
     assert "there already" in capsys.readouterr().out
+
+
+def fetch_held_up(url: str, root: Path, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    guarded(lambda: main(["fetch", "kvasir_seg", "--root", str(root), "--url", url, "--quiet"]))
+
+
+def test_a_second_fetch_is_refused_and_a_dead_one_is_not_in_the_way(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.content, server.hold = kvasir_zip(), threading.Event()
+    root = tmp_path / "data" / "Kvasir-SEG"
+    other = start(fetch_held_up, server.url, root, tmp_path / "log")
+    assert wait_for(lambda: bool(server.asked), other)
+    monkeypatch.setattr(Lock.__init__, "__defaults__", (0.1,))
+    fetch = ["fetch", "kvasir_seg", "--root", str(root), "--url", server.url, "--quiet"]
+    with pytest.raises(SystemExit) as done:
+        guarded(lambda: main(fetch))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert done.value.code == 2 and len(server.asked) == 1
+    assert said.startswith(f"error: another process (pid {other.pid}) is fetching {root.parent}")
+    other.kill()
+    other.join()
+    server.hold.set()
+    assert main(fetch) == 0
+    assert [p.name for p in root.parent.iterdir()] == ["Kvasir-SEG"]
 
 
 def test_fetch_says_what_to_do_for_cityscapes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
