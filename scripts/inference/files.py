@@ -66,7 +66,7 @@ def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: an input is not there, or a folder holds no image.
-        ValueError: two images would be written to the same name, or one over an image.
+        ValueError: two images would have one name, or the masks would lie among the images.
     """
     found: dict[str, Path] = {}
     written = out.resolve()
@@ -81,6 +81,7 @@ def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
                 for p in given.rglob("*")
                 if p.suffix.lower() in IMAGE_SUFFIXES
                 and p.name[0] != "."
+                and not p.is_dir()
                 and not (masks and p.is_relative_to(masks))
             )
             if not files:
@@ -93,8 +94,6 @@ def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
         for path, name in names.items():
             if found.setdefault(name, path) != path:
                 raise ValueError(f"{found[name]} and {path} would both be written as {name}: rename one")
-            if (written / f"{name}.png") == path.resolve():
-                raise ValueError(f"{path} would be replaced by its mask: choose another --out than {out}")
     return found
 
 

@@ -19,6 +19,7 @@ from datasets.transforms import EvalTransform, Normalise
 from rankseg import argmax, rankdice, threshold
 from scripts.inference import files
 from scripts.inference.labels import label_map, masks_of, one_by_one
+from scripts.inference.outputs import file_names
 from scripts.inference.windows import View, probabilities, starts, zeros
 from scripts.predict_images import main
 from trainers.checkpoint import save
@@ -206,15 +207,85 @@ def test_images_are_never_written_over(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "a.png").write_bytes(b"")
     for given, out in (
         (tmp_path, tmp_path),
-        (tmp_path / "a.png", tmp_path),
         (tmp_path, tmp_path / "x" / ".."),
     ):
         with pytest.raises(ValueError, match="choose another"):
             files.find([given], out)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.png would be replaced by its mask"):
-        files.find([Path("a.png")], Path())
     assert files.find([Path()], Path("masks")) == {"a": Path("a.png")}
+
+
+@pytest.mark.parametrize(
+    ("images", "given", "out", "option", "message"),
+    [
+        ("a b overlay/a", ".", "out", "--overlay", r"a\.jpg and \S*overlay/a\.jpg would both be written to"),
+        ("a classes/a/disc", ".", "out", "--per-class", r"would both be written to \S*classes/a/disc\.png"),
+        (
+            "a a.png/b",
+            ".",
+            "out",
+            "--flip",
+            r"a\.jpg would become \S*a\.png, which is a folder for \S*b\.jpg",
+        ),
+        ("a", "a.png", ".", "--flip", r"a\.png would be written over"),
+        ("a out/overlay/c", "out/overlay/c.png", "out", "--overlay", r"overlay/c\.png would be written over"),
+    ],
+)
+def test_no_two_files_go_to_one_place(
+    images: str, given: str, out: str, option: str, message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    for name in images.split():
+        for suffix in ("jpg", "png") if given != "." else ("jpg",):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.{suffix}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        main(["-r", str(checkpoint), str(tmp_path / given), "--out", str(tmp_path / out), "--quiet", option])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+
+
+def test_names_that_only_look_like_output_folders_are_no_collision(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "overlay").mkdir(parents=True)
+    for name in ("a", "overlay/b"):
+        Image.new("RGB", (32, 32)).save(tmp_path / "in" / f"{name}.jpg")
+    (tmp_path / "in" / "folder.jpg").mkdir()
+    command = [
+        "-r",
+        str(checkpoint),
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+        "--overlay",
+    ]
+    assert main(command) == 0
+    written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png")}
+    assert written == {"a.png", "overlay/a.png", "overlay/b.png", "overlay/overlay/b.png"}
+
+
+def test_masks_of_others_are_neither_written_over_nor_taken_for_done(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "one.png").write_text("precious")
+    command = ["-r", str(checkpoint), "--out", str(out), "--quiet"]
+    with pytest.raises(ValueError, match=r"one\.png was not made by this command: .* --force"):
+        main([*command, str(photos)])
+    assert [p.name for p in out.iterdir()] == ["one.png"]
+    assert main([*command, str(photos), "--force"]) == 0
+    (tmp_path / "new").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "new" / "one.png")
+    with pytest.raises(ValueError, match=rf"one\.png is the mask of {photos}/one\.png: choose another --out"):
+        main([*command, str(tmp_path / "new")])
+    assert main([*command, str(photos)]) == 0
+    (out / "predict.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"predict\.json is not what was written there"):
+        main([*command, str(photos)])
+
+
+def test_classes_have_files_of_their_own() -> None:
+    assert file_names(("a/b", "a_b", "c", "c")) == ["a_b_0", "a_b_1", "c_2", "c_3"]
 
 
 def test_damaged_and_deep_images_are_named(tmp_path: Path) -> None:
