@@ -56,6 +56,7 @@ def guarded(main: Callable[[], Any]) -> None:
 _REMEDIES = {
     errno.ENOSPC: "make room, or choose a folder on another disk",
     errno.EDQUOT: "make room, or choose a folder on another disk",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose a folder on another disk",
     errno.EACCES: "choose another folder, or change its rights",
     errno.EPERM: "choose another folder, or change its rights",
     errno.EROFS: "choose a folder that can be written",
