@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__" and {"-sc", "--shell-completion"} & set(sys.argv):
-    from configs.completion import complete
+    from configs.completion import answer
 
-    complete()  # before torch is imported: a TAB should not take seconds
+    answer()  # before torch is imported: a TAB should not take seconds
     sys.exit()
 
 import math
