@@ -26,6 +26,7 @@ from torch import nn
 
 from configs import build, stored
 from configs.cli import guarded, list_skipped, spelled
+from configs.values import check_values
 from datasets import EvalLoader, SegmentationDataset
 from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
@@ -42,6 +43,7 @@ ROOT = Path(__file__).resolve().parent
 
 def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     """Train one cell of the grid, from the start or from where it was interrupted."""
+    check_values(cfg)
     build.absolute_root(cfg)
     folder = Path(cfg.run_dir)
     config = stored.pack(cfg, choices)

@@ -119,7 +119,7 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Could not find 'hydra/launcher/(?:submitit_)?([^']+)'", text):
         plugin = match[1] if match[1] in ("joblib", "ray") else "submitit"
         return f"launcher needs a plugin that is not installed: pip install hydra-{plugin}-launcher"
-    if match := re.search(r"(?:Could not find|Could not load) '([^']+)/([^'/]+)'", text):
+    if match := re.search(r"(?:Could not find|Could not load) '([^']+)/([^'/]*)'", text):
         return unknown_option(match[1], match[2])
     cause = error.__cause__
     if isinstance(cause, (ValueError, FileNotFoundError, ModuleNotFoundError, TypeError)):

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.build import GROUPS, compose
 from configs.cli import CONFIGS, options, spelled, unknown_key, unknown_option
+from configs.values import check_values
 
 _INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 _RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:...} and the like; ${dataset.root} is a plain reference
@@ -38,6 +39,11 @@ _FREE_TRAINER = ("tensorboard", "panels", "save_minutes", "save_every", "keep")
 
 def pack(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """The configuration as plain containers, for a checkpoint."""
+    for group in GROUPS:
+        if not isinstance(choices.get(group), str):
+            raise ValueError(
+                f"{group}= takes one option, not a list; {group} is one of: {', '.join(options(group))}"
+            )
     values = OmegaConf.to_container(cfg, resolve=False)
     return {"choices": {group: choices[group] for group in GROUPS}, "values": values}
 
@@ -70,6 +76,7 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
         if OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
             raise ValueError(unknown_key(key, cfg))
         OmegaConf.update(cfg, key, value, merge=True)
+    check_values(cfg)
     return cfg
 
 
