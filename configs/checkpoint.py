@@ -44,6 +44,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     cfg = stored.unpack(checkpoint["config"], overrides)
     if "weights" in cfg.model:
         cfg.model.weights = None  # they are about to be replaced
-    network = build.model(cfg)
+    try:
+        network = build.model(cfg)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} holds a configuration that no network is built from ({error}); choose another"
+        ) from None
     load_state(network, checkpoint["model"], path)
     return network, cfg, checkpoint

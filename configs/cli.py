@@ -44,7 +44,7 @@ def guarded(main: Callable[[], Any]) -> None:
         _leave(130, "interrupted", "stopped")
     except DatasetError as error:  # one line, and below it the faults or the tree that is expected
         _leave(EXIT_BAD_INPUT, str(error), flat=False)
-    except (ValueError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError) as error:
+    except (ValueError, *_WRONG_PATH, ModuleNotFoundError) as error:
         _leave(EXIT_BAD_INPUT, remedy(error))
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +53,7 @@ def guarded(main: Callable[[], Any]) -> None:
         _leave(EXIT_FAILED, remedy(error))
 
 
+_WRONG_PATH = (FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError)
 _REMEDIES = {
     errno.ENOSPC: "make room, or choose a folder on another disk",
     errno.EDQUOT: "make room, or choose a folder on another disk",
@@ -63,6 +64,9 @@ _REMEDIES = {
     errno.ENOENT: "make its folder first, or mend the path",
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.EEXIST: "it is a file; choose another folder",
+    errno.EISDIR: "it is a folder; give a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle; mend them",
 }
 
 
@@ -114,6 +118,8 @@ def explain(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: write key=value, and lists as 'key=[a,b]'"
+    if "Could not override ''" in text:
+        return "an override names no key: write key=value"
     if match := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(match[1])
     if match := re.search(r"Could not find 'hydra/launcher/(?:submitit_)?([^']+)'", text):

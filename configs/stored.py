@@ -58,12 +58,16 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
         raise ValueError(
             "the checkpoint holds no configuration of this project; it cannot be tested without one"
         )
+    if not (isinstance(stored["choices"], dict) and isinstance(stored["values"], dict)):
+        raise ValueError(
+            "the checkpoint's configuration is damaged: copy the checkpoint again, or choose another"
+        )
     groups, values = _split(overrides)
     choices = {**stored["choices"], **groups}
     for group, name in choices.items():
         if group not in GROUPS or name not in options(group):
             raise ValueError(
-                unknown_option(group, name) if group in GROUPS else f"{group} is no configuration group"
+                unknown_option(group, str(name)) if group in GROUPS else f"{group} is no configuration group"
             )
     cfg = compose("train", [f"{group}={name}" for group, name in choices.items()])
     OmegaConf.set_struct(cfg, False)
@@ -91,6 +95,8 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, An
         key = override.get_key_element().lstrip("+~")
         if override.is_delete() or override.is_sweep_override():
             raise ValueError(f"{override.input_line}: test.py takes key=value and group=option only")
+        if not key:
+            raise ValueError(f"{override.input_line} names no key: write key=value")
         if key in GROUPS:
             groups[key] = str(override.value())
         else:

@@ -79,6 +79,12 @@ CHECKS: dict[str, Check] = {
     "optimizer.weight_decay": number(),
     "schedule.power": number(),
     "loss.gamma": number(),
+    "temperature": (
+        lambda value: value == "fit" or number(least_too=False)[0](value),
+        "a number above 0, or fit",
+    ),
+    "threshold": (lambda value: number()[0](value) and value <= 1, "a number, 0 to 1"),
+    "correct_focal": one_of(True, False),
     "trainer.accumulate": whole(1),
     "trainer.clip_norm": or_null(number(least_too=False)),
     "trainer.validate_every": whole(1),

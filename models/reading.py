@@ -54,8 +54,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
     """Copy a state dict into a network that has exactly these tensors.
 
     Raises:
-        CheckpointError: a tensor is missing, is not the network's, or has another shape; a different number
-            of classes is said as such.
+        CheckpointError: a tensor is missing, is not the network's, has another shape or numbers that are not
+            finite; a different number of classes is said as such.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state]
@@ -68,6 +68,10 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
         )
     num_classes = getattr(model, "num_classes", None)
     for key, tensor in own.items():
+        if not isinstance(state[key], Tensor):
+            raise CheckpointError(
+                f"{source} is damaged: {key!r} is no tensor; copy it again, or choose another"
+            )
         if state[key].shape == tensor.shape:
             continue
         found, wanted = tuple(state[key].shape), tuple(tensor.shape)
@@ -79,6 +83,14 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
         raise CheckpointError(
             f"{source} does not fit the network {type(model).__name__}: {key!r} is {found}, not {wanted}; "
             "choose the model that it was made with"
+        )
+    broken = [
+        key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if broken:
+        raise CheckpointError(
+            f"{source} holds NaN or infinity in {broken[0]!r} ({len(broken)} tensors in all); "
+            "choose a checkpoint from before its training went astray"
         )
     model.load_state_dict(state)
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,13 @@ def write_text(path: Path, text: str) -> None:
             os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def writable(folder: Path) -> None:
+    """Make a folder, and raise OSError where no file can be made in it: better before long work than after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with named(folder), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_json(path: Path, value: Any) -> None:

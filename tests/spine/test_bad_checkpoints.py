@@ -1,0 +1,103 @@
+"""Checkpoints that are damaged, or whose training went astray, are named with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs import build, stored
+from configs.checkpoint import load
+from configs.cli import guarded
+from tests.trainers.forked import begin
+from trainers.checkpoint import save
+
+CHOICES = {
+    "dataset": "synthetic", "model": "tiny", "loss": "ce", "optimizer": "adamw", "schedule": "poly",
+    "predictor": "rankdice", "protocol": "corrected", "trainer": "default",
+}  # fmt: skip
+FIRST = "down.0.0.0.weight"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network, stored as train.py stores one."""
+    cfg = build.compose("train", ["experiment=smoke", "run_dir=x"])
+    path = tmp_path_factory.mktemp("run") / "best_model.pth"
+    state = build.model(cfg).state_dict()
+    save({"format": 1, "model": state, "config": stored.pack(cfg, CHOICES), "epoch": 1}, path)
+    return path
+
+
+def nan(checkpoint: dict[str, Any]) -> None:
+    checkpoint["model"][FIRST][0, 0] = float("nan")
+
+
+def text(checkpoint: dict[str, Any]) -> None:
+    checkpoint["model"][FIRST] = "weights"
+
+
+def listed(checkpoint: dict[str, Any]) -> None:
+    checkpoint["config"]["values"] = [1]
+
+
+def number(checkpoint: dict[str, Any]) -> None:
+    checkpoint["config"]["choices"]["model"] = 3
+
+
+def classes(checkpoint: dict[str, Any]) -> None:
+    checkpoint["config"]["values"]["model"]["num_classes"] = "many"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (nan, rf"bad\.pth holds NaN or infinity in '{FIRST}' \(1 tensors in all\); choose a checkpoint from"),
+        (text, rf"bad\.pth is damaged: '{FIRST}' is no tensor"),
+        (listed, "the checkpoint's configuration is damaged: copy"),
+        (number, "model=3 is unknown; model is one of"),
+        (classes, r"bad\.pth holds a configuration that no network is built from"),
+    ],
+)
+def test_damage_is_named(
+    spoil: Callable[[dict[str, Any]], None], message: str, whole: Path, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(whole, weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize(
+    "override", ["temperature=0", "temperature=inf", "threshold=2", "threshold=nan", "=1"]
+)
+def test_overrides_of_no_sense_are_named(override: str, whole: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{override}(: give | names no key)"):
+        load(whole, [override])
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored(
+    whole: Path, tmp_path: Path
+) -> None:
+    out, errors, place = tmp_path / "out.txt", tmp_path / "errors.txt", tmp_path / "taken"
+    place.touch()
+    process = begin("test.py", "-r", str(whole), "--out", str(place), log=out, errors=errors, cwd=tmp_path)
+    process.join()
+    assert (process.exitcode, out.read_text()) == (2, "")
+    assert errors.read_text() == f"error: {place}: File exists: it is a file; choose another folder\n"
+
+
+@pytest.mark.parametrize(
+    "error", [FileExistsError(17, "File exists", "a"), IsADirectoryError(21, "Is a directory", "a")]
+)
+def test_a_path_of_the_wrong_kind_is_bad_input(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as done:
+        guarded(main)
+    assert done.value.code == 2 and capsys.readouterr().err.startswith("error: a: ")
