@@ -51,6 +51,10 @@ def guarded(main: Callable[[], Any]) -> None:
         sys.exit(141)
     except OSError as error:
         _leave(EXIT_FAILED, remedy(error))
+    except RuntimeError as error:
+        if "Symlink loop" not in str(error):  # of pathlib, before Python 3.13
+            raise
+        _leave(EXIT_BAD_INPUT, f"{error}: {_REMEDIES[errno.ELOOP]}")
 
 
 _WRONG_PATH = (FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError)
@@ -66,7 +70,7 @@ _REMEDIES = {
     errno.EEXIST: "it is a file; choose another folder",
     errno.EISDIR: "it is a folder; give a file",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "its links lead in a circle; mend them",
+    errno.ELOOP: "mend the links that lead in a circle",
 }
 
 

@@ -85,6 +85,7 @@ CHECKS: dict[str, Check] = {
     ),
     "threshold": (lambda value: number()[0](value) and value <= 1, "a number, 0 to 1"),
     "correct_focal": one_of(True, False),
+    "trainer.precision": one_of("fp32", "bf16", "fp16"),
     "trainer.accumulate": whole(1),
     "trainer.clip_norm": or_null(number(least_too=False)),
     "trainer.validate_every": whole(1),

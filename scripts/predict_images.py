@@ -67,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = files.find(args.images, args.out)
     network, cfg, _ = load(args.resume, args.overrides)
     info = facts(cfg, args.classes)
-    name = args.predictor or ("rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap")
+    name = (
+        args.predictor[0]
+        if args.predictor
+        else ("rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap")
+    )
     rule = build.rules([name], dict(cfg.protocol.rules))[name]
     segment = Segmenter(network, cfg, info, rule, _view(args, cfg), pick_device(args.device))
     outputs = {image: Outputs(args, image, info) for image in found}
@@ -97,7 +101,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("-r", "--resume", required=True, type=Path, metavar="CHECKPOINT", help="ours, or a released one")
-    add("-p", "--predictor", metavar="RULE", help=f"one of: {', '.join(options('predictor'))}")
+    add(
+        "-p",
+        "--predictor",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help=f"one of: {', '.join(options('predictor'))}",
+    )
     add("--out", type=Path, required=True, metavar="FOLDER")
     add("--overlay", action="store_true", help="the mask over the image too")
     add("--per-class", action="store_true", help="a mask for each class too")
@@ -143,11 +154,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.images = [Path(given) for given, yes in zip(args.images, is_override, strict=True) if not yes]
     if not args.images:
         parser.error("give images or folders of images")
+    if len(args.predictor) > 1:
+        parser.error(
+            f"-p {' -p '.join(args.predictor)}: one rule makes the masks; call again with another --out"
+        )
     return args
 
 
 def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]:
     """Return how to look at an image of a given size."""
+    if not args.memory >= 0:
+        raise ValueError(f"--memory {args.memory:g}: give GiB, 0 or more")
     try:
         scales = tuple(float(scale) for scale in args.scales.split(","))
     except ValueError:

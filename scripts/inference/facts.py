@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from configs import build
 from datasets import DatasetInfo, Folder
-from datasets.folder import as_entry, load_table, make_info
+from datasets.class_table import as_entry, load_table, make_info
 
 
 def facts(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:

@@ -81,7 +81,7 @@ def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
                 for p in given.rglob("*")
                 if p.suffix.lower() in IMAGE_SUFFIXES
                 and p.name[0] != "."
-                and not p.is_dir()
+                and (p.is_file() or (p.is_symlink() and not p.exists()))  # links to nowhere are named later
                 and not (masks and p.is_relative_to(masks))
             )
             if not files:

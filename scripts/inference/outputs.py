@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,13 +47,13 @@ def file_names(classes: tuple[str, ...]) -> list[str]:
 
 def refuse_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]) -> None:
     """Raise ValueError where two files would be written to one place, or one over an image."""
-    read = {path.resolve(): path for path in images.values()}
+    read = {_real(path): path for path in images.values()}
     written: dict[Path, str] = {}
     for name, files in outputs.items():
         for path in files.all():
-            if path.resolve() in read:
+            if _real(path) in read:
                 raise ValueError(
-                    f"{read[path.resolve()]} would be written over: choose another --out than its folder"
+                    f"{read[_real(path)]} would be written over: choose another --out than its folder"
                 )
             other = written.setdefault(path, name)
             if other != name:
@@ -81,7 +82,7 @@ def settle(
     Raises ValueError, naming what differs.
     """
     path = out / "predict.json"
-    sources = {name: str(image.resolve()) for name, image in images.items()}
+    sources = {name: _real(image) for name, image in images.items()}
     before = _read(path) if path.exists() else {}
     if not force:
         changed = [key for key, value in settings.items() if before and before.get(key) != value]
@@ -97,6 +98,11 @@ def settle(
                 raise ValueError(f"{there} {of}: choose another --out, or --force to write over it")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, {**settings, "images": {**before.get("images", {}), **sources}})
+
+
+def _real(path: Path) -> str:
+    """Return where a path leads; unlike resolve(), of links in a circle too, which reading names."""
+    return os.path.realpath(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

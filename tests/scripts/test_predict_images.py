@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from configs import build, stored
+from configs.cli import guarded
 from datasets import DatasetError, DatasetInfo
 from datasets.decode import EXIF_ORIENTATION
 from datasets.transforms import EvalTransform, Normalise
@@ -22,6 +24,7 @@ from scripts.inference.labels import label_map, masks_of, one_by_one
 from scripts.inference.outputs import file_names
 from scripts.inference.windows import View, probabilities, starts, zeros
 from scripts.predict_images import main
+from tests.trees import bomb
 from trainers.checkpoint import save
 
 INFO = DatasetInfo("three", ("background", "a", "b"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)), (1, 2))
@@ -379,6 +382,56 @@ def test_a_damaged_image_does_not_stop_the_others(
     said = capsys.readouterr()
     assert str(path) in said.err and "3 images segmented" in said.out and "1 failed" in said.out
     assert not list((tmp_path / "out").glob("*broken*"))
+
+
+def test_whatever_lies_in_a_folder_the_images_are_segmented(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    whole = Image.fromarray(picture(33, 35).permute(1, 2, 0).numpy())
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    whole.convert("CMYK").save(folder / "cmyk.jpg")
+    whole.convert("P").save(folder / "palette.png", transparency=3)
+    whole.convert("LA").save(folder / "new\nline [1] {x} ü=1.png")
+    bomb(folder / "bomb.png")
+    (folder / "empty.png").touch()
+    (folder / "folder.png").mkdir()
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "nowhere.png").symlink_to("absent.png")
+    (folder / "circle").symlink_to(".")
+    os.mkfifo(folder / "pipe.png")
+    assert main(["-r", str(checkpoint), str(folder), "--out", str(tmp_path / "out"), "--quiet"]) == 1
+    said = capsys.readouterr()
+    assert "4 images segmented" in said.out and "4 failed" in said.out
+    for fault in (
+        "bomb.png claims to have 40000000000 pixels: fetch it again, or cut it into tiles",
+        "empty.png is not an image",
+        "loop.png cannot be opened",
+        "nowhere.png is missing",
+    ):
+        assert fault in said.err
+    assert len(said.err.splitlines()) == 4 and len(list((tmp_path / "out").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("-p max -p T", "one rule makes the masks; call again with another --out"),
+        ("--memory nan", "--memory nan: give GiB, 0 or more"),
+        ("trainer.precision=fp8", "trainer.precision=fp8: give fp32 or bf16 or fp16"),
+        ("--out LOOP/x", "mend the links that lead in a circle"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(
+    words: str, said: str, checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    more = words.replace("LOOP", str(tmp_path / "loop")).split()
+    with pytest.raises(SystemExit) as done:
+        guarded(lambda: main(["-r", str(checkpoint), str(photos), "--out", str(tmp_path / "out"), *more]))
+    err = capsys.readouterr().err
+    assert done.value.code == 2 and said in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

@@ -312,6 +312,17 @@ def test_split_files_are_not_replaced_unasked(mine: Path, capsys: pytest.Capture
     assert check(mine, capsys)[1]["splits"] == {"train": 5, "val": 3, "test": 2}
 
 
+@pytest.mark.parametrize("name", ["two\nlines", " space", "latin\udce4", "next\x85line"])
+def test_names_that_no_split_file_can_hold_are_refused(name: str, mine: Path) -> None:
+    before = (mine / "train.txt").read_text()
+    (mine / "images" / "i0.png").rename(mine / "images" / f"{name}.png")
+    with pytest.raises(
+        ValueError, match=r"images: no line of a file can hold the name .*: rename it, and its mask"
+    ):
+        main(["split", str(mine), "--force"])
+    assert (mine / "train.txt").read_text() == before
+
+
 def test_work_ahead_is_in_order_bounded_and_hands_on_exceptions() -> None:
     begun: list[int] = []
 
