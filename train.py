@@ -25,10 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs import build, stored
+from configs.checkpoint import read_state
 from configs.cli import guarded, list_skipped, spelled
 from configs.values import check_values
 from datasets import EvalLoader, SegmentationDataset
-from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier, world, wrap
 from trainers.evaluator import evaluate
@@ -47,7 +47,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     build.absolute_root(cfg)
     folder = Path(cfg.run_dir)
     config = stored.pack(cfg, choices)
-    checkpoints = Checkpoints(folder, lambda path: read_checkpoint(path, "cpu"), keep=cfg.trainer.keep)
+    checkpoints = Checkpoints(folder, read_state, keep=cfg.trainer.keep)
     if where.is_main:
         checkpoints.claim()
         if not cfg.resume:
@@ -193,7 +193,7 @@ def same_run(folder: Path, cfg: DictConfig) -> None:
     path = folder / "config.yaml"
     if not cfg.resume or not path.exists():
         return
-    before = OmegaConf.to_container(OmegaConf.load(path))
+    before = stored.read_config(path)
     changed = stored.differences(before, OmegaConf.to_container(cfg, resolve=True))
     if changed:
         raise ValueError(

@@ -22,6 +22,22 @@ _PUBLISHED = {
 }
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint to go on from.
+
+    Raises:
+        ValueError: the file is no checkpoint, or holds no whole state of a training.
+    """
+    checkpoint = read_checkpoint(path, "cpu")
+    state = checkpoint.get("training")
+    parts = {"optimizer", "scaler", "progress", "rng"}
+    if not (
+        isinstance(state, dict) and parts <= set(state) and {"updates", "step"} <= set(state["progress"])
+    ):
+        raise ValueError(f"checkpoint {path} holds no state of a training, so nothing can go on from it")
+    return checkpoint
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
     """The network and the configuration of a checkpoint, and the checkpoint itself; both formats are recognised.
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from configs.build import GROUPS, compose
 from configs.cli import CONFIGS, options, spelled, unknown_key, unknown_option
@@ -113,6 +116,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str) and _RESOLVER.search(value):
         raise ValueError(f"the checkpoint's configuration holds {value!r}, which is not allowed there")
     return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration that a run wrote into its folder.
+
+    Raises ValueError where it is damaged.
+    """
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict) or "epochs" not in found:
+        raise ValueError(
+            f"{path} is damaged: remove it, and the run goes on from its checkpoints, which hold the same; "
+            "or start over with resume=false"
+        )
+    return {str(key): value for key, value in found.items()}
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -45,6 +45,8 @@ def main() -> None:
         "overrides", nargs="*", metavar="key=value", help="as for test.py: split=val, protocol=paper"
     )
     args = parser.parse_intermixed_args()
+    if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg") or args.out.is_dir():
+        raise ValueError(f"--out {args.out}: give the name of a .png or .jpg file")
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
     with world(args.device) as where:
         network, cfg, _ = load(path, args.overrides)

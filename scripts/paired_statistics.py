@@ -201,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(arguments)
     try:
+        _check(args)
         pairs = []
         for run in args.runs:
             folder = result_folder(run, args.protocol)
@@ -229,6 +230,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that no interval can be made with."""
+    if not 0 < args.confidence < 1:
+        raise ValueError(f"--confidence {args.confidence:g}: give a number between 0 and 1, such as 0.95")
+    for name, least in (("resamples", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: give a whole number, {least} or more")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,8 +55,11 @@ def write_text(path: Path, text: str) -> None:
 def writable(folder: Path) -> None:
     """Make a folder, and raise OSError where no file can be made in it: better before long work than after."""
     folder.mkdir(parents=True, exist_ok=True)
-    with named(folder), tempfile.TemporaryFile(dir=folder):
-        pass
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -175,11 +178,14 @@ def _clean(name: str) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut off by a crash is left out."""
+    """The rows of a ``metrics.jsonl``, up to a line that is none, as a crash cuts off the last."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not (isinstance(row, dict) and {"step", "kind"} <= set(row)):
+            break
+        rows.append(row)
     return rows

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs import stored
 from configs.build import absolute_root
 from configs.cli import CONFIGS, spelled
+from configs.values import check_values
 from trainers.journal import read_rows
 from trainers.results import file_sha256
 
@@ -102,6 +103,7 @@ def cells(overrides: Sequence[str]) -> list[Cell]:
         for values in product(*(swept[key] for key in keys)):
             line = (*fixed, *(f"{key}={value}" for key, value in zip(keys, values, strict=True)))
             cfg = compose("train", list(line))
+            check_values(cfg)
             absolute_root(cfg)
             found.append(Cell(line, cfg))
     folders = [cell.folder for cell in found]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs import build, stored
-from configs.checkpoint import load
+from configs.checkpoint import load, read_state
 from configs.cli import guarded
 from tests.trainers.forked import begin
 from trainers.checkpoint import save
@@ -78,6 +78,27 @@ def test_damage_is_named(
 def test_overrides_of_no_sense_are_named(override: str, whole: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{override}(: give | names no key)"):
         load(whole, [override])
+
+
+@pytest.mark.parametrize(
+    "training", [None, {}, {"optimizer": {}, "scaler": {}, "progress": {"x": 1}, "rng": []}, [1]]
+)
+def test_what_is_no_state_of_a_training_is_no_place_to_go_on_from(training: Any, tmp_path: Path) -> None:
+    torch.save({"model": {}, **({} if training is None else {"training": training})}, tmp_path / "last.pth")
+    with pytest.raises(ValueError, match=r"last\.pth holds no state of a training"):
+        read_state(tmp_path / "last.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"[1", b"- a", b"a: ${b", b"a: 1", b"\xff\xfe"])
+def test_a_damaged_config_yaml_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged: remove it, and the run goes on"):
+        stored.read_config(tmp_path / "config.yaml")
+
+
+def test_an_argument_that_a_network_does_not_take_is_named() -> None:
+    with pytest.raises(ValueError, match=r"TinyUNet: .*unexpected keyword argument 'narrow'"):
+        build.model(build.compose("train", ["experiment=grid_smoke", "model=tiny"]))
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored(

@@ -101,6 +101,14 @@ def test_a_full_disk_is_one_line_though_a_thread_writes(tmp_path: Path) -> None:
     assert said.startswith(f"error: {tmp_path}/run/tensorboard") and "choose a folder on another disk" in said
 
 
+@pytest.mark.parametrize("line", [b"[1]", b"{}", b"5", b'{"step": 2, "ki', b"\xff\xfe"])
+def test_rows_end_where_a_line_is_none(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "kind": "train"}\n' + line + b"\n")
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
+    Journal(tmp_path, step=1, tensorboard=False).log(2, "train")
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_what_could_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
