@@ -16,6 +16,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.remedies import REMEDIES, WRONG_PATH, remedy
 from datasets import DatasetError
 from trainers.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUME, Interrupted, TrainingError
 
@@ -44,7 +45,7 @@ def guarded(main: Callable[[], Any]) -> None:
         _leave(130, "interrupted", "stopped")
     except DatasetError as error:  # one line, and below it the faults or the tree that is expected
         _leave(EXIT_BAD_INPUT, str(error), flat=False)
-    except (ValueError, *_WRONG_PATH, ModuleNotFoundError) as error:
+    except (ValueError, *WRONG_PATH, ModuleNotFoundError) as error:
         _leave(EXIT_BAD_INPUT, remedy(error))
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,32 +55,7 @@ def guarded(main: Callable[[], Any]) -> None:
     except RuntimeError as error:
         if "Symlink loop" not in str(error):  # of pathlib, before Python 3.13
             raise
-        _leave(EXIT_BAD_INPUT, f"{error}: {_REMEDIES[errno.ELOOP]}")
-
-
-_WRONG_PATH = (FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError)
-_REMEDIES = {
-    errno.ENOSPC: "make room, or choose a folder on another disk",
-    errno.EDQUOT: "make room, or choose a folder on another disk",
-    errno.EFBIG: "raise the limit (ulimit -f), or choose a folder on another disk",
-    errno.EACCES: "choose another folder, or change its rights",
-    errno.EPERM: "choose another folder, or change its rights",
-    errno.EROFS: "choose a folder that can be written",
-    errno.ENOENT: "make its folder first, or mend the path",
-    errno.ENOTDIR: "a part of this path is a file; choose another",
-    errno.EEXIST: "it is a file; choose another folder",
-    errno.EISDIR: "it is a folder; give a file",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "mend the links that lead in a circle",
-}
-
-
-def remedy(error: BaseException) -> str:
-    """What the system says about a path, and what to do; of other errors their own text."""
-    if not (isinstance(error, OSError) and error.strerror and error.errno in _REMEDIES):
-        return str(error)
-    where = f"{error.filename}: " if error.filename else ""  # a write that fails does not know its file
-    return f"{where}{error.strerror}: {_REMEDIES[error.errno]}"
+        _leave(EXIT_BAD_INPUT, f"{error}: {REMEDIES[errno.ELOOP]}")
 
 
 def _leave(code: int, message: str, kind: str = "error", flat: bool = True) -> None:
