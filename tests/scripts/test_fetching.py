@@ -204,6 +204,11 @@ def test_another_place_is_tried(server: Server, tmp_path: Path) -> None:
         download([dead], tmp_path / "b.zip", **options)
 
 
+def test_what_is_no_address_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="garbage is no address: give one that begins with https://"):
+        download(["garbage"], tmp_path / "a.zip")
+
+
 def kvasir_zip() -> bytes:
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w") as archive:
