@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections import namedtuple
 from collections.abc import Iterator
@@ -20,8 +22,9 @@ from PIL import Image
 from configs.cli import guarded
 from scripts.prepare.fetching import FetchError, download, unpack
 from scripts.prepare_data import main
-from tests.trainers.forked import start, wait_for
 from trainers.lock import Lock
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
 
 
 class Server(ThreadingHTTPServer):
@@ -237,28 +240,24 @@ def test_fetch_check_and_fetch_again(
     assert "there already" in capsys.readouterr().out
 
 
-def fetch_held_up(url: str, root: Path, log: Path) -> None:
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 2)
-    guarded(lambda: main(["fetch", "kvasir_seg", "--root", str(root), "--url", url, "--quiet"]))
-
-
 def test_a_second_fetch_is_refused_and_a_dead_one_is_not_in_the_way(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.content, server.hold = kvasir_zip(), threading.Event()
     root = tmp_path / "data" / "Kvasir-SEG"
-    other = start(fetch_held_up, server.url, root, tmp_path / "log")
-    assert wait_for(lambda: bool(server.asked), other)
-    monkeypatch.setattr(Lock.__init__, "__defaults__", (0.1,))
     fetch = ["fetch", "kvasir_seg", "--root", str(root), "--url", server.url, "--quiet"]
+    other = subprocess.Popen([sys.executable, str(SCRIPT), *fetch], stderr=subprocess.DEVNULL)
+    while not server.asked:
+        assert other.poll() is None
+        time.sleep(0.01)
+    monkeypatch.setattr(Lock.__init__, "__defaults__", (0.1,))
     with pytest.raises(SystemExit) as done:
         guarded(lambda: main(fetch))
     said = capsys.readouterr().err.splitlines()[-1]
     assert done.value.code == 2 and len(server.asked) == 1
     assert said.startswith(f"error: another process (pid {other.pid}) is fetching {root.parent}")
     other.kill()
-    other.join()
+    other.wait()
     server.hold.set()
     assert main(fetch) == 0
     assert [p.name for p in root.parent.iterdir()] == ["Kvasir-SEG"]
