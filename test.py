@@ -21,6 +21,7 @@ from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
 from trainers.errors import explained
 from trainers.evaluator import evaluate
+from trainers.journal import writable
 from trainers.losses import Link
 from trainers.reproducibility import provenance
 from trainers.results import comparison, file_sha256, fingerprint
@@ -75,8 +76,6 @@ def find_temperature(
 ) -> tuple[float, dict[str, Any]]:
     """The number in the configuration, or one fitted on the validation split, and what a result says of that."""
     if cfg.temperature != "fit":
-        if not isinstance(cfg.temperature, (int, float)) or not cfg.temperature > 0:
-            raise ValueError(f"temperature={cfg.temperature} must be a positive number, or fit")
         return float(cfg.temperature), {}
     data = build.dataset(cfg, "val")
     loader = build.eval_loader(cfg, data, where)
@@ -104,6 +103,9 @@ def score(args: argparse.Namespace, where: World) -> None:
     rules, threshold = build.rules(dict.fromkeys(names), cfg), build.threshold(cfg)
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
+    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant(cfg, threshold)
+    if where.is_main:
+        writable(folder)
     criterion = build.loss(cfg)
     temperature, fitted = find_temperature(cfg, network, criterion.link, where)
     loader = build.eval_loader(cfg, data, where)
@@ -123,7 +125,6 @@ def score(args: argparse.Namespace, where: World) -> None:
     if not where.is_main:
         return
     list_skipped(loader.skipped)
-    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant(cfg, threshold)
     details = {
         **build.describe(cfg, data, cfg.split),
         "link": criterion.link,

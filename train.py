@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__" and {"-sc", "--shell-completion"} & set(sys.argv):
-    from configs.completion import complete
+    from configs.completion import answer
 
-    complete()  # before torch is imported: a TAB should not take seconds
+    answer()  # before torch is imported: a TAB should not take seconds
     sys.exit()
 
 import math
@@ -25,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs import build, stored
-from configs.checks import check_values
+from configs.checkpoint import read_state
 from configs.cli import guarded, list_skipped
 from configs.compose import GROUPS, spelled
+from configs.values import check_values
 from datasets import EvalLoader, SegmentationDataset
-from models import read_checkpoint
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier, world, wrap
 from trainers.evaluator import evaluate
@@ -48,7 +48,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     build.absolute_root(cfg)
     folder = Path(cfg.run_dir)
     config = stored.pack(cfg, choices)
-    checkpoints = Checkpoints(folder, read_checkpoint, keep=cfg.trainer.keep)
+    checkpoints = Checkpoints(folder, read_state, keep=cfg.trainer.keep)
     if where.is_main:
         checkpoints.claim()
         if not cfg.resume:
@@ -194,7 +194,7 @@ def same_run(folder: Path, cfg: DictConfig) -> None:
     path = folder / "config.yaml"
     if not cfg.resume or not path.exists():
         return
-    before = OmegaConf.to_container(OmegaConf.load(path))
+    before = stored.read_config(path)
     changed = stored.differences(before, OmegaConf.to_container(cfg, resolve=True))
     if changed:
         raise ValueError(

@@ -34,6 +34,22 @@ def as_stored(theirs: Mapping[str, Any]) -> dict[str, Any]:
     return {"choices": choices, "values": values}
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint to go on from.
+
+    Raises:
+        ValueError: the file is no checkpoint, or holds no whole state of a training.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.get("training")
+    parts = {"optimizer", "scaler", "progress", "rng"}
+    if not (
+        isinstance(state, dict) and parts <= set(state) and {"updates", "step"} <= set(state["progress"])
+    ):
+        raise ValueError(f"checkpoint {path} holds no state of a training, so nothing can go on from it")
+    return checkpoint
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
     """The network and the configuration of a checkpoint, and the checkpoint itself; both formats are recognised.
 
@@ -53,6 +69,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     cfg = stored.unpack(checkpoint["config"], overrides)
     if "weights" in cfg.model:
         cfg.model.weights = None  # they are about to be replaced
-    network = build.model(cfg)
+    try:
+        network = build.model(cfg)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} holds a configuration that no network is built from ({error}); choose another"
+        ) from None
     load_state(network, checkpoint["model"], path)
     return network, cfg, checkpoint

@@ -13,6 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.compose import unknown_key, unknown_option
+from configs.remedies import REMEDIES, WRONG_PATH, remedy
 from datasets import DatasetError
 from trainers.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUME, Interrupted, TrainingError
 
@@ -39,33 +40,17 @@ def guarded(main: Callable[[], Any]) -> None:
         _leave(130, "interrupted", "stopped")
     except DatasetError as error:  # one line, and below it the faults or the tree that is expected
         _leave(EXIT_BAD_INPUT, str(error), flat=False)
-    except (ValueError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError) as error:
+    except (ValueError, *WRONG_PATH, ModuleNotFoundError) as error:
         _leave(EXIT_BAD_INPUT, remedy(error))
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         _leave(EXIT_FAILED, remedy(error))
-
-
-_REMEDIES = {
-    errno.ENOSPC: "make room, or choose a folder on another disk",
-    errno.EDQUOT: "make room, or choose a folder on another disk",
-    errno.EACCES: "choose another folder, or change its rights",
-    errno.EPERM: "choose another folder, or change its rights",
-    errno.EROFS: "choose a folder that can be written",
-    errno.ENOENT: "make its folder first, or mend the path",
-    errno.ENOTDIR: "a part of this path is a file; choose another",
-    errno.EEXIST: "it is a file; choose another folder",
-}
-
-
-def remedy(error: BaseException) -> str:
-    """What the system says about a path, and what to do; of other errors their own text."""
-    if not (isinstance(error, OSError) and error.strerror and error.errno in _REMEDIES):
-        return str(error)
-    where = f"{error.filename}: " if error.filename else ""  # a write that fails does not know its file
-    return f"{where}{error.strerror}: {_REMEDIES[error.errno]}"
+    except RuntimeError as error:
+        if "Symlink loop" not in str(error):  # of pathlib, before Python 3.13
+            raise
+        _leave(EXIT_BAD_INPUT, f"{error}: {REMEDIES[errno.ELOOP]}")
 
 
 def _leave(code: int, message: str, kind: str = "error", flat: bool = True) -> None:
@@ -89,12 +74,14 @@ def explain(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: write key=value, and lists as 'key=[a,b]'"
+    if "Could not override ''" in text:
+        return "an override names no key: write key=value"
     if match := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(match[1])
     if match := re.search(r"Could not find 'hydra/launcher/(?:submitit_)?([^']+)'", text):
         plugin = match[1] if match[1] in ("joblib", "ray") else "submitit"
         return f"launcher needs a plugin that is not installed: pip install hydra-{plugin}-launcher"
-    if match := re.search(r"(?:Could not find|Could not load) '([^']+)/([^'/]+)'", text):
+    if match := re.search(r"(?:Could not find|Could not load) '([^']+)/([^'/]*)'", text):
         return unknown_option(match[1], match[2])
     cause = error.__cause__
     if isinstance(cause, (ValueError, FileNotFoundError, ModuleNotFoundError, TypeError)):

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from configs.checks import check_values
 from configs.compose import CONFIGS, GROUPS, compose, options, spelled, unknown_key, unknown_option
 from configs.free import FREE
+from configs.values import check_values
 
 _INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 # ${dataset.root} refers to another key; whatever else stands in ${} may call a resolver, such as oc.env.
@@ -25,6 +28,11 @@ _REFERENCE = re.compile(r"\$\{[\w.]+\}")
 
 def pack(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """The configuration as plain containers, for a checkpoint."""
+    for group in GROUPS:
+        if not isinstance(choices.get(group), str):
+            raise ValueError(
+                f"{group}= takes one option, not a list; {group} is one of: {', '.join(options(group))}"
+            )
     values = OmegaConf.to_container(cfg, resolve=False)
     return {"choices": {group: choices[group] for group in GROUPS}, "values": values}
 
@@ -46,7 +54,7 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
     for group, name in choices.items():
         if group not in GROUPS or name not in options(group):
             raise ValueError(
-                unknown_option(group, name) if group in GROUPS else f"{group} is no configuration group"
+                unknown_option(group, str(name)) if group in GROUPS else f"{group} is no configuration group"
             )
     cfg = compose("train", [f"{group}={name}" for group, name in choices.items()])
     OmegaConf.set_struct(cfg, False)
@@ -74,6 +82,8 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, An
         key = override.get_key_element().lstrip("+~")
         if override.is_delete() or override.is_sweep_override():
             raise ValueError(f"{override.input_line}: test.py takes key=value and group=option only")
+        if not key:
+            raise ValueError(f"{override.input_line} names no key: write key=value")
         if key in GROUPS:
             groups[key] = str(override.value())
         else:
@@ -97,6 +107,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str) and "${" in _REFERENCE.sub("", value):
         raise ValueError(f"the checkpoint's configuration holds {value!r}, which is not allowed there")
     return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration that a run wrote into its folder.
+
+    Raises ValueError where it is damaged.
+    """
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict) or "epochs" not in found:
+        raise ValueError(
+            f"{path} is damaged: remove it, and the run goes on from its checkpoints, which hold the same; "
+            "or start over with resume=false"
+        )
+    return {str(key): value for key, value in found.items()}
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

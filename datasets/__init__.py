@@ -1,18 +1,19 @@
 """Segmentation data sets: thin, checked before use, and read the same way everywhere.
 
-What needs torchvision, whose import takes longer than torch's, is imported where it is first asked for.
+All but the error is imported where it is first asked for: torch takes a second, torchvision more.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .base import DatasetError, DatasetInfo, Sample, SegmentationDataset
-from .loaders import Batch, EvalLoader, TrainLoader
+from .errors import DatasetError
 
 if TYPE_CHECKING:
+    from .base import DatasetInfo, Sample, SegmentationDataset
     from .cityscapes import Cityscapes
     from .folder import Folder
     from .kvasir_seg import KvasirSEG
+    from .loaders import Batch, EvalLoader, TrainLoader
     from .synthetic import Synthetic
     from .transforms import EvalTransform, TrainTransform
     from .voc2012 import VOC2012
@@ -35,11 +36,17 @@ __all__ = [
 ]
 
 _LATER = {
+    "Batch": "loaders",
     "Cityscapes": "cityscapes",
+    "DatasetInfo": "base",
+    "EvalLoader": "loaders",
     "EvalTransform": "transforms",
     "Folder": "folder",
     "KvasirSEG": "kvasir_seg",
+    "Sample": "base",
+    "SegmentationDataset": "base",
     "Synthetic": "synthetic",
+    "TrainLoader": "loaders",
     "TrainTransform": "transforms",
     "VOC2012": "voc2012",
 }

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .errors import DatasetError
+
 if TYPE_CHECKING:
     from torchvision import tv_tensors
 
 MAX_CLASSES = 254  # masks are uint8: 255 is void, 254 marks a label outside the table
-
-
-class DatasetError(ValueError):
-    """Something in a data set that its owner has to mend; the message names the path and the remedy."""
 
 
 class Sample(NamedTuple):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from . import layouts
 from .base import DatasetError, DatasetInfo, spread
 from .decode import decode_mask
-from .files import Pair, PairedDataset, label_table
+from .files import Pair, PairedDataset, label_table, readable
 
 # (label id in the files, name, colour); the position in this list is the train id.
 CLASSES = (
@@ -57,11 +58,7 @@ class Cityscapes(PairedDataset):
         dict.fromkeys([*range(LAST_LABEL_ID + 1), 255], VOID)
         | {label_id: train_id for train_id, (label_id, _, _) in enumerate(CLASSES)}
     )
-    help_tree = """\
-  cityscapes/leftImg8bit/{train,val}/<city>/<city>_000000_000019_leftImg8bit.png
-  cityscapes/gtFine/{train,val}/<city>/<city>_000000_000019_gtFine_labelIds.png   (not labelTrainIds)
-  from https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip);
-  free for research after registration."""
+    help_tree = layouts.CITYSCAPES
 
     def find_pairs(self) -> list[Pair]:
         """Return the pairs of every city, cities and frames sorted by name."""
@@ -100,15 +97,11 @@ class Cityscapes(PairedDataset):
         """Return what to do about labels outside the table."""
         return f"label ids are 0..{LAST_LABEL_ID}, and 255 for -1; fetch gtFine again"
 
-    def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
-        """Return what `verify` would complain about; train ids show when no mask has an id above 18."""
-        found = super().faults(progress, sample)
-        if found:
-            return found
-        paths = [self.pairs[index].mask for index in spread(len(self), min(sample or 8, 8))]
-        if all(only_train_ids(decode_mask(path)) for path in paths):
-            return [looks_like_train_ids(paths[0])]
-        return []
+    def faults_as_a_whole(self) -> list[str]:
+        """Return that masks hold train ids, where no mask has an id above 18."""
+        chosen = [self.pairs[index].mask for index in spread(len(self), 8)]
+        masks = list(readable(chosen, decode_mask))
+        return [looks_like_train_ids(chosen[0])] if masks and all(map(only_train_ids, masks)) else []
 
 
 def only_train_ids(raw: np.ndarray) -> bool:

@@ -5,12 +5,13 @@ Arrays are (H, W, 3) and (H, W) uint8. Decoding is Pillow's, as in the paper's e
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .base import DatasetError
+from .errors import DatasetError
 
 EXIF_ORIENTATION = 0x0112
 DEEP_MODES = ("I", "F")  # and every "I;16..."; 8 bits cannot hold them
@@ -32,7 +33,12 @@ def open_image(path: Path) -> Image.Image:
         raise DatasetError(f"{path} is missing: restore it, or take its name out of the split") from None
     except UnidentifiedImageError:
         raise DatasetError(f"{path} is not an image: fetch it again") from None
-    except (OSError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        size = re.search(r"\d+ pixels", str(error))
+        raise DatasetError(
+            f"{path} claims to have {size[0] if size else 'too many pixels'}: fetch it again, or cut it into tiles"
+        ) from None
+    except OSError as error:
         raise DatasetError(f"{path} cannot be opened ({error}): check the disk and its permissions") from None
 
 

@@ -5,7 +5,8 @@ Masks are translated by a table of 256 bytes; `INVALID` in it marks labels that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ from .base import DatasetError, SegmentationDataset, digest
 from .decode import EXIF_ORIENTATION, decode_image, decode_mask, is_deep, open_image
 
 INVALID = 254
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class Pair(NamedTuple):
@@ -36,19 +36,6 @@ def label_table(mapping: Mapping[int, int]) -> bytes:
 def index_table(num_classes: int, ignore_index: int = 255) -> bytes:
     """Return the table of masks that already hold class indices."""
     return label_table({**{k: k for k in range(num_classes)}, ignore_index: ignore_index})
-
-
-def list_images(folder: Path) -> dict[str, Path]:
-    """Return the image files of a folder by stem, sorted by name."""
-    files = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-    )
-    return {p.stem: p for p in files}
-
-
-def read_split(path: Path) -> list[str]:
-    """Return the lines of a split file that are not empty."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 class PairedDataset(SegmentationDataset):
@@ -143,7 +130,11 @@ class PairedDataset(SegmentationDataset):
 
     def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
         """Return what `verify` would complain about, files without a partner included."""
-        return self.orphans + super().faults(progress, sample)
+        return self.orphans + super().faults(progress, sample) + self.faults_as_a_whole()
+
+    def faults_as_a_whole(self) -> list[str]:
+        """Return what shows in no single pair; masks that cannot be read are passed over."""
+        return []
 
     def fingerprint(self) -> str:
         """Return a hash of the names and file sizes of every pair."""
@@ -151,6 +142,13 @@ class PairedDataset(SegmentationDataset):
         for pair in self.pairs:
             parts += [pair.name, file_size(pair.image), file_size(pair.mask)]
         return digest(parts)
+
+
+def readable(paths: Iterable[Path], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield what is read from the files, but for those with faults of their own."""
+    for path in paths:
+        with contextlib.suppress(DatasetError):
+            yield read(path)
 
 
 def unlike_sizes(pair: Pair, image_size: Iterable[int], mask_size: Iterable[int]) -> str:

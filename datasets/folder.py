@@ -16,20 +16,18 @@ mine/classes.yaml:
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .base import DatasetError, DatasetInfo, spread
+from . import layouts
+from .base import DatasetError
+from .class_table import Table, make_info, read_classes, value_map, yes_or_no
 from .decode import decode_image, decode_mask
-from .files import Pair, PairedDataset, label_table, list_images, preview, read_split
-from .voc2012 import voc_colour
-
-KEYS = ("classes", "scored", "ignore_index", "mean", "std", "rgb_masks")
-CLASS_KEYS = ("name", "value", "color")
-Table = Mapping[str, Any]
+from .files import Pair, PairedDataset, label_table, preview, readable
+from .listing import list_images, read_split
 
 
 class Folder(PairedDataset):
@@ -39,10 +37,7 @@ class Folder(PairedDataset):
     `ignore_index` are what the rest of the configuration counts on: DatasetError where the table has others.
     """
 
-    help_tree = """\
-  mine/images/*.jpg, mine/masks/*.png                 pairs share a name; one-channel masks of class indices
-  mine/{train,val}.txt                                a name a line; or {images,masks}/{train,val}/
-  mine/classes.yaml                                   classes: [background, lesion]"""
+    help_tree = layouts.FOLDER
 
     def __init__(
         self,
@@ -66,7 +61,7 @@ class Folder(PairedDataset):
             actual = getattr(self.info, key)
             if expected not in (None, actual):
                 raise DatasetError(f"{source} has {key} {actual}, not {expected}: set dataset.{key}={actual}")
-        self.rgb_masks = bool(table.get("rgb_masks", False))
+        self.rgb_masks = yes_or_no(table, "rgb_masks", source)
         if self.rgb_masks and len(set(self.info.palette)) < self.info.num_classes:
             raise DatasetError(f"{source}: two classes have one colour, by which rgb_masks tells them apart")
         super().__init__(home, split)
@@ -122,124 +117,21 @@ class Folder(PairedDataset):
         """Return what to do about labels outside the table."""
         if self.info.num_classes == 19 and max(unknown) <= 33:
             return "these look like Cityscapes label ids where train ids are needed: use dataset=cityscapes"
+        if unknown == [255]:
+            return "in classes.yaml, add `value: 255` to the class that it stands for, or `ignore_index: 255` for void"
         known = [raw for raw in range(256) if self.table[raw] < self.info.num_classes]
         return f"the table has {preview(known)}; mend the mask (a JPEG cannot hold labels) or classes.yaml"
 
-    def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
-        """Return what `verify` would complain about; masks of 0 and 255 only are noticed as a whole."""
-        found = super().faults(progress, sample)
-        void = self.info.ignore_index
-        if found or self.info.num_classes < 2:
-            return found
-        seen = set[int]()
-        for index in spread(len(self), min(sample or 32, 32)):
-            seen |= set(np.unique(self.read_mask(self.pairs[index].mask)).tolist())
-        if seen == {0, void}:
-            first = self.pairs[0].mask
-            return [f"{first} and the others hold 0 and {void} (void) only: add `value: {void}` to its class"]
-        return []
-
-
-def read_classes(classes: str | Path | Table | Sequence[Any]) -> tuple[Table, list[dict[str, Any]], str]:
-    """Return the table of classes, each class as a mapping, and what messages call the table.
-
-    `classes` is the path of a YAML file, or what such a file holds. Raises DatasetError where it cannot be used.
-    """
-    if isinstance(classes, (str, Path)):
-        table, source = load_table(Path(classes)), str(classes)
-    else:
-        table, source = as_table(classes), "classes"
-    return table, [as_entry(item, source) for item in table["classes"]], source
-
-
-def load_table(path: Path) -> Table:
-    """Return the content of classes.yaml.
-
-    Raises DatasetError where it cannot be parsed.
-    """
-    import yaml
-
-    try:
-        return as_table(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-
-
-def as_table(content: Any, source: str = "classes") -> Table:
-    """Return the table of classes, also where only a list of names or index: name was given."""
-    if isinstance(content, Mapping) and "classes" not in content and all(isinstance(k, int) for k in content):
-        content = [content[k] for k in sorted(content)]
-    table = content if isinstance(content, Mapping) else {"classes": content}
-    unknown = [str(key) for key in table if key not in KEYS]
-    if unknown:
-        raise DatasetError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(KEYS)}")
-    names = table.get("classes")
-    if isinstance(names, Mapping):
-        return {**table, "classes": [names[k] for k in sorted(names)]}
-    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise DatasetError(f"{source}: `classes` must be a list of names, such as [background, lesion]")
-    return table
-
-
-def as_entry(item: Any, source: str) -> dict[str, Any]:
-    """Return a class as a mapping with a name."""
-    if not isinstance(item, Mapping):
-        return {"name": str(item)}
-    unknown = [str(key) for key in item if key not in CLASS_KEYS]
-    if unknown or "name" not in item:
-        raise DatasetError(
-            f"{source}: a class has a name and, if needed, a value and a color; got {dict(item)}"
-        )
-    return dict(item)
-
-
-def make_info(name: str, table: Table, entries: list[dict[str, Any]], source: str) -> DatasetInfo:
-    """Return the facts of the data set.
-
-    Raises DatasetError for a table that contradicts itself.
-    """
-    first_is_background = entries[0]["name"].lower() == "background" and len(entries) > 1
-    scored = table.get("scored", range(int(first_is_background), len(entries)))
-    try:
-        return DatasetInfo(
-            name=name,
-            classes=tuple(str(entry["name"]) for entry in entries),
-            palette=tuple(colour(entry.get("color", voc_colour(k))) for k, entry in enumerate(entries)),
-            scored=tuple(int(k) for k in scored),
-            ignore_index=int(table.get("ignore_index", 255)),
-            mean=triple(table.get("mean", DatasetInfo.mean)),
-            std=triple(table.get("std", DatasetInfo.std)),
-        )
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"{source}: {error}") from None
-
-
-def triple(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return a number for each of R, G and B."""
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
-
-
-def colour(value: Sequence[int]) -> tuple[int, int, int]:
-    """Return an RGB colour."""
-    red, green, blue = (int(channel) for channel in value)
-    return red, green, blue
-
-
-def value_map(entries: list[dict[str, Any]], ignore_index: int, source: str) -> dict[int, int]:
-    """Return raw value -> class; the void label is itself unless a class claims it.
-
-    Raises DatasetError where a value is claimed twice or is not one of 0..255.
-    """
-    mapping: dict[int, int] = {}
-    for index, entry in enumerate(entries):
-        value = entry.get("value", index)
-        for raw in [value] if isinstance(value, int) else value:
-            if not (isinstance(raw, int) and 0 <= raw <= 255) or raw in mapping:
-                raise DatasetError(
-                    f"{source}: value {raw} of class {entry['name']!r} must be new and in 0..255"
-                )
-            mapping[raw] = index
-    if not len(entries) <= ignore_index <= 255:
-        raise DatasetError(f"{source}: ignore_index={ignore_index} must lie in {len(entries)}..255")
-    return {ignore_index: ignore_index, **mapping}
+    def faults_as_a_whole(self) -> list[str]:
+        """Return that masks hold 0 and void only, where they do: void then stands for a class."""
+        void, seen = self.info.ignore_index, set[int]()
+        for mask in readable([pair.mask for pair in self.pairs], self.read_mask):
+            seen |= set(np.unique(mask).tolist())
+            if not seen <= {0, void}:
+                return []
+        if seen != {0, void} or self.info.num_classes < 2:
+            return []
+        first = self.pairs[0].mask
+        return [
+            f"{first} and the others hold 0 and {void} (void) only: add `value: {void}` to its class in classes.yaml"
+        ]

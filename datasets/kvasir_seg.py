@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from . import layouts
 from .base import DatasetInfo
 from .decode import load, open_image
-from .files import Pair, PairedDataset, list_images, read_split
+from .files import Pair, PairedDataset
+from .listing import list_images, read_split
 
 INFO = DatasetInfo(
     name="kvasir_seg",
@@ -42,11 +44,7 @@ class KvasirSEG(PairedDataset):
     """
 
     info = INFO
-    help_tree = """\
-  Kvasir-SEG/images/*.jpg, Kvasir-SEG/masks/*.jpg               as released; split 880 / 120 by name, or by
-  Kvasir-SEG/{train,val,test}.txt                               one name a line, or instead of these three
-  Kvasir-SEG/{images,masks}_split/{train,val}/jpg_{images,masks}/*.jpg
-  from https://datasets.simula.no/kvasir-seg/ ; for research and education, citing Jha et al., MMM 2020."""
+    help_tree = layouts.KVASIR_SEG
 
     def __init__(self, root: str | Path, split: str, dithered_masks: bool = False) -> None:
         self.dithered_masks = dithered_masks

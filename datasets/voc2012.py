@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from . import layouts
 from .base import DatasetInfo
-from .files import Pair, PairedDataset, index_table, read_split
+from .files import Pair, PairedDataset, index_table
+from .listing import read_split
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -40,12 +42,7 @@ class VOC2012(PairedDataset):
 
     info = INFO
     table = index_table(INFO.num_classes, INFO.ignore_index)
-    help_tree = """\
-  VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg
-  VOCdevkit/VOC2012/SegmentationClass/2007_000032.png         palette PNG, index = class, 255 = void
-  VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val}.txt    (trainval.txt; train_aug.txt)
-  VOCdevkit/VOC2012/SegmentationClassAug/2008_000002.png      only for train_aug
-  from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (VOCtrainval_11-May-2012.tar); Flickr terms apply."""
+    help_tree = layouts.VOC2012
 
     def find_pairs(self) -> list[Pair]:
         """Return the pairs of the split file; `trainval` falls back on train and val together."""

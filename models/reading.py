@@ -54,8 +54,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
     """Copy a state dict into a network that has exactly these tensors.
 
     Raises:
-        CheckpointError: it is no state dict; or a tensor is missing, is not the network's, or has another
-            shape; a different number of classes is said as such.
+        CheckpointError: it is no state dict; or a tensor is missing, is not the network's, has another shape or
+            numbers that are not finite; a different number of classes is said as such.
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{source} holds no tensors by name; choose a checkpoint that train.py wrote")
@@ -81,6 +81,14 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
         raise CheckpointError(
             f"{source} does not fit the network {type(model).__name__}: {key!r} is {found}, not {wanted}; "
             "choose the model that it was made with"
+        )
+    broken = [
+        key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if broken:
+        raise CheckpointError(
+            f"{source} holds NaN or infinity in {broken[0]!r} ({len(broken)} tensors in all); "
+            "choose a checkpoint from before its training went astray"
         )
     model.load_state_dict(state)
 

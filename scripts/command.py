@@ -7,8 +7,19 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from configs.remedies import WRONG_PATH, remedy
+
+BAD_INPUT = 2
+FAILED = 3
 INTERRUPTED = 130  # 128 + SIGINT
 CUT_OFF = 141  # 128 + SIGPIPE
+
+
+def refused(error: Exception) -> int:
+    """Say in one line on stderr what was wrong, and return the exit code."""
+    print(f"error: {remedy(error)}", file=sys.stderr)
+    disk = isinstance(error, OSError) and not isinstance(error, WRONG_PATH)
+    return FAILED if disk else BAD_INPUT
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs import build
 from configs.checkpoint import load
-from configs.checks import check_uncalibrated
 from configs.cli import guarded
+from configs.values import check_uncalibrated
 from trainers.distributed import world
 from trainers.evaluator import evaluate
 from trainers.metrics import mean_over_classes
@@ -46,6 +46,8 @@ def main() -> None:
         "overrides", nargs="*", metavar="key=value", help="as for test.py: split=val, protocol=paper"
     )
     args = parser.parse_intermixed_args()
+    if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg") or args.out.is_dir():
+        raise ValueError(f"--out {args.out}: give the name of a .png or .jpg file")
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
     with world(args.device) as where:
         network, cfg, _ = load(path, args.overrides)

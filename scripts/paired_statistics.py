@@ -9,7 +9,7 @@ Differences are rule − baseline in points (percent), of the image's mean over 
 bootstrap over images (seeded): it covers the choice of images, not that of the training run; for that, give
 several seeds: their mean and range are shown, and refused for runs that differ in more than the seed. The plot of
 Dice against the threshold needs the measurements of report.py: run that first.
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
-from scripts.command import leave
+from scripts.command import leave, refused
 from scripts.paired import plots
 from scripts.paired.inference import bca_of_mean, standardized_mean, wilcoxon
 from scripts.paired.scores import (
@@ -193,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(arguments)
     try:
+        _check(args)
         pairs = []
         for run in args.runs:
             folder = result_folder(run, args.protocol)
@@ -222,9 +223,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that no interval can be made with."""
+    if not 0 < args.confidence < 1:
+        raise ValueError(f"--confidence {args.confidence:g}: give a number between 0 and 1, such as 0.95")
+    for name, least in (("resamples", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: give a whole number, {least} or more")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@
 
 Results of unlike configuration, data or protocol are never averaged: the cell says "refused" and the
 reason stands below.
-Exit codes: 0 done, 1 a check failed, 2 bad input.
+Exit codes: 0 done, 1 a check failed, 2 bad input, 3 the disk failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from scripts import ROOT
-from scripts.command import leave
+from scripts.command import leave, refused
 from scripts.tables.compare import read_expected, violations
 from scripts.tables.generated import FORMATS, MODES, generated, render, stale, tables, write
 from scripts.tables.ours import Groups, problem_count
@@ -38,8 +38,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
 
 
 def _parser() -> argparse.ArgumentParser:

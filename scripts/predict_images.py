@@ -17,17 +17,16 @@ to several classes: in the palette PNG the most probable of them has it; a pixel
 or 255 (void) where the data set has no background. Without -p the rule is rankdice where one class is scored,
 rankdice_nonoverlap where several are.
 
-The same command again goes on where it was stopped; another checkpoint, rule or view into the same folder is refused.
+The same command again goes on where it was stopped; another checkpoint, rule or view into the same folder is refused,
+and so is what would take the place of an image, of another image's mask, or of a file that was not made here.
 Exit codes: 0 done, 1 some images could not be read (each is named), 2 bad input, 3 the disk failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +49,10 @@ from rankseg.calibration import focal_correction
 from scripts.inference import files
 from scripts.inference.facts import facts
 from scripts.inference.labels import label_map
+from scripts.inference.outputs import Outputs, refuse_collisions, settle
 from scripts.inference.windows import View, probabilities
 from scripts.parallel import ahead, default_workers
 from trainers.device import pick_device
-from trainers.journal import write_json
 from trainers.losses import link_probs
 from trainers.results import file_sha256
 from trainers.update import PRECISIONS
@@ -69,12 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = files.find(args.images, args.out)
     network, cfg, _ = load(args.resume, args.overrides)
     info = facts(cfg, args.classes)
-    name = args.predictor or ("rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap")
+    default = "rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap"
+    (name,) = args.predictor or [default]
     rule = build.rules([name], cfg)[name]
     segment = Segmenter(network, cfg, info, rule, _view(args, cfg), pick_device(args.device))
-    _settle(args, cfg, name, info)
-    outputs = {image: Outputs(args, image) for image in found}
-    todo = [image for image in found if args.force or not outputs[image].done(info)]
+    outputs = {image: Outputs(args, image, info) for image in found}
+    refuse_collisions(outputs, found)
+    settle(args.out, _settings(args, name, info), outputs, found, args.force)
+    todo = [image for image in found if args.force or not outputs[image].done()]
     failed = 0
     bar = tqdm(total=len(todo), desc=name, unit="image", disable=True if args.quiet else None)
     with bar:
@@ -98,7 +99,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("-r", "--resume", required=True, type=Path, metavar="CHECKPOINT", help="ours, or a released one")
-    add("-p", "--predictor", metavar="RULE", help=f"one of: {', '.join(options('predictor'))}")
+    add(
+        "-p",
+        "--predictor",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help=f"one of: {', '.join(options('predictor'))}",
+    )
     add("--out", type=Path, required=True, metavar="FOLDER")
     add("--overlay", action="store_true", help="the mask over the image too")
     add("--per-class", action="store_true", help="a mask for each class too")
@@ -144,11 +152,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.images = [Path(given) for given, yes in zip(args.images, is_override, strict=True) if not yes]
     if not args.images:
         parser.error("give images or folders of images")
+    if len(args.predictor) > 1:
+        parser.error(
+            f"-p {' -p '.join(args.predictor)}: one rule makes the masks; call again with another --out"
+        )
     return args
 
 
 def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]:
     """Return how to look at an image of a given size."""
+    if not args.memory >= 0:
+        raise ValueError(f"--memory {args.memory:g}: give GiB, 0 or more")
     try:
         scales = tuple(float(scale) for scale in args.scales.split(","))
     except ValueError:
@@ -188,27 +202,14 @@ def _temperature(cfg: DictConfig) -> float:
     )
 
 
-def _settle(args: argparse.Namespace, cfg: DictConfig, rule: str, info: DatasetInfo) -> None:
-    """Note in the folder how its masks are made; refuse to mix them with masks made otherwise.
-
-    Raises ValueError, naming what differs.
-    """
-    settings: dict[str, Any] = {
+def _settings(args: argparse.Namespace, rule: str, info: DatasetInfo) -> dict[str, Any]:
+    """Return what decides about a mask."""
+    return {
         "checkpoint": file_sha256(args.resume),
         "predictor": rule,
         "classes": list(info.classes),
         **{key: getattr(args, key) for key in ("window", "overlap", "scales", "flip", "overrides")},
     }
-    path = args.out / "predict.json"
-    if path.exists() and not args.force:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key, value in settings.items() if before.get(key) != value]
-        if changed:
-            raise ValueError(
-                f"{args.out} holds masks made with another {', '.join(changed)}: choose another --out, or --force"
-            )
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
 
 
 def _reading(found: dict[str, Path]) -> Callable[[str], files.Picture | DatasetError]:
@@ -221,36 +222,6 @@ def _reading(found: dict[str, Path]) -> Callable[[str], files.Picture | DatasetE
             return error
 
     return read
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The files that an image becomes; the palette PNG is written last and says that all are there."""
-
-    args: argparse.Namespace
-    image: str
-
-    @property
-    def labels(self) -> Path:
-        return self.args.out / f"{self.image}.png"
-
-    @property
-    def overlay(self) -> Path | None:
-        return self.args.out / "overlay" / f"{self.image}.png" if self.args.overlay else None
-
-    @property
-    def probabilities(self) -> Path | None:
-        return self.args.out / "probabilities" / f"{self.image}.npy" if self.args.probabilities else None
-
-    def mask(self, name: str) -> Path | None:
-        """Return where the mask of a class goes."""
-        safe = name.replace("/", "_")
-        return self.args.out / "classes" / self.image / f"{safe}.png" if self.args.per_class else None
-
-    def done(self, info: DatasetInfo) -> bool:
-        """Whether every file is there."""
-        wanted = [self.labels, self.overlay, self.probabilities, *map(self.mask, info.classes)]
-        return all(path.exists() for path in wanted if path is not None)
 
 
 class Segmenter:
@@ -290,9 +261,8 @@ class Segmenter:
         )
 
         def save_mask(index: int, mask: Tensor) -> None:
-            path = outputs.mask(self.info.classes[index])
-            if path is not None:
-                files.save_mask(mask, orientation, path)
+            if outputs.masks:
+                files.save_mask(mask, orientation, outputs.masks[index])
 
         labels = label_map(probs, self.rule, self.info, save_mask)
         if outputs.probabilities:

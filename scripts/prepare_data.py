@@ -19,17 +19,20 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs.cli import guarded
-from datasets.files import list_images
+from datasets.listing import list_images
 from scripts.parallel import default_workers
-from scripts.prepare.catalog import CATALOG, Entry
-from scripts.prepare.checking import Report, check
+from scripts.prepare.catalog import CATALOG, Archive, Entry
 from scripts.prepare.fetching import download, unpack
 from scripts.prepare.splitting import make_split, write_split
-from scripts.prepare.totals import count
+from trainers.lock import Lock
+
+if TYPE_CHECKING:
+    from scripts.prepare.checking import Report  # needs torch, as `stats` does: imported where it is used
 
 FAULTY = 1
 SHOWN = 50
@@ -107,7 +110,7 @@ def _list(args: argparse.Namespace) -> int:
                     "home": e.home,
                     "root": str(e.root),
                     "fetch": e.archive is not None,
-                    "tree": e.kind.help_tree,
+                    "tree": e.tree,
                 }
                 for e in CATALOG.values()
             }
@@ -119,12 +122,14 @@ def _list(args: argparse.Namespace) -> int:
         if entry.archive:
             rows["fetch"] = f"python scripts/prepare_data.py fetch {entry.name}"
         print("\n".join(f"  {key + ':':<15}{value}" for key, value in rows.items()))
-        print(f"{entry.kind.help_tree}\n")
+        print(f"{entry.tree}\n")
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     """Read every file of the splits; the exit code says whether they are sound."""
+    from scripts.prepare.checking import check
+
     entry = CATALOG[args.name]
     root = args.root or entry.root
     splits = entry.splits(root, args.split, args.classes)
@@ -158,6 +163,8 @@ def _print_report(report: Report, entry: Entry, num_classes: int, shown: int | N
 
 def _stats(args: argparse.Namespace) -> int:
     """Count one split: train, unless another was chosen."""
+    from scripts.prepare.totals import count
+
     entry = CATALOG[args.name]
     results = {}
     for split in args.split or ["train"]:
@@ -183,16 +190,9 @@ def _fetch(args: argparse.Namespace) -> int:
     """Download, or say what to do."""
     entry = CATALOG[args.name]
     root = (args.root or entry.root).expanduser()
-    archive = entry.archive
-    if all((root / name).exists() for name in entry.holds):
+    if entry.complete(root):
         return _fetched(args, entry, root, "there already")
-    there = [name for name in entry.holds if (root / name).exists()]
-    if archive and there:
-        lacking = ", ".join(name for name in entry.holds if name not in there)
-        raise ValueError(
-            f"{root} holds {', '.join(there)} without {lacking}: remove it, or give another --root"
-        )
-    if archive is None:
+    if entry.archive is None:
         steps = [step.format(root=shlex.quote(str(root))) for step in entry.steps]
         if args.json:
             _print_json({"name": entry.name, "root": str(root), "status": "by hand", "steps": steps})
@@ -201,7 +201,17 @@ def _fetch(args: argparse.Namespace) -> int:
             print("\n".join(f"  {k}. {step}" for k, step in enumerate(steps, 1)))
         return 0
     print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
-    path = root.parent / archive.file
+    path = root.parent / entry.archive.file
+    with Lock(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
+        if entry.complete(root):  # by the process that was waited for
+            return _fetched(args, entry, root, "there already")
+        entry.refuse_half(root)
+        _download(args, entry.archive, path, root)
+    return _fetched(args, entry, root, "fetched")
+
+
+def _download(args: argparse.Namespace, archive: Archive, path: Path, root: Path) -> None:
+    """Fetch an archive to a path and unpack it into a folder."""
     other = args.url is not None and args.checksum is not None  # a stranger's archive has a size of its own
     digest = download(
         args.url or archive.urls,
@@ -216,7 +226,6 @@ def _fetch(args: argparse.Namespace) -> int:
     unpack(path, root, archive.inside, progress=not args.quiet)
     if not args.keep:
         path.unlink()
-    return _fetched(args, entry, root, "fetched")
 
 
 def _fetched(args: argparse.Namespace, entry: Entry, root: Path, status: str) -> int:

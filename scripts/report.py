@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs import build
 from configs.checkpoint import load
-from configs.checks import check_uncalibrated
 from configs.cli import guarded
+from configs.values import check_uncalibrated
 from scripts import ROOT
 from scripts.reporting import explain, sections
 from scripts.reporting.measure import Findings, Key, by_size, chosen_cutoffs, measure, variants

@@ -106,6 +106,8 @@ class Wanted:
 def main() -> None:
     """The command."""
     args = arguments()
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: give 1 or more")
     chosen = [
         f"{key}={value}"
         for key, value in (("model", args.models), ("loss", args.losses), ("seed", args.seeds))

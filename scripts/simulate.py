@@ -13,7 +13,7 @@ The noise is normal, sd 0.1, truncated to [0, 1]; i and j count from 0. The valu
 β, the width of the block in `step` and the law of ρ are ours. The Dice is that of labels drawn from the
 probabilities, pixel by pixel, the same draws for every rule: mean (standard error), in percent. Everything
 follows from --seed.
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from rankseg import rank_dice
 from rankseg.rules import threshold
-from scripts.command import leave
+from scripts.command import leave, refused
 from scripts.paired.plots import load_pyplot
 
 EXAMPLES = ("exponential", "linear", "step", "thresholds")
@@ -315,8 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
 
 

@@ -6,6 +6,8 @@ JPEG keeps them, and depend on the index only.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +137,12 @@ def make_folder(
                 file.write(f"case{index}\n")
     (root / "classes.yaml").write_text(classes)
     return root
+
+
+def bomb(path: Path) -> None:
+    """A PNG whose header claims 40 gigapixels."""
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0)
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(content)

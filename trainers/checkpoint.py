@@ -12,7 +12,6 @@ A checkpoint is a dict of plain containers and tensors, so that ``torch.load(wei
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from trainers.lock import PATIENCE, Lock
 
 FORMAT = 1
 Reader = Callable[[Path], dict[str, Any]]
@@ -73,26 +74,13 @@ class Checkpoints:
         self.last, self.previous = self.folder / "last.pth", self.folder / "previous.pth"
         self.best = self.folder / "best_model.pth"
 
-    def claim(self) -> None:
+    def claim(self, patience: float = PATIENCE) -> None:
         """Make this process the only one that writes here, until it ends, however it ends.
 
         Raises:
-            ValueError: another process is training here.
+            ValueError: another process is training here, and still is after `patience` seconds.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
-        try:
-            # A POSIX lock: worker processes do not inherit it.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(
-                f"another process is training in {self.folder}: wait for it, or stop it"
-            ) from None
-        except OSError:
-            print(
-                f"warning: {self.folder} is on a file system without locks: start one process only",
-                file=sys.stderr,
-            )
+        self._lock = Lock(self.folder / ".lock", f"training in {self.folder}", patience)
 
     def save_last(self, payload: dict[str, Any]) -> None:
         """Write ``last.pth``; the one that was there becomes ``previous.pth``."""

@@ -52,6 +52,12 @@ def explained(doing: str, more_memory: str) -> Iterator[None]:
         yield
     except TrainingError:
         raise
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"BatchNorm sees a single value a channel while {doing}: use a larger dataset.crop, or more images a batch"
+        ) from error
     except ChildProcessError as error:  # of a loader, which has said it all
         raise TrainingError(str(error)) from error
     except (RuntimeError, MemoryError) as error:

@@ -5,10 +5,13 @@ TensorBoard's tags put what is to be compared side by side: ``val/mean_dice/RULE
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,36 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give an error of the system the path: a write that fails, as on a full disk, does not know its file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file aside and rename it, so that no reader, and no restart after a crash, sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        with named(path):
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def writable(folder: Path) -> None:
+    """Make a folder, and raise OSError where no file can be made in it: better before long work than after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,35 +97,54 @@ class Journal:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
-            self.events.add_custom_scalars(_charts(self.classes))
+            _quieten_writers()
+            self.folder = self.path.parent / "tensorboard"
+            with named(self.folder):
+                self.events = SummaryWriter(str(self.folder), purge_step=step + 1)
+                self.events.add_custom_scalars(_charts(self.classes))
 
     def log(self, step: int, kind: str, **values: Any) -> None:
         """Append a row of a kind, ``train`` or ``val_RULE``, and its numbers as TensorBoard scalars."""
         if self.path is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite_or_none({"step": step, "kind": kind, **values})) + "\n")
         if self.events is not None:
-            for tag, value in _scalars(kind, values, self.classes):
-                self.events.add_scalar(tag, value, step)
+            with named(self.folder):
+                for tag, value in _scalars(kind, values, self.classes):
+                    self.events.add_scalar(tag, value, step)
 
     def image(self, step: int, name: str, picture: Tensor) -> None:
         """Add a picture, uint8 (3, H, W), to TensorBoard."""
         if self.events is not None:
-            self.events.add_image(name, picture, step)
+            with named(self.folder):
+                self.events.add_image(name, picture, step)
 
     def hparams(self, settings: dict[str, Any], best: float) -> None:
         """Say what the run was and how it ended, for TensorBoard's table of runs: best score, last of each rule."""
         if self.path is not None and self.events is not None:
             last = {row["kind"]: row for row in read_rows(self.path) if "mean_dice" in row}
             scores = {f"hparam/{kind}_mean_dice": row["mean_dice"] or 0.0 for kind, row in last.items()}
-            self.events.add_hparams(settings, {"hparam/best_mean_dice": best, **scores}, run_name=".")
+            with named(self.folder):
+                self.events.add_hparams(settings, {"hparam/best_mean_dice": best, **scores}, run_name=".")
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
         if self.events is not None:
-            self.events.close()
+            with named(self.folder):
+                self.events.close()
+
+
+def _quieten_writers() -> None:
+    """Have TensorBoard's threads print no traceback: what stopped one is raised where the next event is added."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            before(args)
+
+    if before.__module__ != __name__:
+        threading.excepthook = hook
 
 
 def _scalars(kind: str, values: dict[str, Any], classes: Sequence[str]) -> Iterator[tuple[str, float]]:
@@ -132,11 +178,14 @@ def _clean(name: str) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut off by a crash is left out."""
+    """The rows of a ``metrics.jsonl``, up to a line that is none, as a crash cuts off the last."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not (isinstance(row, dict) and {"step", "kind"} <= set(row)):
+            break
+        rows.append(row)
     return rows

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs import stored
 from configs.build import absolute_root
-from configs.checks import check_values
 from configs.compose import CONFIGS, spelled
+from configs.values import check_values
 from trainers.journal import read_rows
 from trainers.results import file_sha256
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs import build
 from datasets import DatasetInfo, Folder
-from datasets.folder import make_info, read_classes
+from datasets.class_table import make_info, read_classes
 
 
 def facts(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:

@@ -22,7 +22,7 @@ from torchvision.utils import draw_segmentation_masks
 from datasets import DatasetError
 from datasets.base import DatasetInfo
 from datasets.decode import EXIF_ORIENTATION, is_deep, load, open_image
-from datasets.files import IMAGE_SUFFIXES
+from datasets.listing import IMAGE_SUFFIXES
 
 VOID_COLOUR = (224, 224, 192)
 BAND = 256  # rows of an overlay that are drawn at once
@@ -66,7 +66,7 @@ def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: an input is not there, or a folder holds no image.
-        ValueError: two images would be written to the same name, or one over an image.
+        ValueError: two images would have one name, or the masks would lie among the images.
     """
     found: dict[str, Path] = {}
     written = out.resolve()
@@ -81,6 +81,7 @@ def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
                 for p in given.rglob("*")
                 if p.suffix.lower() in IMAGE_SUFFIXES
                 and p.name[0] != "."
+                and (p.is_file() or (p.is_symlink() and not p.exists()))  # links to nowhere are named later
                 and not (masks and p.is_relative_to(masks))
             )
             if not files:
@@ -93,8 +94,6 @@ def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
         for path, name in names.items():
             if found.setdefault(name, path) != path:
                 raise ValueError(f"{found[name]} and {path} would both be written as {name}: rename one")
-            if (written / f"{name}.png") == path.resolve():
-                raise ValueError(f"{path} would be replaced by its mask: choose another --out than {out}")
     return found
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
+import datasets
 from configs.compose import CONFIGS
-from datasets import VOC2012, Cityscapes, DatasetError, Folder, KvasirSEG
-from datasets.files import PairedDataset
+from datasets import DatasetError, layouts
+
+if TYPE_CHECKING:
+    from datasets.files import PairedDataset
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,15 @@ class Archive:
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set. ``holds``: what lies directly in its root once it is there."""
+    """One data set.
+
+    ``kind``: the name of its class, which is imported where a split is opened. ``tree``: the files that are
+    expected. ``holds``: what lies directly in its root once it is there.
+    """
 
     name: str
-    kind: type[PairedDataset]
+    kind: str
+    tree: str
     about: str
     size: str
     licence: str
@@ -47,12 +56,26 @@ class Entry:
         """The folder that the configuration looks in unless dataset.root says otherwise."""
         return Path(str(OmegaConf.load(CONFIGS / "dataset" / f"{self.name}.yaml")["root"]))
 
+    def complete(self, root: Path) -> bool:
+        """Whether all of it is there."""
+        return all((root / name).exists() for name in self.holds)
+
+    def refuse_half(self, root: Path) -> None:
+        """Raise ValueError where a part of it is there: nothing is unpacked over that."""
+        lacking = [name for name in self.holds if not (root / name).exists()]
+        there = [name for name in self.holds if name not in lacking]
+        if there and lacking:
+            raise ValueError(
+                f"{root} holds {', '.join(there)} without {', '.join(lacking)}: remove it, or give another --root"
+            )
+
     def open(self, root: Path, split: str, classes: Path | None = None) -> PairedDataset:
         """Return one split.
 
         Raises DatasetError where it is not there.
         """
-        return Folder(root, split, classes=classes) if self.kind is Folder else self.kind(root, split)
+        own = {"classes": classes} if self.kind == "Folder" else {}
+        return getattr(datasets, self.kind)(root, split, **own)
 
     def splits(self, root: Path, chosen: list[str], classes: Path | None = None) -> dict[str, PairedDataset]:
         """Return the splits asked for, or else train and val, and test where there is one.
@@ -60,7 +83,7 @@ class Entry:
         Raises DatasetError where one is not there.
         """
         found = {split: self.open(root, split, classes) for split in chosen or ("train", "val")}
-        if not chosen and self.kind in (Folder, KvasirSEG):
+        if not chosen and self.kind in ("Folder", "KvasirSEG"):
             with contextlib.suppress(DatasetError):  # not every data set has one
                 found["test"] = self.open(root, "test", classes)
         return found
@@ -69,7 +92,8 @@ class Entry:
 _ENTRIES = (
     Entry(
         "voc2012",
-        VOC2012,
+        "VOC2012",
+        layouts.VOC2012,
         "PASCAL VOC 2012: 20 kinds of objects; 1464 training and 1449 validation images",
         "2.0 GB to download, 2 GB unpacked",
         "images from Flickr under its terms of use; for research",
@@ -87,7 +111,8 @@ _ENTRIES = (
     ),
     Entry(
         "kvasir_seg",
-        KvasirSEG,
+        "KvasirSEG",
+        layouts.KVASIR_SEG,
         "Kvasir-SEG: polyps in 1000 colonoscopy images; 880 for training, 120 for validation",
         "46 MB",
         "for research and education, citing Jha et al., MMM 2020",
@@ -99,7 +124,8 @@ _ENTRIES = (
     ),
     Entry(
         "cityscapes",
-        Cityscapes,
+        "Cityscapes",
+        layouts.CITYSCAPES,
         "Cityscapes, fine annotations: 19 classes of street scenes; 2975 training and 500 validation images",
         "11.6 GB to download (11 GB images, 241 MB annotations)",
         "free for non-commercial research after registration",
@@ -115,7 +141,8 @@ _ENTRIES = (
     ),
     Entry(
         "folder",
-        Folder,
+        "Folder",
+        layouts.FOLDER,
         "your own images: see docs/own-data.md",
         "yours",
         "yours",

@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from datasets.files import IMAGE_SUFFIXES, PairedDataset, file_size
+from datasets.files import PairedDataset, file_size
+from datasets.listing import image_files
 from scripts.parallel import ahead
 from trainers.results import file_sha256
 
@@ -53,10 +54,12 @@ def check(name: str, root: Path, splits: Mapping[str, PairedDataset], workers: i
         *shared_names(splits),
         *shared_stems(splits),
         *shared_content(splits, workers),
+        *(
+            Fault("set", split, str(root), text)
+            for split, data in splits.items()
+            for text in data.faults_as_a_whole()
+        ),
     ]
-    if not report.faults:  # what a whole split says only makes sense once its files are in order
-        for split, data in splits.items():
-            report.faults += [Fault("set", split, str(root), text) for text in data.faults(progress=False)]
     unused = unused_images(splits)
     if unused:
         report.notes.append(f"images in none of these splits: {len(unused)}, such as {unused[0]}")
@@ -115,7 +118,7 @@ def shared_stems(splits: Mapping[str, PairedDataset]) -> list[Fault]:
     found = []
     for split, folder in _folders(splits):
         stems: dict[str, list[Path]] = defaultdict(list)
-        for path in _images(folder):
+        for path in image_files(folder):
             stems[path.stem].append(path)
         for paths in stems.values():
             if len(paths) > 1:
@@ -155,18 +158,12 @@ def shared_content(splits: Mapping[str, PairedDataset], workers: int) -> list[Fa
 def unused_images(splits: Mapping[str, PairedDataset]) -> list[Path]:
     """Return images that lie in the folders of the splits but belong to none."""
     used = {pair.image for data in splits.values() for pair in data.pairs}
-    return [path for _, folder in _folders(splits) for path in _images(folder) if path not in used]
+    return [path for _, folder in _folders(splits) for path in image_files(folder) if path not in used]
 
 
 def _folders(splits: Mapping[str, PairedDataset]) -> Iterable[tuple[str, Path]]:
     seen = {pair.image.parent: split for split, data in splits.items() for pair in data.pairs}
     return [(split, folder) for folder, split in seen.items() if folder.is_dir()]
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
-    )
 
 
 def _digest(path: Path) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 BLOCK = 1 << 20
+SCHEMES = ("https://", "http://", "ftp://", "file://")
 FOR_NOW = (408, 429, 500, 502, 503, 504)  # answers worth another try
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 BAD_ARCHIVE = (
@@ -60,7 +61,11 @@ def download(
 
     Raises:
         FetchError: no place gave the file; what arrived stays for the next call, unless it was wrong.
+        ValueError: one of the addresses is none.
     """
+    for url in urls:
+        if not url.startswith(SCHEMES):
+            raise ValueError(f"{url} is no address: give one that begins with {' or '.join(SCHEMES)}")
     if path.exists():
         return verified(path, size, checksum)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,11 @@ The same names give the same split on every machine, in every version of Python.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-
-from trainers.journal import write_text
 
 
 def make_split(
@@ -35,7 +34,7 @@ def make_split(
     groups: dict[str, list[str]] = defaultdict(list)
     for stem in stems:
         groups[_group(stem, group)].append(stem)
-    ranked = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).hexdigest())
+    ranked = sorted(groups, key=lambda key: hashlib.sha256(os.fsencode(f"{seed}/{key}")).hexdigest())
     if len(ranked) <= len(shares):
         raise ValueError(f"{len(ranked)} images or groups cannot fill {len(shares) + 1} splits: add images")
     result: dict[str, list[str]] = {}
@@ -65,15 +64,36 @@ def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = Fa
     """Write ``<name>.txt``, a name a line, for each split; return the paths.
 
     Raises:
-        ValueError: files with other content are there already and ``force`` was not given.
+        ValueError: files with other content are there already and ``force`` was not given, or a name cannot be
+            written as a line.
     """
+    split = {name: list(stems) for name, stems in split.items()}
     paths = {root / f"{name}.txt": "".join(f"{stem}\n" for stem in stems) for name, stems in split.items()}
-    changed = [p for p, text in paths.items() if p.exists() and p.read_text(encoding="utf-8") != text]
+    unfit = [stem for stems in split.values() for stem in stems if not _fits_a_line(stem)]
+    if unfit:
+        raise ValueError(
+            f"{root}/images: no line of a file can hold the name {unfit[0]!r}: rename it, and its mask"
+        )
+    changed = [
+        p
+        for p, text in paths.items()
+        if p.exists() and p.read_text(encoding="utf-8", errors="replace") != text
+    ]
     if changed and not force:
         names = ", ".join(path.name for path in changed)
         raise ValueError(
             f"{root} has other split files ({names}): a new split makes old scores incomparable; --force"
         )
     for path, text in paths.items():
-        write_text(path, text)
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
     return list(paths)
+
+
+def _fits_a_line(stem: str) -> bool:
+    try:
+        stem.encode()
+    except UnicodeEncodeError:  # bytes of another encoding
+        return False
+    return stem.splitlines() == [stem] and stem == stem.strip()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +11,7 @@ from PIL import Image
 from datasets import VOC2012, Cityscapes, DatasetError, Folder, KvasirSEG, Synthetic
 from datasets.base import DatasetInfo, spread
 from datasets.decode import decode_image, decode_mask
-from tests.trees import labels, make_cityscapes, make_folder, make_kvasir, make_voc, picture
+from tests.trees import bomb, labels, make_cityscapes, make_folder, make_kvasir, make_voc, picture
 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
@@ -210,7 +212,23 @@ def test_a_binary_mask_of_0_and_255_is_not_taken_for_void(tmp_path):
         ("classes: lesion", "must be a list of names"),
         ("classes: [{title: a}]", "a class has a name"),
         ("classes: [a, {name: b, value: 0}]", "value 0 of class 'b' must be new"),
-        ("classes: [a, {name: b, color: [1, 2]}]", "not enough values"),
+        ("classes: [a, {name: b, color: [1, 2]}]", r"the color of class 'b' is \[1, 2\]: give three numbers"),
+        ("classes: [a, {name: b, color: [300, 0, 0]}]", r"give three numbers from 0 to 255"),
+        ("classes: [a, {name: b, color: red}]", r"the color of class 'b' is 'red': give three numbers"),
+        ("classes: [a, {name: b, value: 1.5}]", "value 1.5 of class 'b' must be new"),
+        ("classes: [a, {name: b, value: null}]", "value None of class 'b' must be new"),
+        ("classes: [a, {name: b, value: true}]", "value True of class 'b' must be new"),
+        ("classes: [a, b]\nmean: 3", "mean is 3: give three numbers from 0 to 1, as `stats` prints them"),
+        ("classes: [a, b]\nmean: [123.7, 116.3, 103.5]", "give three numbers from 0 to 1"),
+        ("classes: [a, b]\nmean: [.nan, 0, 0]", "give three numbers from 0 to 1"),
+        ("classes: [a, b]\nstd: [0, 0, 0]", r"std is \[0, 0, 0\]: give three numbers above 0"),
+        ("classes: [a, b]\nscored: []", r"scored is \[\]: list the indices of classes"),
+        ("classes: [a, b]\nscored: 1", r"scored is 1: list the indices of classes"),
+        ("classes: [a, b]\nignore_index: x", "ignore_index is 'x': give a whole number"),
+        ("classes: [a, b]\nrgb_masks: maybe", "rgb_masks is 'maybe': give true or false"),
+        ("classes: [a, yes]", "a class is called True: put its name in quotes"),
+        ("classes: [{name: null}]", "a class is called None: put its name in quotes"),
+        ("classes: {0: a, x: b}", "must be a list of names"),
         ("classes: [a, b]\nscored: [2]", r"scored classes \(2,\) go beyond 0..1"),
         ("classes: [a, b]\nignore_index: 1", r"ignore_index=1 must lie in 2..255"),
         ("classes: [a, b, {name: c, color: [128, 0, 0]}]\nrgb_masks: true", "two classes have one colour"),
@@ -220,6 +238,25 @@ def test_a_faulty_table_of_classes(tmp_path, table, message):
     with pytest.raises(DatasetError, match=message) as raised:
         Folder(make_folder(tmp_path, classes=table), "train")
     assert "classes.yaml" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_split_file_that_is_no_text(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "train.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DatasetError, match=r"train\.txt is no text in UTF-8: write a name a line"):
+        Folder(root, "train")
+
+
+def test_links_in_a_circle_and_pixels_beyond_belief_are_named(tmp_path):
+    data = Folder(make_folder(tmp_path), "train")
+    path = data.pairs[0].image
+    path.unlink()
+    path.symlink_to(path.name)
+    again = Folder(data.root, "train")
+    assert re.search(r"case0\.jpg cannot be opened \(.*symbolic links", complaint(again))
+    path.unlink()
+    bomb(path)
+    assert "case0.jpg claims to have 40000000000 pixels: fetch it again" in complaint(again)
 
 
 def test_a_table_with_another_number_of_classes_than_configured(tmp_path):

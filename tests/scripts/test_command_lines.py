@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import runpy
 import subprocess
@@ -65,6 +66,35 @@ BAD = [
 def test_bad_input_is_one_line_on_stderr(words: tuple[str, ...], call) -> None:
     code, out, err = call(*words)
     assert (code, out) == (2, "") and err.startswith("error: ") and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("paired_statistics.py absent --confidence 2", "--confidence 2: give a number between 0 and 1"),
+        ("paired_statistics.py absent --resamples 0", "--resamples 0: give a whole number, 1 or more"),
+        ("paired_statistics.py absent --seed -1", "--seed -1: give"),
+        ("overview.py absent.pth --out new.foo", "--out new.foo: give the name of a .png"),
+        (
+            "paper_tables.py published --output absent/x",
+            "absent/x: No such file or directory: make its folder",
+        ),
+        ("paper_tables.py published --output .", ".: Is a directory: it is a folder; give a file"),
+        ("reproduce.py --seeds x --dry-run", "seed=x: give a whole number"),
+        ("reproduce.py --threads 0 --dry-run", "--threads 0: give 1 or more"),
+        ("reproduce.py epochs=0 --dry-run", "epochs=0: give a whole number, 1 or more"),
+    ],
+)
+def test_values_of_no_sense_are_named_before_anything_is_read(words: str, said: str, call) -> None:
+    code, out, err = call(*words.split())
+    assert (code, out) == (2, "") and err.startswith(f"error: {said}") and len(err.splitlines()) == 1, err
+
+
+def test_a_disk_that_fails_is_no_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.refused(OSError(errno.EROFS, os.strerror(errno.EROFS), "a.md")) == command.FAILED
+    assert (
+        capsys.readouterr().err == "error: a.md: Read-only file system: choose a folder that can be written\n"
+    )
 
 
 def test_ctrl_c_makes_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:

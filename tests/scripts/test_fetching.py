@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections import namedtuple
 from collections.abc import Iterator
@@ -19,6 +22,9 @@ from PIL import Image
 from configs.cli import guarded
 from scripts.prepare.fetching import FetchError, download, unpack
 from scripts.prepare_data import main
+from trainers.lock import Lock
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
 
 
 class Server(ThreadingHTTPServer):
@@ -29,6 +35,7 @@ class Server(ThreadingHTTPServer):
     breaks: list[int]
     ranges = True
     failures: list[int]
+    hold: threading.Event | None = None  # answers wait for it
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -45,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, asked = self.server, self.headers.get("Range")
         server.asked.append(asked)
+        if server.hold:
+            server.hold.wait(60)
         if server.failures:
             self.send_error(server.failures.pop(0))
             return
@@ -198,6 +207,11 @@ def test_another_place_is_tried(server: Server, tmp_path: Path) -> None:
         download([dead], tmp_path / "b.zip", **options)
 
 
+def test_what_is_no_address_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="garbage is no address: give one that begins with https://"):
+        download(["garbage"], tmp_path / "a.zip")
+
+
 def kvasir_zip() -> bytes:
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w") as archive:
@@ -224,6 +238,29 @@ def test_fetch_check_and_fetch_again(
     asked = len(server.asked)
     assert main(fetch) == 0 and len(server.asked) == asked
     assert "there already" in capsys.readouterr().out
+
+
+def test_a_second_fetch_is_refused_and_a_dead_one_is_not_in_the_way(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.content, server.hold = kvasir_zip(), threading.Event()
+    root = tmp_path / "data" / "Kvasir-SEG"
+    fetch = ["fetch", "kvasir_seg", "--root", str(root), "--url", server.url, "--quiet"]
+    other = subprocess.Popen([sys.executable, str(SCRIPT), *fetch], stderr=subprocess.DEVNULL)
+    while not server.asked:
+        assert other.poll() is None
+        time.sleep(0.01)
+    monkeypatch.setattr(Lock.__init__, "__defaults__", (0.1,))
+    with pytest.raises(SystemExit) as done:
+        guarded(lambda: main(fetch))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert done.value.code == 2 and len(server.asked) == 1
+    assert said.startswith(f"error: another process (pid {other.pid}) is fetching {root.parent}")
+    other.kill()
+    other.wait()
+    server.hold.set()
+    assert main(fetch) == 0
+    assert [p.name for p in root.parent.iterdir()] == ["Kvasir-SEG"]
 
 
 def test_fetch_says_what_to_do_for_cityscapes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from configs import build, stored
+from configs.cli import guarded
 from configs.compose import GROUPS, compose
 from datasets import DatasetError, DatasetInfo
 from datasets.decode import EXIF_ORIENTATION
@@ -20,8 +22,10 @@ from datasets.transforms import EvalTransform, Normalise
 from rankseg import argmax, rankdice, threshold
 from scripts.inference import files
 from scripts.inference.labels import label_map, masks_of, one_by_one
+from scripts.inference.outputs import file_names
 from scripts.inference.windows import View, probabilities, starts, zeros
 from scripts.predict_images import main
+from tests.trees import bomb
 from trainers.checkpoint import save
 
 INFO = DatasetInfo("three", ("background", "a", "b"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)), (1, 2))
@@ -207,15 +211,85 @@ def test_images_are_never_written_over(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "a.png").write_bytes(b"")
     for given, out in (
         (tmp_path, tmp_path),
-        (tmp_path / "a.png", tmp_path),
         (tmp_path, tmp_path / "x" / ".."),
     ):
         with pytest.raises(ValueError, match="choose another"):
             files.find([given], out)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.png would be replaced by its mask"):
-        files.find([Path("a.png")], Path())
     assert files.find([Path()], Path("masks")) == {"a": Path("a.png")}
+
+
+@pytest.mark.parametrize(
+    ("images", "given", "out", "option", "message"),
+    [
+        ("a b overlay/a", ".", "out", "--overlay", r"a\.jpg and \S*overlay/a\.jpg would both be written to"),
+        ("a classes/a/disc", ".", "out", "--per-class", r"would both be written to \S*classes/a/disc\.png"),
+        (
+            "a a.png/b",
+            ".",
+            "out",
+            "--flip",
+            r"a\.jpg would become \S*a\.png, which is a folder for \S*b\.jpg",
+        ),
+        ("a", "a.png", ".", "--flip", r"a\.png would be written over"),
+        ("a out/overlay/c", "out/overlay/c.png", "out", "--overlay", r"overlay/c\.png would be written over"),
+    ],
+)
+def test_no_two_files_go_to_one_place(
+    images: str, given: str, out: str, option: str, message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    for name in images.split():
+        for suffix in ("jpg", "png") if given != "." else ("jpg",):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.{suffix}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        main(["-r", str(checkpoint), str(tmp_path / given), "--out", str(tmp_path / out), "--quiet", option])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+
+
+def test_names_that_only_look_like_output_folders_are_no_collision(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "overlay").mkdir(parents=True)
+    for name in ("a", "overlay/b"):
+        Image.new("RGB", (32, 32)).save(tmp_path / "in" / f"{name}.jpg")
+    (tmp_path / "in" / "folder.jpg").mkdir()
+    command = [
+        "-r",
+        str(checkpoint),
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+        "--overlay",
+    ]
+    assert main(command) == 0
+    written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png")}
+    assert written == {"a.png", "overlay/a.png", "overlay/b.png", "overlay/overlay/b.png"}
+
+
+def test_masks_of_others_are_neither_written_over_nor_taken_for_done(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "one.png").write_text("precious")
+    command = ["-r", str(checkpoint), "--out", str(out), "--quiet"]
+    with pytest.raises(ValueError, match=r"one\.png was not made by this command: .* --force"):
+        main([*command, str(photos)])
+    assert [p.name for p in out.iterdir()] == ["one.png"]
+    assert main([*command, str(photos), "--force"]) == 0
+    (tmp_path / "new").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "new" / "one.png")
+    with pytest.raises(ValueError, match=rf"one\.png is the mask of {photos}/one\.png: choose another --out"):
+        main([*command, str(tmp_path / "new")])
+    assert main([*command, str(photos)]) == 0
+    (out / "predict.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"predict\.json is not what was written there"):
+        main([*command, str(photos)])
+
+
+def test_classes_have_files_of_their_own() -> None:
+    assert file_names(("a/b", "a_b", "c", "c")) == ["a_b_0", "a_b_1", "c_2", "c_3"]
 
 
 def test_damaged_and_deep_images_are_named(tmp_path: Path) -> None:
@@ -317,6 +391,56 @@ def test_overrides_reach_the_rule(checkpoint: Path, photos: Path, tmp_path: Path
         out = tmp_path / str(at)
         main([*command, f"threshold={at}", "--out", str(out)])
         assert bool(np.asarray(Image.open(out / "classes" / "one" / f"{name}.png")).any()) is (at == 0)
+
+
+def test_whatever_lies_in_a_folder_the_images_are_segmented(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    whole = Image.fromarray(picture(33, 35).permute(1, 2, 0).numpy())
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    whole.convert("CMYK").save(folder / "cmyk.jpg")
+    whole.convert("P").save(folder / "palette.png", transparency=3)
+    whole.convert("LA").save(folder / "new\nline [1] {x} ü=1.png")
+    bomb(folder / "bomb.png")
+    (folder / "empty.png").touch()
+    (folder / "folder.png").mkdir()
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "nowhere.png").symlink_to("absent.png")
+    (folder / "circle").symlink_to(".")
+    os.mkfifo(folder / "pipe.png")
+    assert main(["-r", str(checkpoint), str(folder), "--out", str(tmp_path / "out"), "--quiet"]) == 1
+    said = capsys.readouterr()
+    assert "4 images segmented" in said.out and "4 failed" in said.out
+    for fault in (
+        "bomb.png claims to have 40000000000 pixels: fetch it again, or cut it into tiles",
+        "empty.png is not an image",
+        "loop.png cannot be opened",
+        "nowhere.png is missing",
+    ):
+        assert fault in said.err
+    assert len(said.err.splitlines()) == 4 and len(list((tmp_path / "out").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("-p max -p T", "one rule makes the masks; call again with another --out"),
+        ("--memory nan", "--memory nan: give GiB, 0 or more"),
+        ("trainer.precision=fp8", "trainer.precision=fp8: give fp32 or bf16 or fp16"),
+        ("--out LOOP/x", "mend the links that lead in a circle"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(
+    words: str, said: str, checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    more = words.replace("LOOP", str(tmp_path / "loop")).split()
+    with pytest.raises(SystemExit) as done:
+        guarded(lambda: main(["-r", str(checkpoint), str(photos), "--out", str(tmp_path / "out"), *more]))
+    err = capsys.readouterr().err
+    assert done.value.code == 2 and said in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from scripts.parallel import ahead
 from scripts.prepare.splitting import make_split, write_split
 from scripts.prepare.totals import count
 from scripts.prepare_data import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -161,6 +166,30 @@ def test_check_notices_masks_of_0_and_255_only(mine: Path, capsys: pytest.Captur
         Image.fromarray(np.array(Image.open(path)) * np.uint8(255)).save(path)
     code, report = check(mine, capsys)
     assert code == 1 and "value: 255" in report["faults"][0]["message"]
+    spoiled = {str(spoil(mine)) for spoil in (spoil_truncated, spoil_missing_mask, spoil_size, spoil_orphan)}
+    code, report = check(mine, capsys)
+    whole = [fault["message"] for fault in report["faults"] if fault["kind"] == "set"]
+    assert {fault["path"] for fault in report["faults"]} == {*spoiled, str(mine)}
+    assert len(whole) == 2 and all("hold 0 and 255 (void) only: add `value: 255`" in text for text in whole)
+
+
+def test_one_mask_with_another_label_shows_that_255_is_void(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (mine / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(path)) * np.uint8(255)).save(path)
+    for name in ("i7", "i9"):
+        mask = np.array(Image.open(mine / "masks" / f"{name}.png"))
+        mask[0, 0] = 1
+        Image.fromarray(mask).save(mine / "masks" / f"{name}.png")
+    assert check(mine, capsys)[0] == 0
+
+
+def test_a_label_255_outside_the_table_has_a_remedy(mine: Path) -> None:
+    (mine / "classes.yaml").write_text("classes: [background, lesion]\nignore_index: 254\n")
+    Image.new("L", (30, 20), 255).save(mine / "masks" / "i0.png")
+    with pytest.raises(DatasetError, match=r"holds labels 255 outside the table: .*add `value: 255`"):
+        Folder(mine, "train").read(0)
 
 
 def test_what_is_printed_to_be_typed_can_be_typed(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +220,22 @@ def test_list_knows_every_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name, entry in known.items() if entry["fetch"]] == ["voc2012", "kvasir_seg"]
     assert main(["list"]) == 0
     assert "Flickr" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", ["--help", "list", "split mine --force", "fetch cityscapes", "check --help"]
+)
+def test_what_reads_no_pixel_does_not_wait_for_torch(words: str, mine: Path, tmp_path: Path) -> None:
+    for name in ("torch", "torchvision"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
 def test_stats_are_those_of_all_pixels(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +311,17 @@ def test_split_files_are_not_replaced_unasked(mine: Path, capsys: pytest.Capture
         mine, make_split([f"i{k}" for k in range(10)], {"val": 0.3, "test": 0.2})
     )  # the same: no error
     assert check(mine, capsys)[1]["splits"] == {"train": 5, "val": 3, "test": 2}
+
+
+@pytest.mark.parametrize("name", ["two\nlines", " space", "latin\udce4", "next\x85line"])
+def test_names_that_no_split_file_can_hold_are_refused(name: str, mine: Path) -> None:
+    before = (mine / "train.txt").read_text()
+    (mine / "images" / "i0.png").rename(mine / "images" / f"{name}.png")
+    with pytest.raises(
+        ValueError, match=r"images: no line of a file can hold the name .*: rename it, and its mask"
+    ):
+        main(["split", str(mine), "--force"])
+    assert (mine / "train.txt").read_text() == before
 
 
 def test_work_ahead_is_in_order_bounded_and_hands_on_exceptions() -> None:

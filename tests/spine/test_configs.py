@@ -12,7 +12,6 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from configs import build, stored
-from configs.checks import check_values
 from configs.cli import explain, remedy
 from configs.compose import CONFIGS, GROUPS, compose, options, spelled, unknown_key, unknown_option
 
@@ -63,29 +62,6 @@ def test_a_threshold_is_that_of_the_rule_and_an_override_of_it_is_not_lost() -> 
     assert build.rules(["T"], cfg)["T"].keywords == {"at": 0.3} and build.threshold(cfg) == 0.3
     assert build.threshold(stored.unpack(packed, ["threshold=0.4"])) == 0.4
     assert build.threshold(stored.unpack(packed, ["predictor=rankdice"])) == 0.5
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("epochs=0", "epochs=0 must be a whole number of at least 1"),
-        ("batch_size=abc", "batch_size=abc must be a whole number of at least 1"),
-        ("seed=-1", "seed=-1 must be a whole number of at least 0"),
-        ("trainer.validate_every=0", r"trainer\.validate_every=0 must be a whole number of at least 1"),
-        ("trainer.save_every=2.5", r"trainer\.save_every=2\.5 must be a whole number of at least 1"),
-        ("trainer.clip_norm=abc", r"trainer\.clip_norm=abc must be a number of at least 0"),
-        ("optimizer.lr=abc", r"optimizer\.lr=abc must be a number of at least 0"),
-        ("optimizer.lr=true", r"optimizer\.lr=True must be a number of at least 0"),
-        ("validation=rankdice", r"validation=rankdice must be a list: write 'validation=\[rankdice\]'"),
-    ],
-)
-def test_a_value_that_cannot_be_used_is_named_by_its_key(override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_values(compose("train", [override]))
-    with pytest.raises(ValueError, match=message):
-        stored.unpack({"choices": {}, "values": {}}, [override])
-    with pytest.raises(ValueError, match="threshold=abc must be a number of at least 0"):
-        stored.unpack({"choices": {}, "values": {}}, ["threshold=abc"])
 
 
 def test_an_unknown_rule_names_what_there_is() -> None:

@@ -126,22 +126,42 @@ def test_the_best_leaves_out_what_only_resuming_needs(tmp_path: Path) -> None:
     assert "training" not in read_checkpoint(these.best) and these.newest() is None
 
 
-def hold(folder: Path, ready: Path) -> None:
+def hold(folder: Path, ready: Path, seconds: float = 60) -> None:
     these = manage(folder)
     these.claim()
     ready.touch()
-    time.sleep(60)
+    time.sleep(seconds)
 
 
 def test_one_process_a_run(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     other = start(hold, tmp_path / "run", ready)
     assert wait_for(ready.exists, other)
-    with pytest.raises(ValueError, match=r"another process is training in .*run"):
-        manage(tmp_path / "run").claim()
+    with pytest.raises(ValueError, match=rf"another process \(pid {other.pid}\) is training in .*run: wait"):
+        manage(tmp_path / "run").claim(patience=0.1)
+    other.kill()
+    manage(tmp_path / "run").claim()  # at once, though it takes a moment to be gone
+    other.join()
+
+
+def test_a_process_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    other = start(hold, tmp_path / "run", ready, 0.5)
+    assert wait_for(ready.exists, other)
+    manage(tmp_path / "run").claim()
+    other.join()
+
+
+def test_a_lock_names_its_machine_where_that_is_another(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    other = start(hold, tmp_path / "run", ready)
+    assert wait_for(ready.exists, other)
+    for text, named in (("77 far", r" \(pid 77 on far\)"), ("", "")):
+        (tmp_path / "run" / ".lock").write_text(text)
+        with pytest.raises(ValueError, match=rf"^another process{named} is training"):
+            manage(tmp_path / "run").claim(patience=0)
     other.kill()
     other.join()
-    manage(tmp_path / "run").claim()
 
 
 def test_nothing_is_loaded_that_could_run_code(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from configs.cli import guarded
 from datasets import DatasetInfo
-from trainers.journal import Journal, read_rows
+from tests.trainers.forked import start
+from trainers.journal import Journal, read_rows, write_text
 from trainers.panels import row, sheet, tiles
 
 CLASSES = ("background", "traffic light", "car (1)")
@@ -83,6 +88,48 @@ def test_the_table_of_runs_has_settings_and_the_last_scores(events: EventAccumul
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
     assert hparams["loss"].string_value == "ce" and hparams["lr"].number_value == pytest.approx(0.1)
+
+
+def fill(folder: Path, log: Path) -> None:
+    """A limit of the file size stands for a full disk: every user may set one."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    def write() -> None:
+        journal = Journal(folder)
+        for step in range(50):
+            journal.image(step, "val/a", torch.randint(256, (3, 64, 64), dtype=torch.uint8))
+            time.sleep(0.01)
+
+    guarded(write)
+
+
+def test_a_full_disk_is_one_line_though_a_thread_writes(tmp_path: Path) -> None:
+    process = start(fill, tmp_path / "run", tmp_path / "log")
+    process.join()
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 3 and len(said.splitlines()) == 1, said
+    assert said.startswith(f"error: {tmp_path}/run/tensorboard") and "choose a folder on another disk" in said
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"{}", b"5", b'{"step": 2, "ki', b"\xff\xfe"])
+def test_rows_end_where_a_line_is_none(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "kind": "train"}\n' + line + b"\n")
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
+    Journal(tmp_path, step=1, tensorboard=False).log(2, "train")
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_what_could_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"rows\.json"):
+            write_text(tmp_path / "rows.json", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_classes_of_one_name_stay_apart(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from configs.compose import compose as composed
 from tests.trainers.forked import ROOT, SMALL, run_dir, same, state, train
 
 CELLS = ("loss=ce,focal",)
+# Ray waits 30 seconds for itself to start, which nothing changes, and a busy machine may need more; no cell has begun.
+RAY_GAVE_UP = "The current node timed out during startup"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -41,6 +43,7 @@ def test_a_launcher_whose_plugin_is_missing_says_what_to_install(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize(
     ("launcher", "module"),
     [
@@ -51,8 +54,11 @@ def test_a_launcher_whose_plugin_is_missing_says_what_to_install(tmp_path: Path)
 )
 def test_every_cell_of_a_sweep_is_trained(launcher: str, module: str, tmp_path: Path) -> None:
     pytest.importorskip(f"hydra_plugins.{module}")
-    process = sweep(tmp_path, f"launcher={launcher}", *CELLS)
-    printed, _ = process.communicate(timeout=300)
+    for _ in range(3):
+        process = sweep(tmp_path, f"launcher={launcher}", *CELLS)
+        printed, _ = process.communicate(timeout=500)
+        if RAY_GAVE_UP not in printed:
+            break
     assert process.returncode == 0, printed
     for loss in ("ce", "focal"):
         assert (tmp_path / "synthetic" / "tiny" / loss / "seed0" / "checkpoint-epoch2.pth").exists()
@@ -77,13 +83,8 @@ def test_a_job_that_is_pre_empted_is_put_back_and_goes_on(tmp_path: Path) -> Non
 
 
 def job_of(save_dir: Path) -> int:
-    """The process that trains, among those of the local queue: the one that holds the run's lock."""
-    inode = (run_dir(save_dir) / ".lock").stat().st_ino
-    for line in Path("/proc/locks").read_text().splitlines():
-        found = re.search(r"POSIX\s+ADVISORY\s+WRITE\s+(\d+)\s+\S+:(\d+)\s", line)
-        if found and int(found[2]) == inode:
-            return int(found[1])
-    raise AssertionError("nobody trains")
+    """The process that trains, among those of the local queue: it wrote itself into the run's lock."""
+    return int((run_dir(save_dir) / ".lock").read_text().split()[0])
 
 
 def test_slurm_jobs_are_requeued_before_their_time_is_up(tmp_path: Path) -> None:

@@ -153,6 +153,14 @@ def test_failures_of_the_surroundings_are_one_line(error: Exception, words: str,
     assert trainer(tmp_path, Loader()).progress.updates == 5
 
 
+def test_a_batch_of_one_value_says_what_to_enlarge(tmp_path: Path) -> None:
+    error = ValueError("Expected more than 1 value per channel when training, got input size [1, 4, 1, 1]")
+    with pytest.raises(ValueError, match=r"BatchNorm sees a single value .*: use a larger dataset\.crop"):
+        trainer(tmp_path, Loader(5, error)).fit()
+    with pytest.raises(ValueError, match="another"):
+        trainer(tmp_path, Loader(5, ValueError("another"))).fit()
+
+
 def test_a_signal_to_all_processes_of_the_job_is_an_interruption(
     whole: tuple[Any, ...], tmp_path: Path
 ) -> None:

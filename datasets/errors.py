@@ -1,0 +1,5 @@
+"""What a data set complains with; apart, so that who only catches it does without torch."""
+
+
+class DatasetError(ValueError):
+    """Something in a data set that its owner has to mend; the message names the path and the remedy."""

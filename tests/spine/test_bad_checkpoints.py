@@ -1,0 +1,125 @@
+"""Checkpoints that are damaged, or whose training went astray, are named with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs import build, stored
+from configs.checkpoint import load, read_state
+from configs.cli import guarded
+from configs.compose import compose
+from tests.trainers.forked import begin
+from trainers.checkpoint import save
+
+CHOICES = {
+    "dataset": "synthetic", "model": "tiny", "loss": "ce", "optimizer": "adamw", "schedule": "poly",
+    "predictor": "rankdice", "protocol": "corrected", "trainer": "default",
+}  # fmt: skip
+FIRST = "down.0.0.0.weight"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network, stored as train.py stores one."""
+    cfg = compose("train", ["experiment=smoke", "run_dir=x"])
+    path = tmp_path_factory.mktemp("run") / "best_model.pth"
+    state = build.model(cfg).state_dict()
+    save({"format": 1, "model": state, "config": stored.pack(cfg, CHOICES), "epoch": 1}, path)
+    return path
+
+
+def nan(checkpoint: dict[str, Any]) -> None:
+    checkpoint["model"][FIRST][0, 0] = float("nan")
+
+
+def text(checkpoint: dict[str, Any]) -> None:
+    checkpoint["model"][FIRST] = "weights"
+
+
+def listed(checkpoint: dict[str, Any]) -> None:
+    checkpoint["config"]["values"] = [1]
+
+
+def number(checkpoint: dict[str, Any]) -> None:
+    checkpoint["config"]["choices"]["model"] = 3
+
+
+def classes(checkpoint: dict[str, Any]) -> None:
+    checkpoint["config"]["values"]["model"]["num_classes"] = "many"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (nan, rf"bad\.pth holds NaN or infinity in '{FIRST}' \(1 tensors in all\); choose a checkpoint from"),
+        (text, r"bad\.pth holds no tensors by name"),
+        (listed, "the checkpoint holds no configuration of this project"),
+        (number, "model=3 is unknown; model is one of"),
+        (classes, r"bad\.pth holds a configuration that no network is built from"),
+    ],
+)
+def test_damage_is_named(
+    spoil: Callable[[dict[str, Any]], None], message: str, whole: Path, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(whole, weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize(
+    "override", ["temperature=0", "temperature=inf", "threshold=2", "threshold=nan", "=1"]
+)
+def test_overrides_of_no_sense_are_named(override: str, whole: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{override}(: give | names no key)"):
+        load(whole, [override])
+
+
+@pytest.mark.parametrize(
+    "training", [None, {}, {"optimizer": {}, "scaler": {}, "progress": {"x": 1}, "rng": []}, [1]]
+)
+def test_what_is_no_state_of_a_training_is_no_place_to_go_on_from(training: Any, tmp_path: Path) -> None:
+    torch.save({"model": {}, **({} if training is None else {"training": training})}, tmp_path / "last.pth")
+    with pytest.raises(ValueError, match=r"last\.pth holds no state of a training"):
+        read_state(tmp_path / "last.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"[1", b"- a", b"a: ${b", b"a: 1", b"\xff\xfe"])
+def test_a_damaged_config_yaml_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged: remove it, and the run goes on"):
+        stored.read_config(tmp_path / "config.yaml")
+
+
+def test_an_argument_that_a_network_does_not_take_is_named() -> None:
+    with pytest.raises(ValueError, match=r"TinyUNet: .*unexpected keyword argument 'narrow'"):
+        build.model(compose("train", ["experiment=grid_smoke", "model=tiny"]))
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored(
+    whole: Path, tmp_path: Path
+) -> None:
+    out, errors, place = tmp_path / "out.txt", tmp_path / "errors.txt", tmp_path / "taken"
+    place.touch()
+    process = begin("test.py", "-r", str(whole), "--out", str(place), log=out, errors=errors, cwd=tmp_path)
+    process.join()
+    assert (process.exitcode, out.read_text()) == (2, "")
+    assert errors.read_text() == f"error: {place}: File exists: it is a file; choose another folder\n"
+
+
+@pytest.mark.parametrize(
+    "error", [FileExistsError(17, "File exists", "a"), IsADirectoryError(21, "Is a directory", "a")]
+)
+def test_a_path_of_the_wrong_kind_is_bad_input(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as done:
+        guarded(main)
+    assert done.value.code == 2 and capsys.readouterr().err.startswith("error: a: ")

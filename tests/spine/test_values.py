@@ -1,0 +1,64 @@
+"""Values that no run can have are refused by name, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs import stored
+from configs.compose import GROUPS, compose, options
+from configs.values import check_values
+from tests.trainers.forked import train
+
+CHOICES = {group: options(group)[0] for group in GROUPS}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "epochs=0", "epochs=-1", "epochs=two", "epochs=true", "batch_size=0", "batch_size=1.5", "num_workers=-1",
+        "num_workers=1000000", "seed=99999999999999999999", "seed=-1", "seed=[1,2]", "optimizer.lr=-1",
+        "optimizer.lr=nan",
+        "optimizer.weight_decay=-1", "trainer.accumulate=0", "trainer.clip_norm=-1", "trainer.validate_every=0",
+        "trainer.save_every=0", "trainer.keep=-1", "trainer.save_minutes=-1", "trainer.panels=-1",
+        "loader_timeout=-1", "dataset.crop=0", "dataset.resize=0", "dataset.resize=[3]", "dataset.resize=[3,0]",
+        "schedule.power=-1", "validation=max", "validation=[1]", "optimizer.lr=true", "trainer.clip_norm=abc",
+        "verify=maybe", "on_error=maybe", "save_dir=",
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_named_with_what_to_give(override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"^{key}=.*: give \w"):
+        check_values(compose("train", [override]))
+    if key.startswith("dataset."):  # and so is what a checkpoint is tested with
+        with pytest.raises(ValueError, match=rf"^{key}="):
+            stored.unpack({"choices": {}, "values": {}}, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["dataset.resize=[30,40]", "dataset.resize=8", "trainer.clip_norm=1", "optimizer.lr=1"],
+)
+def test_what_can_be_is_let_through(override: str) -> None:
+    check_values(compose("train", [override]))
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_passes(name: str) -> None:
+    check_values(compose("train", [f"experiment={name}"]))
+
+
+def test_several_options_of_a_group_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^model= takes one option, not a list; model is one of: deeplab"):
+        stored.pack(compose("train"), {**CHOICES, "model": ["tiny"]})  # type: ignore[dict-item]
+
+
+def test_nothing_is_written_for_a_run_that_cannot_be(tmp_path: Path) -> None:
+    said = train(tmp_path / "saved", "epochs=0", expect=2).splitlines()
+    assert said == ["error: epochs=0: give a whole number, 1 or more"]
+    assert [path.name for path in (tmp_path / "saved").rglob("*") if path.is_file()] == ["log.txt"]
+    said = train(tmp_path / "saved", "dataset=", expect=2).splitlines()
+    assert len(said) == 1 and said[0].startswith(
+        "error: dataset= is unknown; dataset is one of: cityscapes, "
+    )
