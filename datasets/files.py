@@ -38,12 +38,21 @@ def index_table(num_classes: int, ignore_index: int = 255) -> bytes:
     return label_table({**{k: k for k in range(num_classes)}, ignore_index: ignore_index})
 
 
-def list_images(folder: Path) -> dict[str, Path]:
-    """Return the image files of a folder by stem, sorted by name."""
-    files = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-    )
-    return {p.stem: p for p in files}
+def list_images(folder: Path, below: bool = False) -> dict[str, Path]:
+    """Return the image files of a folder by stem, sorted; with `below` its sub-folders' too, as "patient1/a"."""
+    inside = {p: p.relative_to(folder) for p in (folder.rglob("*") if below else folder.iterdir())}
+    return {
+        name.with_suffix("").as_posix(): p
+        for p, name in sorted(inside.items())
+        if p.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def common_suffix(images: Iterable[str], masks: Iterable[str]) -> str:
+    """Return what every image's name lacks of its mask's, such as "_mask"; "" where there is no such thing."""
+    names, there = list(images), set(masks)
+    endings = {mask[len(names[0]) :] for mask in there if mask.startswith(names[0])} if names else set()
+    return next((s for s in sorted(endings) if all(name + s in there for name in names)), "")
 
 
 def read_split(path: Path) -> list[str]:
@@ -77,15 +86,20 @@ class PairedDataset(SegmentationDataset):
             f"{type(self).__name__}: {reason}; dataset.root or --root is a folder like\n{self.help_tree}"
         )
 
-    def match(self, images: Mapping[str, Path], masks: Mapping[str, Path], masks_at: Path) -> list[Pair]:
-        """Pair files by name; an image without a mask stays, so that reading it names the fault."""
+    def match(
+        self, images: Mapping[str, Path], masks: Mapping[str, Path], masks_at: Path, ending: str = ""
+    ) -> list[Pair]:
+        """Pair files by name; an image without a mask stays, so that reading it names the fault.
+
+        `ending` is what the names of masks have besides, and `masks` lacks.
+        """
         self.orphans += [
             f"{path} is a mask without an image: add the image, or remove the mask"
             for name, path in masks.items()
             if name not in images
         ]
         suffix = next(iter(masks.values())).suffix if masks else ".png"
-        return [Pair(n, path, masks.get(n, masks_at / f"{n}{suffix}")) for n, path in images.items()]
+        return [Pair(n, path, masks.get(n, masks_at / f"{n}{ending}{suffix}")) for n, path in images.items()]
 
     def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Return the raw image (3, H, W) uint8 and the mask (H, W) uint8 of class indices.

@@ -1,6 +1,6 @@
 """Bring your own: a folder of images, a folder of masks, and a table of classes.
 
-mine/images/a.jpg          mine/masks/a.png           one-channel PNG, a pixel is the index of its class
+mine/images/a.jpg          mine/masks/a.png           grey PNG, a pixel is the index of its class
 mine/train.txt             mine/val.txt               a name a line; or images/train/, masks/train/, ...
 mine/classes.yaml:
     classes:
@@ -11,6 +11,10 @@ mine/classes.yaml:
     mean: [0.485, 0.456, 0.406]                       default: ImageNet's
     std: [0.229, 0.224, 0.225]
     rgb_masks: false                                  true: masks are RGB pictures in the classes' colours
+    nearest: false                                    true: a pixel takes the nearer of two values
+    mask_suffix: ""                                   _mask: the mask of a.jpg is a_mask.png
+
+Both folders may have sub-folders, the same in each; split files then hold patient1/a.
 """
 
 from __future__ import annotations
@@ -24,10 +28,20 @@ import numpy as np
 
 from .base import DatasetError, DatasetInfo, spread
 from .decode import decode_image, decode_mask
-from .files import Pair, PairedDataset, label_table, list_images, preview, read_split
+from .files import (
+    IMAGE_SUFFIXES,
+    Pair,
+    PairedDataset,
+    common_suffix,
+    label_table,
+    list_images,
+    preview,
+    read_split,
+)
 from .voc2012 import voc_colour
 
-KEYS = ("classes", "scored", "ignore_index", "mean", "std", "rgb_masks")
+KEYS = ("classes", "scored", "ignore_index", "mean", "std", "rgb_masks", "nearest", "mask_suffix")
+APART = 64  # levels between two values, so that the nearer one is the one that was meant
 CLASS_KEYS = ("name", "value", "color")
 Table = Mapping[str, Any]
 
@@ -40,7 +54,7 @@ class Folder(PairedDataset):
     """
 
     help_tree = """\
-  mine/images/*.jpg, mine/masks/*.png                 pairs share a name; one-channel masks of class indices
+  mine/images/*.jpg, mine/masks/*.png                 pairs share a name; grey masks of class indices
   mine/{train,val}.txt                                a name a line; or {images,masks}/{train,val}/
   mine/classes.yaml                                   classes: [background, lesion]"""
 
@@ -63,12 +77,17 @@ class Folder(PairedDataset):
             table, source = as_table(classes), "classes"
         entries = [as_entry(item, source) for item in table["classes"]]
         self.info = make_info(home.resolve().name, table, entries, source)
-        self.table = label_table(value_map(entries, self.info.ignore_index, source))
+        values = value_map(entries, self.info.ignore_index, source)
+        nearest = bool(table.get("nearest", False))
+        self.table = label_table(to_nearest(entries, source) if nearest else values)
         for key, expected in (("num_classes", num_classes), ("ignore_index", ignore_index)):
             actual = getattr(self.info, key)
             if expected not in (None, actual):
                 raise DatasetError(f"{source} has {key} {actual}, not {expected}: set dataset.{key}={actual}")
         self.rgb_masks = bool(table.get("rgb_masks", False))
+        if self.rgb_masks and nearest:
+            raise DatasetError(f"{source}: nearest is for grey masks; leave out nearest or rgb_masks")
+        self.mask_suffix = str(table.get("mask_suffix") or "")
         super().__init__(home, split)
 
     def find_pairs(self) -> list[Pair]:
@@ -78,7 +97,14 @@ class Folder(PairedDataset):
             images, masks = images / self.split, masks / self.split
         if not (images.is_dir() and masks.is_dir()):
             raise self.missing(f"{self.root} has no folders {images} and {masks}")
-        pairs = self.match(list_images(images), list_images(masks), masks)
+        found, drawn = list_images(images, below=True), list_images(masks, below=True)
+        drawn = {name.removesuffix(self.mask_suffix): path for name, path in drawn.items()}
+        if suffix := common_suffix(found, drawn):
+            raise DatasetError(
+                f"{masks}: a mask's name is its image's with {suffix} at the end: "
+                f"add `mask_suffix: {suffix}` to classes.yaml"
+            )
+        pairs = self.match(found, drawn, masks, self.mask_suffix)
         if images.name == self.split:
             return pairs
         path = self.root / f"{self.split}.txt"
@@ -88,8 +114,9 @@ class Folder(PairedDataset):
                 f"`python scripts/prepare_data.py split {shlex.quote(str(self.root))}` writes split files"
             )
         known = {pair.name: pair for pair in pairs}
-        names = [Path(line).stem if Path(line).stem in known else line for line in read_split(path)]
-        return [known.get(n, Pair(n, images / f"{n}.jpg", masks / f"{n}.png")) for n in names]
+        names = [bare if (bare := stem(line)) in known else line for line in read_split(path)]
+        lacking = f"{self.mask_suffix}.png"
+        return [known.get(n, Pair(n, images / f"{n}.jpg", masks / f"{n}{lacking}")) for n in names]
 
     def read_mask(self, path: Path) -> np.ndarray:
         """Return the mask (H, W) uint8 as class indices.
@@ -118,7 +145,8 @@ class Folder(PairedDataset):
         if self.info.num_classes == 19 and max(unknown) <= 33:
             return "these look like Cityscapes label ids where train ids are needed: use dataset=cityscapes"
         known = [raw for raw in range(256) if self.table[raw] < self.info.num_classes]
-        return f"the table has {preview(known)}; mend the mask (a JPEG cannot hold labels) or classes.yaml"
+        blurred = "; or, as a JPEG or resizing blurs labels, add `nearest: true`" if len(known) == 2 else ""
+        return f"the table has {preview(known)}; mend the mask (a JPEG cannot hold labels) or classes.yaml{blurred}"
 
     def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
         """Return what `verify` would complain about; masks of 0 and 255 only are noticed as a whole."""
@@ -133,6 +161,12 @@ class Folder(PairedDataset):
             first = self.pairs[0].mask
             return [f"{first} and the others hold 0 and {void} (void) only: add `value: {void}` to its class"]
         return []
+
+
+def stem(line: str) -> str:
+    """Return a line of a split file without the suffix of an image."""
+    path = Path(line)
+    return (path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path).as_posix()
 
 
 def load_table(path: Path) -> Table:
@@ -226,3 +260,18 @@ def value_map(entries: list[dict[str, Any]], ignore_index: int, source: str) -> 
     if not len(entries) <= ignore_index <= 255:
         raise DatasetError(f"{source}: ignore_index={ignore_index} must lie in {len(entries)}..255")
     return {ignore_index: ignore_index, **mapping}
+
+
+def to_nearest(entries: list[dict[str, Any]], source: str) -> dict[int, int]:
+    """Return raw value -> class where each of 0..255 stands for the nearer of two values; nothing is void.
+
+    Raises DatasetError for other than two values: between 0 and 255, a blurred edge would pass through the third.
+    """
+    values = value_map(entries, 255, source)
+    known = sorted(raw for raw in values if raw != 255 or values[raw] != 255)
+    if len(known) != 2 or known[1] - known[0] < APART:
+        raise DatasetError(
+            f"{source}: nearest tells two values apart, such as 0 and 255, but the classes have {preview(known)}: "
+            "name their values, or leave out nearest"
+        )
+    return {raw: values[min(known, key=lambda k: abs(k - raw))] for raw in range(256)}
