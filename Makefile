@@ -22,7 +22,7 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	$(PY) -m pip install --progress-bar on -r requirements-dev.txt
 	@touch $@
 
-demo: $(VENV)/.runtime  ## train, test and tabulate on the built-in data, about 5 minutes
+demo: $(VENV)/.runtime  ## train, test and tabulate on the built-in data, about 2 minutes
 	$(PY) train.py experiment=demo
 	$(PY) test.py -r saved/demo/synthetic/tiny/ce/seed0/best_model.pth -p all
 	$(PY) scripts/overview.py saved/demo/synthetic/tiny/ce/seed0 --out saved/demo/overview.png

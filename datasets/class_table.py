@@ -11,7 +11,8 @@ from .base import DatasetInfo
 from .errors import DatasetError
 from .voc2012 import voc_colour
 
-KEYS = ("classes", "scored", "ignore_index", "mean", "std", "rgb_masks")
+KEYS = ("classes", "scored", "ignore_index", "mean", "std", "rgb_masks", "nearest", "mask_suffix")
+APART = 64  # levels between two values, so that the nearer one is the one that was meant
 CLASS_KEYS = ("name", "value", "color")
 Table = Mapping[str, Any]
 
@@ -135,6 +136,29 @@ def value_map(entries: list[dict[str, Any]], ignore_index: int, source: str) -> 
     if not len(entries) <= ignore_index <= 255:
         raise DatasetError(f"{source}: ignore_index={ignore_index} must lie in {len(entries)}..255")
     return {ignore_index: ignore_index, **mapping}
+
+
+def to_nearest(entries: list[dict[str, Any]], source: str) -> dict[int, int]:
+    """Return raw value -> class where each of 0..255 stands for the nearer of two values; nothing is void.
+
+    Raises DatasetError for other than two values: between 0 and 255, a blurred edge would pass through the third.
+    """
+    values = value_map(entries, 255, source)
+    known = sorted(raw for raw in values if raw != 255 or values[raw] != 255)
+    if len(known) != 2 or known[1] - known[0] < APART:
+        raise DatasetError(
+            f"{source}: nearest tells two values apart, such as 0 and 255, but the classes have "
+            f"{', '.join(map(str, known[:6]))}: name their values, or leave out nearest"
+        )
+    return {raw: values[min(known, key=lambda k: abs(k - raw))] for raw in range(256)}
+
+
+def ending(table: Table, source: str) -> str:
+    """Return what the names of masks have at their end besides the image's, such as "_mask"."""
+    value = table.get("mask_suffix", "")
+    if not isinstance(value, str):
+        raise DatasetError(f"{source}: mask_suffix is {value!r}: give a text, such as _mask")
+    return value
 
 
 def yes_or_no(table: Table, key: str, source: str) -> bool:

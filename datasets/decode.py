@@ -92,7 +92,7 @@ def decode_image(path: Path, mask_size: tuple[int, int] | None = None) -> np.nda
 def decode_mask(path: Path) -> np.ndarray:
     """Return a mask's indices (H, W) uint8: palette indices, never palette colours.
 
-    Raises DatasetError for colour masks and for indices beyond 255.
+    Grey saved as RGB is grey. Raises DatasetError for colours and for indices beyond 255.
     """
     image = load(open_image(path), path)
     if image.mode in ("L", "P"):
@@ -101,10 +101,26 @@ def decode_mask(path: Path) -> np.ndarray:
         return np.array(image, dtype=np.uint8)
     if is_deep(image.mode) and image.mode != "F":
         return narrow(np.array(image), path)
+    grey = as_grey(image)
+    if grey is not None:
+        return grey
     raise DatasetError(
         f"{path} is a colour mask (mode {image.mode}) where class indices are needed: "
-        "save it as a one-channel PNG of indices, or say rgb_masks: true in a folder's classes.yaml"
+        "save it as a grey PNG of indices, or say rgb_masks: true in a folder's classes.yaml"
     )
+
+
+def as_grey(image: Image.Image) -> np.ndarray | None:
+    """Return the one channel (H, W) uint8 that an opaque picture with equal channels repeats, or None."""
+    if image.mode not in ("RGB", "RGBA", "LA"):
+        return None
+    *colours, last = image.split()
+    if image.mode == "RGB":
+        colours.append(last)
+    elif last.getextrema() != (255, 255):  # what lies under transparency was meant otherwise
+        return None
+    first, *others = map(np.array, colours)
+    return first if all(np.array_equal(first, other) for other in others) else None
 
 
 def narrow(mask: np.ndarray, path: Path) -> np.ndarray:

@@ -64,15 +64,20 @@ class PairedDataset(SegmentationDataset):
             f"{type(self).__name__}: {reason}; dataset.root or --root is a folder like\n{self.help_tree}"
         )
 
-    def match(self, images: Mapping[str, Path], masks: Mapping[str, Path], masks_at: Path) -> list[Pair]:
-        """Pair files by name; an image without a mask stays, so that reading it names the fault."""
+    def match(
+        self, images: Mapping[str, Path], masks: Mapping[str, Path], masks_at: Path, ending: str = ""
+    ) -> list[Pair]:
+        """Pair files by name; an image without a mask stays, so that reading it names the fault.
+
+        `ending` is what the names of masks have besides, and `masks` lacks.
+        """
         self.orphans += [
             f"{path} is a mask without an image: add the image, or remove the mask"
             for name, path in masks.items()
             if name not in images
         ]
         suffix = next(iter(masks.values())).suffix if masks else ".png"
-        return [Pair(n, path, masks.get(n, masks_at / f"{n}{suffix}")) for n, path in images.items()]
+        return [Pair(n, path, masks.get(n, masks_at / f"{n}{ending}{suffix}")) for n, path in images.items()]
 
     def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Return the raw image (3, H, W) uint8 and the mask (H, W) uint8 of class indices.

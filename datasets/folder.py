@@ -1,6 +1,6 @@
 """Bring your own: a folder of images, a folder of masks, and a table of classes.
 
-mine/images/a.jpg          mine/masks/a.png           one-channel PNG, a pixel is the index of its class
+mine/images/a.jpg          mine/masks/a.png           grey PNG, a pixel is the index of its class
 mine/train.txt             mine/val.txt               a name a line; or images/train/, masks/train/, ...
 mine/classes.yaml:
     classes:
@@ -11,6 +11,10 @@ mine/classes.yaml:
     mean: [0.485, 0.456, 0.406]                       default: ImageNet's
     std: [0.229, 0.224, 0.225]
     rgb_masks: false                                  true: masks are RGB pictures in the classes' colours
+    nearest: false                                    true: a pixel takes the nearer of two values
+    mask_suffix: ""                                   _mask: the mask of a.jpg is a_mask.png
+
+Both folders may have sub-folders, the same in each; split files then hold patient1/a.
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ import numpy as np
 
 from . import layouts
 from .base import DatasetError
-from .class_table import Table, make_info, read_classes, value_map, yes_or_no
+from .class_table import Table, ending, make_info, read_classes, to_nearest, value_map, yes_or_no
 from .decode import decode_image, decode_mask
 from .files import Pair, PairedDataset, label_table, preview, readable
-from .listing import list_images, read_split
+from .listing import common_suffix, list_images, read_split
 
 
 class Folder(PairedDataset):
@@ -56,7 +60,9 @@ class Folder(PairedDataset):
             classes = path
         table, entries, source = read_classes(classes)
         self.info = make_info(home.resolve().name, table, entries, source)
-        self.table = label_table(value_map(entries, self.info.ignore_index, source))
+        values = value_map(entries, self.info.ignore_index, source)
+        nearest = yes_or_no(table, "nearest", source)
+        self.table = label_table(to_nearest(entries, source) if nearest else values)
         for key, expected in (("num_classes", num_classes), ("ignore_index", ignore_index)):
             actual = getattr(self.info, key)
             if expected not in (None, actual):
@@ -64,6 +70,9 @@ class Folder(PairedDataset):
         self.rgb_masks = yes_or_no(table, "rgb_masks", source)
         if self.rgb_masks and len(set(self.info.palette)) < self.info.num_classes:
             raise DatasetError(f"{source}: two classes have one colour, by which rgb_masks tells them apart")
+        if self.rgb_masks and nearest:
+            raise DatasetError(f"{source}: nearest is for grey masks; leave out nearest or rgb_masks")
+        self.mask_suffix = ending(table, source)
         super().__init__(home, split)
 
     def find_pairs(self) -> list[Pair]:
@@ -73,7 +82,14 @@ class Folder(PairedDataset):
             images, masks = images / self.split, masks / self.split
         if not (images.is_dir() and masks.is_dir()):
             raise self.missing(f"{self.root} has no folders {images} and {masks}")
-        pairs = self.match(list_images(images), list_images(masks), masks)
+        found, drawn = list_images(images, below=True), list_images(masks, below=True)
+        drawn = {name.removesuffix(self.mask_suffix): path for name, path in drawn.items()}
+        if suffix := common_suffix(found, drawn):
+            raise DatasetError(
+                f"{masks}: a mask's name is its image's with {suffix} at the end: "
+                f"add `mask_suffix: {suffix}` to classes.yaml"
+            )
+        pairs = self.match(found, drawn, masks, self.mask_suffix)
         if images.name == self.split:
             return pairs
         path = self.root / f"{self.split}.txt"
@@ -85,11 +101,11 @@ class Folder(PairedDataset):
         known = {pair.name: pair for pair in pairs}
 
         def name(line: str) -> str:  # as it is, if there is such an image: the end of case.1 is no suffix
-            stem = Path(line).stem
-            return stem if line not in known and stem in known else line
+            bare = line.removesuffix(Path(line).suffix)
+            return bare if line not in known and bare in known else line
 
-        names = map(name, read_split(path))
-        return [known.get(n, Pair(n, images / f"{n}.jpg", masks / f"{n}.png")) for n in names]
+        names, mask = map(name, read_split(path)), f"{self.mask_suffix}.png"
+        return [known.get(n, Pair(n, images / f"{n}.jpg", masks / f"{n}{mask}")) for n in names]
 
     def read_mask(self, path: Path) -> np.ndarray:
         """Return the mask (H, W) uint8 as class indices.
@@ -120,7 +136,8 @@ class Folder(PairedDataset):
         if unknown == [255]:
             return "in classes.yaml, add `value: 255` to the class that it stands for, or `ignore_index: 255` for void"
         known = [raw for raw in range(256) if self.table[raw] < self.info.num_classes]
-        return f"the table has {preview(known)}; mend the mask (a JPEG cannot hold labels) or classes.yaml"
+        blurred = "; or, as a JPEG or resizing blurs labels, add `nearest: true`" if len(known) == 2 else ""
+        return f"the table has {preview(known)}; mend the mask (a JPEG cannot hold labels) or classes.yaml{blurred}"
 
     def faults_as_a_whole(self) -> list[str]:
         """Return that masks hold 0 and void only, where they do: void then stands for a class."""

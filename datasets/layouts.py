@@ -22,6 +22,6 @@ CITYSCAPES = """\
   free for research after registration."""
 
 FOLDER = """\
-  mine/images/*.jpg, mine/masks/*.png                 pairs share a name; one-channel masks of class indices
+  mine/images/*.jpg, mine/masks/*.png                 pairs share a name; grey masks of class indices
   mine/{train,val}.txt                                a name a line; or {images,masks}/{train,val}/
   mine/classes.yaml                                   classes: [background, lesion]"""

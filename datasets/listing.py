@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import DatasetError
@@ -10,16 +11,27 @@ from .errors import DatasetError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files of a folder, sorted by name."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and not _is_folder(entry)]
-    return sorted(folder / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+def image_files(folder: Path, below: bool = False) -> list[Path]:
+    """Return the image files of a folder, sorted; with `below` those of its sub-folders too."""
+    found = []
+    for home, folders, files in os.walk(folder, onerror=_raise):
+        visible = [name for name in files if not name.startswith(".")]
+        found += [Path(home, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        folders[:] = [name for name in folders if below and not name.startswith(".")]
+    return sorted(found)
 
 
-def list_images(folder: Path) -> dict[str, Path]:
-    """Return the image files of a folder by stem, sorted by name."""
-    return {path.stem: path for path in image_files(folder)}
+def list_images(folder: Path, below: bool = False) -> dict[str, Path]:
+    """Return the image files of a folder by stem, sorted; with `below` its sub-folders' too, as "patient1/a"."""
+    found = image_files(folder, below)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+
+
+def common_suffix(images: Iterable[str], masks: Iterable[str]) -> str:
+    """Return what every image's name lacks of its mask's, such as "_mask"; "" where there is no such thing."""
+    names, there = list(images), set(masks)
+    endings = {mask[len(names[0]) :] for mask in there if mask.startswith(names[0])} if names else set()
+    return next((s for s in sorted(endings) if all(name + s in there for name in names)), "")
 
 
 def read_split(path: Path) -> list[str]:
@@ -31,8 +43,5 @@ def read_split(path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # links in a circle: reading it names them
-        return False
+def _raise(error: OSError) -> None:
+    raise error

@@ -39,10 +39,10 @@ def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: s
 def one_label_a_pixel(probs: Tensor, score: str, smooth: float, pruning: bool) -> RankResult:
     """Give each pixel of `probs` (N, C, *S) at most one class; `score` is "dice" or "iou".
 
-    The search begins with the argmax and never falls below it in F. Equal gains go to the first class. A pixel
-    belongs to no class where every class would lose by it, and in images without a likely class; with `pruning`
-    likely are the classes with a probability above 1/2, otherwise all. `cutpoint` is the largest probability
-    among the pixels of other labels.
+    The search begins with the argmax (none for pixels that are 0 in every class) and never falls below it in F.
+    Equal gains go to the first class. A pixel belongs to no class where every class would lose by it, and in images
+    without a likely class; with `pruning` likely are the classes with a probability above 1/2, otherwise all.
+    `cutpoint` is the largest probability among the pixels of other labels.
     """
     shape = probs.shape[:2]
     masks = torch.zeros_like(probs, dtype=torch.bool, memory_format=torch.contiguous_format)
@@ -52,7 +52,7 @@ def one_label_a_pixel(probs: Tensor, score: str, smooth: float, pruning: bool) -
     present = flat.amax(2) > (0.5 if pruning else 0.0)
     mean = flat.sum(2, dtype=torch.float32).double()
     ones = torch.ones_like(mean)
-    mass, volume = _assign(flat, ones, 0 * ones, -torch.inf, present, found)
+    mass, volume = _assign(flat, ones, 0 * ones, 0.0, present, found)
     value, denominator = _class_scores(mass, volume, mean, score, smooth)
     objective = (value * present).sum(1)
     proposal = torch.empty_like(found)

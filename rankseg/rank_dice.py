@@ -34,7 +34,9 @@ def rank_dice(
     Dice = (2 |A∩B| + smooth) / (|A| + |B| + smooth), 0/0 = 0 (Dai & Li, JMLR 24(224), 2023, section 3).
 
     Args:
-        probs: (N, C, *S) in [0, 1], any floating dtype; calibrated probabilities give the best masks.
+        probs: (N, C, *S) in [0, 1], any floating dtype; calibrated probabilities give the best masks. Keep the
+            axis of a single class: (N, H, W) would be read as H classes of W pixels each. Pixels of probability 0
+            change nothing: set void and padding to 0.
         app: 0 exact; 1 the published T-RNA, 2 the published blind approximation (BA).
         smooth: the constant γ of the score, at least 0.
         allow_overlap: classes are decided one by one; False gives each pixel one label at most

@@ -24,6 +24,11 @@ def check_probs(probs: Tensor) -> Tensor:
         ValueError: fewer than 3 dimensions, no class, an empty spatial axis, NaN, infinity, or values
             outside [0, 1].
     """
+    if isinstance(probs, (list, tuple)):
+        raise TypeError(
+            f"probs must be one torch.Tensor, got a {type(probs).__name__}; call once for each map[None], "
+            "or pad maps of unlike sizes with zeros (they change nothing) and stack them"
+        )
     if not isinstance(probs, Tensor):
         raise TypeError(
             f"probs must be a torch.Tensor, got {type(probs).__name__}; convert it with torch.as_tensor"
@@ -34,7 +39,7 @@ def check_probs(probs: Tensor) -> Tensor:
         )
     if probs.ndim < 3:
         raise ValueError(
-            f"probs must be (N, C, *S), got shape {tuple(probs.shape)}; add the axes that are missing"
+            f"probs must be (N, C, *S), got shape {tuple(probs.shape)}; a single map (H, W) is probs[None, None]"
         )
     if probs.shape[1] == 0:
         raise ValueError(f"probs has no class (shape {tuple(probs.shape)}); axis 1 must hold at least one")

@@ -1,4 +1,4 @@
-"""Draw a run's test images: image | truth | probability | T | max | rankdice, each mask with its Dice.
+"""Draw a run's test images: image | truth | probability | threshold | argmax | RankDice, each mask with its Dice.
 
     python scripts/overview.py saved/synthetic/tiny/ce/seed0 --out overview.png
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
@@ -25,10 +27,32 @@ from configs.values import check_uncalibrated
 from trainers.distributed import world
 from trainers.evaluator import evaluate
 from trainers.metrics import mean_over_classes
-from trainers.panels import panels, row
+from trainers.panels import panels, tiles, titled
 
-RULES = ("T", "max", "rankdice")
+RULES = {"T": "threshold 0.5", "max": "argmax", "rankdice": "RankDice"}
+HEADINGS = ("image", "truth", "probability: 0 black, 1 white", *RULES.values())
 QUANTILES = (0.95, 0.75, 0.5, 0.25, 0.05)
+FONT = 15  # legible where a web page shrinks the picture by a third
+
+
+def captions(quantile: float, dice: Mapping[str, float]) -> list[str]:
+    """What stands above the tiles of an image: which one it is, and the Dice of each rule in percent."""
+    place = "median gain" if quantile == 0.5 else f"{quantile:.0%} quantile of the gain"
+    scores = {rule: f"Dice {dice[rule]:.1f}" for rule in RULES}
+    scores["rankdice"] += f" ({dice['rankdice'] - dice['T']:+.1f})"
+    return [place, "", "", *scores.values()]
+
+
+def strip(drawn: Sequence[Tensor], above: Sequence[str], headings: Sequence[str] = ()) -> Tensor:
+    """Tiles (3, H, W) uint8 beside each other, a line above each; in the first row its heading above that."""
+    made = [titled(tile, text, FONT) for tile, text in zip(drawn, above, strict=True)]
+    if headings:
+        made = [titled(tile[:, :-2, 1:-1], text, FONT) for tile, text in zip(made, headings, strict=True)]
+    return torch.cat(made, dim=2)
+
+
+def _stacked(*shown: Any) -> Tensor:
+    return torch.stack(list(tiles(*shown).values()))
 
 
 def main() -> None:
@@ -62,14 +86,13 @@ def main() -> None:
         order = [i for i in gain.argsort().tolist() if gain[i] == gain[i]]
         if not order:
             raise ValueError(f"split={cfg.split}: no image has a class that is scored; choose another split")
-        draw = partial(row, scale=args.scale)
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
-        rows = [
-            picture
-            for _, picture in panels(
-                network, data, loader.transform, rules, criterion.link, where, picked, draw
-            )
-        ]
+        drawn = panels(network, data, loader.transform, rules, criterion.link, where, picked, _stacked)
+        rows: list[Tensor] = []
+        for quantile, index, (_, stack) in zip(QUANTILES, picked, drawn, strict=True):
+            enlarged = stack.repeat_interleave(args.scale, 2).repeat_interleave(args.scale, 3)
+            above = captions(quantile, {name: 100 * float(dice[name][index]) for name in RULES})
+            rows.append(strip(list(enlarged), above, () if rows else HEADINGS))
     width = max(strip.shape[2] for strip in rows)
     rows = [torch.nn.functional.pad(strip, (0, width - strip.shape[2]), value=255) for strip in rows]
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs.cli import guarded
-from datasets.listing import list_images
+from datasets.listing import common_suffix, list_images
 from scripts.parallel import default_workers
 from scripts.prepare.catalog import CATALOG, Archive, Entry
 from scripts.prepare.fetching import download, unpack
@@ -241,9 +241,17 @@ def _split(args: argparse.Namespace) -> int:
     """Write split files."""
     folder = args.root / "images"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist: give the folder that holds images/ and masks/")
+        raise FileNotFoundError(
+            f"{folder} does not exist: give the folder that holds images/ and masks/; where both lie in one, "
+            "move them: mkdir images masks; mv *_mask.* masks; mv *.png images"
+        )
     shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
-    images = list_images(folder)
+    done = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
+    if done:
+        raise ValueError(f"{folder} is split by folders already ({', '.join(done)}): nothing to do")
+    images = list_images(folder, below=True)
+    if not images:
+        raise ValueError(f"no image lies in {folder}: put jpg, png, bmp, tif or webp files there")
     split = make_split(list(images), shares, args.seed, args.group)
     paths = write_split(args.root, split, args.force)
     sizes = {path.stem: len(split[path.stem]) for path in paths}
@@ -251,8 +259,9 @@ def _split(args: argparse.Namespace) -> int:
         _print_json({"root": str(args.root), "seed": args.seed, "splits": sizes})
     else:
         print("\n".join(f"{path}: {sizes[path.stem]} images" for path in paths))
-    masks = list_images(args.root / "masks") if (args.root / "masks").is_dir() else {}
-    bare = [str(path) for name, path in images.items() if name not in masks]
+    masks = list_images(args.root / "masks", below=True) if (args.root / "masks").is_dir() else {}
+    suffix = common_suffix(images, masks)
+    bare = [str(path) for name, path in images.items() if name + suffix not in masks]
     if bare:
         print(
             f"note: images without a mask: {len(bare)}, such as {bare[0]}; `check` lists them",

@@ -105,7 +105,7 @@ def comparison(results: Mapping[str, EvalResult]) -> str:
         ("pooled IoU", "pooled_mean_iou"),
     ]
     best = {key: max(result.scores[key] for result in results.values()) for _, key in columns}
-    header = ["predictor", *(label for label, _ in columns), "seconds"]
+    header = ["predictor", *(label for label, _ in columns), "rule's seconds"]
     rows = [
         [
             name,

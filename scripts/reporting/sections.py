@@ -68,7 +68,7 @@ def lead(table: Mapping[str, Any], differences: Mapping[str, Any], about: str) -
     """What to know first: the scores and the gain."""
     cards = [
         page.card(
-            f"{rule}, mDice",
+            f"{rule}, mDice in %",
             f"{100 * one['mean_dice']:.2f}",
             _range(one["dice_interval"]),
             charts.colour(rule),
@@ -78,7 +78,9 @@ def lead(table: Mapping[str, Any], differences: Mapping[str, Any], about: str) -
     for rule, one in differences.items():
         low, high = one["interval"]
         side = "soft" if low <= 0 <= high else "gain" if one["mean"] > 0 else "loss"
-        cards.append(page.card(f"rankdice − {rule}", _points(one["mean"]), _range(one["interval"]), side))
+        cards.append(
+            page.card(f"rankdice − {rule}, points", _points(one["mean"]), _range(one["interval"]), side)
+        )
     return f'<p>{about}</p>\n<div class="cards">{"".join(cards)}</div>'
 
 

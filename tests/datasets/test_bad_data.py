@@ -11,6 +11,7 @@ from PIL import Image
 from datasets import VOC2012, Cityscapes, DatasetError, Folder, KvasirSEG, Synthetic
 from datasets.base import DatasetInfo, spread
 from datasets.decode import decode_image, decode_mask
+from datasets.listing import common_suffix
 from tests.trees import bomb, labels, make_cityscapes, make_folder, make_kvasir, make_voc, picture
 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
@@ -109,8 +110,16 @@ def test_labels_outside_the_table(folder):
 def test_masks_of_colours_where_indices_are_needed(tmp_path, mode):
     path = tmp_path / "mask.tif"
     Image.fromarray(labels(0, (40, 32), 1)).convert(mode).save(path)
-    with pytest.raises(DatasetError, match=rf"mask.tif is a colour mask \(mode {mode}\).*one-channel PNG"):
+    if mode != "F":  # equal, opaque channels would be grey
+        picture(0, (40, 32)).convert(mode).point(lambda value: value // 2).save(path)
+    with pytest.raises(DatasetError, match=rf"mask.tif is a colour mask \(mode {mode}\).*grey PNG"):
         decode_mask(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_grey_saved_as_colour_is_grey(tmp_path, mode):
+    Image.fromarray(labels(0, (40, 32), 255)).convert(mode).save(tmp_path / "mask.png")
+    assert np.array_equal(decode_mask(tmp_path / "mask.png"), labels(0, (40, 32), 255))
 
 
 def test_a_palette_mask_gives_indices_not_colours(tmp_path):
@@ -204,9 +213,49 @@ def test_a_binary_mask_of_0_and_255_is_not_taken_for_void(tmp_path):
         data.verify(progress=False)
 
 
+def test_blurred_masks_of_two_values(tmp_path):
+    table = "classes: [background, {name: lesion, value: 255}]\n"
+    root = make_folder(tmp_path, classes=table)
+    for path in sorted((root / "masks").glob("*.png")):
+        index = int(path.stem[4:])
+        mask = Image.fromarray(labels(index, (40, 32), 255)).convert("RGB")
+        path.unlink()
+        mask.save(path.with_suffix(".jpg"), quality=75)
+    assert "add `nearest: true`" in complaint(Folder(root, "train"))
+    (root / "classes.yaml").write_text(table + "nearest: true\n")
+    for split in ("train", "val"):
+        data = Folder(root, split)
+        data.verify(progress=False)
+        for index, name in enumerate(data.names):
+            assert np.array_equal(data.read(index)[1], labels(int(name[4:]), (40, 32), 1))
+
+
+def test_masks_that_are_named_after_their_images(tmp_path):
+    root = make_folder(tmp_path)
+    for path in (root / "masks").iterdir():
+        path.rename(path.with_name(f"{path.stem}_seg.png"))
+    with pytest.raises(DatasetError, match=r"add `mask_suffix: _seg` to classes\.yaml"):
+        Folder(root, "train")
+    with (root / "classes.yaml").open("a") as file:
+        file.write("mask_suffix: _seg\n")
+    data = Folder(root, "train")
+    data.verify(progress=False)
+    data.pairs[0].mask.unlink()
+    assert "case0_seg.png is missing" in Folder(root, "train").check(0)[0]
+
+
+def test_the_suffix_of_names_that_begin_alike():
+    assert common_suffix(["img_1", "img_10"], ["img_10_mask", "img_1_mask"]) == "_mask"
+    assert common_suffix(["a", "b"], ["a", "b"]) == common_suffix(["a", "b"], ["a_x"]) == ""
+    assert common_suffix([], ["a"]) == ""
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
+        ("classes: [a, b]\nnearest: true", "nearest tells two values apart.*have 0, 1"),
+        ("classes: [a, {name: b, value: 128}, {name: c, value: 255}]\nnearest: true", "have 0, 128, 255"),
+        ("classes: [a, {name: b, value: 255}]\nnearest: true\nrgb_masks: true", "nearest is for grey masks"),
         ("classes: [a, b", "is not YAML"),
         ("klasses: [a]", "unknown key 'klasses'"),
         ("classes: lesion", "must be a list of names"),

@@ -144,6 +144,24 @@ def test_a_folders_split_may_name_files_with_dots_and_with_suffixes(tmp_path):
     assert [pair.image.stem for pair in Folder(root, "train").pairs] == ["case.1", "case2"]
 
 
+def test_folder_with_a_sub_folder_for_each_patient(tmp_path):
+    root = make_folder(tmp_path)
+    for kind in ("images", "masks"):
+        for patient in (1, 2):  # the same names in both
+            home = root / kind / f"patient{patient}"
+            home.mkdir()
+            for number in range(3):
+                (path,) = (root / kind).glob(f"case{3 * patient - 3 + number}.*")
+                path.rename(home / f"img{number}{path.suffix}")
+    (root / "train.txt").write_text("patient1/img0\npatient1/img1.jpg\npatient1/img2\n")
+    (root / "val.txt").write_text("patient2/img0\npatient2/img9\n")
+    data = Folder(root, "train")
+    data.verify(progress=False)
+    assert data.names == ["patient1/img0", "patient1/img1", "patient1/img2"]
+    assert data.pairs[1].mask == root / "masks" / "patient1" / "img1.png"
+    assert "patient2/img9.png is missing" in Folder(root, "val").check(1)[0]
+
+
 def test_folder_table(tmp_path):
     table = """
         classes:

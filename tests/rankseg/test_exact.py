@@ -185,6 +185,23 @@ def test_batch_equals_single(score: str, shape: tuple[int, ...]) -> None:
     assert torch.equal(together.tau, together.predict.flatten(2).sum(2))
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("score", ["dice", "iou"])
+def test_zeros_change_nothing(score: str, overlap: bool) -> None:
+    """Padding and void set to 0, as the FAQ says: the masks of the images one by one, and nothing beyond."""
+    generator = torch.Generator().manual_seed(4)
+    maps = [torch.softmax(2 * torch.randn(3, *size, generator=generator), 0) for size in ((20, 31), (27, 16))]
+    together = torch.stack(
+        [torch.nn.functional.pad(m, (0, 31 - m.shape[2], 0, 27 - m.shape[1])) for m in maps]
+    )
+    found = RULES[score](together, allow_overlap=overlap)
+    for one, mask, tau in zip(maps, found.predict, found.tau, strict=True):
+        alone = RULES[score](one[None], allow_overlap=overlap)
+        assert alone.tau.sum() > 0
+        assert torch.equal(alone.predict[0], mask[:, : one.shape[1], : one.shape[2]])
+        assert torch.equal(alone.tau[0], tau) and torch.equal(tau, mask.flatten(1).sum(1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtype_changes_nothing_but_the_input(dtype: torch.dtype) -> None:
     """The solver rounds nothing: a map of any dtype gives the result of the same numbers in float64."""

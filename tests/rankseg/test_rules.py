@@ -61,7 +61,9 @@ class TestEveryRule:
     @pytest.mark.parametrize(
         ("bad", "error", "words"),
         [
-            ([[0.5]], TypeError, "probs must be a torch.Tensor"),
+            (0.5, TypeError, "probs must be a torch.Tensor"),
+            ([torch.rand(1, 4, 4), torch.rand(1, 5, 4)], TypeError, "got a list; call once for each"),
+            (torch.rand(4, 4), ValueError, r"a single map \(H, W\) is probs\[None, None\]"),
             (torch.zeros(1, 2, 4, 4, dtype=torch.int64), TypeError, "int64"),
             (torch.zeros(4, 4), ValueError, r"\(N, C, \*S\)"),
             (torch.zeros(1, 0, 4), ValueError, "no class"),

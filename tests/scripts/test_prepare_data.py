@@ -294,6 +294,33 @@ def test_impossible_splits_are_refused(
         make_split(stems, shares, group=group)
 
 
+def test_split_takes_sub_folders_for_groups(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("images", "masks"):
+        for path in sorted((mine / text).iterdir()):
+            home = mine / text / f"p{int(path.stem[-1]) % 3}"
+            home.mkdir(exist_ok=True)
+            path.rename(home / path.name)
+    for path in mine.glob("*.txt"):
+        path.unlink()
+    assert main(["split", str(mine), "--val", "0.3", "--group", "^[^/]+"]) == 0
+    assert "note" not in capsys.readouterr().err
+    held = {line.partition("/")[0] for line in (mine / "val.txt").read_text().split()}
+    kept = {line.partition("/")[0] for line in (mine / "train.txt").read_text().split()}
+    assert held | kept == {"p0", "p1", "p2"} and not held & kept
+    assert main(["check", "folder", "--root", str(mine)]) == 0
+
+
+def test_split_says_where_images_are_not(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"where both lie in one, move them: mkdir images masks"):
+        main(["split", str(tmp_path)])
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="no image lies in"):
+        main(["split", str(tmp_path)])
+    (tmp_path / "images" / "train").mkdir()
+    with pytest.raises(ValueError, match=r"split by folders already \(train\)"):
+        main(["split", str(tmp_path)])
+
+
 def test_split_files_are_not_replaced_unasked(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (mine / "val.txt").read_text()
     with pytest.raises(ValueError, match="--force"):

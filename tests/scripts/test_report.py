@@ -146,6 +146,14 @@ def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
     assert list((page.parent / "images").glob("*.png"))
 
 
+def test_a_reader_is_told_what_the_rules_are_and_in_what_unit(page: Path) -> None:
+    lead = page.read_text(encoding="utf-8").split("<nav>")[0]
+    for words in ("T keeps", "max takes", "rankdice the mask", "max, mDice in %", "rankdice − T, points"):
+        assert words in lead
+    style = page.read_text(encoding="utf-8").split("</style>")[0]
+    assert "nav { display: flex; flex-wrap: wrap" in style  # there is no space between links
+
+
 def test_the_numbers_are_those_of_evaluate(page: Path, run: Path) -> None:
     from configs.checkpoint import load
 
