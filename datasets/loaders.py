@@ -59,6 +59,7 @@ class Loader:
         self.rank, self.world_size, self.on_error, self.timeout = rank, world_size, on_error, timeout
         self.num_workers = num_workers
         self.skipped: dict[str, str] = {}  # name -> why it was left out
+        self._started = False  # whether there are loader processes
         self._plan = Plan()
         self._loader: DataLoader = DataLoader(
             Reader(dataset, transform, seed, substitute and on_error == "skip"),
@@ -80,8 +81,13 @@ class Loader:
         """
         self._plan.batches = plan
         try:
-            DEATHS.check()
-            iterator = iter(self._loader)
+            if self._started:  # the processes of the epoch before are asked, and waited for
+                with DEATHS.told():
+                    iterator = iter(self._loader)
+            else:
+                DEATHS.check()
+                iterator = iter(self._loader)
+            self._started = self.num_workers > 0
             if self.num_workers:
                 DEATHS.watch()
             while True:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import signal
+import threading
 import time
 
 import numpy as np
@@ -242,6 +244,22 @@ def test_a_death_is_told_with_the_next_batch_and_not_before():
     with pytest.raises(ChildProcessError, match=r"a loader process died.*is killed by signal"):
         next(batches)
     assert len(list(train_loader(numbered(8), batch_size=4, num_workers=1).epoch(0))) == 2
+
+
+def test_a_death_is_told_while_the_next_epoch_begins():
+    """Before the first batch of a later epoch every process has to answer; here one dies while it is waited for."""
+    others = multiprocessing.active_children()
+    loader = train_loader(numbered(8), batch_size=4, num_workers=1, timeout=60)
+    list(loader.epoch(0))
+    (worker,) = (process for process in multiprocessing.active_children() if process not in others)
+    os.kill(worker.pid, signal.SIGSTOP)
+    killer = threading.Timer(1, worker.kill)
+    killer.start()
+    begin = time.monotonic()
+    with pytest.raises(ChildProcessError, match=r"a loader process died.*DataLoader worker"):
+        next(loader.epoch(1))
+    assert time.monotonic() - begin < 30  # and not when the timeout is over
+    killer.join()
 
 
 def test_images_of_unlike_sizes_cannot_be_trained_on_without_a_crop():

@@ -85,6 +85,7 @@ ELSEWHERE = {
     r"make (test|test-all|format)": "continuous integration and every commit",
     r"source .*": "tests run inside the environment",
     r"pip install .*|python3 -m venv .*": "tests install nothing",
+    r"python scripts/prepare_data.py fetch kvasir_seg": "no network; tests/scripts/test_fetching.py has a server",
     r"python -m pytest .*|.*tests/spine/test_losses_fall.py .*": "these are tests",
     r"python train.py .*launcher=slurm.*": "needs SLURM; tests/trainers/test_launchers.py reads what sbatch would get",
     r".*(GROUP=OPTION|=NAME).*": "a form, not a command",
