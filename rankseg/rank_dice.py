@@ -12,7 +12,7 @@ from rankseg import approximations
 from rankseg.masks import RankResult, as_result, rows_of
 from rankseg.nonoverlap import one_label_a_pixel
 from rankseg.solver import solve
-from rankseg.validation import check_choice, check_probs, check_smooth
+from rankseg.validation import check_choice, check_probs, check_smooth, moved
 
 
 @torch.no_grad()
@@ -70,8 +70,7 @@ def rank_dice(
         raise ValueError(
             f"allow_overlap=False is solved for app=0 only, got app={app}; leave out one of the two"
         )
-    if device is not None:
-        probs = probs.to(device)
+    probs = moved(probs, device)
     if not allow_overlap or probs.numel() == 0:
         result = one_label_a_pixel(probs, "dice", smooth, pruning)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rankseg.masks import RankResult, as_result, rows_of
 from rankseg.nonoverlap import one_label_a_pixel
 from rankseg.solver import solve
-from rankseg.validation import check_probs, check_smooth
+from rankseg.validation import check_probs, check_smooth, moved
 
 
 @torch.no_grad()
@@ -31,8 +31,7 @@ def rank_iou(
     """
     probs = check_probs(probs)
     smooth = check_smooth(smooth)
-    if device is not None:
-        probs = probs.to(device)
+    probs = moved(probs, device)
     if not allow_overlap or probs.numel() == 0:
         return one_label_a_pixel(probs, "iou", smooth, pruning)
     flat = rows_of(probs)

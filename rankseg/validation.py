@@ -87,6 +87,25 @@ def check_masks(masks: Tensor, probs: Tensor) -> Tensor:
     return masks.to(probs.device)
 
 
+def moved(probs: Tensor, device: torch.device | str | None) -> Tensor:
+    """`probs` where it is wanted; None leaves it where it is.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device is None:
+        return probs
+    try:
+        return probs.to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={str(device)!r} cannot be used ({reason}); leave device out to compute where probs are"
+        ) from None
+
+
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed` (True is not taken for 1)."""
     if not any(value == option and type(value) is type(option) for option in allowed):

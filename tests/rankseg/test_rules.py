@@ -103,6 +103,13 @@ def test_options_refused(options: dict, error: type[Exception], words: str, prob
         rankseg.rank_dice(probs, **options)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99", "nowhere"])
+@pytest.mark.parametrize("rule", [rankseg.rank_dice, rankseg.rank_iou])
+def test_a_device_that_is_not_there_is_refused(rule, device: str, probs: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=rf"device='{device}' cannot be used .*; leave device out"):
+        rule(probs, device=device)
+
+
 def test_expected_scores_refuse_other_masks(probs: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="shape of probs"):
         rankseg.expected_dice(probs, torch.zeros(1, 3, 12, 10, dtype=torch.bool))
