@@ -88,7 +88,8 @@ ELSEWHERE = {
     r"python -m pytest .*|.*tests/spine/test_losses_fall.py .*": "these are tests",
     r"python train.py .*launcher=slurm.*": "needs SLURM; tests/trainers/test_launchers.py reads what sbatch would get",
     r".*(GROUP=OPTION|=NAME).*": "a form, not a command",
-    r"python train.py loss=<TAB>": "tests/scripts/test_command_lines.py",
+    r"python scripts/prepare_data.py fetch .*": "needs the network; tests/scripts/test_fetching.py has a server",
+    r"python train.py loss=<TAB>": "tests/scripts/test_completion.py",
     r"python train.py \.\.\.": "every training here",
 }
 PLUGINS = {"joblib": "hydra_joblib_launcher", "local": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
