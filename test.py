@@ -24,7 +24,7 @@ from trainers.evaluator import evaluate
 from trainers.journal import writable
 from trainers.losses import Link
 from trainers.reproducibility import provenance
-from trainers.results import comparison, file_sha256, fingerprint
+from trainers.results import comparison, file_sha256, fingerprint, variant_folder
 
 ROOT = Path(__file__).resolve().parent
 ALL = ("T", "max", "rankdice")
@@ -36,8 +36,8 @@ examples:
 
 Everything else comes from the configuration stored in the checkpoint. Results go to results/ beside it
 (results/paper/ under protocol=paper), with temperature= to calibrated/ in there, with correct_focal=true to
-focal_corrected/. Exit codes: 0 done, 2 bad input, 3 scoring failed (too little memory, a dead or stalled
-loader process).
+focal_corrected/, where T cuts at 0.3 to threshold_0.3/. Exit codes: 0 done, 2 bad input, 3 scoring failed (too
+little memory, a dead or stalled loader process).
 """
 
 
@@ -85,16 +85,6 @@ def find_temperature(
     return fitted, {"temperature_fitted_on": data.fingerprint()}
 
 
-def variant(cfg: DictConfig, threshold: float) -> str:
-    """The folder beside the usual results for what is not scored as usual, so that none replaces another."""
-    unusual = {
-        "focal_corrected": cfg.correct_focal,
-        "calibrated": cfg.temperature != 1,
-        f"threshold_{threshold:g}": threshold != 0.5,
-    }
-    return "_".join(name for name, here in unusual.items() if here)
-
-
 def score(args: argparse.Namespace, where: World) -> None:
     """Load, score, print and write."""
     network, cfg, checkpoint = load(args.resume, args.overrides)
@@ -103,7 +93,8 @@ def score(args: argparse.Namespace, where: World) -> None:
     rules, threshold = build.rules(dict.fromkeys(names), cfg), build.threshold(cfg)
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
-    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant(cfg, threshold)
+    variant = variant_folder(threshold, cfg.temperature != 1, cfg.correct_focal)
+    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant
     if where.is_main:
         writable(folder)
     criterion = build.loss(cfg)

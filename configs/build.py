@@ -29,7 +29,9 @@ def _make(node: Any, **arguments: Any) -> Any:
         return instantiate(node, **arguments, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, TypeError) and "keyword argument" in str(error.__cause__):
-            raise ValueError(f"{node['_target_']}: {error.__cause__}; mend the configuration") from None
+            raise ValueError(
+                f"{node['_target_']}: {error.__cause__}; take it out of the configuration"
+            ) from None
         if isinstance(error.__cause__, (ValueError, TypeError, OSError, ImportError)):
             raise error.__cause__ from None  # what the constructor itself said, without Hydra's words around it
         raise

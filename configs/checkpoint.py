@@ -71,9 +71,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
         cfg.model.weights = None  # they are about to be replaced
     try:
         network = build.model(cfg)
-    except TypeError as error:
-        raise ValueError(
-            f"{path} holds a configuration that no network is built from ({error}); choose another"
-        ) from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} and its configuration make no network: {error}") from None
     load_state(network, checkpoint["model"], path)
     return network, cfg, checkpoint

@@ -51,6 +51,9 @@ def _is_size(value: Any) -> bool:
     return all(type(side) is int and side > 0 for side in sides)
 
 
+SIZE: Check = (_is_size, "a whole number, 1 or more, [height,width]")
+
+
 def _is_names(value: Any) -> bool:
     return OmegaConf.is_list(value) and all(isinstance(name, str) for name in value)
 
@@ -72,9 +75,9 @@ CHECKS: dict[str, Check] = {
     "validation": (_is_names, "a list of rules, such as [T,max]"),
     "save_dir": (_is_path, "a folder"),
     "run_dir": (_is_path, "a folder"),
-    "dataset.resize": or_null((_is_size, "a whole number, 1 or more, [height,width]")),
-    "dataset.crop": whole(1),
-    "dataset.eval_crop": whole(1),
+    "dataset.resize": or_null(SIZE),
+    "dataset.crop": or_null(SIZE),
+    "dataset.eval_crop": or_null(whole(1)),
     "optimizer.lr": number(least_too=False),
     "optimizer.weight_decay": number(),
     "schedule.power": number(),
@@ -104,7 +107,7 @@ def check_values(cfg: DictConfig) -> None:
     for key, (will_do, words) in CHECKS.items():
         value = OmegaConf.select(cfg, key, default=_ABSENT)
         if value is not _ABSENT and not will_do(value):
-            raise ValueError(f"{key}={value}: give {words}")
+            raise ValueError(f"{key}={'null' if value is None else value}: give {words}")
 
 
 def check_uncalibrated(cfg: DictConfig, command: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,10 +29,17 @@ def list_images(folder: Path, below: bool = False) -> dict[str, Path]:
 
 
 def common_suffix(images: Iterable[str], masks: Iterable[str]) -> str:
-    """Return what every image's name lacks of its mask's, such as "_mask"; "" where there is no such thing."""
-    names, there = list(images), set(masks)
-    endings = {mask[len(names[0]) :] for mask in there if mask.startswith(names[0])} if names else set()
-    return next((s for s in sorted(endings) if all(name + s in there for name in names)), "")
+    """Return what the names of images lack of their masks', such as "_mask"; "" where there is no such thing.
+
+    It is what most images have in common: a mask or two may be missing.
+    """
+    names, there = set(images), set(masks)
+    if names & there:
+        return ""
+    owners = ((mask, next((k for k in range(len(mask), 0, -1) if mask[:k] in names), 0)) for mask in there)
+    endings = Counter(mask[k:] for mask, k in owners if k)
+    best = min(endings, key=lambda ending: (-endings[ending], ending), default="")
+    return best if 2 * endings[best] > len(names) else ""
 
 
 def read_split(path: Path) -> list[str]:

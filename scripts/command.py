@@ -8,18 +8,19 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from configs.remedies import WRONG_PATH, remedy
+from trainers.errors import EXIT_BAD_INPUT, EXIT_FAILED
 
-BAD_INPUT = 2
-FAILED = 3
 INTERRUPTED = 130  # 128 + SIGINT
 CUT_OFF = 141  # 128 + SIGPIPE
 
 
 def refused(error: Exception) -> int:
-    """Say in one line on stderr what was wrong, and return the exit code."""
+    """Say in one line on stderr what was wrong, and return the exit code; called where the error was caught."""
+    if os.environ.get("RANKSEG_TRACEBACK") == "1":
+        raise
     print(f"error: {remedy(error)}", file=sys.stderr)
     disk = isinstance(error, OSError) and not isinstance(error, WRONG_PATH)
-    return FAILED if disk else BAD_INPUT
+    return EXIT_FAILED if disk else EXIT_BAD_INPUT
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

@@ -29,10 +29,15 @@ from trainers.evaluator import evaluate
 from trainers.metrics import mean_over_classes
 from trainers.panels import panels, tiles, titled
 
-RULES = {"T": "threshold 0.5", "max": "argmax", "rankdice": "RankDice"}
-HEADINGS = ("image", "truth", "probability: 0 black, 1 white", *RULES.values())
+RULES = ("T", "max", "rankdice")
 QUANTILES = (0.95, 0.75, 0.5, 0.25, 0.05)
 FONT = 15  # legible where a web page shrinks the picture by a third
+
+
+def headings(threshold: float) -> list[str]:
+    """What stands above the columns; the threshold is that of T."""
+    rules = (f"threshold {threshold:g}", "argmax", "RankDice")
+    return ["image", "truth", "probability: 0 black, 1 white", *rules]
 
 
 def captions(quantile: float, dice: Mapping[str, float]) -> list[str]:
@@ -43,11 +48,11 @@ def captions(quantile: float, dice: Mapping[str, float]) -> list[str]:
     return [place, "", "", *scores.values()]
 
 
-def strip(drawn: Sequence[Tensor], above: Sequence[str], headings: Sequence[str] = ()) -> Tensor:
-    """Tiles (3, H, W) uint8 beside each other, a line above each; in the first row its heading above that."""
+def strip(drawn: Sequence[Tensor], above: Sequence[str], titles: Sequence[str] = ()) -> Tensor:
+    """Tiles (3, H, W) uint8 beside each other, a line above each; in the first row its title above that."""
     made = [titled(tile, text, FONT) for tile, text in zip(drawn, above, strict=True)]
-    if headings:
-        made = [titled(tile[:, :-2, 1:-1], text, FONT) for tile, text in zip(made, headings, strict=True)]
+    if titles:
+        made = [titled(tile[:, :-2, 1:-1], text, FONT) for tile, text in zip(made, titles, strict=True)]
     return torch.cat(made, dim=2)
 
 
@@ -92,7 +97,7 @@ def main() -> None:
         for quantile, index, (_, stack) in zip(QUANTILES, picked, drawn, strict=True):
             enlarged = stack.repeat_interleave(args.scale, 2).repeat_interleave(args.scale, 3)
             above = captions(quantile, {name: 100 * float(dice[name][index]) for name in RULES})
-            rows.append(strip(list(enlarged), above, () if rows else HEADINGS))
+            rows.append(strip(list(enlarged), above, () if rows else headings(build.threshold(cfg))))
     width = max(strip.shape[2] for strip in rows)
     rows = [torch.nn.functional.pad(strip, (0, width - strip.shape[2]), value=255) for strip in rows]
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,8 @@ def report(args: argparse.Namespace, where: World) -> Path:
     about = (
         f"Split <b>{cfg.split}</b>, {len(findings.names)} images, protocol <b>{cfg.protocol.name}</b>, "
         f"checkpoint of epoch {checkpoint['epoch']}. One forward pass; every rule on the same probabilities: "
-        "T keeps what is at least ½, max takes the likeliest class, rankdice the mask of the largest expected Dice."
+        f"T keeps what is at least {build.threshold(cfg):g}, max takes the likeliest class, rankdice the mask of the "
+        "largest expected Dice."
     )
     if cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]:
         about += " <b>The same images chose the checkpoint and the temperature</b>: expect less on new ones."

@@ -35,6 +35,7 @@ from scripts.grid.cells import Cell, cells
 from scripts.grid.record import record
 from scripts.grid.running import Display, call, clock
 from trainers.errors import EXIT_FAILED, EXIT_RESUME, Interrupted
+from trainers.results import variant_folder
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,17 +83,15 @@ class Wanted:
 
     def passes(self, cell: Cell) -> Iterator[tuple[str, str, list[str]]]:
         """The calls of test.py that a cell wants: what each is, the folder of its results, and its overrides."""
+        at = build.threshold(cell.cfg)
+        ways: list[tuple[str, str, list[str]]] = [("", variant_folder(at), [])]
+        if self.calibrate:
+            ways.append((", calibrated", variant_folder(at, calibrated=True), ["temperature=fit"]))
+        if self.calibrate and cell.cfg.loss.name == "focal":
+            ways.append((", corrected", variant_folder(at, focal_corrected=True), ["correct_focal=true"]))
         for protocol, folder in self.folders.items():
-            yield protocol, folder, [f"protocol={protocol}"]
-            if self.calibrate:
-                yield (
-                    f"{protocol}, calibrated",
-                    f"{folder}/calibrated",
-                    [f"protocol={protocol}", "temperature=fit"],
-                )
-            if self.calibrate and cell.cfg.loss.name == "focal":
-                overrides = [f"protocol={protocol}", "correct_focal=true"]
-                yield f"{protocol}, corrected", f"{folder}/focal_corrected", overrides
+            for name, variant, overrides in ways:
+                yield protocol + name, str(Path(folder, variant)), [f"protocol={protocol}", *overrides]
 
     def scored(self, cell: Cell, folder: str) -> bool:
         """Whether a pass was made."""
@@ -213,9 +212,9 @@ def _cell(cell: Cell, number: int, display: Display, wanted: Wanted, threads: in
 
 def _shown(cell: Cell, wanted: Wanted) -> str:
     """The mean Dice of each rule under the first protocol, in percent."""
-    folder = cell.folder / next(iter(wanted.folders.values()))
+    _, where, _ = next(wanted.passes(cell))
     scores = {
-        rule: json.loads((folder / f"{rule}.json").read_text(encoding="utf-8"))["scores"]
+        rule: json.loads((cell.folder / where / f"{rule}.json").read_text(encoding="utf-8"))["scores"]
         for rule in wanted.rules
     }
     return "mDice " + "  ".join(

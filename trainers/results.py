@@ -96,6 +96,16 @@ class EvalResult:
         return "\n".join(lines)
 
 
+def variant_folder(threshold: float, calibrated: bool = False, focal_corrected: bool = False) -> str:
+    """The folder beside the usual results for what is not scored as usual, so that none replaces another."""
+    unusual = {
+        "focal_corrected": focal_corrected,
+        "calibrated": calibrated,
+        f"threshold_{threshold:g}": threshold != 0.5,
+    }
+    return "_".join(name for name, here in unusual.items() if here)
+
+
 def comparison(results: Mapping[str, EvalResult]) -> str:
     """One table over all rules, in percent, the best of each column marked with ``*``."""
     columns = [

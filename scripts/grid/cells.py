@@ -51,7 +51,10 @@ class Cell:
         config = self.folder / "config.yaml"
         if not (self.folder / f"checkpoint-epoch{self.cfg.epochs}.pth").exists() or not config.exists():
             return False
-        before = OmegaConf.to_container(OmegaConf.load(config))
+        try:
+            before = stored.read_config(config)
+        except ValueError:  # train.py says what to do, and the other cells go on
+            return False
         return not stored.differences(before, _resolved(self.cfg))
 
     def scored(self, checkpoint: str, folder: str, rules: Iterable[str]) -> bool:

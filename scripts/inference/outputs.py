@@ -84,20 +84,19 @@ def settle(
     path = out / "predict.json"
     sources = {name: _real(image) for name, image in images.items()}
     before = _read(path) if path.exists() else {}
-    if not force:
-        changed = [key for key, value in settings.items() if before and before.get(key) != value]
-        if changed:
-            raise ValueError(
-                f"{out} holds masks made with another {', '.join(changed)}: choose another --out, or --force"
-            )
-        for name, files in outputs.items():
-            there = next((file for file in files.all() if file.exists()), None)
-            known = before.get("images", {}).get(name)
-            if there and known != sources[name]:
-                of = f"is the mask of {known}" if known else "was not made by this command"
-                raise ValueError(f"{there} {of}: choose another --out, or --force to write over it")
+    changed = [key for key, value in settings.items() if before and before.get(key) != value]
+    if changed and not force:
+        raise ValueError(
+            f"{out} holds masks made with another {', '.join(changed)}: choose another --out, or --force"
+        )
+    known = {} if changed else before.get("images", {})  # what was made otherwise is not done
+    for name, files in outputs.items() if not force else ():
+        there = next((file for file in files.all() if file.exists()), None)
+        if there and known.get(name) != sources[name]:
+            of = f"is the mask of {known[name]}" if name in known else "was not made by this command"
+            raise ValueError(f"{there} {of}: choose another --out, or --force to write over it")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**settings, "images": {**before.get("images", {}), **sources}})
+    write_json(path, {**settings, "images": {**known, **sources}})
 
 
 def _real(path: Path) -> str:

@@ -181,5 +181,5 @@ def histogram(shares: Sequence[float], edges: Sequence[float], xlabel: str) -> s
             f"{low:.2f} to {high:.2f}: {share:.1f} %",
         )
     plot.rule(x=0.5, css="mean")
-    plot.text(plot.px(0.5) + 5, plot.top + 10, "one half (T)", css="name")
+    plot.text(plot.px(0.5) + 5, plot.top + 10, "one half", css="name")
     return plot.svg()

@@ -248,6 +248,8 @@ def test_the_suffix_of_names_that_begin_alike():
     assert common_suffix(["img_1", "img_10"], ["img_10_mask", "img_1_mask"]) == "_mask"
     assert common_suffix(["a", "b"], ["a", "b"]) == common_suffix(["a", "b"], ["a_x"]) == ""
     assert common_suffix([], ["a"]) == ""
+    assert common_suffix(["a", "b", "c"], ["a_x", "c_x", "d_x"]) == "_x"  # one mask is missing
+    assert common_suffix(["a", "b", "c"], ["a", "b_x", "c_x"]) == ""
 
 
 @pytest.mark.parametrize(

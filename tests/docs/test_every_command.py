@@ -85,11 +85,11 @@ ELSEWHERE = {
     r"make (test|test-all|format)": "continuous integration and every commit",
     r"source .*": "tests run inside the environment",
     r"pip install .*|python3 -m venv .*": "tests install nothing",
-    r"python scripts/prepare_data.py fetch kvasir_seg": "no network; tests/scripts/test_fetching.py has a server",
     r"python -m pytest .*|.*tests/spine/test_losses_fall.py .*": "these are tests",
     r"python train.py .*launcher=slurm.*": "needs SLURM; tests/trainers/test_launchers.py reads what sbatch would get",
     r".*(GROUP=OPTION|=NAME).*": "a form, not a command",
-    r"python train.py loss=<TAB>": "tests/scripts/test_command_lines.py",
+    r"python scripts/prepare_data.py fetch .*": "needs the network; tests/scripts/test_fetching.py has a server",
+    r"python train.py loss=<TAB>": "tests/scripts/test_completion.py",
     r"python train.py \.\.\.": "every training here",
 }
 PLUGINS = {"joblib": "hydra_joblib_launcher", "local": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}

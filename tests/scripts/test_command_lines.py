@@ -90,8 +90,15 @@ def test_values_of_no_sense_are_named_before_anything_is_read(words: str, said: 
     assert (code, out) == (2, "") and err.startswith(f"error: {said}") and len(err.splitlines()) == 1, err
 
 
+@pytest.mark.parametrize("words", [BAD[0], BAD[-1]], ids=lambda words: words[0])  # without Hydra, and with it
+def test_a_traceback_may_be_asked_for(words: tuple[str, ...], call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKSEG_TRACEBACK", "1")
+    with pytest.raises((ValueError, OSError)):
+        call(*words)
+
+
 def test_a_disk_that_fails_is_no_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.refused(OSError(errno.EROFS, os.strerror(errno.EROFS), "a.md")) == command.FAILED
+    assert command.refused(OSError(errno.EROFS, os.strerror(errno.EROFS), "a.md")) == 3
     assert (
         capsys.readouterr().err == "error: a.md: Read-only file system: choose a folder that can be written\n"
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from scripts.overview import HEADINGS, captions, strip
+from scripts.overview import captions, headings, strip
+
+HEADINGS = headings(0.3)
 
 
 def test_captions_give_scores_in_percent_and_the_gain() -> None:
@@ -20,6 +22,7 @@ def test_headings_stand_above_the_first_row_and_move_nothing() -> None:
     drawn = [torch.full((3, 20, 60), 10 * k, dtype=torch.uint8) for k in range(len(HEADINGS))]
     above = captions(0.5, {"T": 1, "max": 2, "rankdice": 3})
     plain, headed = strip(drawn, above), strip(drawn, above, HEADINGS)
+    assert HEADINGS[3] == "threshold 0.3"
     assert plain.shape[2] == headed.shape[2] == 6 * 62  # each with a frame of a pixel
     assert headed.shape[1] > plain.shape[1]
     bottom = headed[:, -22:]

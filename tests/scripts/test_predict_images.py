@@ -283,6 +283,9 @@ def test_masks_of_others_are_neither_written_over_nor_taken_for_done(
     with pytest.raises(ValueError, match=rf"one\.png is the mask of {photos}/one\.png: choose another --out"):
         main([*command, str(tmp_path / "new")])
     assert main([*command, str(photos)]) == 0
+    assert main([*command, str(photos / "three.png"), "-p", "max", "--force"]) == 0
+    with pytest.raises(ValueError, match=r"two\.png was not made by this command"):  # but by another rule
+        main([*command, str(photos), "-p", "max"])
     (out / "predict.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"predict\.json is not what was written there"):
         main([*command, str(photos)])
@@ -450,7 +453,9 @@ def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path
     assert Image.open(out / "one.png").size == (64, 48)
     with pytest.raises(ValueError, match="rankdise is unknown"):
         main(["-r", str(checkpoint), str(image), "--out", str(out), "-p", "rankdise"])
-    with pytest.raises(ValueError, match="temperature=fit is no positive number"):
+    with pytest.raises(
+        ValueError, match=r"temperature=fit: give a number; test\.py temperature=fit prints it"
+    ):
         main(["-r", str(checkpoint), str(image), "--out", str(out / "y"), "temperature=fit"])
     with pytest.raises(ValueError, match="--scales"):
         main(["-r", str(checkpoint), str(image), "--out", str(out / "x"), "--scales", "big"])

@@ -310,6 +310,14 @@ def test_split_takes_sub_folders_for_groups(mine: Path, capsys: pytest.CaptureFi
     assert main(["check", "folder", "--root", str(mine)]) == 0
 
 
+def test_split_counts_the_images_without_a_mask(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mine / "masks" / "i0.png").unlink()
+    for path in (mine / "masks").iterdir():
+        path.rename(path.with_name(f"{path.stem}_seg.png"))
+    assert main(["split", str(mine), "--force"]) == 0
+    assert "note: images without a mask: 1, such as" in capsys.readouterr().err
+
+
 def test_split_says_where_images_are_not(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"where both lie in one, move them: mkdir images masks"):
         main(["split", str(tmp_path)])

@@ -16,10 +16,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from configs import build
 from scripts.grid import running
 from scripts.grid.cells import Cell, cells
 from scripts.grid.record import record
 from scripts.grid.running import Estimate, clock, remaining
+from trainers.results import variant_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,11 +31,8 @@ SMALL = ("experiment=smoke", "epochs=3")
 @pytest.fixture(scope="module")
 def reproduce() -> object:
     """scripts/reproduce.py as a module."""
-    sys.path.append(str(ROOT / "scripts"))
-    try:
-        import scripts.reproduce as module
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+    import scripts.reproduce as module
+
     return module
 
 
@@ -68,8 +67,8 @@ def train(cell: Cell) -> tuple[int, str]:
 def score(checkpoint: Path, rules: list[str], overrides: list[str]) -> None:
     """What test.py leaves behind."""
     folder = checkpoint.parent / ("results/paper" if "protocol=paper" in overrides else "results")
-    folder /= "calibrated" if "temperature=fit" in overrides else ""
-    folder /= "focal_corrected" if "correct_focal=true" in overrides else ""
+    at = build.threshold(OmegaConf.create(OmegaConf.load(checkpoint.parent / "config.yaml")))
+    folder /= variant_folder(at, "temperature=fit" in overrides, "correct_focal=true" in overrides)
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     for rule in rules:
@@ -166,6 +165,38 @@ def test_calibrated_scores_are_made_once_and_recorded(
     capfd.readouterr()
     assert run(reproduce, monkeypatch, *command, "--calibrate", "--dry-run") == 0
     assert "2 cells, 2 finished" in capfd.readouterr().out
+
+
+def test_a_threshold_of_its_own_has_a_folder_of_its_own(
+    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        *SMALL,
+        f"save_dir={stand_ins}",
+        "--rules",
+        "T",
+        "predictor=T",
+        "predictor.at=0.3",
+        "--calibrate",
+    ]
+    assert run(reproduce, monkeypatch, *command) == 0
+    assert "mDice T 50.00" in capfd.readouterr().out
+    assert {path.parent.name for path in stand_ins.rglob("T.json")} == {
+        "threshold_0.3", "calibrated_threshold_0.3",
+    }  # fmt: skip
+    assert run(reproduce, monkeypatch, *command, "--dry-run") == 0
+    assert "1 cells, 1 finished" in capfd.readouterr().out
+
+
+def test_a_damaged_configuration_of_one_cell_does_not_stop_the_others(
+    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--losses", "ce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T"]
+    assert run(reproduce, monkeypatch, *command) == 0
+    (stand_ins / "synthetic/tiny/ce/seed0/config.yaml").write_text("[1")
+    capfd.readouterr()
+    assert run(reproduce, monkeypatch, *command, "--dry-run") == 0
+    assert "2 cells, 1 finished" in capfd.readouterr().out
 
 
 def test_bad_input_is_said_before_anything_runs(

@@ -53,6 +53,10 @@ def classes(checkpoint: dict[str, Any]) -> None:
     checkpoint["config"]["values"]["model"]["num_classes"] = "many"
 
 
+def argument(checkpoint: dict[str, Any]) -> None:
+    checkpoint["config"]["values"]["model"]["depth"] = 3
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -60,7 +64,8 @@ def classes(checkpoint: dict[str, Any]) -> None:
         (text, r"bad\.pth holds no tensors by name"),
         (listed, "the checkpoint holds no configuration of this project"),
         (number, "model=3 is unknown; model is one of"),
-        (classes, r"bad\.pth holds a configuration that no network is built from"),
+        (classes, r"bad\.pth and its configuration make no network: "),
+        (argument, r"bad\.pth and its configuration make no network: .*unexpected keyword argument 'depth'"),
     ],
 )
 def test_damage_is_named(

@@ -23,8 +23,9 @@ CHOICES = {group: options(group)[0] for group in GROUPS}
         "optimizer.weight_decay=-1", "trainer.accumulate=0", "trainer.clip_norm=-1", "trainer.validate_every=0",
         "trainer.save_every=0", "trainer.keep=-1", "trainer.save_minutes=-1", "trainer.panels=-1",
         "loader_timeout=-1", "dataset.crop=0", "dataset.resize=0", "dataset.resize=[3]", "dataset.resize=[3,0]",
+        "dataset.crop=[3,0]", "dataset.eval_crop=[3,4]",
         "schedule.power=-1", "validation=max", "validation=[1]", "optimizer.lr=true", "trainer.clip_norm=abc",
-        "verify=maybe", "on_error=maybe", "save_dir=",
+        "verify=maybe", "on_error=maybe", "save_dir=", "epochs=null",
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_is_named_with_what_to_give(override: str) -> None:
@@ -38,8 +39,11 @@ def test_a_value_that_cannot_be_is_named_with_what_to_give(override: str) -> Non
 
 @pytest.mark.parametrize(
     "override",
-    ["dataset.resize=[30,40]", "dataset.resize=8", "trainer.clip_norm=1", "optimizer.lr=1"],
-)
+    [
+        "dataset.resize=[30,40]", "dataset.resize=8", "dataset.crop=[30,40]", "dataset.crop=null",
+        "dataset.eval_crop=null", "trainer.clip_norm=1", "optimizer.lr=1",
+    ],
+)  # fmt: skip
 def test_what_can_be_is_let_through(override: str) -> None:
     check_values(compose("train", [override]))
 
