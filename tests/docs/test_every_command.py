@@ -79,6 +79,15 @@ PRINTS = {
     "docs/simulations.md": (r"\*\*thresholds\*\*",),
 }
 
+# How many of which files a page's commands have to leave.
+LEAVES = {
+    "README.md": {
+        "**/seed0/best_model.pth": 4,
+        "**/best_model.pth": 4,
+        "saved/kvasir_seg/smp_deeplabv3plus/ce/seed0/results/*.json": 3,
+    },
+}
+
 # Not run here: a pattern, and why not, or which test runs it instead.
 ELSEWHERE = {
     r"make (demo|tables)": "tests/docs/test_makefile.py",
@@ -152,3 +161,5 @@ def test_every_command_of_a_page_runs(page: str, tmp_path: Path, request: pytest
     said = follow(lines, copy)
     for pattern in PRINTS.get(page, ()):
         assert re.search(pattern, said), f"{page}: nothing printed {pattern}"
+    for pattern, count in LEAVES.get(page, {}).items():
+        assert len(list(copy.glob(pattern))) == count, f"{page}: {pattern}"

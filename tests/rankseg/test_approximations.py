@@ -164,12 +164,16 @@ def test_interpolated_scores_equal_the_sums_they_replace() -> None:
     assert torch.allclose(fast[0], (summed / (support + tau + 2.0)).sum(1), rtol=1e-10)
 
 
-def test_moments_are_those_of_the_exact_law() -> None:
+def test_exact_law_and_moments_agree_with_the_characteristic_function() -> None:
     p = torch.rand(3, 40, generator=torch.Generator().manual_seed(2))
     count = torch.arange(41.0, dtype=torch.float64)
+    turns = torch.exp(-2j * torch.pi * count / 41)  # the law is the inverse transform of E[turn^count]
+    characteristic = (1 + p.double()[:, :, None] * (turns - 1)).prod(1)
+    fourier = torch.fft.ifft(characteristic, dim=1).real
     found = poisson_binomial.moments(p)
     for row in range(3):
         law = poisson_binomial.pmf(p[row])
+        assert torch.allclose(law, fourier[row], atol=1e-14)
         mean = law @ count
         assert torch.allclose(mean, found.mean[row])
         assert torch.allclose(law @ (count - mean) ** 2, found.variance[row])

@@ -69,7 +69,7 @@ def table(data: Path) -> Iterator[str]:
 @pytest.mark.parametrize("dataset", ROOTS)
 def test_the_loss_falls(shared: Path, dataset: str, model: str, loss: str) -> None:
     values = run(shared / "data", dataset, model, loss, 2 * STEPS, "+model.narrow=4")
-    assert values[-1] < values[0], values
+    assert values[-1] < values[0] and values[STEPS] < values[0], values
 
 
 if __name__ == "__main__":

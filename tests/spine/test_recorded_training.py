@@ -38,13 +38,13 @@ pytestmark = pytest.mark.golden
 HERE = World(0, 1, torch.device("cpu"))
 LOSSES = {"CrossEntropyLoss2d": "ce", "BCEWithLogitsLoss2d": "bce"}
 SETTINGS = ("dataset=voc2012", "model=pspnet", "loss=ce", "optimizer=sgd", "protocol=paper")
-# Of the losses at the second step, of all, of the mean in validation, of sums of BatchNorm's means and of parameters.
+# Of the losses at the second step, of all, of the mean in validation, and of BatchNorm's sum in each validation.
 # BatchNorm over two pooled values is all but a sign: with CE the first gradient has norm 327. When weights move by
-# some 1e-7 of themselves, the second loss (recorded 2.971) comes out between 2.942 and 3.028, BatchNorm's last sum
-# (-4.06) between -4.54 and -2.50, and sums of parameters up to 1.5 away. BCE's gradients are smaller by far.
+# some 1e-7 of themselves, the second loss (recorded 2.971) comes out between 2.942 and 3.028, and BatchNorm's last sum
+# (-4.06) between -4.54 and -2.50. BCE's gradients are smaller by far.
 TOLERANCE = {
-    "CrossEntropyLoss2d": (0.1, 0.2, 0.05, 2.0, 2.0),
-    "BCEWithLogitsLoss2d": (5e-4, 0.02, 0.015, 0.3, 0.2),
+    "CrossEntropyLoss2d": (0.1, 0.2, 0.05, (0.3, 2.0)),
+    "BCEWithLogitsLoss2d": (5e-4, 0.02, 0.015, (0.3, 0.3)),
 }
 
 
@@ -133,14 +133,16 @@ def test_two_epochs(shared: Path, recorded: dict[str, Any], loss: str) -> None:
     ours, theirs = train(shared, LOSSES[loss]), recorded[loss]
     np.testing.assert_allclose(ours.rates, theirs["lr_at_each_optimizer_step"], rtol=1e-12, atol=1e-18)
 
-    losses, (second, later, validated, means, sums) = theirs["loss_module_calls_in_order"], TOLERANCE[loss]
+    losses, (second, later, validated, means) = theirs["loss_module_calls_in_order"], TOLERANCE[loss]
     np.testing.assert_allclose(ours.losses[:2], losses[:2], rtol=0, atol=2e-5)
     np.testing.assert_allclose(ours.losses[2:4], losses[2:4], rtol=0, atol=second)
     np.testing.assert_allclose(ours.losses, losses, rtol=0, atol=later)
 
-    for norm, state in zip(ours.norms, theirs["bn_state_at_start_of_each_validation"], strict=True):
+    for norm, state, mean in zip(
+        ours.norms, theirs["bn_state_at_start_of_each_validation"], means, strict=True
+    ):
         assert norm["tracked"] == state["num_batches_tracked"]  # 8 after 4 steps: two forward passes a step
-        assert norm["sum"] == pytest.approx(state["initial.1.running_mean_sum"], abs=means)
+        assert norm["sum"] == pytest.approx(state["initial.1.running_mean_sum"], abs=mean)
     for scores, log in zip(ours.scores, theirs["validation_logs"], strict=True):
         assert scores["test_loss"] == pytest.approx(log["val_loss"], abs=validated)
         assert scores["pixel_accuracy"] == pytest.approx(log["Pixel_Accuracy"], abs=0.02)
@@ -150,8 +152,8 @@ def test_two_epochs(shared: Path, recorded: dict[str, Any], loss: str) -> None:
     for key, (total, magnitude) in theirs["final_param_checksums"].items():
         if "running" not in key:
             tensor = weights[next(iter(translate_state("pspnet", {key: torch.zeros(1)})))].double()
-            assert tensor.abs().sum().item() == pytest.approx(magnitude, rel=4e-3), key
-            assert tensor.sum().item() == pytest.approx(total, abs=sums), key
+            assert tensor.abs().sum().item() == pytest.approx(magnitude, rel=2e-3), key
+            assert tensor.sum().item() == pytest.approx(total, abs=0.2), key
 
 
 def test_the_optimizer_is_theirs(recorded: dict[str, Any]) -> None:

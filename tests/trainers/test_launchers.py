@@ -43,7 +43,7 @@ def test_a_launcher_whose_plugin_is_missing_says_what_to_install(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     ("launcher", "module"),
     [
@@ -56,7 +56,7 @@ def test_every_cell_of_a_sweep_is_trained(launcher: str, module: str, tmp_path: 
     pytest.importorskip(f"hydra_plugins.{module}")
     for _ in range(3):
         process = sweep(tmp_path, f"launcher={launcher}", *CELLS)
-        printed, _ = process.communicate(timeout=500)
+        printed, _ = process.communicate(timeout=300)
         if RAY_GAVE_UP not in printed:
             break
     assert process.returncode == 0, printed
