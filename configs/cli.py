@@ -13,9 +13,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.compose import unknown_key, unknown_option
+from configs.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUME, Interrupted, TrainingError
 from configs.remedies import REMEDIES, WRONG_PATH, remedy
 from datasets import DatasetError
-from trainers.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUME, Interrupted, TrainingError
 
 
 def guarded(main: Callable[[], Any]) -> None:

@@ -15,8 +15,10 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from configs.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 

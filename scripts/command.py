@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from configs.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from configs.remedies import WRONG_PATH, remedy
-from trainers.errors import EXIT_BAD_INPUT, EXIT_FAILED
 
 INTERRUPTED = 130  # 128 + SIGINT
 CUT_OFF = 141  # 128 + SIGPIPE

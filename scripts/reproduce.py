@@ -30,11 +30,11 @@ from omegaconf import OmegaConf
 from configs import build
 from configs.cli import guarded
 from configs.compose import CONFIGS, options, unknown_option
+from configs.errors import EXIT_FAILED, EXIT_RESUME, Interrupted
 from scripts import ROOT
 from scripts.grid.cells import Cell, cells
 from scripts.grid.record import record
 from scripts.grid.running import Display, call, clock
-from trainers.errors import EXIT_FAILED, EXIT_RESUME, Interrupted
 from trainers.results import variant_folder
 
 

@@ -8,21 +8,7 @@ import re
 import signal
 from collections.abc import Iterator
 
-EXIT_BAD_INPUT = 2  # configuration, data or checkpoint: one line on stderr says what to change
-EXIT_FAILED = 3  # training itself failed: non-finite loss, out of memory, full disk
-EXIT_RESUME = 75  # interrupted with a checkpoint written: the same command goes on (EX_TEMPFAIL)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last good checkpoint is kept."""
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to stop; its state is saved.
-
-    Like KeyboardInterrupt it is no Exception: a sweep, which passes over a cell that failed, has to stop too.
-    """
-
+from configs.errors import Interrupted, TrainingError, UserError
 
 # What torch says, what it means, and what to do (None: change the amount of memory).
 _KNOWN = (
@@ -55,7 +41,7 @@ def explained(doing: str, more_memory: str) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"BatchNorm sees a single value a channel while {doing}: use a larger dataset.crop, or more images a batch"
         ) from error
     except ChildProcessError as error:  # of a loader, which has said it all

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 from torch import nn
 from tqdm import tqdm
 
+from configs.errors import Interrupted
 from trainers.checkpoint import FORMAT, Checkpoints
 from trainers.distributed import gather, highest, share_buffers, unwrap
-from trainers.errors import Interrupted, StopSignals, explained
+from trainers.errors import StopSignals, explained
 from trainers.journal import Journal
 from trainers.reproducibility import restore_rng, rng_state
 from trainers.schedules import Schedule

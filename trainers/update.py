@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from configs.errors import TrainingError
 from trainers.distributed import World, gather, sum_over_ranks, unwrap
-from trainers.errors import TrainingError, explained
+from trainers.errors import explained
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-14  # of the loss in fp16; below it, a gradient of 1 is lost

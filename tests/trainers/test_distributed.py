@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from configs.errors import TrainingError
 from tests.trainers.forked import (
     ROOT,
     SMALL,
@@ -34,7 +35,6 @@ from tests.trainers.forked import (
 )
 from tests.trainers.test_update import Net, batch
 from trainers.distributed import World, gather, highest, share_buffers, unwrap, world, wrap
-from trainers.errors import TrainingError
 from trainers.losses import CrossEntropy
 from trainers.update import Update
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from configs.errors import Interrupted, TrainingError
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World
-from trainers.errors import Interrupted, StopSignals, TrainingError
+from trainers.errors import StopSignals
 from trainers.journal import Journal, read_rows
 from trainers.trainer import Trainer
 from trainers.update import Update

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from configs.errors import TrainingError
 from trainers.distributed import World
-from trainers.errors import TrainingError
 from trainers.losses import BCE, CrossEntropy, Focal
 from trainers.update import Update
 

@@ -1,0 +1,32 @@
+"""Errors that a command reports in one line, and its exit codes. A leaf: it imports nothing."""
+
+EXIT_BAD_INPUT = 2  # configuration, data or checkpoint; the message says what to change
+EXIT_FAILED = 3  # the work itself failed: non-finite loss, out of memory, full disk
+EXIT_RESUME = 75  # interrupted with a checkpoint written: the same command resumes (EX_TEMPFAIL)
+EXIT_INTERRUPTED = 130  # Ctrl-C, 128 + SIGINT
+EXIT_BROKEN_PIPE = 141  # the reader of the output has gone (`| head`), 128 + SIGPIPE
+
+
+class UserError(ValueError):
+    """Input that cannot be used. The message says what is wrong (name = value), why, and how to fix it.
+
+    Commands print it in one line and exit with 2. Every other ValueError is a bug and keeps its traceback.
+    """
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used: an unknown key or option, or an invalid value."""
+
+
+class TrainingError(RuntimeError):
+    """The work failed for a reason that is not a bug. Commands print it in one line and exit with 3.
+
+    The last good checkpoint is kept.
+    """
+
+
+class Interrupted(BaseException):
+    """A signal stopped the run after its state was saved. Commands exit with 75.
+
+    It is not an Exception, as KeyboardInterrupt is not: a sweep that continues after a failed run must stop too.
+    """
