@@ -21,9 +21,15 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """Reference material beside the repository; what needs it skips where it is absent."""
-    path = ROOT.parent / "shared"
-    if not (path / "golden").is_dir():
-        pytest.skip("../shared is absent")
+def recordings() -> Path:
+    """Outputs recorded from the original implementation (tests/golden/README.md)."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """A folder of real images and probability maps beside the repository; tests skip if it is absent."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no real images beside the repository")
     return path

@@ -63,12 +63,14 @@ def released_config(name: str, num_classes: int, **changes: Any) -> dict[str, An
     } | changes
 
 
-def released(shared: Path, name: str, num_classes: int, full: bool = True, **changes: Any) -> dict[str, Any]:
+def released(
+    recordings: Path, name: str, num_classes: int, full: bool = True, **changes: Any
+) -> dict[str, Any]:
     """The checkpoint of a network, as torch.load would return it; `changes` are of its configuration.
 
     full: whether the gains are those of golden/full, where all branches of FCN8 are visible.
     """
-    layouts = json.loads((shared / "golden/full/layouts.json").read_text())
+    layouts = json.loads((recordings / "full/layouts.json").read_text())
     state = {}
     for key, entry in layouts[LAYOUTS[name]]["state_dict"].items():
         shape = [num_classes if size == 19 else size for size in entry["shape"]]

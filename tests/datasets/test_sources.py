@@ -81,8 +81,8 @@ def test_kvasir_default_split_is_pinned():
 
 
 @pytest.mark.golden
-def test_kvasir_masks_threshold_or_dither_as_recorded(tmp_path, shared):
-    recorded = np.load(shared / "golden/full/preprocess.npz")
+def test_kvasir_masks_threshold_or_dither_as_recorded(tmp_path, recordings):
+    recorded = np.load(recordings / "full/preprocess.npz")
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
         # PNG content keeps the recorded pixels; the reader goes by content, not by suffix.
@@ -192,9 +192,9 @@ def test_folder_takes_rgb_masks_by_colour(tmp_path):
 
 
 @pytest.mark.golden
-def test_real_trees(shared):
-    kvasir = KvasirSEG(shared / "data/Kvasir-SEG", "val")
-    voc = VOC2012(shared / "data", "trainval")
+def test_real_trees(real_data):
+    kvasir = KvasirSEG(real_data / "Kvasir-SEG", "val")
+    voc = VOC2012(real_data, "trainval")
     assert (len(kvasir), len(voc)) == (100, 632)
     for data in (kvasir, voc):
         data.verify(progress=False, sample=4)

@@ -156,8 +156,10 @@ def test_every_command_of_a_page_runs(page: str, tmp_path: Path, request: pytest
     make_kvasir(data), make_cityscapes(tmp_path), make_folder(copy, count=9)
     (make_voc(tmp_path) / "VOCdevkit").rename(data / "VOCdevkit")
     if any("checkpoint-epoch300.pth" in line for line in lines):
-        shared = request.getfixturevalue("shared")  # the layout of the authors' files is recorded there
-        torch.save(recipe.released(shared, "pspnet", 2), copy / "checkpoint-epoch300.pth")
+        recordings = request.getfixturevalue(
+            "recordings"
+        )  # the layout of the authors' files is recorded there
+        torch.save(recipe.released(recordings, "pspnet", 2), copy / "checkpoint-epoch300.pth")
     said = follow(lines, copy)
     for pattern in PRINTS.get(page, ()):
         assert re.search(pattern, said), f"{page}: nothing printed {pattern}"

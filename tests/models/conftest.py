@@ -13,6 +13,6 @@ from tests import recipe
 
 
 @pytest.fixture(scope="session")
-def released(shared: Path) -> Callable[..., dict[str, Any]]:
+def released(recordings: Path) -> Callable[..., dict[str, Any]]:
     """Makes the checkpoint of a network: ``released(name, num_classes, full=...)``."""
-    return functools.partial(recipe.released, shared)
+    return functools.partial(recipe.released, recordings)

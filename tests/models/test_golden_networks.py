@@ -45,8 +45,8 @@ def training_path(network: nn.Module) -> nn.Module:
     ],
 )
 @torch.no_grad()
-def test_full_set(released, shared, name, num_classes):
-    golden = np.load(shared / f"golden/full/model_{FULL[name]}_{num_classes}.npz")
+def test_full_set(released, recordings, name, num_classes):
+    golden = np.load(recordings / f"full/model_{FULL[name]}_{num_classes}.npz")
     network, config = load_published(released(name, num_classes))
     assert config["num_classes"] == num_classes
     for height, width in SIZES:
@@ -71,8 +71,8 @@ def test_full_set(released, shared, name, num_classes):
     ("name", "num_classes"), [(n, c) for n in ("deeplabv3plus", "pspnet", "fcn8") for c in (19, 2)]
 )
 @torch.no_grad()
-def test_short_set(released, shared, name, num_classes):
-    golden = np.load(shared / f"golden/model_{name}_{num_classes}classes.npz")
+def test_short_set(released, recordings, name, num_classes):
+    golden = np.load(recordings / f"model_{name}_{num_classes}classes.npz")
     network, _ = load_published(released(name, num_classes, full=False))
     for height, width in SIZES:
         size = f"{height}x{width}"
@@ -84,9 +84,9 @@ def test_short_set(released, shared, name, num_classes):
 
 
 @pytest.mark.parametrize("name", ["deeplabv3plus", "pspnet", "fcn8"])
-def test_parameter_groups(shared, name):
+def test_parameter_groups(recordings, name):
     """The names at a tenth of the rate, and the rest, are the original's two groups."""
-    groups = json.loads((shared / "golden/full/param_groups.json").read_text())[LAYOUTS[name]]
+    groups = json.loads((recordings / "full/param_groups.json").read_text())[LAYOUTS[name]]
     with torch.device("meta"):  # names only
         network = NETWORKS[name](19)
     slower = {id(parameter) for parameter in network.backbone_parameters()}

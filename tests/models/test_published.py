@@ -165,7 +165,7 @@ class TestReleasedFile:
 
 @pytest.mark.golden
 @pytest.mark.slow
-def test_conversion_gives_the_same_scores(released, shared, root, tmp_path):
+def test_conversion_gives_the_same_scores(released, real_data, root, tmp_path):
     """test.py reads the released file and the converted one, and finds the same in both."""
     torch.save(released("pspnet", 2), tmp_path / "theirs.pth")
     tree = tmp_path / "Kvasir-SEG"
@@ -173,7 +173,7 @@ def test_conversion_gives_the_same_scores(released, shared, root, tmp_path):
         (tree / kind).mkdir(parents=True)
         for index in range(2):
             name = f"val_{index:03}.jpg"
-            (tree / kind / name).symlink_to(shared / "data/Kvasir-SEG" / kind / name)
+            (tree / kind / name).symlink_to(real_data / "Kvasir-SEG" / kind / name)
     for split in ("train", "val", "test"):
         (tree / f"{split}.txt").write_text("val_000\nval_001\n")
 

@@ -33,7 +33,7 @@ def recorded(file: Path) -> list[tuple[str, Tensor, np.ndarray, dict]]:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("file", ["rank_dice_a", "rank_dice_b", "rank_dice_c", "full/rankdice"])
-def test_volumes_of_the_original(shared, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_volumes_of_the_original(recordings, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal volumes, or a pixel away where the approximate scores differ by less than 1e-6."""
     seen = {}
     best = approximations._best
@@ -43,7 +43,7 @@ def test_volumes_of_the_original(shared, file: str, monkeypatch: pytest.MonkeyPa
         return best(ordered, law, upper, smooth, refined, variant)
 
     monkeypatch.setattr(approximations, "_best", spy)
-    for name, probs, volumes, options in recorded(shared / "golden" / f"{file}.npz"):
+    for name, probs, volumes, options in recorded(recordings / f"{file}.npz"):
         result = rankseg.rank_dice(probs, **options)
         assert torch.equal(result.tau, result.predict.flatten(2).sum(2)), name
         for i, c in np.argwhere(result.tau.numpy() != volumes):
@@ -59,12 +59,10 @@ def test_volumes_of_the_original(shared, file: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.golden
-def test_voc_maps_of_the_original(shared) -> None:
-    logits = np.load(shared / "data" / "probabilities" / "voc2012_espnetv2.npz")["logits"][:2].astype(
-        np.float32
-    )
+def test_voc_maps_of_the_original(recordings, real_data) -> None:
+    logits = np.load(real_data / "probabilities" / "voc2012_espnetv2.npz")["logits"][:2].astype(np.float32)
     probs = torch.softmax(torch.from_numpy(logits), dim=1)[:, :, ::2, ::2]
-    data = np.load(shared / "golden" / "rank_dice_voc.npz")
+    data = np.load(recordings / "rank_dice_voc.npz")
     cases = [key for key in data.files if key.endswith("__tau")]
     assert cases
     far = 0

@@ -265,8 +265,8 @@ def test_wide_brackets_are_widened_until_proved(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.golden
 @pytest.mark.parametrize("score", ["dice", "iou"])
-def test_saturated_maps_of_a_real_network(shared, score: str) -> None:
-    data = np.load(shared / "data" / "probabilities" / "voc2012_espnetv2.npz")
+def test_saturated_maps_of_a_real_network(real_data, score: str) -> None:
+    data = np.load(real_data / "probabilities" / "voc2012_espnetv2.npz")
     probs = torch.softmax(torch.from_numpy(data["logits"][:2, :, ::2, ::2]).float(), dim=1)
     result = RULES[score](probs)
     best = EXPECTED[score](probs, result.predict)

@@ -83,8 +83,8 @@ def tables_of(folder):
 
 
 @pytest.mark.golden
-def test_published_tables_reproduce_every_printed_cell_and_its_bold(shared):
-    recorded = json.loads((shared / "golden" / "full" / "tables.json").read_text())
+def test_published_tables_reproduce_every_printed_cell_and_its_bold(recordings):
+    recorded = json.loads((recordings / "full" / "tables.json").read_text())
     tables = dict(zip(COLUMNS, published_tables(load_published()), strict=True))
     laid = {name: iter([c for row in t.rows for c in row[t.labels :]]) for name, t in tables.items()}
     for cell in recorded:
@@ -97,8 +97,8 @@ def test_published_tables_reproduce_every_printed_cell_and_its_bold(shared):
 
 
 @pytest.mark.golden
-def test_logs_are_the_published_logs(shared):
-    recorded = json.loads((shared / "paper" / "published_logs.json").read_text())
+def test_logs_are_the_published_logs(recordings):
+    recorded = json.loads((recordings / "full" / "published_logs.json").read_text())
     logs = list(load_published().logs.values())
     assert len(logs) == len(recorded) == 136
     for ours, theirs in zip(logs, recorded, strict=True):

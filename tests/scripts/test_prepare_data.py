@@ -377,7 +377,6 @@ def test_work_ahead_is_in_order_bounded_and_hands_on_exceptions() -> None:
 
 
 @pytest.mark.golden
-def test_real_images_are_sound(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = shared / "data"
-    assert main(["check", "voc2012", "--root", str(root), "--split", "val", "--json", "--quiet"]) == 0
+def test_real_images_are_sound(real_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "voc2012", "--root", str(real_data), "--split", "val", "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["splits"] == {"val": 321}

@@ -1,6 +1,6 @@
 """Each published network learns with each published loss: a few steps on one batch of real images lower it.
 
-As a script it prints the table of docs/fidelity.md: ``python tests/spine/test_losses_fall.py ../shared/data``. The
+As a script it prints the table of docs/fidelity.md: ``python tests/spine/test_losses_fall.py data``. The
 test makes every layer a quarter as wide and takes twice the steps: a twentieth of the time, and no fall that is as
 small as rounding.
 """
@@ -67,8 +67,8 @@ def table(data: Path) -> Iterator[str]:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dataset", ROOTS)
-def test_the_loss_falls(shared: Path, dataset: str, model: str, loss: str) -> None:
-    values = run(shared / "data", dataset, model, loss, 2 * STEPS, "+model.narrow=4")
+def test_the_loss_falls(real_data: Path, dataset: str, model: str, loss: str) -> None:
+    values = run(real_data, dataset, model, loss, 2 * STEPS, "+model.narrow=4")
     assert values[-1] < values[0] and values[STEPS] < values[0], values
 
 

@@ -73,18 +73,18 @@ class Remembering(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def recorded(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "golden/full/tester_e2e.json").read_text())
+def recorded(recordings: Path) -> dict[str, Any]:
+    return json.loads((recordings / "full/tester_e2e.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def voc(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def voc(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recorded images in VOC's layout. They were arrays, so the files called .jpg hold PNG."""
     root = tmp_path_factory.mktemp("voc")
     home = root / "VOCdevkit" / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (home / folder).mkdir(parents=True)
-    arrays = np.load(shared / "golden/full/tester_e2e.npz")
+    arrays = np.load(recordings / "full/tester_e2e.npz")
     names = [f"img{i}" for i in range(8)]
     for name in names:
         Image.fromarray(arrays[f"{name}_image"]).save(home / f"JPEGImages/{name}.jpg", format="PNG")
@@ -94,11 +94,13 @@ def voc(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkpoint(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The network in a file of the released format, whose configuration says how it was tested."""
     loader = {"type": "VOC", "args": {"batch_size": 2, "crop_size": 64}}
     predict = {"temperature": 0.05, "threshold": 0.3, "CoI": list(range(1, 21)), "test": "T"}
-    content = recipe.released(shared, "pspnet", 21, train_loader=loader, test_loader=loader, predict=predict)
+    content = recipe.released(
+        recordings, "pspnet", 21, train_loader=loader, test_loader=loader, predict=predict
+    )
     path = tmp_path_factory.mktemp("released") / "checkpoint-epoch150.pth"
     torch.save(content, path)
     yield path

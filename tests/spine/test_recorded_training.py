@@ -92,18 +92,18 @@ class Listening(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def recorded(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "golden/full/trainer_e2e.json").read_text())["runs"]
+def recorded(recordings: Path) -> dict[str, Any]:
+    return json.loads((recordings / "full/trainer_e2e.json").read_text())["runs"]
 
 
-def train(shared: Path, loss: str) -> SimpleNamespace:
+def train(recordings: Path, loss: str) -> SimpleNamespace:
     """Our trainer in the original's place."""
     cfg = compose("train", [*SETTINGS, f"loss={loss}"])
-    network, _ = load_published(recipe.released(shared, "pspnet", 21))
+    network, _ = load_published(recipe.released(recordings, "pspnet", 21))
     for module in network.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.p = 0.0
-    arrays = np.load(shared / "golden/full/trainer_e2e.npz")
+    arrays = np.load(recordings / "full/trainer_e2e.npz")
     loader, val_loader = Batches(arrays, "t", 8), Batches(arrays, "v", 4)
     criterion, optimizer = Listening(build.loss(cfg)), build.optimizer(cfg, network)
     rules, scoring = build.rules(["T"]), build.scoring(cfg, INFO)
@@ -128,9 +128,9 @@ def train(shared: Path, loss: str) -> SimpleNamespace:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
-def test_two_epochs(shared: Path, recorded: dict[str, Any], loss: str) -> None:
+def test_two_epochs(recordings: Path, recorded: dict[str, Any], loss: str) -> None:
     """The first step agrees to rounding; what follows, as far as rounding lets it (see TOLERANCE)."""
-    ours, theirs = train(shared, LOSSES[loss]), recorded[loss]
+    ours, theirs = train(recordings, LOSSES[loss]), recorded[loss]
     np.testing.assert_allclose(ours.rates, theirs["lr_at_each_optimizer_step"], rtol=1e-12, atol=1e-18)
 
     losses, (second, later, validated, means) = theirs["loss_module_calls_in_order"], TOLERANCE[loss]

@@ -23,7 +23,6 @@ from trainers.metrics import (
     summary,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 VOID = 255
 
 
@@ -279,26 +278,14 @@ def assert_recorded(counts: Counts, recorded: dict[str, np.ndarray], halved: boo
         assert_equal(torch.tensor(list(ours[name].values()), dtype=torch.float64), recorded[theirs])
 
 
-@pytest.mark.parametrize("target_kind", ["index", "float_onehot"])
-def test_metrics_equal_the_recorded_numbers_kept_here(target_kind: str) -> None:
-    data = np.load(GOLDEN / "metrics.npz")
-    masks = torch.from_numpy(
-        np.unpackbits(data["multi_pred"])[: 6 * 7 * 20 * 23].reshape(6, 7, 20, 23)
-    ).bool()
-    prefix = f"multi__{target_kind}__fg__"
-    recorded = {key.removeprefix(prefix): data[key] for key in data.files if key.startswith(prefix)}
-    counts = score(masks, torch.from_numpy(data["target"]), void="counted")
-    assert_recorded(counts, recorded, target_kind == "float_onehot", [1, 2, 3, 4, 5, 6])
-
-
 @pytest.mark.golden
 @pytest.mark.parametrize("prediction", ["label", "multi"])
 @pytest.mark.parametrize("target_kind", ["index", "float_onehot"])
 @pytest.mark.parametrize("scored", ["all", "fg", "one"])
 def test_metrics_equal_the_short_recordings(
-    shared: Path, prediction: str, target_kind: str, scored: str
+    recordings: Path, prediction: str, target_kind: str, scored: str
 ) -> None:
-    data = np.load(shared / "golden/metrics.npz")
+    data = np.load(recordings / "metrics.npz")
     masks = torch.from_numpy(data[f"{prediction}_pred"])
     if prediction == "label":
         masks = F.one_hot(masks, 7).movedim(-1, 1).bool()
@@ -312,9 +299,9 @@ def test_metrics_equal_the_short_recordings(
 @pytest.mark.golden
 @pytest.mark.parametrize("prediction", ["map", "multihot"])
 @pytest.mark.parametrize("target_kind", ["labels", "onehot_f32"])
-def test_metrics_equal_the_full_recordings(shared: Path, prediction: str, target_kind: str) -> None:
-    data = np.load(shared / "golden/full/metrics.npz")
-    aggregates = json.loads((shared / "golden/full/metrics.json").read_text())["cases"]
+def test_metrics_equal_the_full_recordings(recordings: Path, prediction: str, target_kind: str) -> None:
+    data = np.load(recordings / "full/metrics.npz")
+    aggregates = json.loads((recordings / "full/metrics.json").read_text())["cases"]
     if prediction == "map":
         masks = F.one_hot(torch.from_numpy(data["pred_map"]).long(), 6).movedim(-1, 1).bool()
     else:

@@ -33,13 +33,13 @@ def test_polynomial_is_the_papers() -> None:
 
 
 @pytest.mark.golden
-def test_polynomial_equals_the_recordings_to_machine_precision(shared: Path) -> None:
-    recorded = np.load(shared / "golden/poly_schedule.npz")
+def test_polynomial_equals_the_recordings_to_machine_precision(recordings: Path) -> None:
+    recorded = np.load(recordings / "poly_schedule.npz")
     total = int(recorded["epochs"]) * int(recorded["iters"])
     ours = np.outer(rates(Polynomial(), total), [0.01, 0.001])
     np.testing.assert_allclose(ours, recorded["lr"], rtol=4e-16, atol=0)
 
-    full = json.loads((shared / "golden/full/lr_poly.json").read_text())
+    full = json.loads((recordings / "full/lr_poly.json").read_text())
     for key, total in {"sequence": 21, "epochs2_iters4": 8, "epochs1_iters1": 1}.items():
         recorded_lr = np.array(full[key])[:, 2:]
         np.testing.assert_allclose(
