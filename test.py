@@ -16,12 +16,12 @@ from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded, list_skipped
 from configs.compose import options
+from configs.files import require_writable
 from rankseg.calibration import focal_correction
 from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
 from trainers.errors import explained
 from trainers.evaluator import evaluate
-from trainers.journal import writable
 from trainers.losses import Link
 from trainers.reproducibility import provenance
 from trainers.results import comparison, file_sha256, fingerprint, variant_folder
@@ -96,7 +96,7 @@ def score(args: argparse.Namespace, where: World) -> None:
     variant = variant_folder(threshold, cfg.temperature != 1, cfg.correct_focal)
     folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant
     if where.is_main:
-        writable(folder)
+        require_writable(folder)
     criterion = build.loss(cfg)
     temperature, fitted = find_temperature(cfg, network, criterion.link, where)
     loader = build.eval_loader(cfg, data, where)

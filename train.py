@@ -28,12 +28,13 @@ from configs import build, stored
 from configs.checkpoint import read_state
 from configs.cli import guarded, list_skipped
 from configs.compose import GROUPS, spelled
+from configs.files import write_json, write_text
 from configs.values import check_values
 from datasets import EvalLoader, SegmentationDataset
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier, world, wrap
 from trainers.evaluator import evaluate
-from trainers.journal import Journal, write_json, write_text
+from trainers.journal import Journal
 from trainers.losses import SegmentationLoss
 from trainers.reproducibility import provenance, seed_everything
 from trainers.trainer import Trainer

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from configs.files import finite_or_none
 from scripts.command import leave, refused
 from scripts.paired import plots
 from scripts.paired.inference import bca_of_mean, standardized_mean, wilcoxon
@@ -39,7 +40,6 @@ from scripts.paired.scores import (
 from scripts.paired.seeds import over_seeds
 from scripts.paired.sweeps import sweep_of
 from scripts.tables.results import short, variant_of
-from trainers.journal import finite_or_none
 
 
 def compare(

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
+from configs.files import write_json
 from configs.values import check_uncalibrated
 from scripts import ROOT
 from scripts.reporting import explain, sections
@@ -29,7 +30,7 @@ from scripts.reporting.page import html_page
 from scripts.reporting.pictures import pick, strips
 from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
-from trainers.journal import read_rows, write_json
+from trainers.journal import read_rows
 from trainers.losses import Link
 from trainers.reproducibility import provenance
 from trainers.results import file_sha256

@@ -5,12 +5,9 @@ TensorBoard's tags put what is to be compared side by side: ``val/mean_dice/RULE
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,53 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-
-def finite_or_none(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): finite_or_none(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_or_none(item) for item in value]
-    return value
-
-
-@contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Give an error of the system the path: a write that fails, as on a full disk, does not know its file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that no reader, and no restart after a crash, sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with named(path):
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def writable(folder: Path) -> None:
-    """Make a folder, and raise OSError where no file can be made in it: better before long work than after."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        error.filename = str(folder)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, the whole file at once."""
-    write_text(path, json.dumps(finite_or_none(value), indent=1) + "\n")
+from configs.files import finite_or_none, name_file_in_errors, write_text
 
 
 class Journal:
@@ -99,7 +50,7 @@ class Journal:
 
             _quieten_writers()
             self.folder = self.path.parent / "tensorboard"
-            with named(self.folder):
+            with name_file_in_errors(self.folder):
                 self.events = SummaryWriter(str(self.folder), purge_step=step + 1)
                 self.events.add_custom_scalars(_charts(self.classes))
 
@@ -107,17 +58,17 @@ class Journal:
         """Append a row of a kind, ``train`` or ``val_RULE``, and its numbers as TensorBoard scalars."""
         if self.path is None:
             return
-        with named(self.path), self.path.open("a", encoding="utf-8") as file:
+        with name_file_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite_or_none({"step": step, "kind": kind, **values})) + "\n")
         if self.events is not None:
-            with named(self.folder):
+            with name_file_in_errors(self.folder):
                 for tag, value in _scalars(kind, values, self.classes):
                     self.events.add_scalar(tag, value, step)
 
     def image(self, step: int, name: str, picture: Tensor) -> None:
         """Add a picture, uint8 (3, H, W), to TensorBoard."""
         if self.events is not None:
-            with named(self.folder):
+            with name_file_in_errors(self.folder):
                 self.events.add_image(name, picture, step)
 
     def hparams(self, settings: dict[str, Any], best: float) -> None:
@@ -125,13 +76,13 @@ class Journal:
         if self.path is not None and self.events is not None:
             last = {row["kind"]: row for row in read_rows(self.path) if "mean_dice" in row}
             scores = {f"hparam/{kind}_mean_dice": row["mean_dice"] or 0.0 for kind, row in last.items()}
-            with named(self.folder):
+            with name_file_in_errors(self.folder):
                 self.events.add_hparams(settings, {"hparam/best_mean_dice": best, **scores}, run_name=".")
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
         if self.events is not None:
-            with named(self.folder):
+            with name_file_in_errors(self.folder):
                 self.events.close()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers.journal import write_json, write_text
+from configs.files import write_json, write_text
 from trainers.metrics import Counts
 
 FORMAT = 1

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.files import write_json
 from datasets.base import DatasetInfo
-from trainers.journal import write_json
 
 
 class Outputs:

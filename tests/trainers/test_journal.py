@@ -15,9 +15,10 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from configs.cli import guarded
+from configs.files import write_text
 from datasets import DatasetInfo
 from tests.trainers.forked import start
-from trainers.journal import Journal, read_rows, write_text
+from trainers.journal import Journal, read_rows
 from trainers.panels import row, sheet, tiles
 
 CLASSES = ("background", "traffic light", "car (1)")

@@ -1,0 +1,152 @@
+"""Read and write small files: YAML and JSON within bounds, and writes that never leave half a file.
+
+Every package may import this module. It imports nothing of the project but the errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+MAX_YAML_BYTES = 4 << 20
+MAX_JSON_BYTES = 256 << 20
+MAX_DEPTH = 24
+MAX_ITEMS = 5_000_000
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file that may come from anywhere, as dicts, lists and scalars.
+
+    Raises:
+        UserError: the file is not YAML, too large, too deeply nested, or uses anchors (a few lines with anchors
+            expand to billions of items).
+        OSError: the file cannot be read.
+    """
+    return parse_yaml(_read_text(path, MAX_YAML_BYTES), str(path))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML within the same bounds; ``source`` names it in messages."""
+    import yaml
+
+    if len(text) > MAX_YAML_BYTES:
+        raise UserError(f"{source} has {len(text)} characters, more than {MAX_YAML_BYTES}. Fix: shorten it.")
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise UserError(f"{source} uses YAML anchors (& or *). Fix: write the values out.")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UserError(f"{source} is nested deeper than {MAX_DEPTH} levels. Fix: flatten it.")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that may come from anywhere.
+
+    Raises:
+        UserError: the file is not JSON, too large or too deeply nested.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = json.loads(_read_text(path, MAX_JSON_BYTES))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}. Fix: remove the file or restore it.") from error
+    check_plain(content, str(path))
+    return content
+
+
+def _read_text(path: Path, max_bytes: int) -> str:
+    """Read a regular UTF-8 file, with or without a byte-order mark."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file. Fix: give the path of a file.")
+    if path.stat().st_size > max_bytes:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, more than {max_bytes}. Fix: shorten it.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}). Fix: save it as UTF-8.") from error
+
+
+def check_plain(value: Any, source: str, max_items: int = MAX_ITEMS, max_depth: int = MAX_DEPTH) -> None:
+    """Walk nested dicts, lists and tuples; raise UserError if they are too deep or too many.
+
+    A container that is shared counts each time it is reached, so that one which contains itself, or which
+    doubles at every level, is rejected and not followed.
+    """
+    stack, seen = [(value, 0)], 0
+    while stack:
+        item, depth = stack.pop()
+        seen += 1
+        if seen > max_items or depth > max_depth:
+            raise UserError(
+                f"{source} holds data nested deeper than {max_depth} levels or more than {max_items} values. "
+                "Fix: choose another file."
+            )
+        if isinstance(item, dict):
+            stack.extend((child, depth + 1) for child in item.values())
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            stack.extend((child, depth + 1) for child in item)
+
+
+def finite_or_none(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by None at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def name_file_in_errors(path: Path) -> Iterator[None]:
+    """Add the path to an OSError that lacks it, as that of a write to a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a temporary file and rename it, so that no reader and no restart sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with name_file_in_errors(path):
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON; NaN and infinity become null."""
+    write_text(path, json.dumps(finite_or_none(value), indent=1) + "\n")
+
+
+def require_writable(folder: Path) -> None:
+    """Create a folder, and raise OSError if no file can be created in it: before long work, not after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        error.filename = str(folder)  # not the temporary name
+        raise
