@@ -7,6 +7,7 @@ Method: Dai & Li, "RankSEG: A Consistent Ranking-based Framework for Segmentatio
 """
 
 from rankseg.expected import expected_dice, expected_iou
+from rankseg.label_map import label_map
 from rankseg.masks import RankResult
 from rankseg.rank_dice import rank_dice
 from rankseg.rank_iou import rank_iou
@@ -18,6 +19,7 @@ __all__ = [
     "argmax",
     "expected_dice",
     "expected_iou",
+    "label_map",
     "rank_dice",
     "rank_iou",
     "rankdice",

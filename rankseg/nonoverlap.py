@@ -14,11 +14,14 @@ Shapes: N images, C classes, D pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rankseg.gather import tiles, working_dtype
-from rankseg.masks import RankResult
+from rankseg.masks import RankResult, as_result, rows_of
+from rankseg.solver import solve
 
 _ROUNDS = 20
 _WORTH = 1e-7  # a round must raise F by this part
@@ -34,6 +37,42 @@ def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: s
     volume = zeros.scatter_add(1, labels, torch.ones_like(picked))[:, :classes]
     value, _ = _class_scores(mass, volume, mean, score, smooth)
     return (value * present).sum(1) / present.sum(1).clamp(min=1)
+
+
+def over_classes(
+    probs: Tensor, classes: Sequence[int], score: str, smooth: float, pruning: bool
+) -> RankResult:
+    """Non-overlapping masks of `probs` (N, C, *S) for the mean expected score of the given `classes` alone.
+
+    One class is solved exactly, so that its mask is that of a one-channel problem. A pixel that none of `classes`
+    gets belongs to the most probable other class, if its probability there is above 0.
+
+    Raises:
+        ValueError: `classes` are not distinct channels of `probs`.
+    """
+    total = probs.shape[1]
+    integers = all(isinstance(c, int) and not isinstance(c, bool) and 0 <= c < total for c in classes)
+    if not classes or not integers or len(set(classes)) != len(classes):
+        raise ValueError(
+            f"classes must be distinct integers in 0..{total - 1}, at least one, got {classes!r}; leave classes out "
+            "to score all of them"
+        )
+    others = [c for c in range(total) if c not in classes]
+    inner = probs[:, list(classes)]
+    if len(classes) == 1:
+        flat = rows_of(inner)
+        found = solve(flat, score, smooth, pruning)
+        chosen = as_result(inner, flat, found.tau, found.cutpoint, found.tied).predict
+    else:
+        chosen = one_label_a_pixel(inner, score, smooth, pruning).predict
+    masks = torch.zeros_like(probs, dtype=torch.bool, memory_format=torch.contiguous_format)
+    masks[:, list(classes)] = chosen
+    if others:
+        top, index = probs[:, others].max(1, keepdim=True)
+        free = ~chosen.any(1, keepdim=True) & (top > 0)
+        masks.scatter_(1, torch.as_tensor(others, device=probs.device)[index], free)
+    flat_masks = masks.flatten(2)
+    return RankResult(masks, flat_masks.sum(2), _largest_left_out(probs.flatten(2), flat_masks))
 
 
 def one_label_a_pixel(probs: Tensor, score: str, smooth: float, pruning: bool) -> RankResult:

@@ -5,12 +5,14 @@ Shapes: N images, C classes, *S spatial axes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rankseg import approximations
 from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.nonoverlap import one_label_a_pixel
+from rankseg.nonoverlap import one_label_a_pixel, over_classes
 from rankseg.solver import solve
 from rankseg.validation import check_choice, check_probs, check_smooth, moved
 
@@ -22,6 +24,7 @@ def rank_dice(
     smooth: float = 0.0,
     *,
     allow_overlap: bool = True,
+    classes: Sequence[int] | None = None,
     truncate_mean: bool = False,
     pruning: bool = True,
     variant: str = "published",
@@ -41,6 +44,10 @@ def rank_dice(
         smooth: the constant γ of the score, at least 0.
         allow_overlap: classes are decided one by one; False gives each pixel one label at most
             (`rankseg.nonoverlap`), with `app=0` only.
+        classes: with `allow_overlap=False`, the classes whose mean score is maximised, such as the foreground; default
+            all. The other classes get the pixels that are left. Without it the background of a two-channel binary
+            problem is scored too, and its foreground is smaller than that of the one-channel form;
+            `classes=[1]` makes both equal.
         truncate_mean: count the pixels with p >= 1/2 in place of the mean (`app` 1 and 2 only).
         pruning: give the empty mask to classes whose largest probability is at most 1/2, as published. Such a
             class is probably absent, and where it is, any pixel selected turns an image that would not have
@@ -71,7 +78,11 @@ def rank_dice(
             f"allow_overlap=False is solved for app=0 only, got app={app}; leave out one of the two"
         )
     probs = moved(probs, device)
-    if not allow_overlap or probs.numel() == 0:
+    if classes is not None and allow_overlap:
+        raise ValueError("classes needs allow_overlap=False; overlapping masks are decided class by class")
+    if classes is not None and probs.numel():
+        result = over_classes(probs, classes, "dice", smooth, pruning)
+    elif not allow_overlap or probs.numel() == 0:
         result = one_label_a_pixel(probs, "dice", smooth, pruning)
     else:
         flat = rows_of(probs)

@@ -5,11 +5,13 @@ Shapes: N images, C classes, *S spatial axes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.nonoverlap import one_label_a_pixel
+from rankseg.nonoverlap import one_label_a_pixel, over_classes
 from rankseg.solver import solve
 from rankseg.validation import check_probs, check_smooth, moved
 
@@ -20,6 +22,7 @@ def rank_iou(
     smooth: float = 0.0,
     *,
     allow_overlap: bool = True,
+    classes: Sequence[int] | None = None,
     pruning: bool = True,
     device: torch.device | str | None = None,
 ) -> RankResult:
@@ -32,6 +35,10 @@ def rank_iou(
     probs = check_probs(probs)
     smooth = check_smooth(smooth)
     probs = moved(probs, device)
+    if classes is not None and allow_overlap:
+        raise ValueError("classes needs allow_overlap=False; overlapping masks are decided class by class")
+    if classes is not None and probs.numel():
+        return over_classes(probs, classes, "iou", smooth, pruning)
     if not allow_overlap or probs.numel() == 0:
         return one_label_a_pixel(probs, "iou", smooth, pruning)
     flat = rows_of(probs)
