@@ -1,7 +1,7 @@
 """Calibration: RankDice is only as good as the probabilities it is given.
 
-`Reliability` measures (mergeable counts, so that a data set can pass in batches), `fit_temperature` mends the logits
-on validation data, `focal_correction` undoes the known bias of the focal loss.
+`Reliability` measures (mergeable counts, so that a data set can pass in batches). `fit_temperature` and
+`fit_calibration` calibrate the logits on validation data, `focal_correction` undoes the known bias of the focal loss.
 
 Shapes: N images, C classes, *S spatial axes, M bins.
 """
@@ -106,6 +106,11 @@ class Reliability:
         count, forecast, observed = self._filled()
         return (observed - forecast).abs().sum(1) / count.sum(1)
 
+    def volume_ratio(self) -> Tensor:
+        """Predicted over true volume, Σp / Σy, of each class: (C,), NaN for a class that never occurs."""
+        _, forecast, observed = self._filled()
+        return forecast.sum(1) / torch.where(observed.sum(1) > 0, observed.sum(1), torch.nan)
+
     def ece(self) -> float:
         """Expected calibration error with the classes pooled in one curve; NaN without data."""
         if self.count is None:
@@ -149,9 +154,7 @@ def fit_temperature(
     """
     check_choice("link", link, ("softmax", "sigmoid"))
     classes = logits.shape[1]
-    valid = targets.flatten() != ignore_index
-    scores = logits.detach().movedim(1, -1).reshape(-1, classes)[valid].double()
-    labels = targets.flatten()[valid].long()
+    scores, labels = _labelled(logits, targets, ignore_index)
     if not labels.numel():
         raise ValueError(
             f"targets has no pixel other than ignore_index={ignore_index}; fit on labelled images"
@@ -163,27 +166,95 @@ def fit_temperature(
         )
     if not torch.isfinite(scores).all():
         raise ValueError("logits holds NaN or infinity; look at the network before its temperature")
-    onehot = torch.nn.functional.one_hot(labels, classes).double() if link == "sigmoid" else None
     # The inverse temperature makes the loss convex; its logarithm keeps it positive.
     log_slope = torch.zeros(classes if classwise else 1, dtype=torch.float64, device=logits.device)
     log_slope.requires_grad_(True)
-    optimizer = torch.optim.LBFGS([log_slope], max_iter=max_iterations, line_search_fn="strong_wolfe")
+    _minimise(lambda: _log_loss(scores * log_slope.exp(), labels, link), [log_slope], max_iterations)
+    temperature = (-log_slope.detach()).exp().clamp(1e-3, 1e3)
+    return temperature if classwise else temperature[0]
+
+
+class Calibration(NamedTuple):
+    """A temperature and a bias for each class, (C,) float64 each: logits become logits / temperature + bias."""
+
+    temperature: Tensor
+    bias: Tensor
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return calibrated logits (N, C, *S), in the dtype of `logits`."""
+        shape = [1, -1] + [1] * (logits.ndim - 2)
+        temperature, bias = (x.to(logits.device, logits.dtype).view(shape) for x in self)
+        return logits / temperature + bias
+
+
+def fit_calibration(
+    logits: Tensor,
+    targets: Tensor,
+    link: str = "softmax",
+    *,
+    ignore_index: int = 255,
+    strength: float = 1e-4,
+    max_iterations: int = 200,
+) -> Calibration:
+    """Fit a temperature and a bias for each class by penalised log-loss, with LBFGS.
+
+    A single temperature leaves the biases of rare classes. A pooled calibration error hardly shows them, but RankDice
+    relies on the expected volume Σp of each class. The objective is the mean log-loss plus
+    strength / 2 · Σ_c [(log T_c - log T)² + b_c²]. T is the scalar temperature of `fit_temperature`, the start of the
+    fit.
+
+    Args:
+        logits, targets, link, ignore_index: see `fit_temperature`.
+        strength: weight of the penalty, above 0; it keeps the parameters of classes without data at T and 0.
+        max_iterations: of LBFGS.
+
+    Raises:
+        ValueError: as `fit_temperature`; or `strength` is not positive.
+    """
+    if not strength > 0:
+        raise ValueError(f"strength={strength} is invalid: expected a number above 0, such as 1e-4")
+    scalar = fit_temperature(logits, targets, link, ignore_index=ignore_index)
+    scores, labels = _labelled(logits, targets, ignore_index)
+    start = -scalar.log()
+    log_slope = start.repeat(scores.shape[1]).requires_grad_(True)
+    bias = torch.zeros_like(log_slope).requires_grad_(True)
+
+    def objective() -> Tensor:
+        penalty = ((log_slope - start) ** 2).sum() + (bias**2).sum()
+        return _log_loss(scores * log_slope.exp() + bias, labels, link) + strength / 2 * penalty
+
+    _minimise(objective, [log_slope, bias], max_iterations)
+    return Calibration((-log_slope.detach()).exp().clamp(1e-3, 1e3), bias.detach())
+
+
+def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Logits (P, C) float64 and labels (P,) of the labelled pixels."""
+    valid = targets.flatten() != ignore_index
+    scores = logits.detach().movedim(1, -1).reshape(-1, logits.shape[1])[valid].double()
+    return scores, targets.flatten()[valid].long()
+
+
+def _log_loss(scores: Tensor, labels: Tensor, link: str) -> Tensor:
+    """Mean log-loss of logits (P, C) for labels (P,)."""
+    if link == "softmax":
+        return torch.nn.functional.cross_entropy(scores, labels)
+    onehot = torch.nn.functional.one_hot(labels, scores.shape[1]).to(scores)
+    return torch.nn.functional.binary_cross_entropy_with_logits(scores, onehot)
+
+
+def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], max_iterations: int) -> None:
+    """Minimise `objective` over `parameters`, in place, by LBFGS."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=max_iterations, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        scaled = scores * log_slope.exp()
-        if onehot is None:
-            loss = torch.nn.functional.cross_entropy(scaled, labels)
-        else:
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(scaled, onehot)
+        loss = objective()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         step: Callable[[Callable[[], Tensor]], Tensor] = optimizer.step
         step(closure)
-    temperature = (-log_slope.detach()).exp().clamp(1e-3, 1e3)
-    return temperature if classwise else temperature[0]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ Shapes: N images, C classes, *S spatial axes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,15 +28,31 @@ class Predictor(Protocol):
     def __call__(self, probs: Tensor) -> Tensor: ...
 
 
-def threshold(probs: Tensor, at: float = 0.5) -> Tensor:
+def threshold(probs: Tensor, at: float | Sequence[float] | Tensor = 0.5) -> Tensor:
     """Select the pixels of each class with probability >= `at`: masks (N, C, *S) bool.
 
+    `at` is one number for all classes, or one for each class, (C,).
+
     Raises:
-        TypeError, ValueError: see `rankseg.validation.check_probs`; or `at` is outside [0, 1].
+        TypeError, ValueError: see `rankseg.validation.check_probs`; or `at` is outside [0, 1] or not one per class.
     """
-    if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= at <= 1:
-        raise ValueError(f"at must be a probability in [0, 1], got {at!r}; 0.5 is the usual choice")
-    return check_probs(probs) >= at
+    if isinstance(at, (int, float)) and not isinstance(at, bool) and 0 <= at <= 1:
+        return check_probs(probs) >= at
+    probs = check_probs(probs)
+    cutoffs = torch.as_tensor(at, dtype=torch.float64, device=probs.device) if _is_numbers(at) else None
+    if cutoffs is None or cutoffs.shape != probs.shape[1:2] or not ((cutoffs >= 0) & (cutoffs <= 1)).all():
+        raise ValueError(
+            f"at must be a probability in [0, 1], or one for each of {probs.shape[1]} classes, got {at!r}; "
+            "0.5 is the usual choice"
+        )
+    return probs >= cutoffs.to(probs.dtype).view(-1, *[1] * (probs.ndim - 2))
+
+
+def _is_numbers(at: object) -> bool:
+    numbers = at.tolist() if isinstance(at, Tensor) else at
+    return isinstance(numbers, (list, tuple)) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers
+    )
 
 
 def argmax(probs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankseg.calibration import Reliability, ece, fit_temperature, focal_correction
+from rankseg.calibration import Reliability, ece, fit_calibration, fit_temperature, focal_correction
 
 
 def sample(temperature: float, link: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,3 +117,61 @@ def test_refusals() -> None:
         fit_temperature(torch.zeros(1, 2, 3), torch.zeros(1, 3).long(), link="tanh")
     with pytest.raises(ValueError, match="gamma"):
         focal_correction(torch.rand(1, 2, 3), gamma=-1)
+
+
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+def test_calibration_of_classes_is_the_minimum_of_its_objective(link: str) -> None:
+    """Against scipy's general optimiser on the same objective, written with other functions."""
+    import numpy as np
+    from scipy import optimize, special
+
+    true, labels, _ = sample(1.0, "softmax", seed=3)
+    logits = (true[:, :, :20, :20] - torch.tensor([1.0, 0, -1]).view(3, 1, 1)) * torch.tensor(
+        [3.0, 1, 0.5]
+    ).view(3, 1, 1)
+    labels, strength = labels[:, :20, :20], 1e-2
+    found = fit_calibration(logits, labels, link, strength=strength)
+    scalar = float(fit_temperature(logits, labels, link))
+    z = logits.movedim(1, -1).reshape(-1, 3).double().numpy()
+    y = np.eye(3)[labels.flatten().numpy()]
+
+    def objective(x: np.ndarray) -> float:
+        s = z / np.exp(x[:3]) + x[3:]
+        loss = (
+            -(y * special.log_softmax(s, 1)).sum()
+            if link == "softmax"
+            else (np.logaddexp(0, s) - y * s).mean()
+        )
+        loss = loss / len(z) if link == "softmax" else loss
+        return float(loss + strength / 2 * (((x[:3] - np.log(scalar)) ** 2).sum() + (x[3:] ** 2).sum()))
+
+    start = np.concatenate([np.full(3, np.log(scalar)), np.zeros(3)])
+    best = optimize.minimize(
+        objective, start, method="Nelder-Mead", options={"maxiter": 20000, "fatol": 1e-12}
+    )
+    ours = np.concatenate([found.temperature.log().numpy(), found.bias.numpy()])
+    assert objective(ours) <= best.fun + 1e-7
+    assert ours == pytest.approx(best.x, abs=0.02)
+
+
+def test_calibration_of_classes_restores_each_volume() -> None:
+    """A shift of a rare class hides from the pooled error and from a temperature; not from Σp / Σy."""
+    true, labels, onehot = sample(1.0, "softmax", seed=4)
+    logits = true + torch.tensor([0.0, 0.0, 1.2]).view(1, 3, 1, 1)
+
+    def ratios(x: Tensor) -> Tensor:
+        reliability = Reliability()
+        reliability.update(torch.softmax(x, 1), onehot)
+        return reliability.volume_ratio()
+
+    scalar = ratios(logits / fit_temperature(logits, labels))
+    classwise = ratios(fit_calibration(logits, labels)(logits))
+    assert scalar[2] > 1.4 and torch.allclose(classwise, torch.ones(3).double(), atol=0.02)
+
+
+def test_calibration_of_a_class_without_pixels_stays_finite() -> None:
+    logits, labels, _ = sample(2.0, "softmax", seed=5)
+    found = fit_calibration(logits, labels.clamp(max=1))
+    assert torch.isfinite(found.temperature).all() and torch.isfinite(found.bias).all()
+    with pytest.raises(ValueError, match="strength=0"):
+        fit_calibration(logits, labels, strength=0)
