@@ -1,0 +1,109 @@
+"""Selective prediction: which images to trust, and a bound on their Dice that holds.
+
+A confidence ranks images; the risk of an image is 1 - Dice. The risk-coverage curve is the mean risk of the most
+confident images; its mean, AURC, measures the order. Split conformal prediction turns confidences into bounds: let
+s_i = confidence_i - Dice_i on n images that chose nothing, and q the ⌈(n+1)(1-α)⌉-th smallest s_i. A new exchangeable
+image has Dice >= confidence - q with probability at least 1 - α.
+
+Shapes: n images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+
+
+class AurcEstimate(NamedTuple):
+    """An AURC with its bootstrap interval, and the same of its difference to a reference (reference - this)."""
+
+    aurc: float
+    interval: tuple[float, float]
+    gain: float
+    gain_interval: tuple[float, float]
+
+
+def risk_coverage(confidence: Tensor, risk: Tensor) -> tuple[Tensor, Tensor]:
+    """Return coverages k/n and the mean risk of the k most confident images, (n,) each.
+
+    Images of equal confidence come in random order; the mean over these orders is returned.
+    """
+    order = confidence.argsort(descending=True)
+    sizes = torch.unique_consecutive(confidence[order], return_counts=True)[1]
+    group = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    means = torch.zeros(len(sizes), dtype=torch.float64).index_add(0, group, risk[order].double()) / sizes
+    kept = torch.arange(1, len(risk) + 1, dtype=torch.float64)
+    return kept / len(risk), means[group].cumsum(0) / kept
+
+
+def aurc(confidence: Tensor, risk: Tensor) -> float:
+    """Return the area under the risk-coverage curve: the mean risk over all coverages."""
+    return float(risk_coverage(confidence, risk)[1].mean())
+
+
+def compare_aurc(
+    confidences: Mapping[str, Tensor],
+    risk: Tensor,
+    reference: str,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, AurcEstimate]:
+    """Estimate the AURC of several confidences of the same images, with paired percentile bootstrap intervals."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randint(len(risk), (len(risk),), generator=generator) for _ in range(resamples)]
+    drawn = {
+        name: torch.tensor([aurc(values[draw], risk[draw]) for draw in draws], dtype=torch.float64)
+        for name, values in confidences.items()
+    }
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    base = aurc(confidences[reference], risk)
+    result = {}
+    for name, values in confidences.items():
+        low, high = drawn[name].quantile(ends).tolist()
+        worse, better = (drawn[reference] - drawn[name]).quantile(ends).tolist()
+        found = aurc(values, risk)
+        result[name] = AurcEstimate(found, (low, high), base - found, (worse, better))
+    return result
+
+
+def conformal_margin(confidence: Tensor, score: Tensor, alpha: float) -> float:
+    """Return q: a new image has score >= confidence - q with probability at least 1 - `alpha`.
+
+    Raises:
+        UserError: `alpha` is outside (0, 1), or there are too few images for it.
+    """
+    if not 0 < alpha < 1:
+        raise UserError(
+            f"alpha={alpha} is invalid: expected a number between 0 and 1. Fix: alpha=0.1 is usual."
+        )
+    images = len(score)
+    place = math.ceil((images + 1) * (1 - alpha) - 1e-9)
+    if place > images:
+        least = math.ceil(1 / alpha - 1e-9) - 1
+        raise UserError(
+            f"alpha={alpha:g} needs at least {least} validation images with a score, found {images}: "
+            "no bound holds with fewer. Fix: use a larger alpha or more images."
+        )
+    return float((confidence - score).double().sort().values[place - 1])
+
+
+def resplit_coverages(
+    confidence: Tensor, score: Tensor, calibration: int, alpha: float, *, splits: int = 200, seed: int = 0
+) -> Tensor:
+    """Return the coverage of the bound on the remaining images, for random sets of `calibration` images: (splits,)."""
+    generator = torch.Generator().manual_seed(seed)
+    coverages = []
+    for _ in range(splits):
+        order = torch.randperm(len(score), generator=generator)
+        fitted, rest = order[:calibration], order[calibration:]
+        margin = conformal_margin(confidence[fitted], score[fitted], alpha)
+        coverages.append((score[rest] >= confidence[rest] - margin).double().mean())
+    return torch.stack(coverages)

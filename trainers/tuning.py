@@ -1,0 +1,200 @@
+"""Decisions fitted on labelled validation images: a threshold, a gate for absent classes, the choice of a rule.
+
+Shapes: N images, C classes, *S spatial axes, K thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainers.metrics import Truth, mean_over_classes
+
+THRESHOLDS = tuple(k / 100 for k in range(1, 100))
+_GATE = 0.5  # the published gate: a class is predicted if its largest probability exceeds this
+
+
+class ThresholdFit(NamedTuple):
+    """A fitted threshold.
+
+    Attributes:
+        at: one number for all classes, or one for each class.
+        gated: whether classes whose largest probability is at most 1/2 get the empty mask.
+        mean_dice: of the images that it was fitted on.
+        held_out: (N,) mean Dice of each image with the threshold that all other images choose; NaN if undefined.
+            None if there is one threshold for each class.
+    """
+
+    at: float | list[float]
+    gated: bool
+    mean_dice: float
+    held_out: Tensor | None
+
+
+class ThresholdTable:
+    """Counts of every image and class at every threshold: feed batches, join those of all processes, fit.
+
+    Attributes:
+        hits, selected: (N, C, K) int32, true positives and predicted pixels of {p >= threshold}.
+        actual: (N, C) int64, true pixels.
+        likely: (N, C) bool, whether the largest probability exceeds 1/2.
+    """
+
+    def __init__(self, thresholds: Sequence[float] = THRESHOLDS) -> None:
+        self.thresholds = tuple(thresholds)
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def update(self, probs: Tensor, truth: Truth) -> None:
+        """Add a batch of probabilities (N, C, *S) and its truth."""
+        images, classes = probs.shape[:2]
+        steps = len(self.thresholds) + 1
+        grid = torch.tensor(self.thresholds, dtype=torch.float64, device=probs.device).to(probs.dtype)
+        rows = torch.arange(images * classes, device=probs.device).view(-1, 1) * steps
+        # Entry k of a row: the pixels that pass k thresholds and not k + 1.
+        places = torch.bucketize(probs.flatten(2).flatten(0, 1), grid, right=True) + rows
+        onehot = truth.onehot.flatten(2).flatten(0, 1)
+        hits = torch.bincount(places[onehot], minlength=images * classes * steps)
+        if truth.valid is not None:
+            places = places[truth.valid.flatten(1).repeat_interleave(classes, 0)]
+        selected = torch.bincount(places.flatten(), minlength=images * classes * steps)
+        likely = probs.flatten(2).amax(2) > _GATE
+
+        def passing(count: Tensor) -> Tensor:
+            return count.view(images, classes, steps).flip(2).cumsum(2).flip(2)[..., 1:].int().cpu()
+
+        self._parts.append((passing(hits), passing(selected), truth.actual.cpu(), likely.cpu()))
+
+    @staticmethod
+    def join(tables: Sequence[ThresholdTable]) -> ThresholdTable:
+        """Return one table with the images of all, for example of all processes."""
+        whole = ThresholdTable(tables[0].thresholds)
+        whole._parts = [part for table in tables for part in table._parts]
+        return whole
+
+    def dice(self, gated: bool = False) -> Tensor:
+        """Return the Dice of every image and class at every threshold: (N, C, K) float64, NaN for 0/0."""
+        hits, selected, actual, likely = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        if gated:
+            hits, selected = (x * likely[..., None] for x in (hits, selected))
+        total = selected + actual[..., None]
+        return torch.where(total > 0, 2 * hits.double() / total, torch.nan)
+
+    def fit(self, scored: Sequence[int], per_class: bool = False) -> ThresholdFit:
+        """Choose the threshold, and whether to use the gate, by the mean Dice over the `scored` classes.
+
+        With `per_class` the thresholds are improved one class after another from the common one, as long as the mean
+        rises. Ties go to the smaller change: no gate, and the threshold nearest to 1/2.
+        """
+        best: tuple[float, float, bool, int] | None = None
+        by_gate = {gated: self.dice(gated)[:, list(scored)] for gated in (False, True)}
+        for gated, dice in by_gate.items():
+            means = dice.nanmean(1).nanmean(0)
+            for k, at in enumerate(self.thresholds):
+                candidate = (round(float(means[k]), 12), -abs(at - 0.5), not gated, k)
+                if best is None or candidate > best:
+                    best = candidate
+        assert best is not None
+        gated, k = not best[2], best[3]
+        dice = by_gate[gated]
+        if not per_class:
+            held_out = _leave_one_out(by_gate)
+            return ThresholdFit(self.thresholds[k], gated, best[0], held_out)
+        chosen, score = self._ascend(dice, k)
+        at = [self.thresholds[k]] * self._parts[0][2].shape[1]
+        for c, place in zip(scored, chosen, strict=True):
+            at[c] = self.thresholds[place]
+        return ThresholdFit(at, gated, score, None)
+
+    def _ascend(self, dice: Tensor, start: int) -> tuple[list[int], float]:
+        """Coordinate ascent of the mean Dice, from the same threshold for all classes of `dice` (N, C, K)."""
+        images, classes, _ = dice.shape
+        chosen, score = [start] * classes, -1.0
+        defined, value = ~dice.isnan(), dice.nan_to_num()
+        while True:
+            before = score
+            for c in range(classes):
+                others = [j for j in range(classes) if j != c]
+                places = [chosen[j] for j in others]
+                total = value[:, c] + value[:, others, places].view(images, -1, 1).sum(1)
+                number = defined[:, c] + defined[:, others, places].view(images, -1, 1).sum(1)
+                means = torch.where(number > 0, total / number.clamp(min=1), torch.nan).nanmean(0)
+                if float(means.max()) > score + 1e-12:
+                    chosen[c], score = int(means.argmax()), float(means.max())
+            if score <= before + 1e-12:
+                return chosen, score
+
+
+def _leave_one_out(by_gate: Mapping[bool, Tensor]) -> Tensor:
+    """Dice (N,) of each image with the threshold and gate that the other images choose."""
+    means = torch.cat([dice.nanmean(1) for dice in by_gate.values()], dim=1)
+    defined, value = ~means.isnan(), means.nan_to_num()
+    others = value.sum(0) - value
+    number = (defined.sum(0) - defined.int()).clamp(min=1)
+    return means.gather(1, (others / number).argmax(1, keepdim=True))[:, 0]
+
+
+def fit_gate(expected: Tensor, dice: Tensor, actual: Tensor, scored: Sequence[int]) -> tuple[float, float]:
+    """Choose g, below which expected Dice a mask is emptied, by the mean Dice; return it and that mean.
+
+    Args:
+        expected, dice: (N, C) expected and achieved Dice of the masks without a gate.
+        actual: (N, C) true pixels: an empty mask scores 0 where the class is present, else it has no score.
+        scored: the classes that count. Of equal means the smallest g is chosen.
+    """
+    missed = torch.where(actual > 0, 0.0, torch.nan).double()
+    best = (0.0, -1.0)
+    for least in (k / 100 for k in range(100)):
+        gated = torch.where(expected >= least, dice, missed)
+        mean = float(mean_over_classes(gated, scored).nanmean())
+        if mean > best[1] + 1e-12:
+            best = (least, mean)
+    return best
+
+
+class Choice(NamedTuple):
+    """What `choose` decided: the rule, and of each candidate the mean difference to the baseline with its interval."""
+
+    rule: str
+    differences: dict[str, dict[str, float]]
+    why: str
+
+
+def choose(dice: Mapping[str, Tensor], baseline: str = "T", level: float = 0.95, seed: int = 0) -> Choice:
+    """Choose the rule with the largest lower bound of the mean paired difference to `baseline`, if it is positive.
+
+    `dice` holds the mean Dice (N,) of the same images for each rule, NaN if undefined. Bounds are BCa bootstraps.
+    """
+    differences: dict[str, dict[str, float]] = {}
+    for name, values in dice.items():
+        if name == baseline:
+            continue
+        difference = (values - dice[baseline]).double()
+        difference = difference[~difference.isnan()]
+        differences[name] = _interval(difference, level, seed)
+    best = max(differences, key=lambda name: differences[name]["low"], default=baseline)
+    if best == baseline or differences[best]["low"] <= 0:
+        return Choice(baseline, differences, f"no rule is better than {baseline} by its lower bound")
+    bound = 100 * differences[best]["low"]
+    why = f"largest lower {level:.0%} bound of the mean difference to {baseline}: +{bound:.2f} points"
+    return Choice(best, differences, why)
+
+
+def _interval(difference: Tensor, level: float, seed: int) -> dict[str, float]:
+    from scipy import stats  # slow to import
+
+    mean = float(difference.mean()) if len(difference) else 0.0
+    if len(difference) < 2 or float(difference.std()) == 0:
+        return {"mean": mean, "low": mean, "high": mean}
+    found: Any = stats.bootstrap(
+        (difference.numpy(),), _mean, confidence_level=level, method="BCa", rng=seed, n_resamples=9999
+    )
+    low, high = (float(end) for end in found.confidence_interval)
+    return {"mean": mean, "low": low, "high": high}
+
+
+def _mean(values: Any, axis: int = -1) -> Any:
+    return values.mean(axis=axis)
