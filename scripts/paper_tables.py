@@ -2,7 +2,7 @@
 
     python scripts/paper_tables.py                    all our results as Markdown, and as saved/tables.csv
     python scripts/paper_tables.py published          the three tables of the paper, faults marked
-    python scripts/paper_tables.py both --format html --output tables.html
+    python scripts/paper_tables.py both --format tex --output tables.tex
     python scripts/paper_tables.py --write            regenerate every table kept in git (`make tables`)
     python scripts/paper_tables.py --check            fail if one is stale or a number leaves its tolerance
 
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("mode", nargs="?", choices=MODES, default="ours", help="which tables (default: ours)")
     parser.add_argument("--saved", type=Path, help="folder of the runs (default: saved/ of the repository)")
     parser.add_argument(
-        "--format", choices=FORMATS, default="md", help="Markdown, CSV, LaTeX or one HTML page"
+        "--format", choices=FORMATS, default="md", help="Markdown, CSV or LaTeX (default: md)"
     )
     parser.add_argument("--output", type=Path, help="write to this file instead of the screen")
     action = parser.add_mutually_exclusive_group()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,8 +85,8 @@ def report(args: argparse.Namespace, where: World) -> Path:
     table, differences = sections.scores(findings, RULES), sections.gains(findings, RULES)
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
     about = (
-        f"Split <b>{cfg.split}</b>, {len(findings.names)} images, protocol <b>{cfg.protocol.name}</b>, "
-        f"checkpoint of epoch {checkpoint['epoch']}. One forward pass; every rule on the same probabilities: "
+        f"Split <b>{escape(str(cfg.split))}</b>, {len(findings.names)} images, protocol <b>{escape(str(cfg.protocol.name))}</b>, "
+        f"checkpoint of epoch {escape(str(checkpoint['epoch']))}. One forward pass; every rule on the same probabilities: "
         f"T keeps what is at least {build.threshold(cfg):g}, max takes the likeliest class, rankdice the mask of the "
         "largest expected Dice."
     )

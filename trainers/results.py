@@ -5,9 +5,7 @@ The counts are the sufficient statistic: every average, interval and paired diff
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 
 from configs.files import write_json, write_text
 from trainers.metrics import Counts
+from trainers.text import csv_text
 
 FORMAT = 1
 COLUMNS = ("image", "class", "intersection", "predicted", "actual", "dice", "iou")
@@ -59,9 +58,7 @@ class EvalResult:
                 "images": self.names,
             },
         )
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([COLUMNS, *self._rows()])
-        write_text(path.with_suffix(".csv"), table.getvalue())
+        write_text(path.with_suffix(".csv"), csv_text([COLUMNS, *self._rows()]))
         return path
 
     def _rows(self) -> list[tuple[Any, ...]]:

@@ -8,28 +8,13 @@ from pathlib import Path
 
 from scripts.tables.compare import compared_tables
 from scripts.tables.ours import Groups, our_tables, problem_count
-from scripts.tables.page import html_page
 from scripts.tables.published import load_published, published_tables
-from scripts.tables.render import csv_text, latex, markdown
+from scripts.tables.render import csv_tables, latex, markdown
 from scripts.tables.results import Problem
 from scripts.tables.table import Table
 
 MODES = ("published", "ours", "both")
-FORMATS = ("md", "csv", "tex", "html")
-_TITLES = {
-    "published": (
-        "RankSEG: the published tables",
-        "As printed in Dai & Li, JMLR 24(224), 2023. Letters mark known faults; reasons stand below.",
-    ),
-    "ours": (
-        "RankSEG: our results",
-        "Runs of this repository. Every number comes from a result file; none is typed by hand.",
-    ),
-    "both": (
-        "RankSEG: published and reproduced",
-        "The published tables beside runs of this repository under the same protocol.",
-    ),
-}
+FORMATS = ("md", "csv", "tex")
 _PLACES = {
     "published": "saved/published/tables",
     "ours": "saved/results/tables",
@@ -50,11 +35,9 @@ def tables(mode: str, groups: Groups, problems: Sequence[Problem] = ()) -> list[
 def render(mode: str, found: Sequence[Table], form: str, problems: Sequence[Problem] = ()) -> str:
     """All tables of a mode in one of FORMATS; says so where there is none."""
     if form == "csv":
-        return csv_text(found)
+        return csv_tables(found)
     if form == "tex":
         return "\n".join(map(latex, found)) or "% no results yet\n"
-    if form == "html":
-        return html_page(found, *_TITLES[mode])
     text = "\n".join(map(markdown, found))
     return text or f"No results yet{'; ' + problem_count(problems) if problems else ''}.\n"
 

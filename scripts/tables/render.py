@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 
 from scripts.tables.table import Cell, Table
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "|": r"\textbar{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "Δ": r"$\Delta$",
-    "−": "$-$",
-    "–": "--",
-    "—": "---",
-}
-
+from trainers.text import csv_text, latex_label, latex_text, markdown_cell, markdown_text
 
 def join(cell: Cell, bold: Callable[[str], str], escape: Callable[[str], str] = str) -> str:
     """The text of a cell with its bold parts marked; marks of notes are left to the caller."""
@@ -57,10 +33,10 @@ def markdown(table: Table) -> str:
         return f"<sup>{','.join(marks)}</sup>" if marks else ""
 
     def text(cell: Cell) -> str:
-        return join(cell, lambda part: f"**{part}**").replace("|", "\\|") + superscript(cell.marks)
+        return join(cell, lambda part: f"**{part}**", markdown_cell) + superscript(cell.marks)
 
-    lines = [f"**{table.title}**{superscript(table.marks)}", ""]
-    lines.append("| " + " | ".join(table.head) + " |")
+    lines = [f"**{markdown_text(table.title)}**{superscript(table.marks)}", ""]
+    lines.append("| " + " | ".join(map(markdown_cell, table.head)) + " |")
     lines.append(
         "|" + "|".join(" :-- " if i < table.labels else " :-: " for i in range(len(table.head))) + "|"
     )
@@ -68,35 +44,28 @@ def markdown(table: Table) -> str:
         blank = repeats(table, index)
         lines.append("| " + " | ".join("" if i < blank else text(cell) for i, cell in enumerate(row)) + " |")
     if table.caption:
-        lines += ["", table.caption]
+        lines += ["", markdown_text(table.caption)]
     for note in table.notes:
-        lines += ["", f"<sup>{note.mark}</sup> {note.text}"]
+        lines += ["", f"<sup>{note.mark}</sup> {markdown_text(note.text)}"]
     return "\n".join(lines) + "\n"
 
 
-def csv_text(tables: Sequence[Table]) -> str:
+def csv_tables(tables: Sequence[Table]) -> str:
     """All tables below each other, each with its header; values and marks in columns of their own."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    for number, table in enumerate(tables):
-        if number:
-            writer.writerow([])
+    rows: list[list[str]] = []
+    for table in tables:
+        rows += [[]] * bool(rows)
         heads = [f"{head} {part}" for head in table.head[table.labels :] for part in (*table.parts, "marks")]
-        writer.writerow(["table", *table.head[: table.labels], *heads])
+        rows.append(["table", *table.head[: table.labels], *heads])
         for row in table.rows:
             values = [part for cell in row[table.labels :] for part in _spread(cell, len(table.parts))]
-            writer.writerow([table.name, *(cell.text for cell in row[: table.labels]), *values])
-    return buffer.getvalue()
+            rows.append([table.name, *(cell.text for cell in row[: table.labels]), *values])
+    return csv_text(rows)
 
 
 def _spread(cell: Cell, parts: int) -> list[str]:
     """A cell's values over its columns; a symbol stands in the first of them."""
     return [*cell.values, *[""] * (parts - len(cell.values)), " ".join(cell.marks)]
-
-
-def latex_escape(text: str) -> str:
-    """Plain text for LaTeX, with the few symbols that the tables use."""
-    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def latex(table: Table) -> str:
@@ -106,22 +75,22 @@ def latex(table: Table) -> str:
         return f"$^{{{','.join(marks)}}}$" if marks else ""
 
     def text(cell: Cell) -> str:
-        return join(cell, lambda part: rf"\textbf{{{part}}}", latex_escape) + superscript(cell.marks)
+        return join(cell, lambda part: rf"\textbf{{{part}}}", latex_text) + superscript(cell.marks)
 
     align = "l" * table.labels + "c" * (len(table.head) - table.labels)
     lines = [r"\begin{table}[t]", r"\centering", r"\small"]
-    lines.append(rf"\caption{{{latex_escape(table.title)}{superscript(table.marks)}}}")
-    lines += [rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
-    lines += [" & ".join(map(latex_escape, table.head)) + r" \\", r"\midrule"]
+    lines.append(rf"\caption{{{latex_text(table.title)}{superscript(table.marks)}}}")
+    lines += [rf"\label{{tab:{latex_label(table.name)}}}", rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+    lines += [" & ".join(map(latex_text, table.head)) + r" \\", r"\midrule"]
     for index, row in enumerate(table.rows):
         blank = repeats(table, index)
         if index and table.labels > 1 and not blank:
             lines.append(r"\midrule")
         lines.append(" & ".join("" if i < blank else text(cell) for i, cell in enumerate(row)) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    reasons = [f"$^{{{note.mark}}}$ {latex_escape(note.text)}" for note in table.notes]
+    reasons = [f"$^{{{note.mark}}}$ {latex_text(note.text)}" for note in table.notes]
     if table.caption:
-        reasons.insert(0, latex_escape(table.caption))
+        reasons.insert(0, latex_text(table.caption))
     if reasons:
         lines += [r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize"]
         lines += [" \\par\n".join(reasons), r"\end{minipage}"]

@@ -1,4 +1,4 @@
-"""What a table is before it is Markdown, CSV, LaTeX or HTML."""
+"""What a table is before it is Markdown, CSV or LaTeX."""
 
 from __future__ import annotations
 

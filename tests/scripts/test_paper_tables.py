@@ -18,7 +18,7 @@ from scripts.tables.generated import inject
 from scripts.tables.ours import our_tables
 from scripts.tables.page import html_page
 from scripts.tables.published import COLUMNS, load_published, published_tables
-from scripts.tables.render import csv_text, latex, markdown
+from scripts.tables.render import csv_tables, latex, markdown
 from scripts.tables.results import group_seeds, read_results
 
 DATASETS = {"CityScapes": "cityscapes", "VOC": "voc2012", "kvasirSEG": "kvasir_seg"}
@@ -184,7 +184,7 @@ def test_markdown_latex_and_csv_hold_the_same_cells():
         assert body[1:] == cells
         assert tex.count(r"\textbf") == sum(b for row in table.rows for c in row for b in c.bold)
         assert tex.count("{") == tex.count("}") and tex.count(r"\midrule") == 3
-        rows = list(csv.DictReader(csv_text([table]).splitlines()))
+        rows = list(csv.DictReader(csv_tables([table]).splitlines()))
         for row, line in zip(rows, cells, strict=True):
             pairs = [(row[f"{head} mDice"], row[f"{head} mIoU"]) for head in table.head[2:]]
             assert [f"({a}, {b})" if b else a for a, b in pairs] == line

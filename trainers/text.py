@@ -1,0 +1,99 @@
+"""Text for CSV, Markdown and LaTeX files: escape values that a spreadsheet, a renderer or LaTeX would interpret.
+
+Names of images, classes and protocols come from files of other people. A spreadsheet runs a cell such as
+``=HYPERLINK(...)`` as a formula, a ``|`` or a line break splits a Markdown table, and LaTeX runs ``\\input{...}``.
+Every module that writes such a file escapes its text here. HTML pages are rendered by jinja2 with autoescape.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+# Text that a spreadsheet may read as a formula; plain numbers and dashes are harmless and stay as they are.
+_FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
+_HARMLESS = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|-+")
+_BREAKS = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "[": "{[}",  # after \\ or an item, a bracket or a star would be read as an argument
+    "]": "{]}",
+    "*": "{*}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "Δ": r"$\Delta$",
+    "−": "$-$",
+    "–": "--",
+    "—": "---",
+}
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a cell that no spreadsheet runs as a formula: such text gets an apostrophe in front."""
+    if isinstance(value, str) and _FORMULA.match(value) and not _HARMLESS.fullmatch(value):
+        return f"'{value}"
+    return value
+
+
+def csv_value(cell: str) -> str:
+    """Return the text that `csv_cell` was given: remove the apostrophe that it added."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as the text of a CSV file; text cells are escaped by `csv_cell`."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    for row in rows:
+        cells = [csv_cell(value) for value in row]
+        if any(isinstance(cell, str) and "\r" in cell for cell in cells):  # csv.writer does not quote a lone \r
+            csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
+        else:
+            writer.writerow(cells)
+    return buffer.getvalue()
+
+
+def read_csv(text: str) -> Iterator[dict[str, str]]:
+    """Yield the rows of a CSV file as dictionaries; text is as it was before `csv_text` escaped it."""
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        yield {key: csv_value(cell or "") for key, cell in row.items() if key is not None}
+
+
+def one_line(text: str) -> str:
+    """Replace line breaks of any kind by a space."""
+    return _BREAKS.sub(" ", text)
+
+
+def markdown_text(text: str) -> str:
+    """Return plain text for a Markdown paragraph: one line, no HTML, no image."""
+    return one_line(text).replace("\\", "\\\\").replace("<", "&lt;").replace("![", "!\\[")
+
+
+def markdown_cell(text: str) -> str:
+    """Return plain text for a cell of a Markdown table."""
+    return markdown_text(text).replace("|", "\\|")
+
+
+def latex_text(text: str) -> str:
+    """Return plain text for LaTeX; every character with a meaning for LaTeX is printed instead."""
+    return "".join(_LATEX.get(character, character) for character in one_line(text))
+
+
+def latex_label(text: str) -> str:
+    """Return a name for ``\\label``: letters, digits, ``_``, ``:``, ``.``, ``-``; others become ``-``."""
+    return re.sub(r"[^A-Za-z0-9_:.-]", "-", text)
