@@ -13,13 +13,21 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.compose import unknown_key, unknown_option
-from configs.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUME, Interrupted, TrainingError
+from configs.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_BUSY,
+    EXIT_FAILED,
+    EXIT_RESUME,
+    BusyError,
+    Interrupted,
+    TrainingError,
+)
 from configs.remedies import REMEDIES, WRONG_PATH, remedy
 from datasets import DatasetError
 
 
 def guarded(main: Callable[[], Any]) -> None:
-    """Run a command and leave with its exit code: 0, 2 bad input, 3 training failed, 75 interrupted and saved.
+    """Run a command and leave with its exit code: 0, 2 bad input, 3 training failed, 4 busy, 75 interrupted and saved.
 
     Exceptions that are none of these are bugs and keep their traceback.
     """
@@ -38,6 +46,8 @@ def guarded(main: Callable[[], Any]) -> None:
         )
     except KeyboardInterrupt:
         _leave(130, "interrupted", "stopped")
+    except BusyError as error:
+        _leave(EXIT_BUSY, str(error))
     except DatasetError as error:  # one line, and below it the faults or the tree that is expected
         _leave(EXIT_BAD_INPUT, str(error), flat=False)
     except (ValueError, *WRONG_PATH, ModuleNotFoundError) as error:

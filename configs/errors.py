@@ -2,6 +2,7 @@
 
 EXIT_BAD_INPUT = 2  # configuration, data or checkpoint; the message says what to change
 EXIT_FAILED = 3  # the work itself failed: non-finite loss, out of memory, full disk
+EXIT_BUSY = 4  # another process works on the same run; try again when it has ended
 EXIT_RESUME = 75  # interrupted with a checkpoint written: the same command resumes (EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # Ctrl-C, 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # the reader of the output has gone (`| head`), 128 + SIGPIPE
@@ -16,6 +17,10 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A configuration that cannot be used: an unknown key or option, or an invalid value."""
+
+
+class BusyError(UserError):
+    """Another process works on the same run or file. Commands print it in one line and exit with 4."""
 
 
 class TrainingError(RuntimeError):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from configs.errors import EXIT_BAD_INPUT, EXIT_FAILED
+from configs.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_FAILED, BusyError
 from configs.remedies import WRONG_PATH, remedy
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -19,6 +19,8 @@ def refused(error: Exception) -> int:
     if os.environ.get("RANKSEG_TRACEBACK") == "1":
         raise
     print(f"error: {remedy(error)}", file=sys.stderr)
+    if isinstance(error, BusyError):
+        return EXIT_BUSY
     disk = isinstance(error, OSError) and not isinstance(error, WRONG_PATH)
     return EXIT_FAILED if disk else EXIT_BAD_INPUT
 

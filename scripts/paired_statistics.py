@@ -40,6 +40,7 @@ from scripts.paired.scores import (
 from scripts.paired.seeds import over_seeds
 from scripts.paired.sweeps import sweep_of
 from scripts.tables.results import short, variant_of
+from trainers.text import markdown_cell, markdown_text
 
 
 def compare(
@@ -133,7 +134,7 @@ def markdown(found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]] = 
             f"{one['wilcoxon_p']:.2g} ({one['wilcoxon_method']})",
             str(one["images"]),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(markdown_cell, cells))} |")
     lines += [line for one in seeds for line in ("", *_seed_lines(one, found))]
     lines += ["", _remarks(found)]
     for one in found:
@@ -152,11 +153,16 @@ def _seed_lines(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[st
     """Mean and range over seeds, also of each class; or why there are none."""
     name, count = title(one, found), len(one["seeds"])
     if "refused" in one:
-        return [f"{name}: no mean over {count} runs, as {one['refused']}."]
-    lines = [f"{name} over {count} seeds: {one['mean']:+.2f} points, range {_range(one['range'])}."]
+        return [f"{markdown_text(name)}: no mean over {count} runs, as {one['refused']}."]
+    lines = [
+        f"{markdown_text(name)} over {count} seeds: {one['mean']:+.2f} points, range {_range(one['range'])}."
+    ]
     if len(one["classes"]) > 1:
-        lines += ["", f"| {name} over {count} seeds | mean | range |", "| :-- | :-: | :-: |"]
-        lines += [f"| {c['name']} | {c['mean']:+.2f} | {_range(c['range'])} |" for c in one["classes"]]
+        lines += ["", f"| {markdown_cell(name)} over {count} seeds | mean | range |", "| :-- | :-: | :-: |"]
+        lines += [
+            f"| {markdown_cell(c['name'])} | {c['mean']:+.2f} | {_range(c['range'])} |"
+            for c in one["classes"]
+        ]
     return lines
 
 
@@ -171,16 +177,18 @@ def _remarks(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _class_table(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
+    names = (one["baseline"], one["rule"])
     lines = [
-        f"{title(one, found)}, seed {one['seed']}, by class:",
+        f"{markdown_text(title(one, found))}, seed {one['seed']}, by class:",
         "",
-        f"| class | {one['baseline']} | {one['rule']} | paired difference [interval] | images |",
+        f"| class | {' | '.join(map(markdown_cell, names))} | paired difference [interval] | images |",
         "| :-- | :-: | :-: | :-: | :-: |",
     ]
     for row in one["classes"]:
+        name = markdown_cell(row["name"])
         difference = f"{row['mean']:+.2f} [{_range(row['interval'])}]"
         lines.append(
-            f"| {row['name']} | {row['baseline']:.2f} | {row['rule']:.2f} | {difference} | {row['images']} |"
+            f"| {name} | {row['baseline']:.2f} | {row['rule']:.2f} | {difference} | {row['images']} |"
         )
     return lines
 

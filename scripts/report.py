@@ -84,9 +84,10 @@ def report(args: argparse.Namespace, where: World) -> Path:
     )
     table, differences = sections.scores(findings, RULES), sections.gains(findings, RULES)
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
+    split, protocol, epoch = (escape(str(v)) for v in (cfg.split, cfg.protocol.name, checkpoint["epoch"]))
     about = (
-        f"Split <b>{escape(str(cfg.split))}</b>, {len(findings.names)} images, protocol <b>{escape(str(cfg.protocol.name))}</b>, "
-        f"checkpoint of epoch {escape(str(checkpoint['epoch']))}. One forward pass; every rule on the same probabilities: "
+        f"Split <b>{split}</b>, {len(findings.names)} images, protocol <b>{protocol}</b>, "
+        f"checkpoint of epoch {epoch}. One forward pass; every rule on the same probabilities: "
         f"T keeps what is at least {build.threshold(cfg):g}, max takes the likeliest class, rankdice the mask of the "
         "largest expected Dice."
     )

@@ -1,13 +1,15 @@
-"""Reproduce a grid of experiments from one command: check the data, train, score, print the table.
+"""Reproduce a grid of experiments with one command: check the data, train, score, print the table.
 
-    python scripts/reproduce.py                                     the built-in data, the small network
+    python scripts/reproduce.py                                     built-in data, small network
     python scripts/reproduce.py --losses ce,focal --seeds 0,1,2 --calibrate epochs=4
     python scripts/reproduce.py experiment=paper/kvasir_seg dataset.root=PATH --record saved/results/kvasir
     python scripts/reproduce.py --models smp_unet,smp_pspnet dataset=kvasir_seg dataset.root=PATH --dry-run
 
-The same command again skips what is finished and goes on with what was interrupted. A cell that fails is
-named at the end; the others run. Each cell's own output is in its folder, reproduce.log.
-Exit codes: 0 done, 2 bad input, 3 a cell failed, 75 interrupted (run the same command again).
+The same command again skips finished runs and resumes interrupted ones. If a run fails, the others continue
+and the failure is listed at the end. A run that another process is training is left to that process. The
+output of each run is in its folder, in reproduce.log.
+Exit codes: 0 done, 2 bad input, 3 a run failed, 4 another process still works on a run, 75 interrupted (run
+the same command again).
 """
 
 from __future__ import annotations
@@ -30,207 +32,221 @@ from omegaconf import OmegaConf
 from configs import build
 from configs.cli import guarded
 from configs.compose import CONFIGS, options, unknown_option
-from configs.errors import EXIT_FAILED, EXIT_RESUME, Interrupted
+from configs.errors import (
+    EXIT_BUSY,
+    EXIT_FAILED,
+    EXIT_RESUME,
+    BusyError,
+    ConfigError,
+    Interrupted,
+    TrainingError,
+)
 from scripts import ROOT
-from scripts.grid.cells import Cell, cells
-from scripts.grid.record import record
-from scripts.grid.running import Display, call, clock
+from scripts.grid.running import Display, call, format_time
+from scripts.grid.runs import Run, load_runs
 from trainers.results import variant_folder
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; flags and overrides may mix."""
+    """Parse the command line; flags and overrides may be mixed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", help="such as smp_unet,smp_pspnet (default: the configuration's)")
-    parser.add_argument("--losses", help="such as ce,focal,bce")
-    parser.add_argument("--seeds", help="such as 0,1,2")
-    parser.add_argument("--rules", default="T,max,rankdice", help="what to score (default: %(default)s)")
-    parser.add_argument("--protocols", default="corrected,paper", help="how to score (default: %(default)s)")
+    parser.add_argument("--models", help="for example smp_unet,smp_pspnet (default: from the configuration)")
+    parser.add_argument("--losses", help="for example ce,focal,bce")
+    parser.add_argument("--seeds", help="for example 0,1,2")
+    parser.add_argument("--rules", default="T,max,rankdice", help="rules to score (default: %(default)s)")
+    parser.add_argument(
+        "--protocols", default="corrected,paper", help="scoring protocols (default: %(default)s)"
+    )
     parser.add_argument(
         "--checkpoint",
         choices=("best_model.pth", "last.pth"),
         default="best_model.pth",
-        help="what to score (default: %(default)s, by the validation score; the paper's tables: last.pth)",
+        help="checkpoint to score (default: %(default)s; the paper's tables use last.pth)",
     )
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="score again with a fitted temperature, and focal-loss networks with their correction",
+        help="also score with a fitted temperature, and focal-loss networks with their correction",
     )
-    parser.add_argument("--threads", type=int, help="threads of each process")
+    parser.add_argument("--threads", type=int, help="CPU threads of each process")
     parser.add_argument(
         "--record",
         type=Path,
         metavar="DIR",
         help="copy results, journals, configurations and report.json to DIR",
     )
-    parser.add_argument("--dry-run", action="store_true", help="list the cells and their state, run nothing")
-    parser.add_argument("--quiet", action="store_true", help="no progress; the table only")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed on to train.py")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their state, run nothing")
+    parser.add_argument("--quiet", action="store_true", help="print the table only")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to train.py")
     return parser.parse_intermixed_args(argv)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to score: rules, the folder of each protocol's results, which checkpoint, and whether calibrated too."""
+class ScoringPlan:
+    """What to score for each run: rules, the result folder of each protocol, the checkpoint, calibration."""
 
     rules: list[str]
     folders: dict[str, str]
     checkpoint: str
     calibrate: bool = False
 
-    def passes(self, cell: Cell) -> Iterator[tuple[str, str, list[str]]]:
-        """The calls of test.py that a cell wants: what each is, the folder of its results, and its overrides."""
-        at = build.threshold(cell.cfg)
-        ways: list[tuple[str, str, list[str]]] = [("", variant_folder(at), [])]
+    def evaluations(self, run: Run) -> Iterator[tuple[str, str, list[str]]]:
+        """Yield the calls of test.py that a run needs: name, result folder, overrides."""
+        at = build.threshold(run.cfg)
+        variants: list[tuple[str, str, list[str]]] = [("", variant_folder(at), [])]
         if self.calibrate:
-            ways.append((", calibrated", variant_folder(at, calibrated=True), ["temperature=fit"]))
-        if self.calibrate and cell.cfg.loss.name == "focal":
-            ways.append((", corrected", variant_folder(at, focal_corrected=True), ["correct_focal=true"]))
+            variants.append((", calibrated", variant_folder(at, calibrated=True), ["temperature=fit"]))
+        if self.calibrate and run.cfg.loss.name == "focal":
+            variants.append((", corrected", variant_folder(at, focal_corrected=True), ["correct_focal=true"]))
         for protocol, folder in self.folders.items():
-            for name, variant, overrides in ways:
+            for name, variant, overrides in variants:
                 yield protocol + name, str(Path(folder, variant)), [f"protocol={protocol}", *overrides]
 
-    def scored(self, cell: Cell, folder: str) -> bool:
-        """Whether a pass was made."""
-        return cell.scored(self.checkpoint, folder, self.rules)
+    def is_scored(self, run: Run, folder: str) -> bool:
+        """Return whether the evaluation with this result folder is done."""
+        return run.is_scored(self.checkpoint, folder, self.rules)
 
-    def done(self, cell: Cell) -> bool:
-        """Whether nothing is left to do for a cell."""
-        return cell.trained() and all(self.scored(cell, folder) for _, folder, _ in self.passes(cell))
+    def is_done(self, run: Run) -> bool:
+        """Return whether nothing is left to do for a run."""
+        return run.is_trained() and all(self.is_scored(run, folder) for _, folder, _ in self.evaluations(run))
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     args = arguments()
     if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads {args.threads}: give 1 or more")
-    chosen = [
-        f"{key}={value}"
-        for key, value in (("model", args.models), ("loss", args.losses), ("seed", args.seeds))
-        if value
-    ]
-    grid = cells([*args.overrides, *chosen])
-    folders = {name: _results(name) for name in args.protocols.split(",")}
-    wanted = Wanted(args.rules.split(","), folders, args.checkpoint, args.calibrate)
-    build.rules(wanted.rules)  # an unknown rule is said now, not after the first training
-    todo = [cell for cell in grid if not wanted.done(cell)]
+        raise ConfigError(f"--threads={args.threads} is invalid: expected an integer >= 1.")
+    swept = (("model", args.models), ("loss", args.losses), ("seed", args.seeds))
+    grid = load_runs([*args.overrides, *(f"{key}={value}" for key, value in swept if value)])
+    folders = {name: _results_folder(name) for name in args.protocols.split(",")}
+    plan = ScoringPlan(args.rules.split(","), folders, args.checkpoint, args.calibrate)
+    build.rules(plan.rules)  # report an unknown rule now, not after the first training
+    todo = [run for run in grid if not plan.is_done(run)]
     if args.dry_run:
-        for cell in grid:
-            state = "finished" if cell not in todo else f"epoch {cell.epochs_done()} of {cell.cfg.epochs}"
-            print(f"{cell.folder}  {state}")
-        print(f"{len(grid)} cells, {len(grid) - len(todo)} finished")
+        for run in grid:
+            state = "finished" if run not in todo else f"epoch {run.epochs_done()} of {run.cfg.epochs}"
+            print(f"{run.folder}  {state}")
+        print(f"{len(grid)} runs, {len(grid) - len(todo)} finished")
         return
     check_data(todo)
-    failures = run(todo, len(grid), wanted, args)
+    failed, busy = execute(todo, len(grid), plan, args)
     if args.record:
-        finished = [cell for cell in grid if cell.trained()]
-        count = sum(record(cell, args.record, ROOT) for cell in finished)
-        print(f"recorded: {count} files of {len(finished)} cells in {args.record}")
-    table(grid)
-    if failures:
-        print(f"\n{len(failures)} of {len(grid)} cells failed:", file=sys.stderr)
-        for cell, reason in failures.items():
-            print(f"  {cell}: {reason}\n    log: {cell.folder / 'reproduce.log'}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+        trained = [run for run in grid if run.is_trained()]
+        count = sum(run.record(args.record, ROOT) for run in trained)
+        print(f"recorded: {count} files of {len(trained)} runs in {args.record}")
+    print_table(grid)
+    for words, reasons in (("failed", failed), ("are in use by another process", busy)):
+        if reasons:
+            print(f"\n{len(reasons)} of {len(grid)} runs {words}:", file=sys.stderr)
+        for run, reason in reasons.items():
+            print(f"  {run}: {reason}\n    log: {run.folder / 'reproduce.log'}", file=sys.stderr)
+    if failed or busy:
+        sys.exit(EXIT_FAILED if failed else EXIT_BUSY)
 
 
-def _results(protocol: str) -> str:
-    """The folder of a run in which a protocol's results are."""
+def _results_folder(protocol: str) -> str:
+    """Return the sub-folder of a run that holds the results of a protocol."""
     if protocol not in options("protocol"):
-        raise ValueError(unknown_option("protocol", protocol))
+        raise ConfigError(unknown_option("protocol", protocol))
     return str(OmegaConf.load(CONFIGS / "protocol" / f"{protocol}.yaml").results)
 
 
-def check_data(todo: Sequence[Cell]) -> None:
-    """Check every data set that the cells need, once; a fault is said before anything is trained."""
+def check_data(runs: Sequence[Run]) -> None:
+    """Verify each data set of the runs once, so that invalid data is reported before any training."""
     seen = set()
-    for cell in todo:
-        key = OmegaConf.to_yaml(cell.cfg.dataset, resolve=True)
-        if key in seen or not cell.cfg.verify:
+    for run in runs:
+        key = OmegaConf.to_yaml(run.cfg.dataset, resolve=True)
+        if key in seen or not run.cfg.verify:
             continue
         seen.add(key)
-        named = {actual: split for split, actual in cell.cfg.dataset.splits.items()}  # two may be the same
-        for split in named.values():
-            build.dataset(cell.cfg, split).verify(progress=sys.stderr.isatty())
+        splits = {actual: name for name, actual in run.cfg.dataset.splits.items()}  # two names may share one
+        for split in splits.values():
+            build.dataset(run.cfg, split).verify(progress=sys.stderr.isatty())
 
 
-def run(todo: Sequence[Cell], total: int, wanted: Wanted, args: argparse.Namespace) -> dict[Cell, str]:
-    """Train and score each cell; return those that failed, with the reason."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    display, failures = Display(todo, args.quiet), {}
+def execute(
+    runs: Sequence[Run], total: int, plan: ScoringPlan, args: argparse.Namespace
+) -> tuple[dict[Run, str], dict[Run, str]]:
+    """Train and score each run; return those that failed and those that another process uses, with reasons."""
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    display, failed, busy = Display(runs, args.quiet), {}, {}
     if not args.quiet:
-        display.say(f"{total} cells, {total - len(todo)} finished before, {len(todo)} to do")
+        display.say(f"{total} runs, {total - len(runs)} finished before, {len(runs)} to do")
     with contextlib.closing(display):
-        for number, cell in enumerate(todo, 1):
+        for number, run in enumerate(runs, 1):
             started = time.monotonic()
             try:
-                reason = _cell(cell, number, display, wanted, args.threads)
+                text = _train_and_score(run, number, display, plan, args.threads)
+            except TrainingError as error:
+                text = failed[run] = str(error)
+            except BusyError as error:
+                text = busy[run] = str(error)
             except KeyboardInterrupt:
                 raise Interrupted("Ctrl-C") from None
-            seconds = time.monotonic() - started
-            left = display.finish(cell, seconds, not reason)
-            if reason:
-                failures[cell] = reason
+            left = display.finish(run)
             if not args.quiet:
-                ahead = f", about {clock(left)} left" if left else ""
-                text = reason or _shown(cell, wanted)
-                display.say(f"[{number}/{len(todo)}] {cell}: {text}  ({clock(seconds)}{ahead})")
-    return failures
+                ahead = f", about {format_time(left)} left" if left else ""
+                duration = format_time(time.monotonic() - started)
+                display.say(f"[{number}/{len(runs)}] {run}: {text}  ({duration}{ahead})")
+    return failed, {run: reason for run, reason in busy.items() if not plan.is_done(run)}
 
 
-def _interrupt(number: int, _frame: object) -> None:
+def _raise_interrupted(number: int, _frame: object) -> None:
     raise Interrupted(signal.Signals(number).name)
 
 
-def _cell(cell: Cell, number: int, display: Display, wanted: Wanted, threads: int | None) -> str:
-    """Train and score one cell; return the reason if it failed, else an empty text."""
-    log, before, started = cell.folder / "reproduce.log", cell.epochs_done(), time.monotonic()
+def _train_and_score(run: Run, number: int, display: Display, plan: ScoringPlan, threads: int | None) -> str:
+    """Train and score one run; return its scores as text.
 
-    def stage(name: str, *command: str) -> str:
-        code, last = call(command, log, threads, lambda: display.show(number, cell, name, started, before))
+    Raises:
+        TrainingError: a script failed.
+        BusyError: another process trains this run.
+    """
+    log, before = run.folder / "reproduce.log", run.epochs_done()
+
+    def stage(name: str, *command: str) -> None:
+        def tick() -> None:
+            display.show(number, run, name, run.epochs_done() - before)
+
+        code, last = call(command, log, threads, tick)
+        reason = last.removeprefix("error: ")
         if code == EXIT_RESUME:
             raise Interrupted("a signal to the training")
-        return "" if code == 0 else f"{name} failed (exit {code}): {last.removeprefix('error: ')}"
+        if code == EXIT_BUSY:
+            raise BusyError(reason)
+        if code:
+            raise TrainingError(f"{name} failed (exit {code}): {reason}")
 
-    if not cell.trained():
-        failed = stage("training", "train.py", *cell.overrides, "verify=false", "hydra.mode=RUN")
-        if failed:
-            return failed
-    path = str(cell.folder / wanted.checkpoint)
-    rules = [part for rule in wanted.rules for part in ("-p", rule)]
-    for name, folder, overrides in wanted.passes(cell):
-        if not wanted.scored(cell, folder):
-            options = ["--device", cell.cfg.device, *overrides]
-            failed = stage(f"scoring ({name})", "test.py", "-r", path, *rules, *options)
-            if failed:
-                return failed
-    return ""
-
-
-def _shown(cell: Cell, wanted: Wanted) -> str:
-    """The mean Dice of each rule under the first protocol, in percent."""
-    _, where, _ = next(wanted.passes(cell))
-    scores = {
-        rule: json.loads((cell.folder / where / f"{rule}.json").read_text(encoding="utf-8"))["scores"]
-        for rule in wanted.rules
-    }
-    return "mDice " + "  ".join(
-        f"{rule} {100 * (score['mean_dice'] or 0):.2f}" for rule, score in scores.items()
-    )
+    if not run.is_trained():
+        stage("training", "train.py", *run.overrides, "verify=false", "hydra.mode=RUN")
+    path = str(run.folder / plan.checkpoint)
+    rules = [part for rule in plan.rules for part in ("-p", rule)]
+    for name, folder, overrides in plan.evaluations(run):
+        if not plan.is_scored(run, folder):
+            options = ["--device", run.cfg.device, *overrides]
+            stage(f"scoring ({name})", "test.py", "-r", path, *rules, *options)
+    return _format_scores(run, plan)
 
 
-def table(grid: Sequence[Cell]) -> None:
-    """Print the table of all results in the grid's folders."""
-    for saved in dict.fromkeys(cell.cfg.save_dir for cell in grid):
+def _format_scores(run: Run, plan: ScoringPlan) -> str:
+    """Return the mean Dice of each rule under the first protocol, in percent."""
+    _, folder, _ = next(plan.evaluations(run))
+    parts = []
+    for rule in plan.rules:
+        record = json.loads((run.folder / folder / f"{rule}.json").read_text(encoding="utf-8"))
+        parts.append(f"{rule} {100 * (record['scores']['mean_dice'] or 0):.2f}")
+    return "mDice " + "  ".join(parts)
+
+
+def print_table(grid: Sequence[Run]) -> None:
+    """Print the table of all results in the folders of the grid."""
+    for saved in dict.fromkeys(run.cfg.save_dir for run in grid):
         if Path(saved).is_dir():
             print(flush=True)
-            subprocess.run(
-                [sys.executable, str(ROOT / "scripts" / "paper_tables.py"), "--saved", saved],
-                check=False,
-            )
+            command = [sys.executable, str(ROOT / "scripts" / "paper_tables.py"), "--saved", saved]
+            subprocess.run(command, check=False)
 
 
 if __name__ == "__main__":

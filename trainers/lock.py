@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from configs.errors import BusyError
+
 PATIENCE = 5.0  # seconds: a process that was killed is not gone at once
 PAUSE = 0.05
 
@@ -27,7 +29,7 @@ class Lock:
         patience: seconds to wait for a process that holds it.
 
     Raises:
-        ValueError: another process holds it.
+        BusyError: another process holds it.
     """
 
     def __init__(self, path: Path, doing: str, patience: float = PATIENCE) -> None:
@@ -36,7 +38,7 @@ class Lock:
         deadline = time.monotonic() + patience
         while not self._taken():
             if time.monotonic() > deadline:
-                raise ValueError(f"another process{_holder(path)} is {doing}: wait for it, or stop it")
+                raise BusyError(f"another process{_holder(path)} is {doing}: wait for it, or stop it")
             time.sleep(PAUSE)
         with contextlib.suppress(OSError):  # a full disk: who holds it cannot be told then
             self._file.truncate(0)

@@ -61,7 +61,9 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     for row in rows:
         cells = [csv_cell(value) for value in row]
-        if any(isinstance(cell, str) and "\r" in cell for cell in cells):  # csv.writer does not quote a lone \r
+        if any(
+            isinstance(cell, str) and "\r" in cell for cell in cells
+        ):  # csv.writer does not quote a lone \r
             csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
         else:
             writer.writerow(cells)

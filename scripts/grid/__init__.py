@@ -1,1 +1,1 @@
-"""A grid of experiments: its cells (cells), how they run (running), what git keeps of them (record)."""
+"""Grids of training runs: which runs there are (runs) and how each is executed (running)."""

@@ -1,4 +1,4 @@
-"""Running one cell after the other, each in processes of its own, under one line of progress."""
+"""Execute the runs of a grid one after the other, each in processes of its own, with one progress bar."""
 
 from __future__ import annotations
 
@@ -14,100 +14,76 @@ from pathlib import Path
 from tqdm import tqdm
 
 from scripts import ROOT
-from scripts.grid.cells import Cell
+from scripts.grid.runs import Run
 
-_SCORING = 1  # scoring a cell is estimated to take as long as so many epochs
+_SCORING = 1  # scoring a run takes about as long as this number of epochs
 _POLL = 0.5  # seconds
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
+def format_time(seconds: float) -> str:
+    """Return seconds as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Estimate:
-    """The time left, from the seconds an epoch took so far: of the same network if known, else of all."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, list[float]] = {}
-
-    def add(self, kind: str, epochs: float, seconds: float) -> None:
-        """Learn that so many epochs of this kind took so long."""
-        total = self.spent.setdefault(kind, [0.0, 0.0])
-        total[0], total[1] = total[0] + epochs, total[1] + seconds
-
-    def left(self, work: Sequence[tuple[str, float]]) -> float | None:
-        """Seconds for (kind, epochs) of work; None where nothing was timed yet."""
-        epochs, seconds = (sum(total[i] for total in self.spent.values()) for i in (0, 1))
-        if not epochs:
-            return None
-        mean = seconds / epochs
-        rates = {kind: total[1] / total[0] for kind, total in self.spent.items() if total[0]}
-        return sum(rates.get(kind, mean) * count for kind, count in work)
-
-
 class Display:
-    """One line of progress on a terminal; elsewhere a line for each cell and stage."""
+    """A progress bar over the epochs of all runs; without a terminal, only the lines printed by `say`."""
 
-    def __init__(self, todo: Sequence[Cell], quiet: bool = False) -> None:
-        self.work = {cell.folder: float(remaining(cell)) for cell in todo}
-        self.kinds = {cell.folder: cell.kind for cell in todo}
-        self.estimate, self.count = Estimate(), len(todo)
+    def __init__(self, runs: Sequence[Run], quiet: bool = False) -> None:
+        self.left = {run.folder: remaining_epochs(run) for run in runs}
+        self.count, self.started = len(runs), time.monotonic()
+        self.total = sum(self.left.values()) or 1
         self.bar = tqdm(
-            total=sum(self.work.values()) or 1,
+            total=self.total,
             disable=True if quiet else None,
             bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}",
             leave=False,
         )
 
-    def show(self, number: int, cell: Cell, stage: str, started: float, before: int) -> None:
-        """Refresh the line: where cell ``number`` is, and what is left of all."""
-        done = cell.epochs_done() - before
-        planned = self.work[cell.folder]
-        now = min(float(done), planned)
-        self.bar.set_description_str(f"[{number}/{self.count}] {cell}  {stage}", refresh=False)
-        ahead = sum(self.work.values())
-        self.bar.n = self.bar.total - ahead + now
-        work = [(self.kinds[f], epochs - (now if f == cell.folder else 0)) for f, epochs in self.work.items()]
-        trial = Estimate()
-        trial.spent = {kind: list(total) for kind, total in self.estimate.spent.items()}
-        if done:
-            trial.add(cell.kind, done, time.monotonic() - started)
-        left = trial.left(work)
-        self.bar.set_postfix_str("estimating" if left is None else f"about {clock(left)} left", refresh=False)
+    def show(self, number: int, run: Run, stage: str, done: int) -> None:
+        """Refresh the bar: run ``number`` is in ``stage`` and has finished ``done`` of its epochs."""
+        finished = self.total - sum(self.left.values()) + min(done, self.left[run.folder])
+        left = self._seconds_left(finished)
+        self.bar.n = finished
+        self.bar.set_description_str(f"[{number}/{self.count}] {run}  {stage}", refresh=False)
+        self.bar.set_postfix_str(f"about {format_time(left)} left" if left else "estimating", refresh=False)
         self.bar.refresh()
 
-    def finish(self, cell: Cell, seconds: float, worked: bool) -> float | None:
-        """Note that a cell is over; return the seconds left, where known."""
-        planned = self.work.pop(cell.folder)
-        if worked:
-            self.estimate.add(cell.kind, planned, seconds)
-        return self.estimate.left([(self.kinds[folder], epochs) for folder, epochs in self.work.items()])
+    def finish(self, run: Run) -> float | None:
+        """Mark a run as processed; return the estimated seconds for the others, None if unknown."""
+        del self.left[run.folder]
+        return self._seconds_left(self.total - sum(self.left.values()))
+
+    def _seconds_left(self, finished: int) -> float | None:
+        """Estimate the remaining seconds from the mean time of an epoch so far."""
+        if not finished:
+            return None
+        return (self.total - finished) * (time.monotonic() - self.started) / finished
 
     def say(self, text: str) -> None:
-        """Print a line above the progress."""
+        """Print a line above the progress bar."""
         self.bar.clear()
         print(text, flush=True)
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the progress bar."""
         self.bar.close()
 
 
-def remaining(cell: Cell) -> int:
-    """Epochs to train, and scoring in the same unit."""
-    return (0 if cell.trained() else max(cell.cfg.epochs - cell.epochs_done(), 0)) + _SCORING
+def remaining_epochs(run: Run) -> int:
+    """Return the epochs that are left to train, plus the cost of scoring in the same unit."""
+    return (0 if run.is_trained() else max(run.cfg.epochs - run.epochs_done(), 0)) + _SCORING
 
 
 def call(
     arguments: Sequence[str], log: Path, threads: int | None, tick: Callable[[], None]
 ) -> tuple[int, str]:
-    """Run a command of this repository; return its exit code and its last line on stderr.
+    """Run a script of this repository; return its exit code and the last line of its output.
 
-    Output goes to the end of ``log``. The child stops, with a checkpoint, if this process is stopped or dies.
+    Output is appended to ``log``; ``tick`` is called twice a second. If this process is stopped or killed, the
+    child receives SIGTERM and saves a checkpoint.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -123,8 +99,8 @@ def call(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,  # Ctrl-C reaches it once, from here
-            preexec_fn=_die_with_parent if _libc else None,
+            start_new_session=True,  # Ctrl-C reaches the child once, from here
+            preexec_fn=_stop_with_parent if _libc else None,
         )
         try:
             while True:
@@ -134,7 +110,7 @@ def call(
                 except subprocess.TimeoutExpired:
                     tick()
         except BaseException:
-            child.terminate()  # train.py saves its state on SIGTERM
+            child.terminate()
             child.wait()
             raise
     with log.open(encoding="utf-8", errors="replace") as text:
@@ -143,6 +119,6 @@ def call(
     return child.returncode, lines[-1] if lines else ""
 
 
-def _die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent is gone, so that nothing trains unseen (PR_SET_PDEATHSIG)."""
+def _stop_with_parent() -> None:
+    """Ask Linux to send SIGTERM when the parent dies, so that no training runs on unseen (PR_SET_PDEATHSIG)."""
     _libc.prctl(1, signal.SIGTERM)  # type: ignore[union-attr]

@@ -6,12 +6,13 @@ image's score is the mean over its rows; where it has none it is undefined, and 
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trainers.text import read_csv
 
 # What must agree for two rules to have seen the same probabilities.
 _SAME = ("checkpoint", "dataset", "protocol", "temperature", "correct_focal", "images")
@@ -80,7 +81,7 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
         record = json.loads(sidecar.read_text(encoding="utf-8"))
         stated = record["scores"]["mean_dice"]
         with open(table, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
+            for row in read_csv(file.read()):
                 key = (row["image"], int(row["class"]))
                 if key in cells:
                     raise ValueError(f"image {key[0]}, class {key[1]} is there twice")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from scripts.tables.table import Cell, Table
 from trainers.text import csv_text, latex_label, latex_text, markdown_cell, markdown_text
 
+
 def join(cell: Cell, bold: Callable[[str], str], escape: Callable[[str], str] = str) -> str:
     """The text of a cell with its bold parts marked; marks of notes are left to the caller."""
     bolds = cell.bold or (False,) * len(cell.values)

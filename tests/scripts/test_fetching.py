@@ -254,7 +254,7 @@ def test_a_second_fetch_is_refused_and_a_dead_one_is_not_in_the_way(
     with pytest.raises(SystemExit) as done:
         guarded(lambda: main(fetch))
     said = capsys.readouterr().err.splitlines()[-1]
-    assert done.value.code == 2 and len(server.asked) == 1
+    assert done.value.code == 4 and len(server.asked) == 1
     assert said.startswith(f"error: another process (pid {other.pid}) is fetching {root.parent}")
     other.kill()
     other.wait()

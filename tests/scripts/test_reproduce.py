@@ -17,10 +17,10 @@ import torch
 from omegaconf import OmegaConf
 
 from configs import build
+from configs.errors import EXIT_BUSY
 from scripts.grid import running
-from scripts.grid.cells import Cell, cells
-from scripts.grid.record import record
-from scripts.grid.running import Estimate, clock, remaining
+from scripts.grid.running import Display, format_time, remaining_epochs
+from scripts.grid.runs import Run, load_runs
 from trainers.results import variant_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def reproduce() -> object:
 
 @pytest.fixture
 def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reproduce: object) -> Path:
-    """Stand-ins for train.py and test.py; returns the folder of the runs. loss=bce fails."""
+    """Stand-ins for train.py and test.py; returns the folder of the runs. loss=bce fails, loss=lovasz is in use."""
 
     def play(arguments: list[str], log: Path, threads: int | None, tick: object) -> tuple[int, str]:
         script, *rest = arguments
@@ -46,15 +46,19 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reproduce: object
             score(Path(rest[1]), [rule for flag, rule in pairwise(rest) if flag == "-p"], rest)
             return 0, ""
         assert {"verify=false", "hydra.mode=RUN"} <= set(rest)
-        cell = cells([word for word in rest if not word.startswith(("verify=", "hydra."))])[0]
-        return (3, "error: the loss is not finite") if cell.cfg.loss.name == "bce" else train(cell)
+        cell = load_runs([word for word in rest if not word.startswith(("verify=", "hydra."))])[0]
+        if cell.cfg.loss.name == "bce":
+            return 3, "error: the loss is not finite"
+        if cell.cfg.loss.name == "lovasz":
+            return EXIT_BUSY, "error: another process (pid 1) is training"
+        return train(cell)
 
     monkeypatch.setattr(reproduce, "call", play)
-    monkeypatch.setattr(reproduce, "table", lambda grid: None)
+    monkeypatch.setattr(reproduce, "print_table", lambda grid: None)
     return tmp_path / "saved"
 
 
-def train(cell: Cell) -> tuple[int, str]:
+def train(cell: Run) -> tuple[int, str]:
     """What train.py leaves behind."""
     cell.folder.mkdir(parents=True)
     (cell.folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "epoch": 1, "loss": 1.0}\n')
@@ -90,13 +94,13 @@ def run(reproduce: object, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> 
 
 
 def test_a_grid_is_every_combination_seeds_slowest() -> None:
-    found = [str(cell) for cell in cells(["model=tiny,smp_unet", "loss=ce,bce", "seed=0,1"])]
+    found = [str(cell) for cell in load_runs(["model=tiny,smp_unet", "loss=ce,bce", "seed=0,1"])]
     expected = [f"{m}/{lo}/seed{s}" for s in (0, 1) for m in ("tiny", "smp_unet") for lo in ("ce", "bce")]
     assert found == [f"synthetic/{name}" for name in expected]
 
 
 def test_an_experiment_says_what_is_swept_and_the_command_line_overrides_it() -> None:
-    swept = cells(["experiment=paper/kvasir_seg", "model=tiny"])
+    swept = load_runs(["experiment=paper/kvasir_seg", "model=tiny"])
     names = OmegaConf.load(ROOT / "configs/experiment/paper/kvasir_seg.yaml").hydra.sweeper.params
     assert [cell.cfg.loss.name for cell in swept] == names.loss.split(",")
     assert len(names.model.split(",")) > 1 and {cell.cfg.model.name for cell in swept} == {"tiny"}
@@ -105,17 +109,19 @@ def test_an_experiment_says_what_is_swept_and_the_command_line_overrides_it() ->
 
 def test_two_cells_in_one_folder_are_refused() -> None:
     with pytest.raises(ValueError, match="suffix"):
-        cells(["optimizer.lr=0.1,0.2"])
+        load_runs(["optimizer.lr=0.1,0.2"])
 
 
-def test_the_time_left_is_that_of_the_same_network_if_known() -> None:
-    estimate = Estimate()
-    assert estimate.left([("a", 1)]) is None
-    estimate.add("a", 10, 100)
-    estimate.add("b", 10, 300)
-    assert estimate.left([("a", 2), ("b", 1)]) == pytest.approx(50)
-    assert estimate.left([("new", 1)]) == pytest.approx(20)  # the mean of all
-    assert [clock(seconds) for seconds in (59.6, 61, 3601)] == ["1:00", "1:01", "1:00:01"]
+def test_the_time_left_follows_from_the_epochs_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = [0.0]
+    monkeypatch.setattr(running.time, "monotonic", lambda: now[0])
+    runs = load_runs([*SMALL, "loss=ce,bce", f"save_dir={tmp_path}"])
+    display = Display(runs, quiet=True)
+    assert display.total == 8  # three epochs and the scoring, twice
+    now[0] = 40.0
+    assert display.finish(runs[0]) == pytest.approx(40)  # four of eight took 40 s
+    assert display.finish(runs[1]) == 0
+    assert [format_time(seconds) for seconds in (59.6, 61, 3601)] == ["1:00", "1:01", "1:00:01"]
 
 
 def test_cells_run_a_failure_is_named_and_what_is_done_is_skipped(
@@ -124,14 +130,14 @@ def test_cells_run_a_failure_is_named_and_what_is_done_is_skipped(
     command = ["--losses", "ce,bce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T,max"]
     assert run(reproduce, monkeypatch, *command) == 3
     out, err = capfd.readouterr()
-    assert "3 cells, 0 finished before, 3 to do" in out and "mDice T 50.00  max 50.00" in out
-    assert "1 of 3 cells failed" in err and "exit 3" in err and "the loss is not finite" in err
+    assert "3 runs, 0 finished before, 3 to do" in out and "mDice T 50.00  max 50.00" in out
+    assert "1 of 3 runs failed" in err and "exit 3" in err and "the loss is not finite" in err
     assert "[3/3] synthetic/tiny/focal/seed0: mDice" in out  # went on after the failure
     assert (stand_ins / "synthetic/tiny/focal/seed0/results/paper/max.json").exists()
 
     before = {path: path.stat().st_mtime_ns for path in stand_ins.rglob("*") if "bce" not in str(path)}
     assert run(reproduce, monkeypatch, *command) == 3
-    assert "3 cells, 2 finished before, 1 to do" in capfd.readouterr().out
+    assert "3 runs, 2 finished before, 1 to do" in capfd.readouterr().out
     assert before == {
         path: path.stat().st_mtime_ns for path in stand_ins.rglob("*") if "bce" not in str(path)
     }
@@ -139,9 +145,19 @@ def test_cells_run_a_failure_is_named_and_what_is_done_is_skipped(
     # A checkpoint that changed is scored again, another configuration is not taken for this one.
     (stand_ins / "synthetic/tiny/ce/seed0/best_model.pth").write_text("better weights")
     assert run(reproduce, monkeypatch, *command, "--dry-run") == 0
-    assert "3 cells, 1 finished" in capfd.readouterr().out
+    assert "3 runs, 1 finished" in capfd.readouterr().out
     assert run(reproduce, monkeypatch, *command, "optimizer.lr=0.5", "--dry-run") == 0
-    assert "3 cells, 0 finished" in capfd.readouterr().out
+    assert "3 runs, 0 finished" in capfd.readouterr().out
+
+
+def test_a_run_that_another_process_trains_is_not_a_failure(
+    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--losses", "lovasz,ce", *SMALL, f"save_dir={stand_ins}", "--rules", "T"]
+    assert run(reproduce, monkeypatch, *command) == EXIT_BUSY
+    out, err = capfd.readouterr()
+    assert "failed" not in out + err and "pid 1" in err and "1 of 2 runs" in err
+    assert "[2/2] synthetic/tiny/ce/seed0: mDice" in out  # the other run was trained
 
 
 def test_calibrated_scores_are_made_once_and_recorded(
@@ -151,7 +167,7 @@ def test_calibrated_scores_are_made_once_and_recorded(
     command = ["--losses", "ce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T"]
     assert run(reproduce, monkeypatch, *command) == 0
     assert run(reproduce, monkeypatch, *command, "--calibrate", "--dry-run") == 0
-    assert "2 cells, 0 finished" in capfd.readouterr().out
+    assert "2 runs, 0 finished" in capfd.readouterr().out
     assert run(reproduce, monkeypatch, *command, "--calibrate", "--record", str(kept)) == 0
     folders = ["", "/calibrated", "/paper", "/paper/calibrated"]
     wanted = {"ce": folders, "focal": [*folders, "/focal_corrected", "/paper/focal_corrected"]}
@@ -164,7 +180,7 @@ def test_calibrated_scores_are_made_once_and_recorded(
             assert (kept / copy).read_bytes() == (stand_ins / copy).read_bytes()
     capfd.readouterr()
     assert run(reproduce, monkeypatch, *command, "--calibrate", "--dry-run") == 0
-    assert "2 cells, 2 finished" in capfd.readouterr().out
+    assert "2 runs, 2 finished" in capfd.readouterr().out
 
 
 def test_a_threshold_of_its_own_has_a_folder_of_its_own(
@@ -185,7 +201,7 @@ def test_a_threshold_of_its_own_has_a_folder_of_its_own(
         "threshold_0.3", "calibrated_threshold_0.3",
     }  # fmt: skip
     assert run(reproduce, monkeypatch, *command, "--dry-run") == 0
-    assert "1 cells, 1 finished" in capfd.readouterr().out
+    assert "1 runs, 1 finished" in capfd.readouterr().out
 
 
 def test_a_damaged_configuration_of_one_cell_does_not_stop_the_others(
@@ -196,7 +212,7 @@ def test_a_damaged_configuration_of_one_cell_does_not_stop_the_others(
     (stand_ins / "synthetic/tiny/ce/seed0/config.yaml").write_text("[1")
     capfd.readouterr()
     assert run(reproduce, monkeypatch, *command, "--dry-run") == 0
-    assert "2 cells, 1 finished" in capfd.readouterr().out
+    assert "2 runs, 1 finished" in capfd.readouterr().out
 
 
 def test_bad_input_is_said_before_anything_runs(
@@ -225,22 +241,23 @@ def test_a_record_holds_small_files_and_no_absolute_path(
 
 
 def test_the_data_is_named_relative_to_the_repository(tmp_path: Path) -> None:
-    cell = cells(["dataset=kvasir_seg", f"dataset.root={ROOT.parent}/elsewhere", f"save_dir={tmp_path}"])[0]
+    cell = load_runs(["dataset=kvasir_seg", f"dataset.root={ROOT.parent}/elsewhere", f"save_dir={tmp_path}"])[
+        0
+    ]
     cell.folder.mkdir(parents=True)
     OmegaConf.save(cell.cfg, cell.folder / "config.yaml", resolve=True)
-    assert record(cell, tmp_path / "kept", ROOT) == 1
+    assert cell.record(tmp_path / "kept", ROOT) == 1
     copy = OmegaConf.load(tmp_path / "kept" / str(cell) / "config.yaml")
     assert copy.dataset.root == "../elsewhere" and copy.dataset.source.root == "../elsewhere"
 
 
 def test_what_is_left_of_an_interrupted_cell(tmp_path: Path) -> None:
-    cell = cells([*SMALL, f"save_dir={tmp_path}"])[0]
-    assert remaining(cell) == 4  # three epochs and the scoring
+    cell = load_runs([*SMALL, f"save_dir={tmp_path}"])[0]
+    assert remaining_epochs(cell) == 4  # three epochs and the scoring
     cell.folder.mkdir(parents=True)
     rows = [{"step": 9, "kind": "train", "epoch": e, "loss": 1} for e in (1, 2)]
     (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert remaining(cell) == 2 and not cell.trained()
-    assert isinstance(cell, Cell)
+    assert remaining_epochs(cell) == 2 and not cell.is_trained()
 
 
 @pytest.fixture
@@ -297,6 +314,20 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
+def test_two_commands_on_one_grid_share_the_work(tmp_path: Path) -> None:
+    """The second command finds the first run in use, trains the other one, and reports no failure."""
+    saved = tmp_path / "saved"
+    first = command("scripts/reproduce.py", saved, "epochs=40", "--protocols", "corrected")
+    wait_for(saved / "synthetic/smp_unet/ce/seed0/metrics.jsonl", '"epoch": 1', first)
+    second = command("scripts/reproduce.py", saved, "epochs=40", "--protocols", "corrected")
+    out, err = second.communicate()
+    assert second.returncode in (0, EXIT_BUSY), err
+    assert "failed" not in out + err and "in use" in err + out
+    _, err = first.communicate()
+    assert first.returncode in (0, EXIT_BUSY) and "failed" not in err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_and_resumed(
     number: signal.Signals, uninterrupted: tuple[Path, str], tmp_path: Path
@@ -316,7 +347,7 @@ def test_killed_half_way_and_resumed(
 
     out, err = (again := command("scripts/reproduce.py", saved, "--protocols", "corrected")).communicate()
     assert again.returncode == 0, err
-    assert "2 cells, 1 finished before, 1 to do" in out
+    assert "2 runs, 1 finished before, 1 to do" in out
     assert "going on after epoch" in (second / "reproduce.log").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
     assert out[out.index("**Our results") :] == table
