@@ -56,14 +56,14 @@ def generated(root: Path, groups: Groups, problems: Sequence[Problem]) -> dict[P
             files[root / f"{stem}.{form}"] = render(mode, found, form, problems)
     raw = {key: group for key, group in groups.items() if not group.first.variant}
     named.update({f"{table.name}-raw": markdown(table) for table in our_tables(raw)})  # nothing calibrated
-    readme = root / "README.md"
-    if readme.is_file():
-        files[readme] = inject(readme.read_text(encoding="utf-8"), named)
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        if page.is_file() and "<!-- table:" in (text := page.read_text(encoding="utf-8")):
+            files[page] = inject(text, named, page.name)
     return files
 
 
-def inject(text: str, named: Mapping[str, str]) -> str:
-    """Put each table between its markers, `<!-- table:NAME -->` and `<!-- /table:NAME -->`.
+def inject(text: str, named: Mapping[str, str], page: str = "README.md") -> str:
+    """Put each table of a page between its markers, `<!-- table:NAME -->` and `<!-- /table:NAME -->`.
 
     Raises:
         ValueError: a marker has no partner or names a table that does not exist.
@@ -72,12 +72,12 @@ def inject(text: str, named: Mapping[str, str]) -> str:
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in named:
-            raise ValueError(f"README.md: there is no table:{name}; there are: {', '.join(named)}")
+            raise ValueError(f"{page}: there is no table:{name}; there are: {', '.join(named)}")
         return f"<!-- table:{name} -->\n{named[name]}<!-- /table:{name} -->"
 
     loose = _LOOSE.search(_MARKER.sub("", text))
     if loose:
-        raise ValueError(f"README.md: the marker {loose[0]} stands alone; close it with <!-- /table:NAME -->")
+        raise ValueError(f"{page}: the marker {loose[0]} stands alone; close it with <!-- /table:NAME -->")
     return _MARKER.sub(replace, text)
 
 
