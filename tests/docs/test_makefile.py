@@ -26,9 +26,8 @@ def test_make_tables_changes_nothing(root: Path, tmp_path: Path) -> None:
     copy = copy_code(root, tmp_path)
     shutil.copytree(root / "saved" / "results", copy / "saved" / "results")
     shutil.copy(root / "README.md", copy)
-    made = [copy / "README.md", copy / "docs/configuration.md", *(copy / "saved").rglob("tables.*")]
+    made = [copy / "README.md", *(copy / "docs").glob("*.md"), *(copy / "saved").rglob("tables.*")]
     before = {path: path.read_bytes() for path in made}
-    assert len(before) == 10
     follow(recipe(root, "tables"), copy)
     assert before == {path: path.read_bytes() for path in made}
 
