@@ -6,6 +6,7 @@ Shapes: N images, C classes, *S spatial axes, K thresholds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -34,25 +35,30 @@ class ThresholdFit(NamedTuple):
     held_out: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
 class ThresholdTable:
-    """Counts of every image and class at every threshold: feed batches, join those of all processes, fit.
+    """Counts of every image and class at every threshold: the sufficient statistic of a threshold's mean Dice.
 
     Attributes:
         hits, selected: (N, C, K) int32, true positives and predicted pixels of {p >= threshold}.
         actual: (N, C) int64, true pixels.
         likely: (N, C) bool, whether the largest probability exceeds 1/2.
+        thresholds: the K thresholds.
     """
 
-    def __init__(self, thresholds: Sequence[float] = THRESHOLDS) -> None:
-        self.thresholds = tuple(thresholds)
-        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    hits: Tensor
+    selected: Tensor
+    actual: Tensor
+    likely: Tensor
+    thresholds: tuple[float, ...]
 
+    @staticmethod
     @torch.no_grad()
-    def update(self, probs: Tensor, truth: Truth) -> None:
-        """Add a batch of probabilities (N, C, *S) and its truth."""
+    def of_batch(probs: Tensor, truth: Truth, thresholds: Sequence[float] = THRESHOLDS) -> ThresholdTable:
+        """Count a batch of probabilities (N, C, *S) against its truth."""
         images, classes = probs.shape[:2]
-        steps = len(self.thresholds) + 1
-        grid = torch.tensor(self.thresholds, dtype=torch.float64, device=probs.device).to(probs.dtype)
+        steps = len(thresholds) + 1
+        grid = torch.tensor(thresholds, dtype=torch.float64, device=probs.device).to(probs.dtype)
         rows = torch.arange(images * classes, device=probs.device).view(-1, 1) * steps
         # Entry k of a row: the pixels that pass k thresholds and not k + 1.
         places = torch.bucketize(probs.flatten(2).flatten(0, 1), grid, right=True) + rows
@@ -66,22 +72,33 @@ class ThresholdTable:
         def passing(count: Tensor) -> Tensor:
             return count.view(images, classes, steps).flip(2).cumsum(2).flip(2)[..., 1:].int().cpu()
 
-        self._parts.append((passing(hits), passing(selected), truth.actual.cpu(), likely.cpu()))
+        return ThresholdTable(
+            passing(hits), passing(selected), truth.actual.cpu(), likely.cpu(), tuple(thresholds)
+        )
 
     @staticmethod
-    def join(tables: Sequence[ThresholdTable]) -> ThresholdTable:
-        """Return one table with the images of all, for example of all processes."""
-        whole = ThresholdTable(tables[0].thresholds)
-        whole._parts = [part for table in tables for part in table._parts]
-        return whole
+    def cat(parts: Sequence[ThresholdTable]) -> ThresholdTable:
+        """Join the tables of several batches, in order."""
+        return ThresholdTable(
+            torch.cat([part.hits for part in parts]),
+            torch.cat([part.selected for part in parts]),
+            torch.cat([part.actual for part in parts]),
+            torch.cat([part.likely for part in parts]),
+            parts[0].thresholds,
+        )
+
+    def select(self, images: Sequence[int]) -> ThresholdTable:
+        """Return the table of these images, in this order."""
+        index = torch.as_tensor(images, dtype=torch.int64)
+        return ThresholdTable(
+            self.hits[index], self.selected[index], self.actual[index], self.likely[index], self.thresholds
+        )
 
     def dice(self, gated: bool = False) -> Tensor:
         """Return the Dice of every image and class at every threshold: (N, C, K) float64, NaN for 0/0."""
-        hits, selected, actual, likely = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
-        if gated:
-            hits, selected = (x * likely[..., None] for x in (hits, selected))
-        total = selected + actual[..., None]
-        return torch.where(total > 0, 2 * hits.double() / total, torch.nan)
+        kept = self.likely[..., None] if gated else torch.ones_like(self.likely)[..., None]
+        total = self.selected * kept + self.actual[..., None]
+        return torch.where(total > 0, 2 * (self.hits * kept).double() / total, torch.nan)
 
     def fit(self, scored: Sequence[int], per_class: bool = False) -> ThresholdFit:
         """Choose the threshold, and whether to use the gate, by the mean Dice over the `scored` classes.
@@ -89,25 +106,20 @@ class ThresholdTable:
         With `per_class` the thresholds are improved one class after another from the common one, as long as the mean
         rises. Ties go to the smaller change: no gate, and the threshold nearest to 1/2.
         """
-        best: tuple[float, float, bool, int] | None = None
         by_gate = {gated: self.dice(gated)[:, list(scored)] for gated in (False, True)}
-        for gated, dice in by_gate.items():
-            means = dice.nanmean(1).nanmean(0)
-            for k, at in enumerate(self.thresholds):
-                candidate = (round(float(means[k]), 12), -abs(at - 0.5), not gated, k)
-                if best is None or candidate > best:
-                    best = candidate
-        assert best is not None
-        gated, k = not best[2], best[3]
-        dice = by_gate[gated]
+        candidates = [
+            (round(float(mean), 12), -abs(cut - 0.5), not gated, k)
+            for gated, dice in by_gate.items()
+            for k, (cut, mean) in enumerate(zip(self.thresholds, dice.nanmean(1).nanmean(0), strict=True))
+        ]
+        score, _, ungated, k = max(candidates)
         if not per_class:
-            held_out = _leave_one_out(by_gate)
-            return ThresholdFit(self.thresholds[k], gated, best[0], held_out)
-        chosen, score = self._ascend(dice, k)
-        at = [self.thresholds[k]] * self._parts[0][2].shape[1]
+            return ThresholdFit(self.thresholds[k], not ungated, score, _leave_one_out(by_gate))
+        chosen, score = self._ascend(by_gate[not ungated], k)
+        at = [self.thresholds[k]] * self.actual.shape[1]
         for c, place in zip(scored, chosen, strict=True):
             at[c] = self.thresholds[place]
-        return ThresholdFit(at, gated, score, None)
+        return ThresholdFit(at, not ungated, score, None)
 
     def _ascend(self, dice: Tensor, start: int) -> tuple[list[int], float]:
         """Coordinate ascent of the mean Dice, from the same threshold for all classes of `dice` (N, C, K)."""

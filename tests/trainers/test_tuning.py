@@ -41,8 +41,7 @@ def gated(masks: Tensor, probs: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", range(4))
 def test_common_threshold_against_a_loop(seed: int) -> None:
     probs, truth = maps(seed=seed)
-    table = ThresholdTable()
-    table.update(probs, truth)
+    table = ThresholdTable.of_batch(probs, truth)
     means = {}
     for at, gate in itertools.product(table.thresholds, (False, True)):
         masks = rankseg.threshold(probs, at=at)
@@ -63,8 +62,7 @@ def test_common_threshold_against_a_loop(seed: int) -> None:
 def test_dice_at_every_threshold_is_that_of_the_masks() -> None:
     probs, truth = maps()
     for dtype in (torch.float32, torch.float64, torch.float16):
-        table = ThresholdTable((0.1, 0.3, 0.5, 0.7))
-        table.update(probs.to(dtype), truth)
+        table = ThresholdTable.of_batch(probs.to(dtype), truth, (0.1, 0.3, 0.5, 0.7))
         for k, at in enumerate(table.thresholds):
             expected = count(rankseg.threshold(probs.to(dtype), at=at), truth).dice()
             assert torch.equal(table.dice()[..., k].nan_to_num(-1), expected.nan_to_num(-1))
@@ -74,8 +72,7 @@ def test_thresholds_per_class_against_all_triples() -> None:
     grid = (0.2, 0.3, 0.4, 0.5, 0.6)
     for seed in range(4):
         probs, truth = maps(seed=seed)
-        table = ThresholdTable(grid)
-        table.update(probs, truth)
+        table = ThresholdTable.of_batch(probs, truth, grid)
         common, found = table.fit(SCORED), table.fit(SCORED, per_class=True)
         assert isinstance(found.at, list) and len(found.at) == 4
         masks = rankseg.threshold(probs, at=found.at)
@@ -92,16 +89,12 @@ def test_thresholds_per_class_against_all_triples() -> None:
 
 def test_batches_and_processes_join() -> None:
     probs, truth = maps()
-    whole = ThresholdTable()
-    whole.update(probs, truth)
-    parts = []
-    for images in (slice(0, 2), slice(2, 6)):
+    whole, parts = ThresholdTable.of_batch(probs, truth), []
+    for images in (slice(4, 6), slice(0, 4)):
         assert truth.valid is not None
-        table = ThresholdTable()
         part = Truth(truth.onehot[images], truth.valid[images], truth.actual[images], truth.pixels[images])
-        table.update(probs[images], part)
-        parts.append(table)
-    joined = ThresholdTable.join(parts)
+        parts.append(ThresholdTable.of_batch(probs[images], part))
+    joined = ThresholdTable.cat(parts).select([2, 3, 4, 5, 0, 1])
     assert torch.equal(joined.dice(True).nan_to_num(-1), whole.dice(True).nan_to_num(-1))
     assert joined.fit(SCORED)[:3] == whole.fit(SCORED)[:3]
 
