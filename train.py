@@ -27,7 +27,7 @@ from torch import nn
 from configs import build, stored
 from configs.checkpoint import read_state
 from configs.cli import guarded, list_skipped
-from configs.compose import GROUPS, spelled
+from configs.compose import GROUPS, quote_overrides
 from configs.files import write_json, write_text
 from configs.values import check_values
 from datasets import EvalLoader, SegmentationDataset
@@ -228,5 +228,5 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     # The jobs of a launcher start from nothing, wherever they are, and import this project too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    sys.argv[1:] = spelled(sys.argv[1:])
+    sys.argv[1:] = quote_overrides(sys.argv[1:])
     guarded(main)

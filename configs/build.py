@@ -1,18 +1,20 @@
-"""From a configuration to objects. Each kind of object has its one place here where it is made."""
+"""Build objects from a configuration: one function per kind of object."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs.compose import CONFIGS, options, unknown_option
+from configs.errors import ConfigError
 from datasets import DatasetInfo, EvalLoader, SegmentationDataset, TrainLoader
 from rankseg import Predictor
 from trainers.distributed import World
@@ -21,36 +23,63 @@ from trainers.losses import SegmentationLoss
 from trainers.schedules import Schedule
 
 
-def _make(node: Any, **arguments: Any) -> Any:
-    """Build what a node's ``_target_`` names; ``name`` is for people and paths."""
-    node = OmegaConf.to_container(node, resolve=True)
-    node.pop("name", None)
+def locate(target: str) -> Any:
+    """Return the class or function that a ``_target_`` names, such as ``models.TinyUNet``.
+
+    Raises ConfigError if there is none. An error inside its module keeps its traceback.
+    """
+    module, _, name = target.rpartition(".")
     try:
-        return instantiate(node, **arguments, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, TypeError) and "keyword argument" in str(error.__cause__):
-            raise ValueError(
-                f"{node['_target_']}: {error.__cause__}; take it out of the configuration"
-            ) from None
-        if isinstance(error.__cause__, (ValueError, TypeError, OSError, ImportError)):
-            raise error.__cause__ from None  # what the constructor itself said, without Hydra's words around it
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"_target_={target}: there is no module {error.name!r}") from None
         raise
+    if not hasattr(found, name):
+        raise ConfigError(f"_target_={target}: module {module!r} has no {name!r}")
+    return getattr(found, name)
+
+
+def _make(node: Any) -> Any:
+    """Call what a node's ``_target_`` names with its other values as plain arguments.
+
+    With ``_partial_`` the call is left open. ``name`` is a label and not passed. Nothing inside the values is built.
+    """
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    target, partial = values.pop("_target_"), values.pop("_partial_", False)
+    values.pop("name", None)
+    build = locate(target)
+    signature = inspect.signature(build)
+    try:
+        (signature.bind_partial if partial else signature.bind)(**values)
+    except TypeError as error:
+        raise ConfigError(f"{target}: {error}. Fix: remove or add it in the configuration.") from None
+    return functools.partial(build, **values) if partial else build(**values)
 
 
 def rules(names: Iterable[str], cfg: DictConfig | None = None) -> dict[str, Predictor]:
-    """The prediction rules of these names, as the files in ``configs/predictor`` say, or a configuration on top.
+    """Build the prediction rules of these names from ``configs/predictor``, or from ``cfg`` where it has overrides.
 
-    Its protocol may put another implementation behind a name; its ``predictor`` may hold overrides for the rule that
-    it names, and ``threshold`` one for rule T.
+    ``cfg.protocol`` may put another implementation behind a name. ``cfg.predictor`` may override options of the rule
+    that it names, and ``cfg.threshold`` the threshold of rule T. Invalid options of our own rules raise ConfigError.
     """
-    return {name: _make(_rule(name, cfg)) for name in names}
+    built = {}
+    for name in names:
+        node = _rule(name, cfg)
+        built[name] = _make(node)
+        if str(node._target_).startswith("rankseg."):
+            try:
+                built[name](torch.full((1, 2, 1, 2), 0.5))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"predictor={name}: {error}") from error
+    return built
 
 
 def _rule(name: str, cfg: DictConfig | None) -> Any:
-    """The node that a rule is made of."""
+    """Return the node that a rule is built from."""
     actual = name if cfg is None else cfg.protocol.rules.get(name, name)
     if actual not in options("predictor"):
-        raise ValueError(unknown_option("predictor", name))
+        raise ConfigError(unknown_option("predictor", name))
     if cfg is not None and cfg.predictor.name == actual:
         node: Any = cfg.predictor.copy()
     else:
@@ -61,16 +90,14 @@ def _rule(name: str, cfg: DictConfig | None) -> Any:
 
 
 def threshold(cfg: DictConfig) -> float:
-    """Where rule T cuts."""
+    """Return the threshold of rule T."""
     return _rule("T", cfg).at
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
     """The images of one of ``dataset.splits``."""
     if split not in cfg.dataset.splits:
-        raise ValueError(
-            f"split={split} is unknown; dataset={cfg.dataset.name} has: {', '.join(cfg.dataset.splits)}"
-        )
+        raise ConfigError(f"split={split} is unknown. Fix: choose one of {', '.join(cfg.dataset.splits)}.")
     return _make(cfg.dataset.source)(split=cfg.dataset.splits[split])
 
 
@@ -80,7 +107,7 @@ def train_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> Tr
 
     batch = cfg.batch_size
     if batch < where.size:
-        raise ValueError(f"batch_size={batch} is smaller than the number of processes, {where.size}")
+        raise ConfigError(f"batch_size={batch} is smaller than the number of processes, {where.size}")
     transform = TrainTransform(
         data.info.mean,
         data.info.std,

@@ -1,4 +1,4 @@
-"""From a checkpoint to a network and the configuration that it was trained with."""
+"""Load a checkpoint: the network and the configuration that it was trained with."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from configs import build, stored
-from models import load_state, read_checkpoint
+from configs.errors import UserError
+from models import CheckpointError, load_state, read_checkpoint
 
-# Our keys, and what a released configuration says of them.
+# Our keys, and their names in the configuration of a released checkpoint.
 _PUBLISHED = {
     "temperature": "temperature",
     "threshold": "threshold",
@@ -21,57 +22,113 @@ _PUBLISHED = {
     "dataset.crop": "crop",
     "dataset.eval_crop": "eval_crop",
 }
+_PARTS = {"optimizer", "scaler", "progress", "rng"}  # of a training's state
 
 
 def as_stored(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``models.published`` says of a released configuration, in the form that checkpoints hold.
+    """Convert what ``models.published`` reads from a released configuration into the form that checkpoints hold.
 
-    Its protocol is ``paper``, and what it does not say is as in the paper.
+    Its protocol is ``paper``, and what it does not contain is as in the paper.
     """
     choices = {group: theirs[group] for group in ("dataset", "model", "loss", "predictor")}
     choices |= {"optimizer": "sgd", "schedule": "poly", "protocol": "paper", "trainer": "default"}
-    values = {key: theirs[name] for key, name in _PUBLISHED.items() if theirs[name] is not None}
+    values: dict[str, Any] = {}
+    for key, name in _PUBLISHED.items():
+        if theirs[name] is not None:
+            group, _, rest = key.rpartition(".")
+            (values.setdefault(group, {}) if group else values)[rest] = theirs[name]
     return {"choices": choices, "values": values}
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint to go on from.
+    """Read a checkpoint to resume from.
 
     Raises:
-        ValueError: the file is no checkpoint, or holds no whole state of a training.
+        CheckpointError: the file is not a checkpoint, or does not hold the whole state of a training.
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("training")
-    parts = {"optimizer", "scaler", "progress", "rng"}
+    progress = state.get("progress") if isinstance(state, dict) else None
     if not (
-        isinstance(state, dict) and parts <= set(state) and {"updates", "step"} <= set(state["progress"])
+        isinstance(state, dict)
+        and set(state) >= _PARTS
+        and isinstance(progress, dict)
+        and {"epoch", "updates", "step"} <= set(progress)
+        and all(one is None or type(one) in (int, float) for one in progress.values())
+        and is_epoch(checkpoint.get("epoch"))
     ):
-        raise ValueError(f"checkpoint {path} holds no state of a training, so nothing can go on from it")
+        raise CheckpointError(f"checkpoint {path} does not hold the state of a training to resume from")
     return checkpoint
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
-    """The network and the configuration of a checkpoint, and the checkpoint itself; both formats are recognised.
+def is_epoch(value: Any) -> bool:
+    """Whether a checkpoint's epoch is a number of epochs."""
+    return type(value) is int and 0 <= value < 10**9
 
-    The authors' released checkpoints are scored under ``protocol=paper`` unless an override says otherwise.
+
+def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
+    """Load a checkpoint of this project or of the paper's authors.
+
+    The authors' checkpoints are scored under ``protocol=paper`` unless an override says otherwise.
+
+    Returns:
+        The network, the configuration, and the checkpoint itself, whose ``epoch`` is an int and whose ``classes`` are
+        the names of the classes that it was trained on, or None if the checkpoint does not say.
 
     Raises:
-        ValueError: the file is no checkpoint, or not one of this project or of the paper's authors.
+        CheckpointError: the file is not such a checkpoint.
     """
     checkpoint = read_checkpoint(path)
-    from models.published import is_published, load_published  # slow to import: a bad path is said before
+    if "arch" in checkpoint:
+        from models.published import is_published, load_published  # slow to import
 
-    if is_published(checkpoint):
-        network, theirs = load_published(checkpoint, where=f"checkpoint {path}")
-        return network, stored.unpack(as_stored(theirs), overrides), checkpoint
+        if is_published(checkpoint):
+            network, theirs = load_published(checkpoint, source=f"checkpoint {path}")
+            return (
+                network,
+                stored.unpack(as_stored(theirs), overrides),
+                {**checkpoint, "epoch": theirs["epoch"], "classes": None},
+            )
     if not {"model", "config", "epoch"} <= set(checkpoint):
-        raise ValueError(f"{path} is a checkpoint of another project: it lacks model, config or epoch")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this project: it lacks model, config or epoch. "
+            "Fix: choose one that train.py wrote."
+        )
+    if not is_epoch(checkpoint["epoch"]):
+        raise CheckpointError(f"{path}: epoch={str(checkpoint['epoch'])[:100]!r} is not a number of epochs")
+    checkpoint["classes"] = _class_names(checkpoint.get("classes"), path)
     cfg = stored.unpack(checkpoint["config"], overrides)
     if "weights" in cfg.model:
-        cfg.model.weights = None  # they are about to be replaced
+        cfg.model.weights = None  # the checkpoint's replace them
     try:
         network = build.model(cfg)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} and its configuration make no network: {error}") from None
+    except UserError as error:
+        raise CheckpointError(f"{path} and its configuration do not make a network: {error}") from error
+    except (TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
+        if not str(cfg.model._target_).startswith("models."):
+            raise
+        raise CheckpointError(f"{path} and its configuration do not make a network: {error}") from error
     load_state(network, checkpoint["model"], path)
     return network, cfg, checkpoint
+
+
+def _class_names(names: Any, path: Path) -> list[str] | None:
+    if names is None:
+        return None
+    if not (
+        isinstance(names, list)
+        and len(names) <= 1 << 16
+        and all(type(name) is str and len(name) <= 200 and name.isprintable() for name in names)
+    ):
+        raise CheckpointError(f"{path}: classes are not a list of names")
+    return names
+
+
+def check_classes(checkpoint: Mapping[str, Any], classes: Sequence[str], path: Path) -> None:
+    """Raise CheckpointError if a data set's classes are not those that the network was trained on, in their order."""
+    trained = checkpoint.get("classes")
+    if trained is not None and list(trained) != list(classes):
+        raise CheckpointError(
+            f"{path} was trained on the classes [{', '.join(trained)}], and the data set has "
+            f"[{', '.join(classes)}]. Fix: restore their order and names, or choose another data set."
+        )

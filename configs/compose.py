@@ -1,4 +1,4 @@
-"""The configurations in this folder: composing them, listing them, and what to say of a name that is none of theirs."""
+"""Compose and list the configurations in this folder, and name what is allowed when a name is unknown."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "predictor", "pro
 def compose(name: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     """Compose a configuration as the command line does, but outside Hydra's own main."""
     if GlobalHydra.instance().is_initialized():
-        return hydra_compose(name, spelled(overrides))
+        return hydra_compose(name, quote_overrides(overrides))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra_compose(name, spelled(overrides))
+        return hydra_compose(name, quote_overrides(overrides))
 
 
-def spelled(words: Iterable[str]) -> list[str]:
-    """Overrides as Hydra can read them: values that its grammar does not know are put in quotes.
+def quote_overrides(words: Iterable[str]) -> list[str]:
+    """Put quotes around values that Hydra's grammar cannot read, as paths with `~`, umlauts or brackets.
 
-    Paths are such values: `~`, umlauts and brackets are not in the grammar.
+    A comma makes a sweep, except in a path that exists: `dataset.root=/data/a,b`.
     """
     parser, found = OverridesParser.create(), list[str]()
     for word in words:
         key, equals, value = word.partition("=")
         if equals and not word.startswith("-") and not value.startswith(("[", "{", "'", '"')):
             try:
-                parser.parse_override(word)
+                readable = not _is_existing_path(value, parser.parse_override(word))
             except HydraException:
+                readable = False
+            if not readable:
                 # In Hydra's quotes a backslash is itself, but before a quote it is doubled.
                 escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
                 word = f"{key}='{escaped}{value[len(value.rstrip(chr(92))) :]}'"
@@ -46,35 +48,39 @@ def spelled(words: Iterable[str]) -> list[str]:
     return found
 
 
+def _is_existing_path(value: str, override: Any) -> bool:
+    return override.is_sweep_override() and "," in value and Path(value).expanduser().exists()
+
+
 def options(group: str) -> list[str]:
-    """The options of a configuration group, such as ``predictor``."""
+    """Return the options of a configuration group, such as ``predictor``."""
     folder = CONFIGS / group
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
 def unknown_option(group: str, name: str) -> str:
-    """What to say about an option that a group does not have."""
+    """Return the message for an option that a group does not have."""
     allowed = options(group)
-    return f"{group}={name} is unknown{_meant(name, allowed)}; {group} is one of: {', '.join(allowed)}"
+    return f"{group}={name} is unknown{_suggest(name, allowed)}; {group} is one of: {', '.join(allowed)}"
 
 
 def unknown_key(key: str, config: Any = None) -> str:
-    """What to say about a key that the configuration does not have."""
+    """Return the message for a key that the configuration does not have."""
     node = compose("train") if config is None else config
     *path, name = key.split(".")
     for depth, part in enumerate(path):
         if not OmegaConf.is_dict(node) or part not in node:
-            path, name = path[:depth], part  # the first that is unknown is what to mend
+            path, name = path[:depth], part  # the first unknown part
             break
         node = node._get_node(part)
     allowed = [str(k) for k in node if not str(k).startswith("_")] if OmegaConf.is_dict(node) else []
     if not path:
         allowed += sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and not p.name.startswith("_"))
-    key, where = ".".join([*path, name]), f"in {'.'.join(path)}" if path else "at the top"
+    key, place = ".".join([*path, name]), f"in {'.'.join(path)}" if path else "at the top"
     listed = ", ".join(dict.fromkeys(allowed))
-    return f"{key} is no key of the configuration{_meant(name, allowed)}; {where} there are: {listed}"
+    return f"{key} is not a key of the configuration{_suggest(name, allowed)}; {place} there are: {listed}"
 
 
-def _meant(name: str, allowed: list[str]) -> str:
+def _suggest(name: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

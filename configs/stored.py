@@ -1,89 +1,144 @@
-"""A configuration inside a checkpoint: what goes in, and what is believed on the way out.
+"""The configuration inside a checkpoint or a run's folder: what is written, and what is accepted when it is read.
 
-A checkpoint may come from anywhere, so nothing in it chooses which Python object is built: the *names* of options
-(``model: smp_unet``) are looked up in ``configs/``, plain values are merged over them, and every key that speaks
-to Hydra's ``instantiate`` is dropped.
+A checkpoint may come from anywhere, so its configuration is data. It holds the *names* of options
+(``model: smp_unet``), which must be files in ``configs/``, and plain values. A value is accepted if our own
+configuration has its key and the value has the type of ours. Nothing in it is interpolated, and nothing in it chooses
+which Python object is built, which rule a name stands for, or where results are written. ``dataset.root`` is accepted:
+it is the folder that a data set is read from unless ``dataset.root=PATH`` is given.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from configs.compose import CONFIGS, GROUPS, compose, options, spelled, unknown_key, unknown_option
-from configs.free import FREE
-from configs.values import check_values
+from configs.compose import CONFIGS, GROUPS, compose, options, quote_overrides, unknown_key, unknown_option
+from configs.errors import ConfigError, UserError
+from configs.files import check_plain, read_yaml
+from configs.values import CHECKS, check_values
 
-_INSTANTIATE = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
-# ${dataset.root} refers to another key; whatever else stands in ${} may call a resolver, such as oc.env.
-_REFERENCE = re.compile(r"\$\{[\w.]+\}")
+# Config keys that cannot change a result. They are ignored when two runs are compared.
+NON_RESULT_KEYS = frozenset(
+    {
+        "expected",
+        "loader_timeout",
+        "num_workers",
+        "device",
+        "verify",
+        "resume",
+        "validation",
+        "save_dir",
+        "run_dir",
+        "dataset.root",
+        "dataset.source.root",
+        "trainer.tensorboard",
+        "trainer.panels",
+        "trainer.save_minutes",
+        "trainer.save_every",
+        "trainer.keep",
+    }
+)
+# Keys that come from configs/ and the command line only: conventions, rules' names, paths that are written,
+# the file of pre-trained weights (a checkpoint replaces them), and the machine.
+NOT_FROM_FILE = frozenset(
+    {
+        "protocol", "save_dir", "run_dir", "device", "verify", "resume", "validation", "expected", "hydra",
+        "loader_timeout", "model.weights", "predictor.name", "loss.name",
+    }
+)  # fmt: skip
+_HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+_KEY = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
+_WORD = re.compile(r"[\w.+-]{1,64}")
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+_MISSING = object()
 
 
 def pack(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration as plain containers, for a checkpoint."""
+    """Return the configuration as plain containers for a checkpoint, every reference resolved."""
     for group in GROUPS:
         if not isinstance(choices.get(group), str):
-            raise ValueError(
-                f"{group}= takes one option, not a list; {group} is one of: {', '.join(options(group))}"
+            raise ConfigError(
+                f"{group}= takes one option, not a list. Fix: choose one of {', '.join(options(group))}."
             )
-    values = OmegaConf.to_container(cfg, resolve=False)
+    values = _without(OmegaConf.to_container(cfg, resolve=True))
     return {"choices": {group: choices[group] for group in GROUPS}, "values": values}
 
 
+def _without(values: Any, prefix: str = "") -> Any:
+    """Leave out what `unpack` would not take."""
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: _without(value, f"{prefix}{key}.")
+        for key, value in values.items()
+        if key not in _HYDRA_KEYS and f"{prefix}{key}" not in NOT_FROM_FILE
+    }
+
+
 def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration of a checkpoint with overrides on top, and the options of ``configs/test.yaml``.
+    """Return the configuration of a checkpoint with overrides on top, and the options of ``configs/test.yaml``.
+
+    Values whose key is overridden are not looked at.
 
     Raises:
-        ValueError: the stored configuration is not one of ours, an override names what does not exist, or a value
-            cannot be used.
+        ConfigError: the stored configuration is not one of ours, an override names an unknown key, or a value is
+            invalid.
     """
-    parts = stored if isinstance(stored, dict) else {}
-    if set(parts) != {"choices", "values"} or not all(isinstance(part, dict) for part in parts.values()):
-        raise ValueError(
-            "the checkpoint holds no configuration of this project; it cannot be tested without one"
+    check_plain(stored, "the checkpoint's configuration", max_items=20_000)
+    if not (isinstance(stored, dict) and set(stored) == {"choices", "values"}) or not all(
+        isinstance(part, dict) for part in stored.values()
+    ):
+        raise ConfigError(
+            "the checkpoint holds no configuration of this project, without which it cannot be tested. "
+            "Fix: choose a checkpoint that train.py wrote."
         )
-    groups, values = _split(overrides)
-    choices = {**stored["choices"], **groups}
-    for group, name in choices.items():
-        if group not in GROUPS or name not in options(group):
-            raise ValueError(
-                unknown_option(group, str(name)) if group in GROUPS else f"{group} is no configuration group"
-            )
-    cfg = compose("train", [f"{group}={name}" for group, name in choices.items()])
+    groups, assigned = _split(overrides)
+    cfg = _composed(stored["choices"])
+    given = tuple(key for key, _ in assigned)
+    accepted = list(_accepted(stored["values"], cfg, (*given, *groups)))
+    if groups:
+        cfg = _composed({**stored["choices"], **groups})
     OmegaConf.set_struct(cfg, False)
-    cfg = OmegaConf.merge(cfg, OmegaConf.load(CONFIGS / "test.yaml"))  # type: ignore[assignment]
-    for key, value in stored["values"].items():
-        if _harmless(key).partition(".")[0] not in groups:
-            OmegaConf.update(cfg, key, _plain(value), merge=True)
+    for key, value in accepted:
+        OmegaConf.update(cfg, key, value, merge=False)
     OmegaConf.set_struct(cfg, True)
-    for key, value in values:
+    for key, value in assigned:
         if OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
-            raise ValueError(unknown_key(key, cfg))
+            raise ConfigError(unknown_key(key, cfg))
         OmegaConf.update(cfg, key, value, merge=True)
     check_values(cfg)
     return cfg
 
 
-_MISSING = object()
+def _composed(choices: Mapping[Any, Any]) -> DictConfig:
+    """Compose our configuration from names of options, each of which must be a file in ``configs/``."""
+    for group, name in choices.items():
+        if not isinstance(group, str) or group not in GROUPS:
+            raise ConfigError(f"{str(group)[:64]!r} is not a configuration group")
+        if not isinstance(name, str) or name not in options(group):
+            raise ConfigError(unknown_option(group, str(name)[:64]))
+    cfg = compose("train", [f"{group}={name}" for group, name in choices.items()])
+    OmegaConf.set_struct(cfg, False)
+    return OmegaConf.merge(cfg, OmegaConf.load(CONFIGS / "test.yaml"))  # type: ignore[return-value]
 
 
 def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """Overrides that choose an option (``protocol=paper``), and those that set a value."""
+    """Separate overrides that choose an option (``protocol=paper``) from those that set a value."""
     groups: dict[str, str] = {}
     values: list[tuple[str, Any]] = []
-    for override in OverridesParser.create().parse_overrides(spelled(overrides)):
+    for override in OverridesParser.create().parse_overrides(quote_overrides(overrides)):
         key = override.get_key_element().lstrip("+~")
         if override.is_delete() or override.is_sweep_override():
-            raise ValueError(f"{override.input_line}: test.py takes key=value and group=option only")
+            raise ConfigError(f"{override.input_line}: expected key=value or group=option")
         if not key:
-            raise ValueError(f"{override.input_line} names no key: write key=value")
+            raise ConfigError(f"{override.input_line} names no key. Fix: write key=value.")
         if key in GROUPS:
             groups[key] = str(override.value())
         else:
@@ -91,48 +146,162 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, An
     return groups, values
 
 
-def _harmless(key: Any) -> str:
-    """A stored key, such as ``dataset.crop``, that does not lead to what Hydra builds."""
-    if not isinstance(key, str) or _INSTANTIATE & set(re.split(r"[.\[\]]", key)):
-        raise ValueError(f"the checkpoint's configuration holds the key {key!r}, which is not allowed there")
-    return key
+def _accepted(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the stored keys (``dataset.crop``) that replace a value of ours, and their checked values."""
+    raw, ours = OmegaConf.to_container(cfg, resolve=False), OmegaConf.to_container(cfg, resolve=True)
+
+    def walk(theirs: dict[Any, Any], raw: Any, ours: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in theirs.items():
+            name = f"{prefix}{key}"
+            if name in NOT_FROM_FILE or any(name == one or name.startswith(f"{one}.") for one in given):
+                continue
+            if key in _HYDRA_KEYS and key in raw:  # of checkpoints written before they were left out
+                continue
+            if not isinstance(key, str) or not _KEY.fullmatch(key):
+                raise ConfigError(f"the checkpoint's configuration holds the key {name[:100]!r}: not allowed")
+            if key not in ours:
+                _check_extra(name, value, raw)
+                yield name, value
+            elif isinstance(ours[key], dict):
+                if not isinstance(value, dict):
+                    raise _invalid(name, value, "a mapping")
+                yield from walk(
+                    value, raw[key] if isinstance(raw[key], dict) else ours[key], ours[key], f"{name}."
+                )
+            elif not _is_reference(raw[key], value):
+                _check_value(name, value, ours[key])
+                yield name, value
+
+    def _is_reference(raw: Any, value: Any) -> bool:
+        """Whether ours refers to another key, and the stored value says the same."""
+        if not isinstance(raw, str) or "${" not in raw:
+            return False
+        if value == raw:  # of checkpoints written before references were resolved
+            return True
+        match = _REFERENCE.fullmatch(raw)
+        if match is None:
+            return False
+        found = _lookup(values, match[1])
+        found = _lookup(ours, match[1]) if found is _MISSING else found
+        return type(found) is type(value) and found == value
+
+    yield from walk(values, raw, ours, "")
 
 
-def _plain(value: Any) -> Any:
-    """A stored value without anything that could choose code or read the environment."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key not in _INSTANTIATE}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, str) and "${" in _REFERENCE.sub("", value):
-        raise ValueError(f"the checkpoint's configuration holds {value!r}, which is not allowed there")
-    return value
+def _lookup(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return _MISSING
+        tree = tree[part]
+    return tree
+
+
+def _check_value(name: str, value: Any, ours: Any) -> None:
+    """Reject a stored value that is not plain, or not of the type of ours."""
+    if name in CHECKS:
+        is_valid, words = CHECKS[name]
+        if not (_is_plain(value) and is_valid(value)):
+            raise _invalid(name, value, words)
+        return
+    if ours is None:
+        fits, words = _is_plain(value), "null, a number, a word or a list of those"
+    elif isinstance(ours, bool):
+        fits, words = isinstance(value, bool), "true or false"
+    elif isinstance(ours, (int, float)):
+        fits, words = _is_number(value), "a finite number"
+    elif isinstance(ours, str):
+        fits, words = _is_text(value), "plain text without $"
+    else:
+        fits, words = isinstance(value, list) and _is_plain(value), "a list of numbers or words"
+    if not fits:
+        raise _invalid(name, value, words)
+
+
+def _check_extra(name: str, value: Any, raw: Any) -> None:
+    """Accept a key that only ``+key=value`` sets: a split's name, or an argument of the object that is built."""
+    parent = name.rpartition(".")[0]
+    allowed: set[str] = set()
+    if parent == "dataset.splits":
+        allowed = {name.rpartition(".")[2]}
+    elif isinstance(raw, dict) and "_target_" in raw:
+        allowed = _arguments(raw)
+    words = [value] if not isinstance(value, list) else value
+    plain = all(
+        _is_number(one)
+        or one is None
+        or isinstance(one, bool)
+        or bool(_is_text(one) and _WORD.fullmatch(one))
+        for one in words
+    )
+    if name.rpartition(".")[2] not in allowed or not plain or len(words) > 100:
+        raise ConfigError(
+            f"the checkpoint's configuration holds {name}={str(value)[:100]!r}, which this project's does not have"
+        )
+
+
+def _arguments(node: dict[str, Any]) -> set[str]:
+    """Return the names of the arguments of what a node of our configuration builds."""
+    from configs.build import locate
+
+    target = locate(node["_target_"])
+    names = {
+        name
+        for name, one in inspect.signature(target).parameters.items()
+        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    }
+    if node["_target_"] == "models.SMP":
+        from models.library import options_of
+
+        names |= options_of(node["arch"])
+    return names
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 2**63
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= 4096 and "$" not in value and value.isprintable()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) <= 1000 and all(
+            not isinstance(one, list) and _is_plain(one) and one is not None for one in value
+        )
+    return value is None or isinstance(value, bool) or _is_number(value) or _is_text(value)
+
+
+def _invalid(name: str, value: Any, words: str) -> ConfigError:
+    return ConfigError(
+        f"the checkpoint's configuration holds {name}={str(value)[:100]!r}: expected {words}. "
+        f"Fix: pass {name}=VALUE, or choose another checkpoint."
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration that a run wrote into its folder.
-
-    Raises ValueError where it is damaged.
-    """
+    """Read the ``config.yaml`` that a run wrote into its folder; raise ConfigError if it is damaged."""
     try:
-        found = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError):
-        found = None
+        found = read_yaml(path)
+    except UserError as error:
+        found, reason = None, str(error)
+    else:
+        reason = "it does not hold the configuration of a run"
     if not isinstance(found, dict) or "epochs" not in found:
-        raise ValueError(
-            f"{path} is damaged: remove it, and the run goes on from its checkpoints, which hold the same; "
-            "or start over with resume=false"
+        raise ConfigError(
+            f"{path} is damaged: {reason}. Fix: remove it, and the run resumes from its checkpoints, "
+            "which hold the same; or start over with resume=false."
         )
     return {str(key): value for key, value in found.items()}
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The keys in which two runs differ so that their numbers could, as ``key: old -> new``."""
+    """Return the keys in which two configurations differ so that results could, as ``key: old -> new``."""
     if isinstance(old, dict) and isinstance(new, dict):
         found: list[str] = []
         for key in [*old, *(k for k in new if k not in old)]:
             name = f"{prefix}{key}"
-            if name not in FREE:
+            if name not in NON_RESULT_KEYS:
                 found += differences(old.get(key), new.get(key), f"{name}.")
         return found
     return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]

@@ -1,36 +1,37 @@
-"""Values that no run can have, refused by name before anything is read or written."""
+"""Checks of single configuration values, made before anything is read or written."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-Check = tuple[Callable[[Any], bool], str]  # whether a value will do, and what to give instead
+from configs.errors import ConfigError
+
+Check = tuple[Callable[[Any], bool], str]  # whether a value is valid, and what is expected
 
 
-def whole(least: int, most: int | None = None) -> Check:
-    """A whole number."""
+def integer(least: int, most: int | None = None) -> Check:
+    """An integer within bounds."""
 
-    def will_do(value: Any) -> bool:
+    def is_valid(value: Any) -> bool:
         return type(value) is int and least <= value and (most is None or value <= most)
 
-    return (
-        will_do,
-        f"a whole number, {least} or more" if most is None else f"a whole number, {least} to {most}",
-    )
+    return is_valid, f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
 
 
-def number(least: float = 0, least_too: bool = True) -> Check:
-    """A finite number."""
+def number(least: float = 0, *, exclusive: bool = False, most: float = math.inf) -> Check:
+    """A finite number within bounds; ``exclusive`` leaves out the lower one."""
 
-    def will_do(value: Any) -> bool:
+    def is_valid(value: Any) -> bool:
         finite = type(value) in (int, float) and math.isfinite(value)
-        return finite and (value > least or (least_too and value == least))
+        return finite and (value > least or (not exclusive and value == least)) and value <= most
 
-    return will_do, f"a number, {least:g} or more" if least_too else f"a number above {least:g}"
+    words = f"a number {'>' if exclusive else '>='} {least:g}"
+    return is_valid, words if most == math.inf else f"{words} and <= {most:g}"
 
 
 def or_null(check: Check) -> Check:
@@ -38,86 +39,104 @@ def or_null(check: Check) -> Check:
     return lambda value: value is None or check[0](value), f"{check[1]}, or null"
 
 
-def one_of(*allowed: Any) -> Check:
-    """One of a few."""
+def choice(*allowed: Any) -> Check:
+    """One of a few words or constants."""
     words = [str(value).lower() if isinstance(value, bool) else str(value) for value in allowed]
     return lambda value: any(value is a or (type(value) is str and value == a) for a in allowed), " or ".join(
         words
     )
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or OmegaConf.is_list(value)
+
+
 def _is_size(value: Any) -> bool:
-    sides = list(value) if OmegaConf.is_list(value) and len(value) == 2 else [value]
-    return all(type(side) is int and side > 0 for side in sides)
+    sides = list(value) if _is_list(value) and len(value) == 2 else [value]
+    return all(type(side) is int and 0 < side <= 1 << 16 for side in sides)
 
 
-SIZE: Check = (_is_size, "a whole number, 1 or more, [height,width]")
+SIZE: Check = (_is_size, "an integer >= 1 or [height,width]")
+NAME: Check = (
+    lambda value: isinstance(value, str) and re.fullmatch(r"[\w.+-][\w.+ -]{0,99}", value) is not None,
+    "a name of letters, digits and . + - _",
+)
+PATH: Check = (lambda value: isinstance(value, str) and bool(value.strip()), "a folder")
+FLAG: Check = choice(True, False)
+
+
+def _is_suffix(value: Any) -> bool:
+    return isinstance(value, str) and (not value or NAME[0](value))
 
 
 def _is_names(value: Any) -> bool:
-    return OmegaConf.is_list(value) and all(isinstance(name, str) for name in value)
+    return _is_list(value) and all(isinstance(name, str) for name in value)
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _is_local_path(value: Any) -> bool:
+    return isinstance(value, str) and not value.startswith(("//", "\\\\"))
 
 
 CHECKS: dict[str, Check] = {
-    "seed": whole(0, 2**63 - 1),
-    "epochs": whole(1),
-    "batch_size": whole(1),
-    "num_workers": whole(0, 256),
+    "seed": integer(0, 2**63 - 1),
+    "epochs": integer(1),
+    "batch_size": integer(1),
+    "num_workers": integer(0, 256),
     "backbone_lr_ratio": number(),
     "loader_timeout": number(),
-    "on_error": one_of("raise", "skip"),
-    "verify": one_of(True, False),
-    "resume": one_of(True, False),
+    "on_error": choice("raise", "skip"),
+    "verify": FLAG,
+    "resume": FLAG,
     "validation": (_is_names, "a list of rules, such as [T,max]"),
-    "save_dir": (_is_path, "a folder"),
-    "run_dir": (_is_path, "a folder"),
+    "save_dir": PATH,
+    "run_dir": PATH,
+    "suffix": (_is_suffix, f"{NAME[1]}, or nothing"),
+    "split": NAME,
+    "dataset.name": NAME,
+    "dataset.root": or_null((_is_local_path, "a folder of this machine, not of another")),
+    "dataset.num_classes": integer(1, 1 << 16),
+    "dataset.ignore_index": integer(-(2**31), 2**31 - 1),
     "dataset.resize": or_null(SIZE),
     "dataset.crop": or_null(SIZE),
-    "dataset.eval_crop": or_null(whole(1)),
-    "optimizer.lr": number(least_too=False),
+    "dataset.eval_crop": or_null(integer(1, 1 << 16)),
+    "dataset.rotate": number(most=180),
+    "dataset.flip": number(most=1),
+    "model.name": NAME,
+    "optimizer.lr": number(exclusive=True),
     "optimizer.weight_decay": number(),
     "schedule.power": number(),
     "loss.gamma": number(),
+    "predictor.at": number(most=1),
     "temperature": (
-        lambda value: value == "fit" or number(least_too=False)[0](value),
-        "a number above 0, or fit",
+        lambda value: value == "fit" or number(exclusive=True)[0](value),
+        "a number > 0, or fit",
     ),
-    "threshold": or_null((lambda value: number()[0](value) and value <= 1, "a number, 0 to 1")),
-    "correct_focal": one_of(True, False),
-    "trainer.precision": one_of("fp32", "bf16", "fp16"),
-    "trainer.accumulate": whole(1),
-    "trainer.clip_norm": or_null(number(least_too=False)),
-    "trainer.validate_every": whole(1),
-    "trainer.save_every": whole(1),
-    "trainer.keep": whole(0),
+    "threshold": or_null(number(most=1)),
+    "correct_focal": FLAG,
+    "trainer.precision": choice("fp32", "bf16", "fp16"),
+    "trainer.accumulate": integer(1),
+    "trainer.clip_norm": or_null(number(exclusive=True)),
+    "trainer.validate_every": integer(1),
+    "trainer.save_every": integer(1),
+    "trainer.keep": integer(0),
     "trainer.save_minutes": number(),
-    "trainer.panels": whole(0),
+    "trainer.panels": integer(0),
 }
-
-
 _ABSENT = object()
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Raise ValueError for a value that cannot be meant, naming its key and what to give."""
-    for key, (will_do, words) in CHECKS.items():
+    """Raise ConfigError for an invalid value, naming its key and what is expected."""
+    for key, (is_valid, words) in CHECKS.items():
         value = OmegaConf.select(cfg, key, default=_ABSENT)
-        if value is not _ABSENT and not will_do(value):
-            raise ValueError(f"{key}={'null' if value is None else value}: give {words}")
+        if value is not _ABSENT and not is_valid(value):
+            raise ConfigError(f"{key}={'null' if value is None else value} is invalid: expected {words}")
 
 
 def check_uncalibrated(cfg: DictConfig, command: str) -> None:
-    """Refuse what changes probabilities, for a command that shows them as the network gives them.
-
-    Raises:
-        ValueError: with what to pass.
-    """
+    """Raise ConfigError if probabilities would be changed, for a command that shows them as they are."""
     if cfg.temperature != 1 or cfg.correct_focal:
-        raise ValueError(
+        raise ConfigError(
             f"{command} shows probabilities as the network gives them, not with temperature={cfg.temperature}, "
-            f"correct_focal={cfg.correct_focal}: pass temperature=1 correct_focal=false"
+            f"correct_focal={cfg.correct_focal}. Fix: pass temperature=1 correct_focal=false."
         )

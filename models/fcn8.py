@@ -46,8 +46,9 @@ class FCN8(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         vgg = vgg16(weights=None)
+        vgg.classifier = vgg.classifier[:6]  # without ImageNet's scores
         if weights is not None:
-            load_backbone(vgg, weights)
+            load_backbone(vgg, weights, truncated=True)
         self.features = _padded_features(vgg)
         self.classifier = nn.Sequential(
             _as_convolution(vgg.classifier[0], kernel=7),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.errors import UserError
+
 
 class PooledBatchNorm(nn.BatchNorm2d):
     """Batch normalisation behind global pooling, which a batch of one does not break.
@@ -71,7 +73,7 @@ def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: ob
     if factor == 1:
         return
     if weights is not None:
-        raise ValueError(
+        raise UserError(
             f"weights={weights} are those of the whole network; with narrow={factor} set weights=null"
         )
 
@@ -79,7 +81,7 @@ def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: ob
         if channels in (3, num_classes):  # the image's and the classes'
             return channels
         if factor < 1 or channels % factor:
-            raise ValueError(
+            raise UserError(
                 f"narrow={factor} does not divide a layer of {channels} channels; try a smaller power of two"
             )
         return channels // factor
@@ -95,7 +97,7 @@ def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: ob
             layer.num_channels = first = fewer(layer.num_channels)
             layer.num_groups = max(1, layer.num_groups // factor)
         elif next(layer.children(), None) is None and next(layer.parameters(), None) is not None:
-            raise ValueError(
+            raise UserError(
                 f"narrow={factor} cannot divide a layer of type {type(layer).__name__}; set narrow=1"
             )
         else:

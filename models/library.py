@@ -16,6 +16,7 @@ import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from models.layers import allow_batch_of_one, narrow_layers, resize
 from models.output import SegmentationOutput
 from models.weights import LITE0, load_backbone
@@ -100,9 +101,9 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
     """smp's network with random weights; smp's own weights would come from a hub."""
     key = arch.lower()
     if key not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}; {_nearest(key, ARCHITECTURES)}")
+        raise UserError(f"unknown architecture {arch!r}; {_nearest(key, ARCHITECTURES)}")
     _check_encoder(encoder)
-    _check_options(ARCHITECTURES[key], encoder, options)
+    _check_options(key, encoder, options)
     plain = {name: list(v) if _is_sequence(v) else v for name, v in options.items()}
     try:
         return ARCHITECTURES[key](
@@ -110,7 +111,7 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
         )
     except (TypeError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()
-        raise ValueError(
+        raise UserError(
             f"architecture {arch!r} cannot be built on encoder {encoder!r} with {plain or 'its defaults'}: "
             f"{reason[0] if reason else type(error).__name__}; choose another encoder or other options"
         ) from error
@@ -126,20 +127,28 @@ def _check_encoder(encoder: str) -> None:
             return
     else:
         names = [*smp.encoders.encoders, *(f"tu-{name}" for name in timm.list_models())]
-    raise ValueError(f"unknown encoder {encoder!r}; {_nearest(encoder, names)}")
+    raise UserError(f"unknown encoder {encoder!r}; {_nearest(encoder, names)}")
 
 
-def _check_options(architecture: type[nn.Module], encoder: str, options: dict[str, Any]) -> None:
-    """Refuse an option that smp would swallow; timm's encoders take, and check, further ones themselves."""
-    allowed = {n for n, p in signature(architecture).parameters.items() if p.kind is not p.VAR_KEYWORD}
-    allowed = (allowed - {"encoder_name", "encoder_weights", "in_channels", "classes", "aux_params"}) | {
+def options_of(arch: str) -> set[str]:
+    """Return the further arguments of an architecture that a configuration may hold."""
+    names = {
+        name
+        for name, parameter in signature(ARCHITECTURES[arch.lower()]).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    return (names - {"encoder_name", "encoder_weights", "in_channels", "classes", "aux_params"}) | {
         "output_stride"
     }
+
+
+def _check_options(arch: str, encoder: str, options: dict[str, Any]) -> None:
+    """Reject an option that smp would ignore; timm's encoders take further ones and check them."""
     for option in options:
-        if option not in allowed and not encoder.startswith("tu-"):
-            raise ValueError(
-                f"unknown option {option!r} of {architecture.__name__}; "
-                f"choose from {', '.join(sorted(allowed))}"
+        if option not in options_of(arch) and not encoder.startswith("tu-"):
+            raise UserError(
+                f"model.{option} is not an option of architecture {arch!r}. "
+                f"Fix: choose from {', '.join(sorted(options_of(arch)))}."
             )
 
 
@@ -163,7 +172,7 @@ def _is_sequence(value: Any) -> bool:
 def _load_encoder(encoder: Any, name: str, weights: str | Path, truncated: bool) -> None:
     """Pre-trained weights for smp's encoder; smp wraps timm's networks in a ``model`` attribute."""
     if str(weights) == LITE0 and name != "tu-tf_efficientnet_lite0":
-        raise ValueError(
+        raise UserError(
             f"weights {LITE0} fit encoder=tu-tf_efficientnet_lite0 only, not {name}; choose that encoder"
         )
     load_backbone(encoder.model if name.startswith("tu-") else encoder, weights, truncated)

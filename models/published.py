@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.deeplabv3plus import DeepLabV3Plus
 from models.fcn8 import FCN8, bilinear_kernel
 from models.pspnet import PSPNet
-from models.reading import CheckpointError, load_state, read_checkpoint
+from models.reading import CheckpointError, load_state, plain_key, read_checkpoint
 
 NETWORKS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "fcn8": FCN8}
 
@@ -84,13 +84,13 @@ def is_published(checkpoint: dict[str, Any]) -> bool:
 
 
 def load_published(
-    source: str | Path | dict[str, Any], where: str | None = None
+    checkpoint: str | Path | dict[str, Any], source: str | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a released checkpoint, on the CPU and in evaluation mode, and its configuration in our names.
 
     Args:
-        source: the file, or what ``read_checkpoint`` returned.
-        where: how messages name the checkpoint; by default its path.
+        checkpoint: the file, or what ``read_checkpoint`` returned.
+        source: how messages name the checkpoint; its path by default.
 
     Returns:
         The network and ``translate_config``'s dictionary, with ``num_classes`` and ``epoch`` added.
@@ -99,32 +99,40 @@ def load_published(
         FileNotFoundError: there is no such file.
         CheckpointError: the file cannot be read safely, is no released checkpoint, or contradicts itself.
     """
-    checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
-    where = where or ("the checkpoint" if isinstance(source, dict) else f"checkpoint {source}")
+    if not isinstance(checkpoint, dict):
+        source = source or f"checkpoint {checkpoint}"
+        checkpoint = read_checkpoint(checkpoint)
+    source = source or "the checkpoint"
     if not is_published(checkpoint):
         raise CheckpointError(
-            f"{where} is none of the released ones; give a file with arch, state_dict and config"
+            f"{source} is none of the released ones; give a file with arch, state_dict and config"
         )
-    config = translate_config(checkpoint["config"], where)
-    state = {key.removeprefix("module."): tensor for key, tensor in checkpoint["state_dict"].items()}
+    config = translate_config(checkpoint["config"], source)
+    state = checkpoint["state_dict"]
+    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()):
+        raise CheckpointError(f"{source} holds no tensors by name. Fix: take an intact file.")
+    state = {plain_key(key): tensor for key, tensor in state.items()}
     name = config["model"]
-    if _SCORES[name] not in state:
+    if _SCORES[name] not in state or not state[_SCORES[name]].ndim:
         raise CheckpointError(
-            f"{where} says that it is a {name} but lacks {_SCORES[name]!r}; take an intact file"
+            f"{source} says that it is a {name} but lacks {_SCORES[name]!r}; take an intact file"
         )
     num_classes = state[_SCORES[name]].shape[0]
     if num_classes != NUM_CLASSES[config["dataset"]]:
         raise CheckpointError(
-            f"{where} was trained for {num_classes} classes, but its data set {config['dataset']} has "
+            f"{source} was trained for {num_classes} classes, but its data set {config['dataset']} has "
             f"{NUM_CLASSES[config['dataset']]}; take an intact file"
         )
+    epoch = checkpoint.get("epoch", 0)
+    if type(epoch) is not int or not 0 <= epoch < 10**9:
+        raise CheckpointError(f"{source}: epoch={str(epoch)[:100]!r} is not a number of epochs")
     network = NETWORKS[name](num_classes)
-    load_state(network, translate_state(name, state, where), where)
-    config |= {"num_classes": num_classes, "epoch": int(checkpoint.get("epoch", 0))}
+    load_state(network, translate_state(name, state, source), source)
+    config |= {"num_classes": num_classes, "epoch": epoch}
     return network.eval(), config
 
 
-def translate_state(name: str, state: dict[str, Tensor], where: str = "the state dict") -> dict[str, Tensor]:
+def translate_state(name: str, state: dict[str, Tensor], source: str = "the state dict") -> dict[str, Tensor]:
     """Tensors of a released state dict (without ``module.``) under the names of our network ``name``.
 
     FCN8's three transposed convolutions never learn and are constants here; they are checked and left out.
@@ -137,18 +145,18 @@ def translate_state(name: str, state: dict[str, Tensor], where: str = "the state
         if name == "fcn8" and key in _FIXED:
             if not _is_bilinear(tensor, _FIXED[key]):
                 raise CheckpointError(
-                    f"{where} has a trained {key!r}, which is fixed in FCN8; take an intact file"
+                    f"{source} has a trained {key!r}, which is fixed in FCN8; take an intact file"
                 )
             continue
-        translated[_translate_key(name, key, where)] = tensor
+        translated[_translate_key(name, key, source)] = tensor
     return translated
 
 
-def _translate_key(name: str, key: str, where: str) -> str:
+def _translate_key(name: str, key: str, source: str) -> str:
     for pattern, replacement in _KEYS[name]:
         if re.match(pattern, key):
             return re.sub(f"^{pattern}", replacement, key)
-    raise CheckpointError(f"{where} has a tensor {key!r} that {name} does not know; take an intact file")
+    raise CheckpointError(f"{source} has a tensor {key!r} that {name} does not know; take an intact file")
 
 
 def _is_bilinear(weight: Tensor, size: int) -> bool:
@@ -158,37 +166,58 @@ def _is_bilinear(weight: Tensor, size: int) -> bool:
     return weight.shape == wanted.shape and torch.allclose(weight.detach().float().cpu(), wanted, atol=1e-6)
 
 
-def translate_config(config: dict[str, Any], where: str = "the configuration") -> dict[str, Any]:
-    """A released JSON configuration in this project's names.
+def translate_config(config: dict[str, Any], source: str = "the configuration") -> dict[str, Any]:
+    """Translate a released JSON configuration into this project's names.
 
     Returns:
         ``dataset``, ``model``, ``loss`` and ``predictor`` (names of configurations), ``temperature``,
         ``threshold``, ``scored`` (class indices, or None for all), ``batch_size``, ``epochs``, ``crop`` and
-        ``eval_crop`` (pixels); None where the file does not say.
+        ``eval_crop`` (pixels); None if the file does not say. Data set and crop come from ``train_loader``,
+        evaluation's batch size and crop from ``test_loader``, or from another loader if that is missing.
 
     Raises:
         CheckpointError: a name is none of the experiments'.
     """
-    predict = config.get("predict", {})
-    train, test = (config.get(key, {}) for key in ("train_loader", "test_loader"))
+    predict = _mapping(config, "predict")
+    loaders = {name: _mapping(config, f"{name}_loader") for name in ("train", "val", "test")}
+    train, test = (
+        [loaders[name] for name in order if loaders[name]]
+        for order in (("train", "test", "val"), ("test", "val", "train"))
+    )
     scored = predict.get("CoI", "all")
+    try:
+        numbers = {
+            # Runs made before these two settings existed used the values that became their defaults.
+            "temperature": float(predict.get("temperature", 1.0)),
+            "threshold": float(predict.get("threshold", 0.5)),
+            "scored": None if scored == "all" else [int(index) for index in scored],
+        }
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} has an invalid setting of its predictor: {error}") from None
     return {
-        "dataset": _known(DATASETS, train.get("type"), "data set", where),
-        "model": _known(MODELS, config.get("arch", {}).get("type"), "model", where),
-        "loss": _known(LOSSES, config.get("loss"), "loss", where),
-        "predictor": _known(PREDICTORS, predict.get("test", "T"), "predictor", where),
-        # Runs made before these two settings existed used the values that became their defaults.
-        "temperature": float(predict.get("temperature", 1.0)),
-        "threshold": float(predict.get("threshold", 0.5)),
-        "scored": None if scored == "all" else [int(index) for index in scored],
-        "batch_size": train.get("args", {}).get("batch_size"),
-        "epochs": config.get("trainer", {}).get("epochs"),
-        "crop": train.get("args", {}).get("crop_size"),
-        "eval_crop": test.get("args", {}).get("crop_size"),
+        "dataset": _known(DATASETS, train[0].get("type") if train else None, "data set", source),
+        "model": _known(MODELS, _mapping(config, "arch").get("type"), "model", source),
+        "loss": _known(LOSSES, config.get("loss"), "loss", source),
+        "predictor": _known(PREDICTORS, predict.get("test", "T"), "predictor", source),
+        **numbers,
+        "batch_size": _argument(test, "batch_size"),
+        "epochs": _mapping(config, "trainer").get("epochs"),
+        "crop": _argument(train, "crop_size"),
+        "eval_crop": _argument(test, "crop_size"),
     }
 
 
-def _known(names: dict[str, str], name: Any, kind: str, where: str) -> str:
-    if name not in names:
-        raise CheckpointError(f"{where} names an unknown {kind} {name!r}; known are {', '.join(names)}")
+def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _argument(loaders: list[dict[str, Any]], key: str) -> Any:
+    """Return an argument of the first loader that has it."""
+    return next((args[key] for loader in loaders if key in (args := _mapping(loader, "args"))), None)
+
+
+def _known(names: dict[str, str], name: Any, kind: str, source: str) -> str:
+    if not isinstance(name, str) or name not in names:
+        raise CheckpointError(f"{source} names an unknown {kind} {name!r}; known are {', '.join(names)}")
     return names[name]

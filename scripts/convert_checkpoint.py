@@ -36,7 +36,7 @@ def convert(source: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(source)
     if checkpoint.get("format") == FORMAT and not is_published(checkpoint):
         raise CheckpointError(f"checkpoint {source} is in this project's format already; test.py -r reads it")
-    network, theirs = load_published(checkpoint, where=f"checkpoint {source}")
+    network, theirs = load_published(checkpoint, source=f"checkpoint {source}")
     config = as_stored(theirs)
     best = float(checkpoint.get("monitor_best", math.nan))
     return {

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs import stored
 from configs.build import absolute_root
-from configs.compose import CONFIGS, spelled
+from configs.compose import CONFIGS, quote_overrides
 from configs.errors import ConfigError
 from configs.values import check_values
 from trainers.journal import read_rows
@@ -97,7 +97,7 @@ def load_runs(overrides: Sequence[str]) -> list[Run]:
     Raises:
         ConfigError: two runs would share a directory, or a value is invalid.
     """
-    given = OverridesParser.create().parse_overrides(spelled(overrides))
+    given = OverridesParser.create().parse_overrides(quote_overrides(overrides))
     swept = {o.key_or_group: _values(o) for o in given if o.is_sweep_override()}
     fixed = [str(o.input_line) for o in given if not o.is_sweep_override()]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from configs.free import FREE
+from configs.stored import NON_RESULT_KEYS
 
-_FREE = FREE | {"seed", "hydra"}  # what may differ within one average
+_FREE = NON_RESULT_KEYS | {"seed", "hydra"}  # what may differ within one average
 _AT_MOST = 5
 
 

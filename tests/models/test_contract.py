@@ -123,7 +123,7 @@ def test_pspnet_of_smp_runs_every_stage():
         (("?", "resnet18"), {}, r"unknown architecture '\?'; choose one of unet, "),
         (("unet", "resnet19"), {}, r"unknown encoder 'resnet19'; did you mean resnet18"),
         (("unet", "tu-resnet5"), {}, r"unknown encoder 'tu-resnet5'; did you mean tu-resnet50"),
-        (("unet", "resnet18"), {"depth": 3}, r"unknown option 'depth' of Unet; choose from .*encoder_depth"),
+        (("unet", "resnet18"), {"depth": 3}, r"model\.depth is not an option of .*encoder_depth"),
         (("deeplabv3plus", "tu-vit_tiny_patch16_224"), {}, r"cannot be built on encoder 'tu-vit_tiny"),
         (
             ("unet", "resnet18"),

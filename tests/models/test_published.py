@@ -92,7 +92,10 @@ def test_every_published_loss(root, theirs, ours):
     [
         ({"loss": "Dice"}, r"names an unknown loss 'Dice'; known are CrossEntropyLoss2d, "),
         ({"arch": {"type": "UNet"}}, r"unknown model 'UNet'; known are DeepLab, PSPNet, FCN8"),
-        ({"train_loader": {}}, r"unknown data set None; known are CityScapes, VOC, kvasirSEG"),
+        (
+            {"train_loader": {}, "test_loader": {}},
+            r"unknown data set None; known are CityScapes, VOC, kvasirSEG",
+        ),
     ],
 )
 def test_names_of_other_projects(change, message):
@@ -154,7 +157,7 @@ class TestReleasedFile:
     def test_another_model_than_it_says(self, checkpoint):
         config = checkpoint["config"] | {"arch": {"type": "FCN8"}}
         with pytest.raises(CheckpointError, match=r"says that it is a fcn8 but lacks"):
-            load_published(checkpoint | {"config": config}, where="a.pth")
+            load_published(checkpoint | {"config": config}, source="a.pth")
 
     def test_a_tensor_is_missing(self, checkpoint):
         state = dict(checkpoint["state_dict"])

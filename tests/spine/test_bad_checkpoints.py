@@ -60,12 +60,12 @@ def argument(checkpoint: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (nan, rf"bad\.pth holds NaN or infinity in '{FIRST}' \(1 tensors in all\); choose a checkpoint from"),
+        (nan, rf"bad\.pth holds NaN or infinity in '{FIRST}' \(1 tensors in all\)"),
         (text, r"bad\.pth holds no tensors by name"),
         (listed, "the checkpoint holds no configuration of this project"),
         (number, "model=3 is unknown; model is one of"),
-        (classes, r"bad\.pth and its configuration make no network: "),
-        (argument, r"bad\.pth and its configuration make no network: .*unexpected keyword argument 'depth'"),
+        (classes, r"model\.num_classes='many'"),
+        (argument, r"model\.depth='3'"),
     ],
 )
 def test_damage_is_named(
@@ -82,7 +82,7 @@ def test_damage_is_named(
     "override", ["temperature=0", "temperature=inf", "threshold=2", "threshold=nan", "=1"]
 )
 def test_overrides_of_no_sense_are_named(override: str, whole: Path) -> None:
-    with pytest.raises(ValueError, match=rf"^{override}(: give | names no key)"):
+    with pytest.raises(ValueError, match=rf"^{override} (is invalid: expected|names no key)"):
         load(whole, [override])
 
 
@@ -91,14 +91,14 @@ def test_overrides_of_no_sense_are_named(override: str, whole: Path) -> None:
 )
 def test_what_is_no_state_of_a_training_is_no_place_to_go_on_from(training: Any, tmp_path: Path) -> None:
     torch.save({"model": {}, **({} if training is None else {"training": training})}, tmp_path / "last.pth")
-    with pytest.raises(ValueError, match=r"last\.pth holds no state of a training"):
+    with pytest.raises(ValueError, match=r"last\.pth does not hold the state of a training"):
         read_state(tmp_path / "last.pth")
 
 
 @pytest.mark.parametrize("content", [b"", b"[1", b"- a", b"a: ${b", b"a: 1", b"\xff\xfe"])
 def test_a_damaged_config_yaml_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.yaml is damaged: remove it, and the run goes on"):
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged: .*Fix: remove it"):
         stored.read_config(tmp_path / "config.yaml")
 
 
