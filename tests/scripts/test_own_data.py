@@ -67,7 +67,6 @@ def test_the_tutorial(
     (classes,) = blocks(text, "yaml")
     (here / "mine" / "classes.yaml").write_text(classes)
     commands = [line for block in blocks(text, "bash") for line in block.splitlines() if line.strip()]
-    assert len(commands) == 8
     for command in commands:
         run(command, root, monkeypatch)
     said = capsys.readouterr().out
@@ -88,20 +87,6 @@ def test_the_tutorial(
         assert (here / "predicted" / "overlay" / f"{name}.png").exists()
         for part in ("background", "lesion", "vessel"):
             assert Image.open(here / "predicted-windows" / "classes" / name / f"{part}.png").size == (88, 72)
-
-
-def test_the_table_of_faults_quotes_real_messages(here: Path, root: Path) -> None:
-    text = (root / "docs" / "own-data.md").read_text()
-    quoted = re.findall(r"^\| `([^`]+)` \|", text.split("## When something is wrong")[1], re.MULTILINE)
-    source = "".join(path.read_text() for path in (root / "datasets").glob("*.py"))
-    for message in quoted:
-        words = re.sub(r"\d+", "~", message)
-        pattern = (
-            re.escape(words)
-            .replace(re.escape("~"), r"\{[^}]*\}")
-            .replace("num_classes", r"(num_classes|\{[^}]*\})")
-        )
-        assert re.search(pattern, source), message
 
 
 def test_prediction_needs_the_classes_and_not_the_images(here: Path, root: Path) -> None:
