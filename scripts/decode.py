@@ -1,0 +1,318 @@
+"""Turn saved probabilities of any framework into masks; with labels, score them.
+
+    python scripts/decode.py probs/ -p rankdice --out decoded/
+    python scripts/decode.py probs/ --labels labels/ -p max -p rankdice_nonoverlap --out decoded/
+    python scripts/decode.py logits/ --link softmax -p max -p rankdice --out decoded/
+    python scripts/decode.py nnunet_predictions/ --labels labelsTs/ -p max -p rankdice_nonoverlap --out decoded/
+
+PROBS holds one file per case: .npy, .npz, .nii, .nii.gz, .tif, or nnU-Net's .npz with .pkl; 2-D or 3-D, the classes as
+first or last axis. LABELS and the optional --valid folder hold one file of the same name per case; labels may also
+be .png. The result of a rule is in OUT/RULE/, in the format of the case:
+    labels   one integer per pixel, for one class and for rules whose masks do not overlap (max, rankdice_nonoverlap)
+    masks    (classes, *S) bool, for rules whose masks may overlap; NIfTI: uint8 with the classes as last axis
+--write labels or --write masks changes that. NIfTI files keep affine and header. Scores are those of what is written.
+
+With one channel, or with --foreground-only, label 0 is the background and the channels are the labels 1, 2, ….
+The same command again continues where it was stopped. Exit codes: 0 done, 1 some cases failed (listed at the end),
+2 bad input, 3 the disk failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
+from tqdm import tqdm
+
+from configs import build
+from configs.cli import guarded
+from configs.compose import options
+from configs.errors import UserError
+from configs.files import read_json, require_writable, write_json
+from rankseg import Predictor
+from rankseg.calibration import Reliability
+from scripts import ROOT
+from scripts.decoding.arrays import LABEL_SUFFIXES, suffix_of, write_array
+from scripts.decoding.cases import Reading, find_cases, load_case
+from scripts.decoding.rules import (
+    Output,
+    counts_from_plain,
+    counts_to_plain,
+    decode,
+    reliability_from_plain,
+    reliability_to_plain,
+)
+from scripts.parallel import ahead
+from trainers.device import pick_device
+from trainers.evaluator import Scoring
+from trainers.metrics import Counts
+from trainers.reproducibility import provenance
+from trainers.results import EvalResult, comparison, fingerprint
+
+SOME_FAILED = 1
+VERSION = 1  # of the records; another one decodes again
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = _arguments(argv)
+    require_writable(args.out)
+    cases = find_cases(args.probs)
+    job = Job(args, cases)
+    todo = [name for name in cases if args.force or not job.is_done(name)]
+    failed: dict[str, str] = {}
+    with tqdm(total=len(todo), desc="decode", unit="case", disable=True if args.quiet else None) as bar:
+        for name, problem in zip(todo, ahead(job, todo, args.workers), strict=True):
+            if problem:
+                failed[name] = problem
+            bar.update()
+    done = [name for name in cases if name not in failed]
+    before = len(cases) - len(todo)
+    parts = [f"{len(todo) - len(failed)} cases decoded with {', '.join(job.rules)}"]
+    parts += [f"{before} done before"] * bool(before) + [f"{len(failed)} failed"] * bool(failed)
+    if args.labels and done:
+        print(comparison(job.score(done, failed)))
+        print(f"results: {args.out / 'results'}")
+    print(f"{args.out}: {', '.join(parts)}")
+    for problem in failed.values():
+        print(f"  {problem}", file=sys.stderr)
+    return SOME_FAILED if failed else 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("probs", type=Path, metavar="PROBS", help="folder of probabilities, or one file")
+    add("-p", "--predictor", action="append", required=True, metavar="RULE",
+        help=f"may be repeated; one of: {', '.join(options('predictor'))}")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="FOLDER")
+    add("--labels", type=Path, metavar="FOLDER", help="true labels: scores are computed and written")
+    add("--valid", type=Path, metavar="FOLDER", help="fields of view: pixels of value 0 are void")
+    add(
+        "--link",
+        choices=("softmax", "sigmoid"),
+        help="PROBS holds logits; this turns them into probabilities",
+    )
+    add("--temperature", type=float, default=1.0, help="divides the logits; 1: unchanged")
+    add("--classes-axis", choices=("auto", "first", "last", "none"), default="auto",
+        help="axis that holds the classes (default: found from the labels or the sums)")  # fmt: skip
+    add("--key", metavar="NAME", help="the array of .npz files that hold several")
+    add("--write", choices=("auto", "labels", "masks"), default="auto", help="see above")
+    add("--unassigned", default="void", metavar="void|max|K",
+        help="label of pixels of no class: 255, the most probable class, or K (default: void)")  # fmt: skip
+    add("--void", type=int, default=255, metavar="K", help="label that is not scored (default: 255)")
+    add("--foreground-only", action="store_true", help="label 0 is background and has no channel")
+    add("--scored", metavar="1,2,…", help="labels that the means run over (default: all with a channel)")
+    add("--names", metavar="A,B,…", help="names of the labels 0, 1, … for reports")
+    add("--workers", type=int, default=1, help="cases decoded at the same time (default: 1)")
+    add("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: cpu)")
+    add("--force", action="store_true", help="decode again what is done")
+    add("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    args.predictor = list(dict.fromkeys(args.predictor))
+    if args.unassigned not in ("void", "max"):
+        args.unassigned = _integers("--unassigned", args.unassigned)[0]
+    args.scored = None if args.scored is None else _integers("--scored", args.scored)
+    if not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature:g} is invalid: expected a number above 0.")
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers} is invalid: expected an integer >= 1.")
+    return args
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text} is invalid: expected integers, such as 1,2.") from None
+
+
+class Job:
+    """Decode cases by name and keep a record of each, so that a second call continues."""
+
+    def __init__(self, args: argparse.Namespace, cases: dict[str, Path]) -> None:
+        self.args, self.cases = args, cases
+        self.rules: dict[str, Predictor] = build.rules(args.predictor)
+        self.labels = find_cases(args.labels, LABEL_SUFFIXES) if args.labels else None
+        self.valid = find_cases(args.valid, LABEL_SUFFIXES) if args.valid else None
+        self.device = pick_device(args.device)
+        self.reading = Reading(args.out, args.link, args.temperature, args.classes_axis, args.key, args.void)
+        self.output = Output(args.write, args.unassigned, args.foreground_only or None, args.void)
+        settings = {"version": VERSION, "rules": args.predictor, **dataclasses.asdict(self.output)}
+        settings |= {k: v for k, v in dataclasses.asdict(self.reading).items() if k != "scratch"}
+        self.settings = fingerprint(settings | {"labels": bool(args.labels), "valid": bool(args.valid)})
+        self._refuse_other_settings()
+
+    def _refuse_other_settings(self) -> None:
+        """Raise UserError if OUT holds results of other settings, or is a folder that is read."""
+        for given in (self.args.probs, self.args.labels, self.args.valid):
+            if given is not None and self.args.out.resolve() == given.resolve():
+                raise UserError(f"--out {self.args.out} is a folder that is read. Fix: choose another one.")
+        path = self.args.out / "decode.json"
+        if path.is_file() and not self.args.force and read_json(path).get("settings") != self.settings:
+            raise UserError(
+                f"{self.args.out} holds results of other rules or options. "
+                "Fix: choose another --out, or pass --force to replace them."
+            )
+        write_json(path, {"settings": self.settings, "rules": self.args.predictor})
+
+    def record(self, name: str) -> Path:
+        """Return the file that says that a case is done, and holds its counts."""
+        return self.args.out / ".cases" / f"{name}.json"
+
+    def output_path(self, rule: str, name: str) -> Path:
+        """Return where the result of a rule goes."""
+        path = self.cases[name]
+        suffix = suffix_of(path)
+        return self.args.out / rule / f"{name}{suffix}"
+
+    def _sources(self, name: str) -> list[list[Any]]:
+        """Return path, size and time of change of the files that a case is made of."""
+        groups = (self.cases, self.labels or {}, self.valid or {})
+        paths = [group[name] for group in groups if name in group]
+        return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+    def is_done(self, name: str) -> bool:
+        """Whether a case was decoded from the same files with the same settings."""
+        if not self.record(name).is_file():
+            return False
+        record = read_json(self.record(name))
+        return (
+            record.get("settings") == self.settings
+            and record.get("sources") == self._sources(name)
+            and all(Path(path).is_file() for path in record["written"])
+        )
+
+    def __call__(self, name: str) -> str | None:
+        """Decode and write a case; return what is wrong with it, or None."""
+        try:
+            self._decode(name)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _decode(self, name: str) -> None:
+        path = self.cases[name]
+        sources = [(self.args.labels, self.labels, "label"), (self.args.valid, self.valid, "field of view")]
+        for folder, group, kind in sources:
+            if group is not None and name not in group:
+                raise UserError(f"{path}: no {kind} {folder / name}.*. Fix: add it, or move the case away.")
+        label = self.labels[name] if self.labels else None
+        case = load_case(path, label, self.valid[name] if self.valid else None, self.reading)
+        classes = len(case.probs) + self.output.first(len(case.probs))
+        with _named(label or path):
+            result = decode(case, self.rules, self.output, self.args.out, self.device)
+        written = []
+        for rule, found in result.rules.items():
+            out = self.output_path(rule, name)
+            if out.name.endswith(".npz") and case.geometry is not None:
+                out = out.with_name(out.name.removesuffix(".npz") + ".nii.gz")
+            write_array(found.array, out, case.geometry, found.key)
+            written.append(str(out))
+        record: dict[str, Any] = {
+            "settings": self.settings,
+            "sources": self._sources(name),
+            "written": written,
+            "classes": classes,
+            "seconds": {rule: found.seconds for rule, found in result.rules.items()},
+        }
+        if label is not None:
+            record["counts"] = {
+                rule: counts_to_plain(found.counts)
+                for rule, found in result.rules.items()
+                if found.counts is not None
+            }
+            record["reliability"] = reliability_to_plain(result.reliability)
+        write_json(self.record(name), record)
+
+    def score(self, names: list[str], failed: dict[str, str]) -> dict[str, EvalResult]:
+        """Write the results of every rule over the cases that are done, and return them."""
+        records = {name: read_json(self.record(name)) for name in names}
+        sizes = {name: record["classes"] for name, record in records.items()}
+        classes = max(sizes.values(), key=list(sizes.values()).count)
+        for name in [name for name, size in sizes.items() if size != classes]:
+            failed[name] = (
+                f"{self.cases[name]}: {sizes[name]} classes, the other cases have {classes}; it is not scored. "
+                "Fix: move it away."
+            )
+            del records[name]
+        first = self.output.first(len(next(iter(records.values()))["reliability"]["count"]))
+        scored = tuple(self.args.scored or range(first, classes))
+        if not set(scored) <= set(range(classes)):
+            raise UserError(f"--scored {self.args.scored} is invalid: labels are 0 to {classes - 1}.")
+        scoring = Scoring(classes, scored, self.args.void)
+        curves = (reliability_from_plain(record["reliability"]) for record in records.values())
+        reliability = functools.reduce(Reliability.merge, curves)
+        details = self._details(list(records), classes, failed)
+        results = {}
+        for rule in self.rules:
+            counts = Counts.cat([counts_from_plain(record["counts"][rule]) for record in records.values()])
+            results[rule] = EvalResult(
+                predictor=rule,
+                names=list(records),
+                counts=counts,
+                scored=scored,
+                scores={
+                    "test_loss": float("nan"),
+                    **scoring.summary(counts),
+                    "ece": reliability.ece(),
+                    "classwise_ece": float(reliability.classwise_ece().nanmean()),
+                },
+                seconds=sum(record["seconds"][rule] for record in records.values()),
+            )
+            results[rule].save(self.args.out / "results", details)
+        return results
+
+    def _details(self, names: list[str], classes: int, failed: dict[str, str]) -> dict[str, Any]:
+        """What a result file reports of the origin of its numbers."""
+        given = self.args.names.split(",") if self.args.names else []
+        if given and len(given) != classes:
+            raise UserError(f"--names {self.args.names} has {len(given)} names: expected {classes}.")
+        details = {
+            "protocol": "corrected",
+            "dataset": {
+                "name": self.args.probs.name,
+                "split": "test",
+                "fingerprint": fingerprint({name: self._sources(name) for name in names}),
+                "num_images": len(names),
+            },
+            "model": self.args.probs.name,
+            "loss": "unknown",
+            "seed": None,
+            "classes": given or [str(c) for c in range(classes)],
+            "link": self.args.link,
+            "temperature": self.args.temperature,
+            "correct_focal": False,
+            "failed": list(failed),
+            "checkpoint": None,
+            "provenance": provenance(ROOT),
+        }
+        details["config_hash"] = fingerprint({k: v for k, v in details.items() if k != "provenance"})
+        return details
+
+
+class _named:
+    """Add a path to the ValueError of a rule or of the labels."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, ValueError):
+            raise UserError(f"{self.path}: {error}") from error
+
+
+if __name__ == "__main__":
+    guarded(lambda: sys.exit(main()))

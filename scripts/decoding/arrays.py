@@ -1,0 +1,188 @@
+"""Read and write arrays of any size: NumPy, NIfTI and TIFF files, through temporary files if they are large.
+
+Shapes: C classes, *S spatial axes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError
+
+SUFFIXES = (".npy", ".npz", ".nii.gz", ".nii", ".tif", ".tiff")
+LABEL_SUFFIXES = (*SUFFIXES, ".png")
+IN_MEMORY = 64 << 20  # bytes of an array above which it lives in a temporary file
+_BLOCK = 4 << 20
+_USUAL_KEYS = ("probabilities", "softmax", "probs", "logits")
+
+
+def suffix_of(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
+    """Return the suffix of a file name, ``.nii.gz`` as one; empty if it is not among ``suffixes``."""
+    return next((s for s in suffixes if path.name.lower().endswith(s)), "")
+
+
+def scratch(shape: Sequence[int], dtype: Any, folder: Path) -> np.ndarray:
+    """Return an uninitialised array: in memory if it is small, else mapped to a temporary file in ``folder``.
+
+    Raises:
+        OSError: the disk has too little space.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size <= IN_MEMORY:
+        return np.empty(shape, dtype)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(28, f"{size >> 20} MiB are needed and {free >> 20} MiB are free", str(folder))
+    with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives the name of the file
+        file.truncate(size)
+        return np.memmap(file, dtype, "r+", shape=tuple(shape))
+
+
+def read_array(path: Path, folder: Path, key: str | None = None, classes_last: bool = False) -> np.ndarray:
+    """Read an array without holding a large one in memory.
+
+    Args:
+        path: a file with one of `LABEL_SUFFIXES`.
+        folder: where temporary files go.
+        key: the array of an .npz file that holds several.
+        classes_last: read the last axis of a NIfTI file of more than 3 axes as the first one, class by class.
+
+    Raises:
+        UserError: the file is damaged, of another format, or needs a package that is missing.
+    """
+    suffix = suffix_of(path, LABEL_SUFFIXES)
+    try:
+        if suffix == ".npy":
+            return np.load(path, mmap_mode="c", allow_pickle=False)
+        if suffix == ".npz":
+            return _read_npz(path, folder, key)
+        if suffix in (".nii", ".nii.gz"):
+            return _read_nifti(path, folder, classes_last)
+        if suffix in (".tif", ".tiff"):
+            with _package("tifffile", path).TiffFile(path) as file:
+                series = file.series[0]
+                return series.asarray(out=scratch(series.shape, series.dtype, folder))
+        from PIL import Image
+
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        if error.errno is not None and not isinstance(error, zipfile.BadZipFile):
+            raise
+        raise _damaged(path, error) from error
+    except Exception as error:  # nibabel, tifffile, zipfile and numpy each raise classes of their own
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{path}: cannot be read ({reason}). Fix: write or copy the file again.")
+
+
+def _package(name: str, path: Path) -> Any:
+    try:
+        return __import__(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{path}: needs the package {name}, which is missing. Fix: pip install {name}"
+        ) from error
+
+
+def nibabel(path: Path) -> Any:
+    """Import nibabel, or raise UserError that names the file which needs it."""
+    return _package("nibabel", path)
+
+
+def _read_npz(path: Path, folder: Path, key: str | None) -> np.ndarray:
+    """Stream one array of an .npz file; unlike numpy.load, never hold all of it in memory."""
+    with zipfile.ZipFile(path) as archive:
+        keys = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        usual = [name for name in _USUAL_KEYS if name in keys]
+        name = key or (keys[0] if len(keys) == 1 else usual[0] if len(usual) == 1 else None)
+        if name is None or name not in keys:
+            listed = ", ".join(keys) or "none"
+            raise UserError(
+                f"{path}: array {key or 'unclear'}; arrays in it: {listed}. Fix: pass --key NAME."
+            )
+        with archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
+            shape, fortran, dtype = header[version](file)
+            if dtype.hasobject:
+                raise UserError(f"{path}: {name} holds Python objects. Fix: save an array of numbers.")
+            array = scratch(shape[::-1] if fortran else shape, dtype, folder)
+            view = memoryview(array.reshape(-1).view(np.uint8))
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done : done + _BLOCK])  # type: ignore[attr-defined]
+                if not count:
+                    raise ValueError(f"{name} ends after {done} of {len(view)} bytes")
+                done += count
+    return array.T if fortran else array
+
+
+def _read_nifti(path: Path, folder: Path, classes_last: bool) -> np.ndarray:
+    image = nibabel(path).load(path, keep_file_open=True)  # class after class is one pass through a .gz
+    data = image.dataobj
+    whole = data.dtype if (data.slope, data.inter) == (1.0, 0.0) else np.dtype(np.float32)
+    shape = data.shape
+    if not classes_last or len(shape) <= 3:
+        array = scratch(shape[::-1], whole, folder).T  # in the order of the file
+        if array.ndim < 3:
+            array[...] = np.asanyarray(data)
+        else:
+            for last in range(shape[-1]):
+                array[..., last] = data[..., last]
+        return array
+    spatial = shape[:3] if len(shape) == 4 or shape[3] == 1 else shape[:-1]
+    array = scratch((shape[-1], *spatial), whole, folder)
+    for c in range(shape[-1]):
+        array[c] = data[..., c].reshape(spatial)
+    return array
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path with the same suffix; on success it becomes ``path``, on failure it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_array(array: np.ndarray, path: Path, geometry: Any, key: str) -> None:
+    """Write labels (*S) or masks (C, *S) in the format of the path's suffix; ``key`` names them in an .npz."""
+    suffix = suffix_of(path)
+    with replacing(path) as temporary:
+        if suffix == ".npy":
+            with temporary.open("wb") as file:
+                np.save(file, array)
+        elif suffix == ".npz":
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, **{key: array})
+        elif suffix in (".tif", ".tiff"):
+            pixels = array.view(np.uint8) if array.dtype == bool else array
+            _package("tifffile", path).imwrite(temporary, pixels, photometric="minisblack", compression=None)
+        else:
+            geometry.save(array, temporary, has_classes=key == "masks")

@@ -1,0 +1,498 @@
+"""decode.py: every format gives the masks of the rule itself, and the scores are those of the evaluator."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import rankseg
+from configs import build
+from configs.errors import UserError
+from scripts import decode as command
+from scripts.decoding import arrays
+from trainers.distributed import World
+from trainers.evaluator import Scoring, evaluate
+from trainers.losses import CrossEntropy
+
+RULES = ("T", "max", "rankdice", "rankiou", "rankdice_nonoverlap")
+
+
+def softmax_maps(count: int, shape: tuple[int, ...], classes: int = 3, seed: int = 0) -> list[torch.Tensor]:
+    """Smooth probabilities (C, *S), so that objects are connected."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = []
+    for _ in range(count):
+        small = torch.randn(1, classes, *(max(2, s // 6) for s in shape), generator=generator)
+        mode = "bilinear" if len(shape) == 2 else "trilinear"
+        maps.append((4 * torch.nn.functional.interpolate(small, shape, mode=mode)).softmax(1)[0])
+    return maps
+
+
+def drawn(probs: torch.Tensor, seed: int, void: float = 0.0) -> np.ndarray:
+    """Labels (*S) uint8 drawn from the probabilities, some pixels void."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.multinomial(probs.flatten(1).T, 1, generator=generator)[:, 0]
+    flat[torch.rand(len(flat), generator=generator) < void] = 255
+    return flat.view(probs.shape[1:]).numpy().astype(np.uint8)
+
+
+def save_all(folder: Path, items: list, suffix: str = ".npy") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, item in enumerate(items):
+        np.save(folder / f"c{i}{suffix}", np.asarray(item))
+    return folder
+
+
+def run(*words: object) -> int:
+    return command.main([str(word) for word in [*words, "--quiet"]])
+
+
+def result(out: Path, rule: str) -> dict:
+    return json.loads((out / "results" / f"{rule}.json").read_text())
+
+
+class TestScores:
+    def test_equal_those_of_the_evaluator(self, tmp_path: Path) -> None:
+        """The same maps through `evaluate`, the code of test.py: equal files of counts, scores and ECE."""
+        maps = softmax_maps(3, (40, 200))
+        labels = [drawn(p, i, void=0.1) for i, p in enumerate(maps)]
+        rules = build.rules(RULES)
+        batches = [
+            SimpleNamespace(
+                images=p.log()[None], targets=torch.from_numpy(t)[None], names=[f"c{i}"], indices=[i]
+            )
+            for i, (p, t) in enumerate(zip(maps, labels, strict=True))
+        ]
+        expected = evaluate(
+            _Identity(),
+            batches,
+            rules,
+            CrossEntropy(),
+            Scoring(3, (0, 1, 2)),
+            World(0, 1, torch.device("cpu")),
+        )
+        out = tmp_path / "out"
+        logits = save_all(tmp_path / "logits", [p.log() for p in maps])
+        flags = ["--link", "softmax", "--classes-axis", "first", "--write", "masks", "--out", out]
+        truth = save_all(tmp_path / "labels", labels)
+        assert run(logits, "--labels", truth, *(w for r in RULES for w in ("-p", r)), *flags) == 0
+        for rule in RULES:
+            expected[rule].save(tmp_path / "expected", {})
+            table = (out / "results" / f"{rule}.csv").read_bytes()
+            assert table == (tmp_path / "expected" / f"{rule}.csv").read_bytes()
+            for key, value in expected[rule].scores.items():
+                if key != "test_loss":
+                    assert result(out, rule)["scores"][key] == pytest.approx(value, rel=1e-9), key
+
+    def test_are_those_of_the_label_map_that_is_written(self, tmp_path: Path) -> None:
+        maps = softmax_maps(2, (30, 30))
+        probs, labels = save_all(tmp_path / "p", maps), [drawn(p, i) for i, p in enumerate(maps)]
+        out, truth = tmp_path / "o", save_all(tmp_path / "l", labels)
+        assert run(probs, "--labels", truth, "-p", "rankdice", "--write", "labels", "--out", out) == 0
+        dice = []
+        for i, t in enumerate(labels):
+            written = np.load(out / "rankdice" / f"c{i}.npy")
+            per_class = [
+                2 * ((written == c) & (t == c)).sum() / ((written == c).sum() + (t == c).sum())
+                for c in range(3)
+            ]
+            dice.append(np.mean(per_class))
+        assert result(out, "rankdice")["scores"]["mean_dice"] == pytest.approx(np.mean(dice), abs=1e-9)
+
+    def test_one_channel_is_the_foreground(self, tmp_path: Path) -> None:
+        p = softmax_maps(1, (24, 20), classes=2)[0]
+        truth = drawn(p, 0)
+        probs, labels = save_all(tmp_path / "p", [p[1]]), save_all(tmp_path / "l", [truth])
+        assert run(probs, "--labels", labels, "-p", "rankdice", "--out", tmp_path / "o") == 0
+        mask = rankseg.rankdice(p[1][None, None])[0, 0].numpy()
+        written = np.load(tmp_path / "o" / "rankdice" / "c0.npy")
+        assert written.dtype == np.uint8 and np.array_equal(written, mask.astype(np.uint8))
+        expected = 2 * (mask & (truth == 1)).sum() / (mask.sum() + (truth == 1).sum())
+        assert result(tmp_path / "o", "rankdice")["scores"]["mean_dice"] == pytest.approx(expected)
+
+    def test_field_of_view(self, tmp_path: Path) -> None:
+        """Outside of it nothing is selected and nothing counted; inside, the result is that of zeros outside."""
+        p = softmax_maps(1, (24, 20))[0]
+        truth, view = drawn(p, 0), np.zeros((24, 20), np.uint8)
+        view[4:20, 3:15] = 1
+        folders = [save_all(tmp_path / n, [x]) for n, x in (("p", p), ("l", truth), ("v", view))]
+        flags = ["-p", "rankdice", "-p", "max", "--out", tmp_path / "o"]
+        assert run(folders[0], "--labels", folders[1], "--valid", folders[2], *flags) == 0
+        cropped = p * torch.from_numpy(view)
+        masks = np.load(tmp_path / "o" / "rankdice" / "c0.npy")
+        assert np.array_equal(masks, rankseg.rankdice(cropped[None])[0].numpy())
+        labels = np.load(tmp_path / "o" / "max" / "c0.npy")
+        assert np.array_equal(labels, np.where(view, p.argmax(0), 255))
+        rows = (tmp_path / "o" / "results" / "max.csv").read_text().splitlines()[1:]
+        assert sum(int(row.split(",")[4]) for row in rows) == view.sum()
+
+
+class _Identity(torch.nn.Module):
+    """A network whose images are its logits."""
+
+    def forward(self, images: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=images)
+
+
+def _write(path: Path, probs: np.ndarray, form: str) -> Path:
+    last = np.moveaxis(probs, 0, -1)
+    if form == "npy":
+        np.save(path / "c.npy", probs)
+    elif form == "npy_last":
+        np.save(path / "c.npy", last)
+    elif form == "npy_fortran":
+        np.save(path / "c.npy", np.asfortranarray(probs))
+    elif form == "npy_big_endian":
+        np.save(path / "c.npy", probs.astype(">f4"))
+    elif form == "npz":
+        np.savez(path / "c.npz", anything=probs)
+    elif form == "npz_compressed_fortran":
+        np.savez_compressed(path / "c.npz", probabilities=np.asfortranarray(probs), other=np.zeros(3))
+    elif form == "tif":
+        pytest.importorskip("tifffile").imwrite(path / "c.tif", probs, photometric="minisblack")
+    else:
+        nib = pytest.importorskip("nibabel")
+        image = nib.Nifti1Image(last if last.ndim == 4 else last[:, :, None], np.diag([2.0, 3, 4, 1]))
+        nib.save(image, path / f"c.{form}")
+    return path
+
+
+FORMS = (
+    "npy",
+    "npy_last",
+    "npy_fortran",
+    "npy_big_endian",
+    "npz",
+    "npz_compressed_fortran",
+    "tif",
+    "nii",
+    "nii.gz",
+)
+
+
+def _read(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        return np.load(path)
+    if path.suffix == ".npz":
+        with np.load(path) as content:
+            (name,) = content
+            return content[name]
+    if path.suffix == ".tif":
+        return pytest.importorskip("tifffile").imread(path)
+    array = np.asarray(pytest.importorskip("nibabel").load(path).dataobj)
+    return array
+
+
+@pytest.mark.parametrize("in_memory", [1 << 30, 0], ids=["memory", "files"])
+@pytest.mark.parametrize("shape", [(24, 20), (9, 12, 10)])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_format(
+    form: str, shape: tuple[int, ...], in_memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks and label maps equal those of the rules called on the array, for arrays in memory and in files."""
+    monkeypatch.setattr(arrays, "IN_MEMORY", in_memory)
+    monkeypatch.setattr("scripts.decoding.cases.SLAB", 100)
+    probs = softmax_maps(1, shape)[0]
+    (tmp_path / "p").mkdir()
+    folder = _write(tmp_path / "p", probs.numpy(), form)
+    out = tmp_path / "o"
+    assert run(folder, *(w for r in RULES for w in ("-p", r)), "--out", out) == 0
+    for rule in RULES:
+        (path,) = (out / rule).iterdir()
+        array = _read(path)
+        masks = build.rules([rule])[rule](probs[None])
+        if rule in ("max", "rankdice_nonoverlap"):
+            expected = rankseg.label_map(masks)[0].numpy()
+            assert array.dtype == np.uint8
+        else:
+            expected = masks[0].numpy()
+            if "nii" in form:
+                expected = np.moveaxis(expected, 0, -1)
+            assert array.dtype == (np.uint8 if form in ("tif", "nii", "nii.gz") else bool)
+        assert np.array_equal(array.reshape(expected.shape), expected), rule
+        assert not list(out.rglob("*tmp*"))
+
+
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+def test_logits_and_temperature(link: str, tmp_path: Path) -> None:
+    logits = torch.randn(3, 16, 18, generator=torch.Generator().manual_seed(4)) * 3
+    folder = save_all(tmp_path / "p", [np.moveaxis(logits.numpy(), 0, -1)])
+    flags = ["--link", link, "--classes-axis", "last", "--temperature", 2, "--write", "masks"]
+    assert run(folder, "-p", "rankdice", *flags, "--out", tmp_path / "o") == 0
+    probs = (logits / 2).softmax(0) if link == "softmax" else (logits / 2).sigmoid()
+    assert np.array_equal(
+        np.load(tmp_path / "o" / "rankdice" / "c0.npy"), rankseg.rankdice(probs[None])[0].numpy()
+    )
+    # A temperature on probabilities is one on their logits.
+    if link == "softmax":
+        again = save_all(tmp_path / "q", [logits.softmax(0)])
+        assert run(again, "-p", "rankdice", "--temperature", 2, "--out", tmp_path / "o2") == 0
+        one, two = (np.load(tmp_path / o / "rankdice" / "c0.npy") for o in ("o", "o2"))
+        assert (one != two).sum() <= 2  # rounding of the probabilities may move a pixel at the cut-off
+
+
+@pytest.mark.parametrize("unassigned", ["void", "max", "7", "-1"])
+def test_pixels_of_no_class(unassigned: str, tmp_path: Path) -> None:
+    probs = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(5)) * 0.6
+    folder = save_all(tmp_path / "p", [probs])
+    flags = ["--classes-axis", "first", "--write", "labels", "--unassigned", unassigned]
+    assert run(folder, "-p", "T", *flags, "--out", tmp_path / "o") == 0
+    policy = unassigned if unassigned in ("void", "max") else int(unassigned)
+    expected = rankseg.label_map(probs[None] >= 0.5, policy, probs[None])[0].numpy()
+    assert np.array_equal(np.load(tmp_path / "o" / "T" / "c0.npy"), expected)
+
+
+class TestNifti:
+    def test_keeps_affine_and_header(self, tmp_path: Path) -> None:
+        nib = pytest.importorskip("nibabel")
+        probs = softmax_maps(1, (8, 9, 10))[0]
+        affine = np.array([[0, -1.5, 0, 10], [2, 0, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1.0]])
+        image = nib.Nifti1Image(np.moveaxis(probs.numpy(), 0, -1), affine)
+        image.header.set_xyzt_units("mm", "sec")
+        image.header["descrip"] = b"from a scanner"
+        image.set_sform(affine, 1)
+        image.set_qform(affine, 4)
+        (tmp_path / "p").mkdir()
+        nib.save(image, tmp_path / "p" / "c.nii.gz")
+        assert run(tmp_path / "p", "-p", "max", "-p", "rankdice", "--out", tmp_path / "o") == 0
+        for rule in ("max", "rankdice"):
+            got = nib.load(tmp_path / "o" / rule / "c.nii.gz")
+            assert np.array_equal(got.affine, affine)
+            assert got.header.get_xyzt_units()[0] == "mm" and b"from a scanner" in bytes(
+                got.header["descrip"]
+            )
+            assert (got.header["sform_code"], got.header["qform_code"]) == (1, 4)
+            assert got.get_data_dtype() == np.uint8
+
+    def test_labels_with_another_affine_are_named(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        nib = pytest.importorskip("nibabel")
+        probs = softmax_maps(1, (8, 9, 10))[0]
+        truth, flipped = drawn(probs, 0), np.diag([-1.0, 1, 1, 1])
+        flipped[0, 3] = 7
+        for folder in ("p", "l"):
+            (tmp_path / folder).mkdir()
+        for name in "abc":
+            nib.save(
+                nib.Nifti1Image(np.moveaxis(probs.numpy(), 0, -1), np.eye(4)), tmp_path / "p" / f"{name}.nii"
+            )
+        nib.save(nib.Nifti1Image(truth, np.eye(4)), tmp_path / "l" / "a.nii.gz")
+        nib.save(nib.Nifti1Image(truth, np.diag([1.0, 1, 2, 1])), tmp_path / "l" / "b.nii.gz")
+        nib.save(nib.Nifti1Image(truth[::-1].copy(), flipped), tmp_path / "l" / "c.nii.gz")  # the same place
+        code = run(tmp_path / "p", "--labels", tmp_path / "l", "-p", "max", "--out", tmp_path / "o")
+        message = capsys.readouterr().err
+        assert code == 1 and "b.nii.gz" in message and "affine" in message and "a.nii" not in message
+        rows = (tmp_path / "o" / "results" / "max.csv").read_text().splitlines()[1:]
+        counts = {name: [r.split(",")[1:] for r in rows if r.startswith(name)] for name in "ac"}
+        assert counts["a"] == counts["c"] and counts["a"]
+
+
+class _Touch:
+    """Unpickling runs a command, as a hostile file would."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+class TestNnunet:
+    def _export(
+        self, folder: Path, properties: object, segmentation: bool
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """What nnU-Net writes for a case: <case>.npz (C, Z, Y, X), <case>.pkl and <case>.nii.gz (X, Y, Z)."""
+        nib = pytest.importorskip("nibabel")
+        folder.mkdir(exist_ok=True)
+        probs = softmax_maps(1, (6, 9, 12))[0]
+        np.savez_compressed(folder / "case_1.npz", probabilities=probs.numpy())
+        with (folder / "case_1.pkl").open("wb") as file:
+            pickle.dump(properties, file)
+        for name in ("dataset.json", "plans.json", "predict_from_raw_data_args.json"):
+            (folder / name).write_text("{}")
+        affine = np.diag([-0.5, -0.6, 2.0, 1])
+        affine[:3, 3] = 3, 4, 5
+        if segmentation:
+            nib.save(
+                nib.Nifti1Image(probs.argmax(0).numpy().astype(np.uint8).T, affine), folder / "case_1.nii.gz"
+            )
+        return probs, affine
+
+    @pytest.mark.parametrize("segmentation", [True, False])
+    def test_export(self, segmentation: bool, tmp_path: Path) -> None:
+        nib = pytest.importorskip("nibabel")
+        properties = {
+            "sitk_stuff": {
+                "spacing": (0.5, 0.6, 2.0),
+                "origin": (-3.0, -4.0, 5.0),
+                "direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+            },
+            "spacing": [np.float64(2.0), np.float64(0.6), np.float64(0.5)],
+            "shape_before_cropping": (6, 9, 12),
+            "bbox_used_for_cropping": [[0, 6], [0, 9], [0, 12]],
+            "array": np.arange(3),
+        }
+        probs, affine = self._export(tmp_path / "p", properties, segmentation)
+        nib.save(nib.Nifti1Image(drawn(probs, 0).T, affine), tmp_path / "l.nii.gz")
+        (tmp_path / "l").mkdir()
+        shutil.move(tmp_path / "l.nii.gz", tmp_path / "l" / "case_1.nii.gz")
+        rules = ["-p", "max", "-p", "rankdice"]
+        assert run(tmp_path / "p", "--labels", tmp_path / "l", *rules, "--out", tmp_path / "o") == 0
+        got = nib.load(tmp_path / "o" / "max" / "case_1.nii.gz")
+        assert np.allclose(got.affine, affine)
+        assert np.array_equal(np.asarray(got.dataobj), probs.argmax(0).numpy().T)
+        masks = np.asarray(nib.load(tmp_path / "o" / "rankdice" / "case_1.nii.gz").dataobj)
+        assert np.array_equal(masks, rankseg.rankdice(probs[None])[0].numpy().T)
+        rows = (tmp_path / "o" / "results" / "max.csv").read_text().splitlines()[1:]
+        truth, labels = drawn(probs, 0), probs.argmax(0).numpy()
+        assert [int(row.split(",")[2]) for row in rows] == [
+            int(((truth == c) & (labels == c)).sum()) for c in range(3)
+        ]
+
+    @pytest.mark.parametrize("kind", ["command", "truncated", "list"])
+    def test_a_pickle_that_is_not_data_runs_nothing(
+        self, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        trace = tmp_path / "executed"
+        content = {"command": {"sitk_stuff": _Touch(trace)}, "truncated": {}, "list": [1]}[kind]
+        self._export(tmp_path / "p", content, segmentation=True)
+        if kind == "truncated":
+            (tmp_path / "p" / "case_1.pkl").write_bytes(b"\x80\x04\x95")
+        save_all(tmp_path / "p", softmax_maps(1, (6, 9)))
+        assert run(tmp_path / "p", "-p", "max", "--out", tmp_path / "o") == 1
+        assert not trace.exists()
+        assert "case_1.pkl" in capsys.readouterr().err
+        assert (tmp_path / "o" / "max" / "c0.npy").is_file()
+
+
+BAD = {
+    "logits": (lambda p, t: (p * 8, t), ["-0.", "--link"]),
+    "nan": (lambda p, t: (np.where(p > 0.9, np.nan, p), t), ["NaN"]),
+    "infinite": (lambda p, t: (np.where(p > 0.9, np.inf, p), t), ["inf"]),
+    "integers": (lambda p, t: ((p * 255).astype(np.uint8), t), ["uint8"]),
+    "shape": (lambda p, t: (p, t[:-2]), ["(22, 20)", "(24, 20)"]),
+    "label": (lambda p, t: (p, np.where(t == 2, 9, t)), ["9", "--void"]),
+    "float labels": (lambda p, t: (p, t + 0.5), ["integers"]),
+    "classes": (lambda p, t: (p[:2] / p[:2].sum(0), np.minimum(t, 1)), ["2", "3"]),
+    "vector": (lambda p, t: (p[0, 0], t), ["(20,)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_cases_are_named_and_the_others_go_on(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    maps = [p.numpy() for p in softmax_maps(3, (24, 20))]
+    labels = [drawn(torch.from_numpy(p), i) for i, p in enumerate(maps)]
+    make, words = BAD[kind]
+    maps[1], labels[1] = make(maps[1], labels[1])
+    if kind == "logits":
+        maps[1] = maps[1] - 0.5
+    flags = ["--labels", save_all(tmp_path / "l", labels), "-p", "max", "--out", tmp_path / "o"]
+    assert run(save_all(tmp_path / "p", maps), *flags, "--classes-axis", "first") == 1
+    message = capsys.readouterr().err
+    assert "c1.npy" in message and "Fix:" in message, message
+    assert all(word in message for word in words), message
+    assert result(tmp_path / "o", "max")["images"] == ["c0", "c2"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "html", "objects", "missing label", "key"])
+def test_damaged_files_are_named(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    maps = [p.numpy() for p in softmax_maps(2, (24, 20))]
+    folder, labels = tmp_path / "p", save_all(tmp_path / "l", [np.zeros((24, 20), np.uint8)] * 2)
+    folder.mkdir()
+    np.savez(folder / "c0.npz", probabilities=maps[0])
+    path = folder / "c1.npz"
+    np.savez(path, **({"a": maps[1], "b": maps[1]} if damage == "key" else {"a": maps[1]}))
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:500])
+    elif damage == "html":
+        path.write_text("<html>not found</html>")
+    elif damage == "objects":
+        np.savez(path, a=np.array([_Touch(tmp_path / "executed")], dtype=object))
+    elif damage == "missing label":
+        (labels / "c1.npy").unlink()
+    assert run(folder, "--labels", labels, "-p", "max", "--out", tmp_path / "o") == 1
+    message = capsys.readouterr().err
+    assert "c1" in message and "Fix:" in message
+    assert not (tmp_path / "executed").exists()
+    assert result(tmp_path / "o", "max")["images"] == ["c0"]
+
+
+def test_an_unclear_axis_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = save_all(tmp_path / "p", [np.random.default_rng(0).random((5, 16, 18), np.float32)])
+    assert run(folder, "-p", "rankdice", "--out", tmp_path / "o") == 1
+    assert "--classes-axis" in capsys.readouterr().err
+    assert run(folder, "-p", "rankdice", "--classes-axis", "none", "--out", tmp_path / "o2") == 0
+    assert np.load(tmp_path / "o2" / "rankdice" / "c0.npy").shape == (5, 16, 18)
+
+
+class TestResume:
+    def test_continues_and_notices_changes(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        maps = softmax_maps(3, (20, 20))
+        probs = save_all(tmp_path / "p", maps)
+        labels = save_all(tmp_path / "l", [drawn(p, i) for i, p in enumerate(maps)])
+        words = [probs, "--labels", labels, "-p", "max", "-p", "rankdice", "--out", tmp_path / "o"]
+        assert run(*words) == 0
+        table = (tmp_path / "o" / "results" / "rankdice.csv").read_bytes()
+        times = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npy")}
+        (tmp_path / "o" / "max" / "c1.npy").unlink()
+        np.save(probs / "c2.npy", maps[0].numpy())
+        assert run(*words) == 0
+        assert "2 cases decoded" in capsys.readouterr().out.splitlines()[-1]
+        changed = {p.stem for p, t in times.items() if p.stat().st_mtime_ns != t}
+        assert changed == {"c1", "c2"}
+        assert (tmp_path / "o" / "results" / "rankdice.csv").read_bytes() != table
+        np.save(probs / "c2.npy", maps[2].numpy())
+        assert run(*words, "--workers", 3) == 0
+        assert (tmp_path / "o" / "results" / "rankdice.csv").read_bytes() == table
+
+    def test_other_options_need_force(self, tmp_path: Path) -> None:
+        probs = save_all(tmp_path / "p", softmax_maps(1, (20, 20)))
+        assert run(probs, "-p", "max", "--out", tmp_path / "o") == 0
+        with pytest.raises(UserError, match="--force"):
+            run(probs, "-p", "rankdice", "--out", tmp_path / "o")
+        assert run(probs, "-p", "rankdice", "--out", tmp_path / "o", "--force") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--temperature", "0"], "--temperature"),
+        (["--workers", "0"], "--workers"),
+        (["--unassigned", "maybe"], "--unassigned"),
+        (["--scored", "a"], "--scored"),
+        (["--scored", "7"], "--scored"),
+        (["--names", "a,b"], "--names"),
+        (["--out", "p"], "--out"),
+        (["-p", "rankdise"], "rankdise"),
+    ],
+)
+def test_invalid_options(words: list[str], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    maps = softmax_maps(1, (20, 20))
+    save_all(tmp_path / "p", maps)
+    save_all(tmp_path / "l", [drawn(maps[0], 0)])
+    with pytest.raises(ValueError, match=key):
+        run("p", "--labels", "l", "-p", "max", "--out", "o", *words)
+
+
+def test_two_files_of_one_case(tmp_path: Path) -> None:
+    probs = save_all(tmp_path / "p", softmax_maps(1, (20, 20)))
+    np.savez(probs / "c0.npz", a=np.zeros((2, 3, 3)))
+    with pytest.raises(UserError, match="c0"):
+        run(probs, "-p", "max", "--out", tmp_path / "o")
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path / "nowhere", "-p", "max", "--out", tmp_path / "o")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        run(tmp_path / "empty", "-p", "max", "--out", tmp_path / "o")
