@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rankseg.poisson_binomial import moments, refined_cdf, refined_quantile
-from rankseg.solver import Solution, solve
+from rankseg.solver import Solution, compares_losses, solve
 
 _TAIL = 1e-4
 _FEW = 50.0  # up to this mean T-RNA is used whatever was asked for
@@ -99,7 +99,7 @@ def _with_cutpoint(values: Tensor, tau: Tensor, value: Tensor) -> Solution:
 def _upper(ordered: Tensor, smooth: float) -> Tensor:
     """First τ with S_τ / (p_{τ+1} + 1e-5) > τ + γ + D, else D: no later volume can be best. (R,) int64."""
     pixels = ordered.shape[1]
-    volume = torch.arange(1, pixels, device=ordered.device)
+    volume = torch.arange(1, pixels, dtype=torch.float64, device=ordered.device)
     enough = ordered.cumsum(1)[:, :-1] / (ordered[:, 1:] + 1e-5) > volume + smooth + pixels
     found = enough.any(1)
     first = enough.to(torch.uint8).argmax(1) + 1 if pixels > 1 else found.long()
@@ -147,19 +147,25 @@ def _best(
             score += 2 * sums * _correlate(coefficient, low, longest, smooth + 2)
     else:
         score = 2 * chosen.cumsum(1) * _correlate(whole, low, longest, smooth + 1)
-    if smooth:
-        score += smooth * _correlate(whole, low, longest, smooth + (1 if refined else 0))
+    shift = 1 if refined else 0
+    losses = compares_losses(smooth, pixels)
+    if losses:  # Σ_l γ w_l / (l+τ+γ) - 1 = -Σ_l w_l (l+τ) / (l+τ+γ), where all scores are close to 1
+        score -= _correlate(whole, low, longest, smooth + shift, shift)
+    elif smooth:
+        score += smooth * _correlate(whole, low, longest, smooth + shift)
     score.masked_fill_(volume > upper[:, None], -torch.inf)
     value, step = score.max(1)
     tau = step + 1
-    empty = (
-        (smooth * whole / (support + smooth).clamp(min=1e-300)).sum(1) if smooth else torch.zeros_like(mean)
-    )
+    empty = torch.zeros_like(mean)
+    if smooth:
+        part = -support if losses else torch.full_like(support, smooth)
+        empty = (part * whole / (support + smooth)).sum(1)
     tau = torch.where(value > empty, tau, 0)
     # A range that ends before the support begins is an answer to the one variant, no object to the other.
     out_of_reach = upper <= low
     tau = torch.where(out_of_reach, upper if variant == "published" else 0, tau)
-    return tau, torch.where(out_of_reach, torch.nan, torch.maximum(value, empty))
+    best = torch.maximum(value, empty) + (1 if losses else 0)
+    return tau, torch.where(out_of_reach, torch.nan, best)
 
 
 def _chebyshev(p: Tensor) -> list[Tensor]:
@@ -181,12 +187,18 @@ def _coefficients(function: Callable[[float], Tensor]) -> list[Tensor]:
     return list(torch.tensordot(cosines, samples, dims=1) * (2 / _DEGREE))
 
 
-def _correlate(weights: Tensor, low: Tensor, longest: int, shift: float) -> Tensor:
-    """Σ_l w_l / (l + τ + shift) for τ = 1..`longest`, l from `low`: (R, longest)."""
+def _correlate(
+    weights: Tensor, low: Tensor, longest: int, shift: float, numerator: float | None = None
+) -> Tensor:
+    """Σ_l w_l / (l + τ + shift) for τ = 1..`longest`, l from `low`: (R, longest).
+
+    With `numerator`, the terms are w_l (l + τ + numerator) / (l + τ + shift).
+    """
     length = weights.shape[1]
     size = longest + length
     ramp = torch.arange(1, size + 1, dtype=torch.float64, device=weights.device)
-    kernel = 1 / (ramp + low[:, None] + shift)
+    ramp = ramp + low[:, None]
+    kernel = (1 if numerator is None else ramp + numerator) / (ramp + shift)
     fast = 1 << (size - 1).bit_length()
     product = torch.fft.rfft(kernel, fast) * torch.fft.rfft(weights, fast).conj()
     return torch.fft.irfft(product, fast)[:, :longest]

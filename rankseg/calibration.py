@@ -70,7 +70,12 @@ class Reliability:
         for c in range(classes):
             p = probs[:, c].flatten()[keep]
             place = (p.float() * self.bins).long().clamp_(max=self.bins - 1)
-            forecasts[c] += torch.bincount(place, p.double(), minlength=self.bins).to(forecasts.device)
+            # index_add_, because bincount with weights is not deterministic on CUDA.
+            forecasts[c] += (
+                p.new_zeros(self.bins, dtype=torch.float64)
+                .index_add_(0, place, p.double())
+                .to(forecasts.device)
+            )
             place += self.bins * targets[:, c].flatten()[keep].long()  # one count for both outcomes
             missed, hit = torch.bincount(place, minlength=2 * self.bins).view(2, -1).to(counts.device)
             counts[c] += missed + hit

@@ -74,7 +74,14 @@ def cumulative(values: Tensor) -> Tensor:
 
 
 def window_scores(
-    score: str, values: Tensor, chosen: Tensor, rest: Tensor, smooth: float, wanted: Tensor
+    score: str,
+    values: Tensor,
+    chosen: Tensor,
+    rest: Tensor,
+    smooth: float,
+    wanted: Tensor,
+    losses: bool = False,
+    log_absent: Tensor | None = None,
 ) -> Tensor:
     """Exact expected score of the volumes n + 0..W, n the number of `chosen` pixels: (B, W + 1) float64.
 
@@ -83,6 +90,8 @@ def window_scores(
         chosen: (B, 5) power sums of pixels outside of the window which every volume includes.
         rest: (B, 5) power sums of pixels outside of the window which no volume includes.
         wanted: (B, W + 1) bool, the volumes to evaluate; others are -inf.
+        losses: return score - 1 instead, which stays accurate if every score rounds to 1.
+        log_absent: (B,) log Π(1 - p) over all pixels of a row, if known more accurately than from power sums.
     """
     steps = torch.arange(values.shape[1] + 1, device=values.device, dtype=values.dtype)
     volume = chosen[:, :1] + steps
@@ -95,7 +104,8 @@ def window_scores(
         now = band == number
         rows = now.any(1).nonzero()[:, 0]
         sums = (values[rows], rest[rows], chosen[rows], volume[rows], captured[rows])
-        found = _integrate(score, *sums, smooth, *nodes(number, smooth))
+        absent = None if log_absent is None else log_absent[rows]
+        found = _integrate(score, *sums, smooth, *nodes(number, smooth), losses, absent)
         result[rows] = torch.where(now[rows], found, result[rows])
     return result
 
@@ -110,33 +120,58 @@ def _integrate(
     smooth: float,
     times: Tensor,
     weights: Tensor,
+    losses: bool,
+    log_absent: Tensor | None,
 ) -> Tensor:
-    """The integrals of this module's head, for all volumes of a window, by quadrature at `times` (K,): (B, W + 1)."""
+    """Integrate the module's formulas at the nodes `times` (K,), for all volumes of a window: (B, W + 1)."""
     result = torch.zeros_like(volume)
-    object_found = torch.zeros_like(volume[:, 0])
+    of_empty = torch.zeros_like(volume[:, 0])
     singly, volume_at = values[:, None], (volume + smooth)[:, None]
+    none_of_all = log_series(rest, rest.new_ones(1)) + torch.log1p(-values).sum(1, keepdim=True)  # log G(∞)
     at_once = max(1, _AT_ONCE.get(values.device.type, _AT_ONCE["other"]) // (values.numel() + 1))
     rule = zip(times.to(values).split(at_once), weights.to(values).split(at_once), strict=True)
     for t, weight in rule:
         u = -torch.expm1(-t)
         logs = torch.log1p(singly * -u[:, None])  # (B, K, W)
         log_rest, log_window = log_series(rest, u), logs.sum(2)
-        if score == "dice" or smooth:
+        if score == "dice" or losses:
             tilted = singly * (1 - u[:, None]) / (1 - singly * u[:, None])
+            before, all_tilted = cumulative(tilted), tilted_series(rest, u) + tilted.sum(2)
         if score == "dice":
             log_all = log_rest + log_series(chosen, u) + log_window
-            sums = tilted_series(chosen, u)[..., None] + cumulative(tilted)
+            sums = tilted_series(chosen, u)[..., None] + before
+            # For losses: the pixels of the mask outside the object, and those of the object outside the mask.
+            sums = volume[:, None] - sums + (all_tilted[..., None] - before) if losses else smooth + 2 * sums
             exponent = (log_all + weight)[..., None] - volume_at * t[:, None]
-            result += (exponent.exp_() * (smooth + 2 * sums)).sum(1)
+            result += (exponent.exp_() * sums).sum(1)
         else:
             behind = (log_rest + log_window + weight)[..., None] - cumulative(logs)
-            result += (behind - volume_at * t[:, None]).exp_().sum(1)
-        if smooth:
-            found = tilted_series(rest, u) + tilted.sum(2)
-            object_found += (torch.exp(log_rest + log_window + weight - smooth * t) * found).sum(1)
-    if score == "iou":
+            behind = (behind - volume_at * t[:, None]).exp_()
+            if losses:
+                behind *= (volume - captured)[:, None] + (all_tilted[..., None] - before)
+            result += behind.sum(1)
+        if losses:
+            of_empty += (torch.exp(log_rest + log_window + weight - smooth * t) * all_tilted).sum(1)
+        elif smooth:
+            of_empty += _without_pole(log_rest + log_window, none_of_all, weight - smooth * t, smooth).sum(1)
+    if losses:
+        result, of_empty = -result, -of_empty
+    elif score == "iou":
         result *= captured + smooth
-    # The empty mask scores γ/(γ+Γ) = 1 - Γ/(γ+Γ), whose integrand has no pole for small γ; 0/0 is 0.
-    empty = 1 - object_found if smooth else object_found
-    result[:, 0] = torch.where(volume[:, 0] == 0, empty, result[:, 0])
+    if smooth and not losses:
+        # E[γ/(γ+Γ)] = P(Γ = 0) + γ ∫ e^{-γt} (G(t) - P(Γ = 0)) dt; 0/0 is 0.
+        of_empty *= smooth
+        if smooth < 1:
+            of_empty += torch.exp(none_of_all[:, 0] if log_absent is None else log_absent)
+    result[:, 0] = torch.where(volume[:, 0] == 0, of_empty, result[:, 0])
     return result
+
+
+def _without_pole(log_all: Tensor, none_of_all: Tensor, weight: Tensor, smooth: float) -> Tensor:
+    """The integrand e^{-γt} G of the empty mask, less e^{-γt} G(∞) for γ < 1, where it has a pole: (B, K)."""
+    whole = torch.exp(log_all + weight)
+    if smooth >= 1:
+        return whole
+    gain = log_all - none_of_all
+    small = torch.exp(none_of_all + weight) * torch.expm1(gain.clamp(max=1))
+    return torch.where(gain < 1, small, whole - torch.exp(none_of_all + weight))

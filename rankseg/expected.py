@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from rankseg.exact import NEGLIGIBLE, window_scores
-from rankseg.gather import blocks, gather
+from rankseg.gather import blocks, gather, tile_of, tiles
 from rankseg.masks import rows_of
-from rankseg.validation import check_masks, check_probs, check_smooth
+from rankseg.validation import check_masks, check_probs, check_smooth, eager_only
 
 
+@eager_only
 def expected_dice(probs: Tensor, masks: Tensor, smooth: float = 0.0) -> Tensor:
     """Return E[(2|A∩B| + smooth) / (|A| + |B| + smooth)] of masks A: (N, C) float64.
 
     B is the random object, its pixels independent with probabilities `probs` (N, C, *S); `masks` (N, C, *S) bool.
-    0/0 is 0. The relative error is about 1e-12, of large half or single precision maps 1e-11.
+    0/0 is 0. The relative error is about 1e-12; for large maps in half or single precision about 1e-11.
 
     Raises:
         TypeError, ValueError: see `rankseg.validation`.
@@ -26,6 +27,7 @@ def expected_dice(probs: Tensor, masks: Tensor, smooth: float = 0.0) -> Tensor:
     return _expected("dice", probs, masks, smooth)
 
 
+@eager_only
 def expected_iou(probs: Tensor, masks: Tensor, smooth: float = 0.0) -> Tensor:
     """Return E[(|A∩B| + smooth) / (|A∪B| + smooth)] of masks A: (N, C) float64.
 
@@ -47,12 +49,25 @@ def _expected(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor
     mean = flat.sum(1, dtype=torch.float32)
     low = (0.9 * NEGLIGIBLE * (mean + smooth)).to(flat.dtype)
     got = gather(flat, rows, low, masks=rows_of(masks))
+    log_absent = _log_absent(flat, rows_of(masks)) if 0 < smooth < 1 else None
     # A sign tells the mask's pixels from the others; sorting puts them first, the filling zeros between.
     signed = torch.where(got.flags, got.values, -got.values)
     for members, values in blocks(got.rows, signed, got.width):
         volumes = torch.arange(values.shape[1] + 1, device=values.device)
         wanted = volumes == (values > 0).sum(1, keepdim=True)
         chosen, rest = got.chosen[members], got.rest[members]
-        scores = window_scores(score, values.abs(), chosen, rest, smooth, wanted)
+        absent = None if log_absent is None else log_absent[members]
+        scores = window_scores(score, values.abs(), chosen, rest, smooth, wanted, log_absent=absent)
         result[members] = scores[wanted]
     return result.view(probs.shape[:2])
+
+
+def _log_absent(flat: Tensor, masks: Tensor) -> Tensor:
+    """log P(Γ = 0) = Σ log(1 - p) of the rows with an empty mask, which depend on it for γ < 1: (R,) float64."""
+    result = torch.zeros(flat.shape[0], dtype=torch.float64, device=flat.device)
+    empty = (~masks.any(1)).nonzero()[:, 0]
+    numbers = empty.tolist()
+    for across, along in tiles(empty.numel(), flat.shape[1], flat.device):
+        tile = tile_of(flat, numbers, across, along).double()
+        result[empty[across]] += torch.log1p(-tile).sum(1)
+    return result

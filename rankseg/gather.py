@@ -131,6 +131,48 @@ def gather(
     )
 
 
+def nearest(flat: Tensor, index: Tensor, low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` smallest probabilities above `high` and the `count` largest up to `low`: (R, count) each.
+
+    Missing ones are NaN. Rows and brackets are those of `gather`.
+    """
+    dtype = working_dtype(flat)
+    numbers = index.tolist()
+    low, high = low.to(dtype)[:, None], high.to(dtype)[:, None]
+    above = torch.full((index.numel(), count), torch.inf, dtype=dtype, device=flat.device)
+    below = torch.full_like(above, -torch.inf)
+    for across, along in tiles(index.numel(), flat.shape[1], flat.device):
+        tile = tile_of(flat, numbers, across, along).to(dtype)
+        some = min(count, tile.shape[1])
+        found = tile.masked_fill(tile <= high[across], torch.inf).topk(some, 1, largest=False).values
+        above[across] = torch.cat([above[across], found], 1).topk(count, 1, largest=False).values
+        found = tile.masked_fill(tile > low[across], -torch.inf).topk(some, 1).values
+        below[across] = torch.cat([below[across], found], 1).topk(count, 1).values
+    return tuple(x.masked_fill(x.isinf(), torch.nan).double() for x in (above, below))  # type: ignore[return-value]
+
+
+def extended(got: Gathered, above: Tensor, below: Tensor) -> Gathered:
+    """Move pixels from the power sums to the extracted ones: `above` and `below` (R, ·), NaN for none."""
+    more = torch.cat([above, below], 1)
+    row, column = (~more.isnan()).nonzero().unbind(1)
+    rows, order = torch.cat([got.rows, row]).sort(stable=True)
+    powers = torch.arange(ORDER + 1, dtype=torch.float64, device=more.device)
+
+    def sums(values: Tensor) -> Tensor:
+        return (values[..., None] ** powers).nansum(1) - (values.isnan().sum(1, keepdim=True) * (powers == 0))
+
+    rest = got.rest - sums(below)
+    rest[:, 0] = 0
+    return Gathered(
+        chosen=got.chosen - sums(above),
+        rest=rest,
+        rows=rows,
+        values=torch.cat([got.values, more[row, column]])[order],
+        flags=got.flags,
+        width=torch.bincount(rows, minlength=got.width.numel()),
+    )
+
+
 def _power_sums(values: Tensor, square: Tensor, wide: Tensor) -> Tensor:
     """Σ p^k, k = 1..4, along the rows of a tile: (R, 4). All three tiles are used up; `wide` is float64."""
     parts = [wide.copy_(values).sum(1)]

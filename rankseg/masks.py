@@ -50,7 +50,7 @@ def _above(flat: Tensor, cut: Tensor) -> Tensor:
     """Whether each pixel of `flat` (R, D) exceeds `cut` (R,): (R, D) bool."""
     if flat.device.type != "cpu":
         return flat > cut[:, None]
-    masks = torch.empty(flat.shape, dtype=torch.bool)
+    masks = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     space = flat.new_empty(0)
     for across, along in tiles(flat.shape[0], flat.shape[1], flat.device):
         # torch compares into floats and copies these to bool two to three times as fast as it compares into bool.

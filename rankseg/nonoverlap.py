@@ -1,12 +1,14 @@
-"""Masks that do not overlap: one label a pixel, chosen for the mean expected score of an image's classes.
+"""Non-overlapping masks: one label per pixel, chosen for the mean expected score of an image's classes.
 
-Over label maps the surrogate F = mean_c f_c, f_c = (2a_c + γ) / (n_c + μ_c + γ + 1) for Dice and
-f_c = (a_c + γ) / (n_c + μ_c + γ - a_c) for IoU, is maximised, a_c the probability mass and n_c the number of pixels
-given to class c. To first order a pixel given to class c adds (2p - f_c) / d_c, or ((1 + f_c) p - f_c) / d_c for IoU,
-d_c the denominator. So each round is one argmax of affinely re-weighted probabilities; an image keeps its new
-map only if F rose.
+The search maximises, over label maps, the surrogate F = mean_c f_c with
 
-Only classes likely to be present take part: the scores average over classes that occur in the prediction or
+    f_c = (2a_c + γ) / (n_c + μ_c + γ + 1) for Dice,      f_c = (a_c + γ) / (n_c + μ_c + γ - a_c) for IoU,
+
+a_c the probability mass and n_c the number of pixels of class c. To first order, a pixel of class c adds
+(2p - f_c) / d_c, or ((1 + f_c) p - f_c) / d_c for IoU, d_c the denominator. Each round is therefore one argmax of
+affinely re-weighted probabilities. An image keeps its new label map only if F rose.
+
+Only classes that are likely to be present take part: the score averages over classes that occur in the prediction or
 in the truth, so predicting an absent class costs a zero.
 
 Shapes: N images, C classes, D pixels.
@@ -21,10 +23,10 @@ from torch import Tensor
 
 from rankseg.gather import tiles, working_dtype
 from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.solver import solve
+from rankseg.solver import compares_losses, solve
 
 _ROUNDS = 20
-_WORTH = 1e-7  # a round must raise F by this part
+_WORTH = 1e-7  # a round must raise F (or, see `compares_losses`, lower 1 - F) by this fraction
 
 
 def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: str, smooth: float) -> Tensor:
@@ -35,7 +37,7 @@ def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: s
     zeros = mean.new_zeros(mean.shape[0], classes + 1)
     mass = zeros.scatter_add(1, labels, picked)[:, :classes]
     volume = zeros.scatter_add(1, labels, torch.ones_like(picked))[:, :classes]
-    value, _ = _class_scores(mass, volume, mean, score, smooth)
+    value, _, _ = _class_scores(mass, volume, mean, score, smooth)
     return (value * present).sum(1) / present.sum(1).clamp(min=1)
 
 
@@ -64,7 +66,7 @@ def over_classes(
         found = solve(flat, score, smooth, pruning)
         chosen = as_result(inner, flat, found.tau, found.cutpoint, found.tied).predict
     else:
-        chosen = one_label_a_pixel(inner, score, smooth, pruning).predict
+        chosen = non_overlapping_masks(inner, score, smooth, pruning).predict
     masks = torch.zeros_like(probs, dtype=torch.bool, memory_format=torch.contiguous_format)
     masks[:, list(classes)] = chosen
     if others:
@@ -75,13 +77,13 @@ def over_classes(
     return RankResult(masks, flat_masks.sum(2), _largest_left_out(probs.flatten(2), flat_masks))
 
 
-def one_label_a_pixel(probs: Tensor, score: str, smooth: float, pruning: bool) -> RankResult:
+def non_overlapping_masks(probs: Tensor, score: str, smooth: float, pruning: bool) -> RankResult:
     """Give each pixel of `probs` (N, C, *S) at most one class; `score` is "dice" or "iou".
 
-    The search begins with the argmax (none for pixels that are 0 in every class) and never falls below it in F.
-    Equal gains go to the first class. A pixel belongs to no class where every class would lose by it, and in images
-    without a likely class; with `pruning` likely are the classes with a probability above 1/2, otherwise all.
-    `cutpoint` is the largest probability among the pixels of other labels.
+    The search starts from the argmax (no class for pixels that are 0 in every class) and never falls below it in F.
+    Equal gains go to the first class. A pixel is unlabelled if every class would lose by it, or if its image has no
+    likely class. With `pruning`, a class is likely if one of its probabilities exceeds 1/2; otherwise all are.
+    `cutpoint` is the largest probability among the pixels outside a mask.
     """
     shape = probs.shape[:2]
     masks = torch.zeros_like(probs, dtype=torch.bool, memory_format=torch.contiguous_format)
@@ -92,16 +94,17 @@ def one_label_a_pixel(probs: Tensor, score: str, smooth: float, pruning: bool) -
     mean = flat.sum(2, dtype=torch.float32).double()
     ones = torch.ones_like(mean)
     mass, volume = _assign(flat, ones, 0 * ones, 0.0, present, found)
-    value, denominator = _class_scores(mass, volume, mean, score, smooth)
-    objective = (value * present).sum(1)
+    value, denominator, loss = _class_scores(mass, volume, mean, score, smooth)
+    losses = compares_losses(smooth, flat.shape[2])
+    objective = ((-loss if losses else value) * present).sum(1)
     proposal = torch.empty_like(found)
     for _ in range(_ROUNDS):
         slope = (2 if score == "dice" else 1 + value) / denominator
         offset = torch.where(present, -value / denominator, -torch.inf)
         new_mass, new_volume = _assign(flat, slope, offset, 0.0, present, proposal)
-        new_value, new_denominator = _class_scores(new_mass, new_volume, mean, score, smooth)
-        new_objective = (new_value * present).sum(1)
-        better = new_objective > objective * (1 + _WORTH)
+        new_value, new_denominator, loss = _class_scores(new_mass, new_volume, mean, score, smooth)
+        new_objective = ((-loss if losses else new_value) * present).sum(1)
+        better = new_objective > objective + objective.abs() * _WORTH
         if not better.any():
             break
         if better.all():
@@ -118,10 +121,10 @@ def one_label_a_pixel(probs: Tensor, score: str, smooth: float, pruning: bool) -
 def _assign(
     flat: Tensor, slope: Tensor, offset: Tensor, floor: float, present: Tensor, masks: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Give each pixel to the class of the largest slope·p + offset, the first of equal ones, if above `floor`.
+    """Give each pixel to the class with the largest slope·p + offset if that exceeds `floor`; the first one if tied.
 
-    Writes `masks` (N, C, D) bool, of the classes `present` (N, C); `slope` and `offset` are (N, C). Returns the
-    probability mass and the number of pixels that each class has now: two (N, C) float64.
+    Writes `masks` (N, C, D) bool of the classes `present` (N, C); `slope` and `offset` are (N, C). Returns the
+    probability mass and the number of pixels of each class: two (N, C) float64.
     """
     images, classes, pixels = flat.shape
     dtype = working_dtype(flat)
@@ -133,7 +136,7 @@ def _assign(
         gain += offset[across]
         best = gain.amax(1, keepdim=True)
         best.masked_fill_(best <= floor, torch.inf)
-        # Comparing with the maximum is several times as fast as asking for its index.
+        # Comparing with the maximum is several times as fast as computing its index.
         given = gain.eq_(best)
         if (given.sum(1) > 1).any():
             given *= given.cumsum(1) <= 1
@@ -145,7 +148,7 @@ def _assign(
 
 
 def _largest_left_out(flat: Tensor, masks: Tensor) -> Tensor:
-    """The largest probability outside of each mask (N, C, D), 0 where nothing is outside: (N, C)."""
+    """Return the largest probability outside each mask (N, C, D), 0 if no pixel is outside: (N, C)."""
     largest = flat.new_zeros(flat.shape[:2])
     for across, along in tiles(flat.shape[0], flat.shape[2], flat.device, depth=flat.shape[1]):
         outside = flat[across, :, along].masked_fill(masks[across, :, along], 0)
@@ -155,10 +158,10 @@ def _largest_left_out(flat: Tensor, masks: Tensor) -> Tensor:
 
 def _class_scores(
     mass: Tensor, volume: Tensor, mean: Tensor, score: str, smooth: float
-) -> tuple[Tensor, Tensor]:
-    """f_c and d_c from the mass and the volume given to each class and the mean μ: all (N, C) float64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return f_c, d_c and 1 - f_c, from the mass and the volume of each class and the mean μ: (N, C) float64 each."""
     if score == "dice":
         denominator = volume + mean + smooth + 1
-        return (2 * mass + smooth) / denominator, denominator
+        return (2 * mass + smooth) / denominator, denominator, (volume + mean + 1 - 2 * mass) / denominator
     denominator = (volume + mean + smooth - mass).clamp(min=1e-12)
-    return (mass + smooth) / denominator, denominator
+    return (mass + smooth) / denominator, denominator, (volume + mean - 2 * mass) / denominator

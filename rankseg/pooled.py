@@ -87,7 +87,7 @@ class ProbabilityHistogram:
         check_choice("score", score, ("dice", "iou"))
         if self.count is None:
             raise ValueError("the histogram is empty: call update before reading it")
-        bins = torch.arange(BINS, dtype=torch.int16).view(torch.float16).double().to(self.count.device)
+        bins = torch.arange(BINS, dtype=torch.int16, device=self.count.device).view(torch.float16).double()
         # Entry k of the sums belongs to the mask of all pixels in bins k, k + 1, ...
         pixels = self.count.double().flip(1).cumsum(1).flip(1)
         captured = (self.count * bins).flip(1).cumsum(1).flip(1)

@@ -20,7 +20,7 @@ def laguerre(nodes: int) -> tuple[Tensor, Tensor]:
     matrix (Golub & Welsch, 1969). The weights come from the Laguerre functions e^{-x/2} L_n(x), which stay
     of moderate size where the weights themselves fall to 1e-47.
     """
-    order = torch.arange(nodes, dtype=torch.float64)
+    order = torch.arange(nodes, dtype=torch.float64, device="cpu")
     x = torch.linalg.eigvalsh(
         torch.diag(2 * order + 1) + torch.diag(order[1:], 1) + torch.diag(order[1:], -1)
     )
@@ -38,7 +38,7 @@ def jacobi(nodes: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
     It is exact for integrals ∫_0^1 s^power · polynomial(s) ds of degree < 2·nodes, which is what the
     expected scores of a few pixels are; `power` is the fractional part of `smooth`.
     """
-    n = torch.arange(nodes, dtype=torch.float64)
+    n = torch.arange(nodes, dtype=torch.float64, device="cpu")
     m, b = n[1:], power
     diagonal = b * b / ((2 * n + b) * (2 * n + b + 2)) if b else torch.zeros_like(n)
     off = torch.sqrt(4 * m * m * (m + b) ** 2 / ((2 * m + b) ** 2 * (2 * m + b + 1) * (2 * m + b - 1)))

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rankseg import approximations
 from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.nonoverlap import one_label_a_pixel, over_classes
+from rankseg.nonoverlap import non_overlapping_masks, over_classes
 from rankseg.solver import solve
-from rankseg.validation import check_choice, check_probs, check_smooth, moved
+from rankseg.validation import check_choice, check_probs, check_smooth, eager_only, to_device
 
 
+@eager_only
 @torch.no_grad()
 def rank_dice(
     probs: Tensor,
@@ -41,7 +42,7 @@ def rank_dice(
             axis of a single class: (N, H, W) would be read as H classes of W pixels each. Pixels of probability 0
             change nothing: set void and padding to 0.
         app: 0 exact; 1 the published T-RNA, 2 the published blind approximation (BA).
-        smooth: the constant γ of the score, at least 0.
+        smooth: the constant γ of the score, from 0 to 1e15.
         allow_overlap: classes are decided one by one; False gives each pixel one label at most
             (`rankseg.nonoverlap`), with `app=0` only.
         classes: with `allow_overlap=False`, the classes whose mean score is maximised, such as the foreground; default
@@ -67,7 +68,7 @@ def rank_dice(
     """
     probs = check_probs(probs)
     smooth = check_smooth(smooth)
-    check_choice("app", app, (0, 1, 2))
+    app = check_choice("app", app, (0, 1, 2))
     check_choice("variant", variant, ("published", "experiments"))
     if app == 0 and (truncate_mean or variant != "published"):
         raise ValueError(
@@ -77,13 +78,13 @@ def rank_dice(
         raise ValueError(
             f"allow_overlap=False is solved for app=0 only, got app={app}; leave out one of the two"
         )
-    probs = moved(probs, device)
+    probs = to_device(probs, device)
     if classes is not None and allow_overlap:
         raise ValueError("classes needs allow_overlap=False; overlapping masks are decided class by class")
     if classes is not None and probs.numel():
         result = over_classes(probs, classes, "dice", smooth, pruning)
     elif not allow_overlap or probs.numel() == 0:
-        result = one_label_a_pixel(probs, "dice", smooth, pruning)
+        result = non_overlapping_masks(probs, "dice", smooth, pruning)
     else:
         flat = rows_of(probs)
         if app == 0:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.nonoverlap import one_label_a_pixel, over_classes
+from rankseg.nonoverlap import non_overlapping_masks, over_classes
 from rankseg.solver import solve
-from rankseg.validation import check_probs, check_smooth, moved
+from rankseg.validation import check_probs, check_smooth, eager_only, to_device
 
 
+@eager_only
 @torch.no_grad()
 def rank_iou(
     probs: Tensor,
@@ -34,13 +35,13 @@ def rank_iou(
     """
     probs = check_probs(probs)
     smooth = check_smooth(smooth)
-    probs = moved(probs, device)
+    probs = to_device(probs, device)
     if classes is not None and allow_overlap:
         raise ValueError("classes needs allow_overlap=False; overlapping masks are decided class by class")
     if classes is not None and probs.numel():
         return over_classes(probs, classes, "iou", smooth, pruning)
     if not allow_overlap or probs.numel() == 0:
-        return one_label_a_pixel(probs, "iou", smooth, pruning)
+        return non_overlapping_masks(probs, "iou", smooth, pruning)
     flat = rows_of(probs)
     found = solve(flat, "iou", smooth, pruning)
     return as_result(probs, flat, found.tau, found.cutpoint, found.tied)

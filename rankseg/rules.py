@@ -12,6 +12,7 @@ Shapes: N images, C classes, *S spatial axes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rankseg.rank_dice import rank_dice
 from rankseg.rank_iou import rank_iou
-from rankseg.validation import check_probs
+from rankseg.validation import check_probs, eager_only
 
 
 class Predictor(Protocol):
@@ -28,6 +29,7 @@ class Predictor(Protocol):
     def __call__(self, probs: Tensor) -> Tensor: ...
 
 
+@eager_only
 def threshold(probs: Tensor, at: float | Sequence[float] | Tensor = 0.5) -> Tensor:
     """Select the pixels of each class with probability >= `at`: masks (N, C, *S) bool.
 
@@ -36,8 +38,9 @@ def threshold(probs: Tensor, at: float | Sequence[float] | Tensor = 0.5) -> Tens
     Raises:
         TypeError, ValueError: see `rankseg.validation.check_probs`; or `at` is outside [0, 1] or not one per class.
     """
-    if isinstance(at, (int, float)) and not isinstance(at, bool) and 0 <= at <= 1:
-        return check_probs(probs) >= at
+    number = float(at) if isinstance(at, Real) and not isinstance(at, bool) else -1.0
+    if 0 <= number <= 1:
+        return check_probs(probs) >= number
     probs = check_probs(probs)
     cutoffs = torch.as_tensor(at, dtype=torch.float64, device=probs.device) if _is_numbers(at) else None
     if cutoffs is None or cutoffs.shape != probs.shape[1:2] or not ((cutoffs >= 0) & (cutoffs <= 1)).all():
@@ -51,10 +54,11 @@ def threshold(probs: Tensor, at: float | Sequence[float] | Tensor = 0.5) -> Tens
 def _is_numbers(at: object) -> bool:
     numbers = at.tolist() if isinstance(at, Tensor) else at
     return isinstance(numbers, (list, tuple)) and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers
+        isinstance(x, Real) and not isinstance(x, bool) for x in numbers
     )
 
 
+@eager_only
 def argmax(probs: Tensor) -> Tensor:
     """Give each pixel to its most probable class (the first one if tied): masks (N, C, *S) bool.
 
@@ -68,6 +72,7 @@ def argmax(probs: Tensor) -> Tensor:
     return masks
 
 
+@eager_only
 def rankdice(probs: Tensor, **options: Any) -> Tensor:
     """Select the masks that maximise the expected Dice: masks (N, C, *S) bool.
 
@@ -76,6 +81,7 @@ def rankdice(probs: Tensor, **options: Any) -> Tensor:
     return rank_dice(probs, **options).predict
 
 
+@eager_only
 def rankiou(probs: Tensor, **options: Any) -> Tensor:
     """Select the masks that maximise the expected IoU: masks (N, C, *S) bool.
 

@@ -1,12 +1,13 @@
-"""The search for the optimal volume of every row: guess, one pass, proof; widen where the proof fails.
+"""The search for the optimal volume of every row: guess a bracket, pass once over the pixels, prove the result.
 
-1. `surrogate` guesses a bracket of cut-offs for large objects; small objects are taken whole, down to
+1. `surrogate` guesses a bracket of cut-offs for large objects. Small objects are taken whole, down to
    probabilities so small that power sums describe the rest exactly.
 2. `gather.gather` passes once over the pixels: power sums, and the pixels inside the bracket.
-3. `exact.window_scores` evaluates every volume which the bounds of `surrogate.possible` leave over.
-4. A row whose bracket does not contain all those volumes comes again with a wider one.
+3. `exact.window_scores` evaluates every volume that the bounds of `surrogate` do not exclude.
+4. A row is solved again if its bracket does not contain all those volumes: with a few more pixels on both sides,
+   or with a wider bracket.
 
-Shapes: R rows (a class of an image each), D pixels a row.
+Shapes: R rows (a class of an image each), D pixels of a row, B rows of a block.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from rankseg import surrogate
 from rankseg.exact import NEGLIGIBLE, cumulative, power_sums, window_scores
-from rankseg.gather import blocks, gather, tile_of, tiles
+from rankseg.gather import blocks, extended, gather, nearest, tile_of, tiles
 
 # Scores that differ by less than rounding are ties; the smallest of tied volumes is taken.
 _TIE = 1e-13
+
+# A bracket that misses at most so many pixels on either side gets them by rank, not by a wider range of values.
+_MOST_RANKS = 4096
 
 
 class Solution(NamedTuple):
@@ -34,6 +38,11 @@ class Solution(NamedTuple):
     cutpoint: Tensor
     tied: Tensor
     value: Tensor
+
+
+def compares_losses(smooth: float, pixels: int) -> bool:
+    """Whether volumes are compared by 1 - score: every score is close to 1 if `smooth` exceeds the number of pixels."""
+    return smooth > pixels
 
 
 def solve(flat: Tensor, score: str, smooth: float, pruning: bool) -> Solution:
@@ -50,18 +59,24 @@ def solve(flat: Tensor, score: str, smooth: float, pruning: bool) -> Solution:
     value[peak > 0] = torch.nan  # pruned rows are not scored
     todo = (peak > (0.5 if pruning else 0.0)).nonzero()[:, 0]
     low, high = _first_brackets(flat, todo, score, smooth)
+    reach = 0
     while todo.numel():
-        done, found = _attempt(flat, todo, low, high, score, smooth)
+        needed, found = _attempt(flat, todo, low, high, reach, score, smooth)
         tau[todo] = found.tau
         tied[todo] = found.tied
         cutpoint[todo] = found.cutpoint.to(flat.dtype)
         value[todo] = found.value
-        todo, (low, high) = todo[~done], _widened(low[~done], high[~done])
+        left = needed > 0
+        todo, low, high, needed = todo[left], low[left], high[left], needed[left]
+        near = needed <= (0 if reach else _MOST_RANKS)  # once by rank, then wider: the search always ends
+        reach = int(needed.where(near, 0).amax()) if todo.numel() else 0
+        wide = _widened(low, high)
+        low, high = torch.where(near, low, wide[0]), torch.where(near, high, wide[1])
     return Solution(tau, cutpoint, tied, value)
 
 
 def _first_brackets(flat: Tensor, rows: Tensor, score: str, smooth: float) -> tuple[Tensor, Tensor]:
-    """Bracket (low, high) of cut-offs, in the dtype of `flat`, to begin with: (R,) each."""
+    """First guess of the brackets (low, high) of cut-offs, in the dtype of `flat`: (R,) each."""
     mean = _tiled_sum(flat, rows, None)
     low = (0.99 * NEGLIGIBLE * (mean + smooth)).clamp(max=0.1)
     high = torch.ones_like(low)
@@ -79,15 +94,15 @@ def _first_brackets(flat: Tensor, rows: Tensor, score: str, smooth: float) -> tu
 
 
 def _widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Five times as wide, or down to a quarter of `low`, whichever is nearer; in the end the whole row."""
+    """Brackets five times as wide, but `low` at least a quarter of what it was; in the end the whole row."""
     width = high - low
     bottom = torch.where(low > 1e-5, low / 4, -1.0)
     return torch.maximum(low - 2 * width, bottom), (high + 2 * width).clamp(max=1)
 
 
 def _tiled_sum(flat: Tensor, rows: Tensor, floor: Tensor | None) -> Tensor:
-    """Σ max(p, floor) of the given rows, (R,) float32: good to six digits, for guesses only."""
-    result = torch.zeros(rows.numel(), device=flat.device)
+    """Σ max(p, floor) of the given rows, (R,) float32: accurate to six digits, for guesses only."""
+    result = torch.zeros(rows.numel(), dtype=torch.float32, device=flat.device)
     numbers = rows.tolist()
     space = flat.new_empty(0)
     for across, along in tiles(rows.numel(), flat.shape[1], flat.device):
@@ -100,14 +115,21 @@ def _tiled_sum(flat: Tensor, rows: Tensor, floor: Tensor | None) -> Tensor:
 
 
 def _attempt(
-    flat: Tensor, rows: Tensor, low: Tensor, high: Tensor, score: str, smooth: float
+    flat: Tensor, rows: Tensor, low: Tensor, high: Tensor, reach: int, score: str, smooth: float
 ) -> tuple[Tensor, Solution]:
-    """Solve `rows` (R,) within their brackets; also say, (R,) bool, where the solution is proved."""
+    """Solve `rows` (R,) within their brackets, and within `reach` more pixels on either side.
+
+    Returns (R,) float64 as well: 0 if the solution is proved, otherwise how many more pixels on either side prove
+    it, infinite if only another bracket can.
+    """
     pixels = flat.shape[1]
     got = gather(flat, rows, low, high)
-    done = torch.zeros_like(rows, dtype=torch.bool)
+    if reach:
+        got = extended(got, *nearest(flat, rows, low, high, reach))
+    needed = torch.zeros(rows.numel(), dtype=torch.float64, device=flat.device)
     tau, tied = torch.zeros_like(rows), torch.zeros_like(rows)
     cutpoint, value = torch.zeros(2, rows.numel(), dtype=torch.float64, device=flat.device)
+    losses = compares_losses(smooth, pixels)
     for members, values in blocks(got.rows, got.values, got.width):
         chosen, rest, width = got.chosen[members], got.rest[members], got.width[members]
         steps = torch.arange(values.shape[1] + 1, device=flat.device)
@@ -115,33 +137,37 @@ def _attempt(
         captured = chosen[:, 1:2] + cumulative(values)
         mean = captured[:, -1:] + rest[:, 1:2]
         inside = steps <= width[:, None]
-        bound = surrogate.lower_bound(score, volume, captured, mean, smooth).where(inside, -torch.inf)
-        best = bound.amax(1, keepdim=True)
-        wanted = surrogate.possible(score, volume, captured, mean, smooth, best) & inside
-        if smooth:
-            wanted[:, 0] |= chosen[:, 0] == 0  # the bound says nothing of the empty mask
-
-        done[members] = _proved(
-            wanted, best[:, 0], mean[:, 0], chosen[:, 0], width, low[members], smooth, pixels
+        bound = surrogate.loss_bound(score, volume, captured, mean, smooth).where(inside, torch.inf)
+        loss = bound.amin(1, keepdim=True)
+        margin = surrogate.margin(score, volume, captured, mean, smooth, loss)
+        ends = torch.stack([margin[:, 0], margin.gather(1, width[:, None])[:, 0]])
+        bracket = torch.stack([high[members], low[members]]).double()
+        needed[members] = _needed(
+            score, ends, bracket, loss[:, 0], mean[:, 0], chosen[:, 0], width, smooth, pixels
         )
-        skipped, scores = _scores(score, values, chosen, rest, smooth, wanted)
+        wanted = (margin >= 0) & inside
+        if smooth:
+            wanted[:, 0] |= chosen[:, 0] == 0  # the bounds do not hold for the empty mask
+        wanted |= bound == loss  # rounding: at least one
+        skipped, scores = _scores(score, values, chosen, rest, smooth, wanted, losses)
         top = scores.amax(1, keepdim=True)
-        step = skipped + (scores >= top * (1 - _TIE)).to(torch.uint8).argmax(1)
+        tolerance = _TIE * (mean + 1) / (mean + 1 + smooth) if losses else _TIE * top
+        step = skipped + (scores >= top - tolerance).to(torch.uint8).argmax(1)
         tau[members] = chosen[:, 0].round().long() + step
         padded = torch.nn.functional.pad(values, (0, 1))
         cut = padded.gather(1, step[:, None])
         cutpoint[members] = cut[:, 0]
         tied[members] = ((padded == cut) & (steps < step[:, None])).sum(1)
-        value[members] = top[:, 0]
-    return done, Solution(tau, cutpoint, tied, value)
+        value[members] = top[:, 0] + 1 if losses else top[:, 0]
+    return needed, Solution(tau, cutpoint, tied, value)
 
 
 def _scores(
-    score: str, values: Tensor, chosen: Tensor, rest: Tensor, smooth: float, wanted: Tensor
+    score: str, values: Tensor, chosen: Tensor, rest: Tensor, smooth: float, wanted: Tensor, losses: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the wanted volumes, and how many volumes before them are left out: (B, ·), (B,) int64.
+    """Number of volumes left out before the wanted ones, (B,) int64, and the scores of the wanted ones, (B, ·).
 
-    As `exact.window_scores`, after the window (B, W) has been cut down to the pixels that have to be looked at singly:
+    As `exact.window_scores`, after the window (B, W) has been reduced to the pixels that need a logarithm each:
     those between the first and the last wanted volume, and those too large for the power sums.
     """
     width = values.shape[1]
@@ -163,27 +189,32 @@ def _scores(
     column = torch.where(step[:-1] < kept, step[:-1], step[:-1] + skipped)
     if width:
         values = values.gather(1, column.clamp(max=width - 1)) * (column < last)
-    return skipped[:, 0], window_scores(score, values, chosen, rest, smooth, wanted)
+    return skipped[:, 0], window_scores(score, values, chosen, rest, smooth, wanted, losses)
 
 
-def _proved(
-    wanted: Tensor,
-    best: Tensor,
+def _needed(
+    score: str,
+    ends: Tensor,
+    bracket: Tensor,
+    loss: Tensor,
     mean: Tensor,
     above: Tensor,
     width: Tensor,
-    low: Tensor,
     smooth: float,
     pixels: int,
 ) -> Tensor:
-    """Whether no volume outside the bracket can be better, and the power sums are accurate: (R,) bool.
+    """How many more pixels on either side prove the result, 0 if it is proved, infinite if none do: (R,).
 
-    `above` (R,) is the number of pixels above the bracket, `width` (R,) of those in it, `low` (R,) its lower end.
+    `ends` (2, R) is `surrogate.margin` at the first and the last volume of the bracket, `bracket` (2, R) its upper and
+    lower cut-off, `above` (R,) the number of pixels above it, `width` (R,) that of the pixels in it.
     """
-    last = wanted.gather(1, width[:, None])[:, 0]
-    # A bracket that leaves pixels above also leaves out the empty mask, whose score is at most 1/μ for γ < 1.
-    left = (above == 0) | (~wanted[:, 0] & (best * mean > 1))
-    right = (above + width == pixels) | ~last
-    largest = torch.where(above > 0, 1.0, low.double().clamp(min=0))
+    left = surrogate.ranks_needed(score, ends[0], bracket[0], loss, above=True)
+    if smooth < 1:
+        # A bracket with pixels above also leaves out the empty mask, whose score is at most 1/μ for γ < 1.
+        left = left.where((1 - loss) * mean > 1, torch.inf)
+    right = surrogate.ranks_needed(score, ends[1], bracket[1], loss, above=False)
+    left = torch.minimum(left.where((ends[0] >= 0) | (left == torch.inf), 0), above)
+    right = torch.minimum(right.where(ends[1] >= 0, 0), pixels - above - width)
+    largest = torch.where(above > 0, 1.0, bracket[1].clamp(min=0))
     accurate = largest <= NEGLIGIBLE * (mean + smooth)
-    return left & right & accurate
+    return torch.maximum(left, right).where(accurate, torch.inf)

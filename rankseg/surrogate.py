@@ -18,27 +18,44 @@ import torch
 from torch import Tensor
 
 
-def lower_bound(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float) -> Tensor:
-    """Surrogate score of masks of `volume` pixels which capture the probability mass `captured`."""
-    if score == "dice":
-        return (2 * captured + smooth) / (volume + mean + smooth + 1)
-    # 0/0 is 0: the empty mask of an impossible object.
-    return (captured + smooth) / (volume + mean + smooth - captured).clamp(min=1e-300)
+def loss_bound(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float) -> Tensor:
+    """1 - lower bound, for masks of `volume` pixels that capture the probability mass `captured`.
 
-
-def possible(
-    score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float, best: Tensor
-) -> Tensor:
-    """Whether the upper bound reaches `best`, a score that some volume is known to attain.
-
-    Multiplied out, "upper bound >= best" reads g(τ) >= 0 with g = 2C + γ - best·(τ + μ + γ - 1) for Dice and
-    g = (1 + best)·C + γ - best·(τ + μ + γ - 1) for IoU. C(τ) is concave in τ (its steps are the sorted
-    probabilities), hence so is g: the volumes with g >= 0 are an interval around the surrogate's optimum,
-    and once g < 0 on either side of it, no volume further out can be optimal.
+    It stays accurate if `smooth` is so large that every score rounds to 1.
     """
-    weight = 2 * captured if score == "dice" else (1 + best) * captured
-    slack = 1e-12 * (volume + mean + smooth)
-    return weight + smooth - best * (volume + mean + smooth - 1) >= -slack
+    total = volume + mean
+    if score == "dice":
+        return (total + 1 - 2 * captured) / (total + smooth + 1)
+    # 0/0 is a score of 0: the empty mask of an impossible object.
+    denominator = total + smooth - captured
+    return torch.where(denominator > 0, (total - 2 * captured) / denominator.clamp(min=1e-300), 1.0)
+
+
+def margin(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float, loss: Tensor) -> Tensor:
+    """g(τ), which is negative only if the volume τ scores less than 1 - `loss`; `loss` is known to be attained.
+
+    Multiplied out, "upper bound >= best" reads g >= 0 with g = 2C + γ - best·(τ + μ + γ - 1) for Dice and
+    g = (1 + best)·C + γ - best·(τ + μ + γ - 1) for IoU, best = 1 - loss. C(τ) is concave in τ (its steps are the
+    sorted probabilities), hence so is g. The volumes with g >= 0 are therefore an interval around the surrogate's
+    optimum: if g < 0 on both sides of a bracket, no volume outside of it can be optimal.
+    """
+    total = volume + mean
+    weight = 2 if score == "dice" else 2 - loss
+    slack = 1e-12 * total
+    return weight * captured - (total - 1) + loss * (total + smooth - 1) + slack
+
+
+def ranks_needed(score: str, margin: Tensor, edge: Tensor, loss: Tensor, above: bool) -> Tensor:
+    """How many more pixels beyond an end of the bracket make g negative there: (R,), infinite if none do.
+
+    `margin` (R,) is g at that end, `edge` (R,) the end itself. Each pixel above the bracket (`above`) exceeds the
+    edge: leaving it out lowers g by at least weight·edge - best. Each pixel below lowers g by best - weight·edge.
+    """
+    best = 1 - loss
+    step = (2 * edge if score == "dice" else (1 + best) * edge) - best
+    step = step if above else -step
+    needed = torch.floor(margin / step.clamp(min=1e-300)) + 1
+    return needed.clamp(min=0).where(step > 0, torch.inf)
 
 
 def cutoff(score: str, value: Tensor) -> Tensor:
@@ -70,7 +87,7 @@ def from_sample(score: str, sample: Tensor, stride: int, mean: Tensor, smooth: f
         excess, volume = above.sum(1) * stride, above.sign_().sum(1) * stride
         cut = excess_root(score, cut, excess, volume, mean, smooth)
     near = (sample - cut[:, None]).abs_() < 0.05
-    return cut, volume, (near.sum(1) + 1) * (stride / 0.1)
+    return cut, volume, (near.sum(1, dtype=torch.float32) + 1) * (stride / 0.1)
 
 
 def bracket(cut: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:

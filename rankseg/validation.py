@@ -1,4 +1,4 @@
-"""What the rules accept, what they refuse, and the remedy they name.
+"""Checks of the arguments: what is accepted, and the error that names the remedy.
 
 Shapes: N images, C classes, *S spatial axes (any number, at least one).
 """
@@ -6,6 +6,9 @@ Shapes: N images, C classes, *S spatial axes (any number, at least one).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,26 +16,36 @@ from torch import Tensor
 # A softmax in half precision can leave [0, 1] by its own rounding and by no more.
 _ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5, torch.float64: 1e-5}
 
+# Beyond this value the denominators volume + smooth are no longer whole numbers of pixels in float64.
+LARGEST_SMOOTH = 1e15
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 
 def check_probs(probs: Tensor) -> Tensor:
-    """Return `probs` (N, C, *S), detached and within [0, 1], or say why it is refused.
+    """Return `probs` (N, C, *S) as a plain, detached tensor with values in [0, 1].
 
-    Values outside [0, 1] by rounding alone are clamped (into a copy: inputs are never modified).
+    Values outside [0, 1] by rounding alone are clamped (into a copy: inputs are never modified). Subclasses of
+    torch.Tensor that only add attributes (torch.nn.Parameter, MONAI's MetaTensor) are read as plain tensors.
 
     Raises:
-        TypeError: not a tensor, or not a floating dtype.
+        TypeError: not a tensor, a nested or sparse tensor, not a floating dtype, or a call inside
+            torch.func.vmap, torch.export, torch.jit.trace or the like.
         ValueError: fewer than 3 dimensions, no class, an empty spatial axis, NaN, infinity, or values
             outside [0, 1].
     """
     if isinstance(probs, (list, tuple)):
         raise TypeError(
             f"probs must be one torch.Tensor, got a {type(probs).__name__}; call once for each map[None], "
-            "or pad maps of unlike sizes with zeros (they change nothing) and stack them"
+            "or pad maps of different sizes with zeros (zeros change nothing) and stack them"
         )
     if not isinstance(probs, Tensor):
         raise TypeError(
             f"probs must be a torch.Tensor, got {type(probs).__name__}; convert it with torch.as_tensor"
         )
+    _reject_tracing(probs)
+    probs = plain(probs, "probs")
     if probs.dtype not in _ROUNDING:
         raise TypeError(
             f"probs must be float16, bfloat16, float32 or float64, got {probs.dtype}; pass probabilities"
@@ -45,11 +58,10 @@ def check_probs(probs: Tensor) -> Tensor:
         raise ValueError(f"probs has no class (shape {tuple(probs.shape)}); axis 1 must hold at least one")
     if 0 in probs.shape[2:]:
         raise ValueError(f"probs has an empty spatial axis (shape {tuple(probs.shape)}); each needs a pixel")
-    probs = probs.detach()
     if probs.numel() == 0:
         return probs
     # min and max are NaN as soon as one value is: two reductions check everything.
-    low, high = (value.item() for value in torch.aminmax(probs))
+    low, high = torch.stack(torch.aminmax(probs)).tolist()
     if math.isnan(low) or math.isnan(high):
         raise ValueError("probs holds NaN; look for a division by zero or an overflow in the network")
     if low < 0 or high > 1:
@@ -62,12 +74,55 @@ def check_probs(probs: Tensor) -> Tensor:
     return probs
 
 
+def _reject_tracing(probs: Tensor) -> None:
+    """Raise TypeError inside transforms that record or batch operations: the solver branches on values."""
+    inside = ""
+    if torch.jit.is_tracing():
+        inside = "torch.jit.trace"
+    elif torch.compiler.is_exporting():
+        inside = "torch.export"
+    elif torch._C._functorch.is_functorch_wrapped_tensor(probs):
+        inside = "torch.func.vmap (or another transform of torch.func)"
+    if inside:
+        raise TypeError(
+            f"{inside} is unsupported, because the computation depends on the values of probs; "
+            "call the rule outside of it, on the tensor (N, C, *S)"
+        )
+
+
+def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Mark `function`: torch.jit.script rejects it in one line, torch.compile runs it without compiling it."""
+    function.__script_unsupported = (  # type: ignore[attr-defined]
+        f"{function.__name__} is unsupported by torch.jit.script; call it outside of the scripted module"
+    )
+    # What torch.compiler.disable sets, without the seconds that importing torch._dynamo takes.
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+def plain(tensor: Tensor, name: str) -> Tensor:
+    """Return `tensor` detached, without a subclass; raise TypeError for layouts that the solver does not read."""
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor; pad its maps with zeros (torch.nested.to_padded_tensor)")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; use {name}.to_dense()")
+    # Subclasses with a dispatch of their own (DTensor, for example) do not hold their values themselves.
+    if type(tensor) is not Tensor and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        with torch._C.DisableTorchFunctionSubclass():
+            tensor = tensor.as_subclass(Tensor)
+    if type(tensor) is Tensor and tensor.is_meta:
+        raise TypeError(f"{name} is on the device 'meta', which holds no values; pass a tensor with values")
+    return tensor.detach()
+
+
 def check_smooth(smooth: float) -> float:
-    """Return `smooth` as a finite float of at least 0, or raise TypeError / ValueError."""
-    if isinstance(smooth, bool) or not isinstance(smooth, (int, float)):
+    """Return `smooth` as a float in [0, `LARGEST_SMOOTH`], or raise TypeError / ValueError."""
+    if isinstance(smooth, bool) or not isinstance(smooth, Real):
         raise TypeError(f"smooth must be a number, got {smooth!r}; 0.0 is the plain score")
-    if not math.isfinite(smooth) or smooth < 0:
-        raise ValueError(f"smooth must be finite and at least 0, got {smooth!r}; 0.0 is the plain score")
+    if not 0 <= smooth <= LARGEST_SMOOTH:
+        raise ValueError(
+            f"smooth={smooth!r} is invalid: expected a number from 0 to {LARGEST_SMOOTH:g}; 0.0 is the plain score"
+        )
     return float(smooth)
 
 
@@ -77,6 +132,7 @@ def check_masks(masks: Tensor, probs: Tensor) -> Tensor:
         raise TypeError(
             f"masks must be a torch.Tensor, got {type(masks).__name__}; convert it with torch.as_tensor"
         )
+    masks = plain(masks, "masks")
     if masks.dtype != torch.bool:
         raise TypeError(f"masks must be bool, got {masks.dtype}; compare first, as in masks > 0.5")
     if masks.shape != probs.shape:
@@ -87,27 +143,34 @@ def check_masks(masks: Tensor, probs: Tensor) -> Tensor:
     return masks.to(probs.device)
 
 
-def moved(probs: Tensor, device: torch.device | str | None) -> Tensor:
-    """`probs` where it is wanted; None leaves it where it is.
+def to_device(probs: Tensor, device: torch.device | str | None) -> Tensor:
+    """Return `probs` on `device`; None leaves it where it is.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: the device is not available.
     """
     if device is None:
         return probs
     try:
-        return probs.to(device)
+        target = torch.device(device)
+        if target.type == "meta":
+            raise RuntimeError("it holds no values")
+        return probs.to(target)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
+    except (RuntimeError, AssertionError) as error:  # the latter if torch is built without the device
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"device={str(device)!r} cannot be used ({reason}); leave device out to compute where probs are"
         ) from None
 
 
-def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise ValueError unless `value` is one of `allowed` (True is not taken for 1)."""
-    if not any(value == option and type(value) is type(option) for option in allowed):
-        listed = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """Return the element of `allowed` that equals `value` (True is not 1, 1.0 is not 1), or raise ValueError."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        value = int(value)  # NumPy's integers
+    for option in allowed:
+        if type(value) is type(option) and value == option:
+            return option
+    listed = ", ".join(repr(option) for option in allowed)
+    raise ValueError(f"{name} must be one of {listed}, got {value!r}")

@@ -193,3 +193,10 @@ def test_refined_normal_law() -> None:
     law, (mean, variance, third) = poisson_binomial.pmf(p).cumsum(0), poisson_binomial.moments(p)
     count = (torch.arange(201) + 0.5 - mean) / variance.sqrt()
     assert (poisson_binomial.refined_cdf(count, third / variance**1.5) - law).abs().max() < 5e-4
+
+
+@pytest.mark.parametrize("app", [1, 2])
+@pytest.mark.parametrize("smooth", [1e10, 1e15])
+def test_large_smooth_keeps_the_order_of_scores(app: int, smooth: float) -> None:
+    probs = torch.rand(1, 2, 60, 70, generator=torch.Generator().manual_seed(13))
+    assert torch.equal(rankseg.rank_dice(probs, app, smooth).tau, (probs > 0.5).flatten(2).sum(2))

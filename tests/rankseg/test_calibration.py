@@ -175,3 +175,15 @@ def test_calibration_of_a_class_without_pixels_stays_finite() -> None:
     assert torch.isfinite(found.temperature).all() and torch.isfinite(found.bias).all()
     with pytest.raises(ValueError, match="strength=0"):
         fit_calibration(logits, labels, strength=0)
+
+
+def test_reliability_under_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No `bincount` with weights, which CUDA refuses under `torch.use_deterministic_algorithms`."""
+    plain = torch.bincount
+    monkeypatch.setattr(torch, "bincount", lambda x, minlength=0: plain(x, minlength=minlength))
+    logits, _, onehot = sample(1.0, "softmax")
+    probs = torch.softmax(logits, 1)
+    reliability = Reliability(4)
+    reliability.update(probs, onehot)
+    total = reliability.curve().confidence.nan_to_num() * reliability.curve().pixels
+    assert torch.allclose(total.sum(1), probs.sum((0, 2, 3)).double(), rtol=1e-5)

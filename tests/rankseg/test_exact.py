@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rankseg
-from rankseg import gather
+from rankseg import gather, solver
 from rankseg.nonoverlap import surrogate_objective
+from tests.rankseg.oracle import expectations
 
 RULES = {"dice": rankseg.rank_dice, "iou": rankseg.rank_iou}
 EXPECTED = {"dice": rankseg.expected_dice, "iou": rankseg.expected_iou}
@@ -34,26 +36,9 @@ def brute_force(p: np.ndarray, smooth: float, score: str) -> np.ndarray:
     return ratio @ law
 
 
-def laws(p: np.ndarray) -> list[np.ndarray]:
-    """Poisson-binomial laws of the first 0, 1, ..., D probabilities."""
-    found = [np.ones(1)]
-    for x in p:
-        found.append(np.convolve(found[-1], [1 - x, x]))
-    return found
-
-
 def dynamic_programme(p: np.ndarray, smooth: float, score: str) -> np.ndarray:
     """Expected score of every volume 0..D of the sorted probabilities, without quadrature."""
-    p = np.sort(p.astype(np.float64))[::-1]
-    inside, outside = laws(p), laws(p[::-1])[::-1]
-    result = []
-    for tau, (first, second) in enumerate(zip(inside, outside, strict=True)):
-        i, k = np.arange(len(first))[:, None], np.arange(len(second))[None]
-        top = (2 * i if score == "dice" else i) + smooth + 0 * k
-        bottom = (tau + i + k if score == "dice" else tau + k + 0 * i) + smooth
-        ratio = np.divide(top, bottom, out=np.zeros(bottom.shape), where=bottom > 0)
-        result.append(first @ ratio @ second)
-    return np.array(result)
+    return expectations(p, smooth, score)[0]
 
 
 def as_map(p: np.ndarray) -> Tensor:
@@ -261,6 +246,54 @@ def test_wide_brackets_are_widened_until_proved(monkeypatch: pytest.MonkeyPatch)
             lambda cut, density, low=low, high=high: (torch.full_like(cut, low), torch.full_like(cut, high)),
         )
         assert torch.equal(rankseg.rank_dice(probs).predict, right.predict)
+
+
+@pytest.mark.parametrize("score", ["dice", "iou"])
+@pytest.mark.parametrize("levels", [(0.0, 1.0), (0.1, 0.9), (0.0, 0.9), (0.02, 1.0), (0.45, 0.55)])
+@pytest.mark.parametrize("part", [0.4, 0.003])
+def test_maps_of_two_levels_need_few_pixels(
+    levels: tuple[float, float], part: float, score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No pixel is near the cut-off: the bracket takes a few from both sides, not the whole row."""
+    widths = []
+    pack = solver.blocks
+
+    def recorded(rows: Tensor, values: Tensor, width: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        widths.append(int(width.max()))
+        yield from pack(rows, values, width)
+
+    monkeypatch.setattr(solver, "blocks", recorded)
+    generator = torch.Generator().manual_seed(12)
+    masks = torch.rand(1, 2, 400, 400, generator=generator) < part
+    low, high = levels
+    probs = torch.where(masks, high, low)
+    result = RULES[score](probs)
+    best = EXPECTED[score](probs, result.predict)
+    for other in (masks, torch.ones_like(masks)):
+        assert (EXPECTED[score](probs, other) <= best * (1 + 1e-12)).all()
+    if low == 0:
+        assert torch.equal(result.predict, masks) and not result.cutpoint.any()
+    # Small objects are taken whole, which are the 480 pixels or so of a level; brackets by rank are within 4096.
+    assert max(widths) <= 2 * 4096 + 600 and len(widths) <= 3
+
+
+@pytest.mark.parametrize("smooth", [1e6, 3e12, 1e15])
+@pytest.mark.parametrize("score", ["dice", "iou"])
+def test_large_smooth_keeps_the_order_of_scores(score: str, smooth: float) -> None:
+    """If every score rounds to 1, the loss decides: in the limit a pixel is worth it exactly if p > 1/2."""
+    generator = torch.Generator().manual_seed(13)
+    probs = torch.rand(2, 2, 60, 70, generator=generator)
+    probs[1, 1] *= 0.01
+    limit = (probs > 0.5).flatten(2).sum(2)
+    tau = RULES[score](probs, smooth=smooth, pruning=False).tau
+    if smooth > 1e9:
+        assert torch.equal(tau, limit)
+        one_label = RULES[score](probs / probs.sum(1, keepdim=True), smooth=smooth, allow_overlap=False)
+        assert torch.equal(one_label.predict, probs == probs.amax(1, keepdim=True))
+    for row, p in enumerate(probs[:, :, :2].flatten(2).flatten(0, 1)):
+        losses = expectations(p.numpy(), smooth, score)[1]
+        found = RULES[score](p[None, None], smooth=smooth, pruning=False)
+        assert losses[int(found.tau)] <= losses.min() * (1 + 1e-12), row
 
 
 @pytest.mark.golden

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,6 +154,110 @@ def test_jacobi_is_exact_for_polynomials(power: float) -> None:
     for degree in range(1, 128):
         found = torch.exp(weights - (degree + power) * times).sum()
         assert float(found) == pytest.approx(1 / (degree + power), rel=1e-11)
+
+
+class WithMetadata(torch.Tensor):
+    """A subclass in the way of MONAI's MetaTensor: attributes, and factory methods with signatures of its own."""
+
+    def new_empty(self, size, dtype=None, device=None, requires_grad=False):  # type: ignore[override]
+        return torch.empty(size=size, dtype=dtype or self.dtype, device=device or self.device).as_subclass(
+            WithMetadata
+        )
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_subclasses_are_read_as_plain_tensors(name: str, probs: torch.Tensor) -> None:
+    for maps in (probs.as_subclass(WithMetadata), torch.nn.Parameter(probs)):
+        masks = ALL[name](maps)
+        assert type(masks) is torch.Tensor and torch.equal(masks, ALL[name](probs))
+
+
+@pytest.mark.parametrize("name", list(ALL))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    maps = torch.rand(1, 2, 80, 81, generator=torch.Generator().manual_seed(2))
+    before = ALL[name](maps)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(ALL[name](maps), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_the_default_device_changes_nothing(name: str, probs: torch.Tensor) -> None:
+    """Neither for the call, nor, through the cached quadrature, for later ones."""
+    before = ALL[name](probs)
+    laguerre.cache_clear()
+    jacobi.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(ALL[name](probs), before)
+        masks = rankseg.expected_dice(probs, before)
+    assert torch.equal(masks, rankseg.expected_dice(probs, before))
+    assert torch.equal(ALL[name](probs), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        (lambda p: torch.nested.nested_tensor([p[0], p[0, :, :4]]), TypeError, "nested"),
+        (lambda p: torch.nested.nested_tensor([p[0], p[1]], layout=torch.jagged), TypeError, "nested"),
+        (lambda p: p.to_sparse(), TypeError, "to_dense"),
+        (lambda p: p.flatten(0, 1).flatten(1).to_sparse_csr(), TypeError, "to_dense"),
+        (lambda p: p.to("meta"), TypeError, "meta"),
+    ],
+)
+def test_tensors_without_dense_values_are_rejected(bad, error, words, probs: torch.Tensor) -> None:
+    for rule in ALL.values():
+        with pytest.raises(error, match=words) as caught:
+            rule(bad(probs))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["threshold", "rankdice", "rankiou", "rankdice_nonoverlap"])
+def test_transforms_are_rejected_in_one_line(name: str, probs: torch.Tensor) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ALL[name](x)
+
+    for transform, words in (
+        (lambda: torch.func.vmap(ALL[name])(probs[None]), "vmap"),
+        (lambda: torch.jit.trace(Module(), probs), "jit.trace"),
+        (lambda: torch.export.export(Module(), (probs,)), "export"),
+    ):
+        with pytest.raises(TypeError, match=f"{words}.*unsupported") as caught:
+            transform()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scripting_is_rejected_in_one_line() -> None:
+    for function in (rankseg.rank_dice, rankseg.rank_iou, rankseg.rankdice, rankseg.expected_dice):
+        with pytest.raises(
+            RuntimeError, match=f"{function.__name__} is unsupported by torch.jit.script"
+        ) as caught:
+            torch.jit.script(function)
+        assert "\n" not in str(caught.value)
+
+
+def test_numpy_numbers_are_numbers(probs: torch.Tensor) -> None:
+    plain, numpy = (
+        rankseg.rank_dice(probs, app=app, smooth=smooth)
+        for app, smooth in ((2, 1.5), (np.int64(2), np.float32(1.5)))
+    )
+    assert torch.equal(plain.predict, numpy.predict)
+    assert torch.equal(rankseg.threshold(probs, at=np.float64(0.3)), rankseg.threshold(probs, at=0.3))
+
+
+@pytest.mark.parametrize("smooth", [1.1e15, 4e38, 1e300, math.nan, np.float64(4e38)])
+def test_smooth_has_a_limit(smooth: float, probs: torch.Tensor) -> None:
+    for call in (rankseg.rank_dice, rankseg.rank_iou):
+        with pytest.raises(ValueError, match=r"smooth=.*1e\+15"):
+            call(probs, smooth=smooth)
+    with pytest.raises(ValueError, match=r"smooth=.*1e\+15"):
+        rankseg.expected_iou(probs, probs > 0.5, smooth=smooth)
 
 
 def test_imports_torch_alone() -> None:
