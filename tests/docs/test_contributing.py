@@ -41,15 +41,6 @@ def followed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return copy, follow(lines, copy)
 
 
-def test_a_file_of_python_and_one_of_yaml_each(root: Path) -> None:
-    assert list(files(chapters(root))) == [
-        "my_rules.py", "configs/predictor/hysteresis.yaml",
-        "my_models.py", "configs/model/plain.yaml",
-        "my_losses.py", "configs/loss/brier.yaml",
-    ]  # fmt: skip
-    assert len(typed(chapters(root))) == 5
-
-
 def test_the_rule_is_scored_beside_the_others(followed: tuple[Path, str]) -> None:
     copy, said = followed
     results = copy / "saved/smoke/synthetic/tiny/ce/seed0/results"
