@@ -1,14 +1,15 @@
-"""Is one prediction rule better than another on the same probabilities? Paired, image by image.
+"""Compare prediction rules on the same probabilities, image by image.
 
     python scripts/paired_statistics.py saved/kvasir_seg/smp_unet/ce/seed0     every rule against T
     python scripts/paired_statistics.py RUN/seed0 RUN/seed1 --rule rankdice    several seeds
     python scripts/paired_statistics.py RUN/seed0 --protocol paper --json
-    python scripts/paired_statistics.py RUN/seed0 --rule rankdice --plot differences.png    (needs matplotlib)
+    python scripts/paired_statistics.py RUN/seed0 --group '(patient[0-9]+)'    images of a patient belong together
+    python scripts/paired_statistics.py RUN/seed0 --rule rankdice --plot differences.png
 
-Differences are rule − baseline in points (percent), of the image's mean over classes. The interval is the BCa
-bootstrap over images (seeded): it covers the choice of images, not that of the training run; for that, give
-several seeds: their mean and range are shown, and refused for runs that differ in more than the seed. The plot of
-Dice against the threshold needs the measurements of report.py: run that first.
+Differences are rule − baseline in points (percent) of the image's mean over classes. The interval is the BCa
+bootstrap over images, or over the groups of --group. It covers the choice of images, not the training run. For
+that, give several seeds: their mean and range are printed, if the runs differ in nothing but the seed. The plot
+shows Dice against the threshold too if report.py has measured it.
 Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """
 
@@ -16,189 +17,145 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from configs.errors import UserError
 from configs.files import finite_or_none
-from scripts.command import leave, refused
-from scripts.paired import plots
-from scripts.paired.inference import bca_of_mean, standardized_mean, wilcoxon
-from scripts.paired.scores import (
-    RuleScores,
-    check_same_probabilities,
-    paired,
+from scripts.analysis import charts
+from scripts.analysis.scores import (
+    Sweep,
+    compare,
+    over_seeds,
     read_rule,
+    read_sweep,
     result_folder,
     rules_in,
 )
-from scripts.paired.seeds import over_seeds
-from scripts.paired.sweeps import sweep_of
-from scripts.tables.results import short, variant_of
+from scripts.analysis.statistics import HARM, RESAMPLES
+from scripts.command import leave, refused
 from trainers.text import markdown_cell, markdown_text
 
 
-def compare(
-    baseline: RuleScores, rule: RuleScores, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> dict[str, Any]:
-    """All statistics of rule − baseline over images, and the differences by class; in points.
-
-    Raises:
-        ValueError: the two were not scored on the same probabilities, or share no image.
-    """
-    check_same_probabilities(baseline, rule)
-    fractions, unpaired = paired(baseline.by_image(), rule.by_image())
-    values = [100 * v for v in fractions]
-    low, high = bca_of_mean(values, confidence, resamples, seed)
-    test = wilcoxon([round(v, 9) for v in values])  # what differs by rounding alone is tied
-    count = len(values)
-    return {
-        "baseline": baseline.rule,
-        "rule": rule.rule,
-        "metric": rule.metric,
-        "model": rule.record.get("model"),
-        "loss": rule.record.get("loss"),
-        "variant": short(variant_of(rule.record)),
-        "seed": rule.record.get("seed"),
-        "images": count,
-        "unpaired": unpaired,
-        "mean": math.fsum(values) / count,
-        "median": median(values),
-        "interval": [low, high],
-        "confidence": confidence,
-        "better": sum(v > 1e-9 for v in values) / count,
-        "worse": sum(v < -1e-9 for v in values) / count,
-        "tied": sum(abs(v) <= 1e-9 for v in values) / count,
-        "standardized_mean": standardized_mean(values),
-        "rank_biserial": test.rank_biserial,
-        "wilcoxon_p": test.p,
-        "wilcoxon_method": test.method,
-        "differences": values,
-        "classes": _by_class(baseline, rule, confidence, resamples, seed),
-    }
-
-
-def _by_class(
-    baseline: RuleScores, rule: RuleScores, confidence: float, resamples: int, seed: int
-) -> list[dict]:
-    """For each class: both means, and the paired difference with its interval."""
-    names = rule.record.get("classes") or []
-    one, other, rows = baseline.by_class(), rule.by_class(), []
-    for c in sorted(one.keys() | other.keys()):
-        pairs, unpaired = paired(_of_class(baseline, c), _of_class(rule, c))
-        values = [100 * v for v in pairs]
-        rows.append(
-            {
-                "class": c,
-                "name": names[c] if c < len(names) else str(c),
-                "baseline": 100 * one.get(c, math.nan),
-                "rule": 100 * other.get(c, math.nan),
-                "images": len(values),
-                "unpaired": unpaired,
-                "mean": math.fsum(values) / len(values) if values else math.nan,
-                "interval": bca_of_mean(values, confidence, resamples, seed)
-                if values
-                else [math.nan, math.nan],
-            }
-        )
-    return rows
-
-
-def _of_class(scores: RuleScores, c: int) -> dict[str, float]:
-    return {image: v for (image, k), v in scores.cells.items() if k == c}
-
-
 def markdown(found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]] = ()) -> str:
-    """The comparisons as Markdown: one table over images, what several seeds gave, one table over classes each."""
+    """Return the comparisons as Markdown: differences over images, harm, several seeds, and classes."""
     first = found[0]
     level, metric = f"{100 * first['confidence']:g} %", first["metric"].capitalize().replace("Iou", "IoU")
-    lines = [
-        f"| rule − baseline, seed | mean {metric} difference [{level} BCa] | median | better / worse / tied "
-        "| standardised mean | rank-biserial | Wilcoxon p | images |",
-        "| :-- | :-: | :-: | :-: | :-: | :-: | :-: | :-: |",
+    head = [
+        "rule − baseline, seed",
+        f"mean {metric} difference [{level} BCa]",
+        "median",
+        "better / worse / tied",
     ]
+    head += ["standardised mean", "rank-biserial", "Wilcoxon p", "images"]
+    harm_head = [
+        "rule − baseline, seed",
+        *(f"lose > {k}" for k in HARM),
+        "worst loss",
+        "best gain",
+    ]
+    rows, harm = [], []
     for one in found:
-        shares = " / ".join(f"{100 * one[key]:.1f} %" for key in ("better", "worse", "tied"))
-        cells = [
-            f"{title(one, found)}, {one['seed']}",
-            f"{one['mean']:+.2f} [{_range(one['interval'])}]",
-            f"{one['median']:+.2f}",
-            shares,
-            f"{one['standardized_mean']:+.2f}",
-            f"{one['rank_biserial']:+.2f}",
-            f"{one['wilcoxon_p']:.2g} ({one['wilcoxon_method']})",
-            str(one["images"]),
-        ]
-        lines.append(f"| {' | '.join(map(markdown_cell, cells))} |")
-    lines += [line for one in seeds for line in ("", *_seed_lines(one, found))]
-    lines += ["", _remarks(found)]
+        name = f"{title(one, found)}, {one['seed']}"
+        rows.append(
+            [
+                name,
+                f"{one['mean']:+.2f} [{_range(one['interval'])}]",
+                f"{one['median']:+.2f}",
+                " / ".join(f"{100 * one[key]:.1f} %" for key in ("better", "worse", "tied")),
+                f"{one['standardized_mean']:+.2f}",
+                f"{one['rank_biserial']:+.2f}",
+                f"{one['wilcoxon_p']:.2g} ({one['wilcoxon_method']})",
+                f"{one['images']} in {one['groups']} groups" if one["groups"] else str(one["images"]),
+            ]
+        )
+        shares = [f"{100 * one['harm'][str(k)]:.1f} %" for k in HARM]
+        harm.append([name, *shares, f"{0.0 - one['worst_loss']:+.2f}", f"{one['best_gain']:+.2f}"])
+    parts = [_table(head, rows), _table(harm_head, harm)]
+    for group in seeds:
+        parts += _seed_parts(group, found)
+    parts.append(_remarks(found))
     for one in found:
         if len(one["classes"]) > 1:
-            lines += ["", *_class_table(one, found)]
-    return "\n".join(lines) + "\n"
+            parts += _class_parts(one, found)
+    return "\n\n".join(parts) + "\n"
 
 
 def title(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
-    """What a comparison is of; with network, loss and what was done to the probabilities where there are several."""
+    """Return the name of a comparison, with network, loss and calibration if these differ between comparisons."""
     names = [", ".join(filter(None, (o["model"], o["loss"], o["variant"]))) for o in (one, *found)]
     return (f"{names[0]}: " if len(set(names)) > 1 else "") + f"{one['rule']} − {one['baseline']}"
 
 
-def _seed_lines(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
-    """Mean and range over seeds, also of each class; or why there are none."""
-    name, count = title(one, found), len(one["seeds"])
-    if "refused" in one:
-        return [f"{markdown_text(name)}: no mean over {count} runs, as {one['refused']}."]
-    lines = [
-        f"{markdown_text(name)} over {count} seeds: {one['mean']:+.2f} points, range {_range(one['range'])}."
-    ]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(map(markdown_cell, row))} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "| :-- |" + " :-: |" * (len(head) - 1), *lines[1:]])
+
+
+def _seed_parts(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
+    """Return mean and range over seeds, also of each class; or the reason why there are none."""
+    name, count = f"{title(one, found)} over {len(one['seeds'])} seeds", len(one["seeds"])
+    if "rejected" in one:
+        return [markdown_text(f"{title(one, found)}: no mean over {count} runs, because {one['rejected']}.")]
+    parts = [markdown_text(f"{name}: {one['mean']:+.2f} points, range {_range(one['range'])}.")]
     if len(one["classes"]) > 1:
-        lines += ["", f"| {markdown_cell(name)} over {count} seeds | mean | range |", "| :-- | :-: | :-: |"]
-        lines += [
-            f"| {markdown_cell(c['name'])} | {c['mean']:+.2f} | {_range(c['range'])} |"
-            for c in one["classes"]
-        ]
-    return lines
+        rows = [[c["name"], f"{c['mean']:+.2f}", _range(c["range"])] for c in one["classes"]]
+        parts.append(_table([name, "mean", "range"], rows))
+    return parts
 
 
 def _remarks(found: Sequence[dict[str, Any]]) -> str:
     text = "Points are percent. The interval covers the choice of images, not that of the training run."
     if len(found) > 1:
         text += f" The {len(found)} p-values are not adjusted for their number."
+    if any(one["groups"] for one in found):
+        text += " The interval resamples groups; the p-values treat images as independent."
     unpaired = {one["unpaired"] for one in found} - {0}
     if unpaired:
         text += f" Images with a score under one rule only are left out: at most {max(unpaired)}."
     return text
 
 
-def _class_table(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
-    names = (one["baseline"], one["rule"])
-    lines = [
-        f"{markdown_text(title(one, found))}, seed {one['seed']}, by class:",
-        "",
-        f"| class | {' | '.join(map(markdown_cell, names))} | paired difference [interval] | images |",
-        "| :-- | :-: | :-: | :-: | :-: |",
+def _class_parts(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            row["name"],
+            f"{row['baseline']:.2f}",
+            f"{row['rule']:.2f}",
+            f"{row['mean']:+.2f} [{_range(row['interval'])}]",
+            str(row["images"]),
+        ]
+        for row in one["classes"]
     ]
-    for row in one["classes"]:
-        name = markdown_cell(row["name"])
-        difference = f"{row['mean']:+.2f} [{_range(row['interval'])}]"
-        lines.append(
-            f"| {name} | {row['baseline']:.2f} | {row['rule']:.2f} | {difference} | {row['images']} |"
-        )
-    return lines
+    head = ["class", one["baseline"], one["rule"], "paired difference [interval]", "images"]
+    return [markdown_text(f"{title(one, found)}, seed {one['seed']}, by class:"), _table(head, rows)]
 
 
 def _range(ends: Sequence[float]) -> str:
     return f"{ends[0]:+.2f}, {ends[1]:+.2f}"
 
 
+def plot(found: Sequence[dict[str, Any]], sweeps: Sequence[Sweep | None], path: Path) -> None:
+    """Draw each comparison in a row: sorted differences, classes, and Dice by threshold if it was measured."""
+    parts = []
+    for one, sweep in zip(found, sweeps, strict=True):
+        ylabel = f"{title(one, found)}, seed {one['seed']}, points"
+        row = [charts.sorted_differences(one["differences"], one["mean"], ylabel)]
+        classes = [(c["name"], c["mean"], c["interval"]) for c in one["classes"] if c["images"]]
+        row.append(charts.intervals(classes, f"{one['metric']} difference by class, points", signed=True))
+        if sweep:
+            row.append(charts.cutoffs(sweep.cutoffs, sweep.curve, sweep.levels))
+        parts.append(row)
+    tall = max(2.8, 0.24 * max(len(one["classes"]) for one in found) + 1)
+    charts.draw(parts, (5.5, tall), path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
     try:
         _check(args)
@@ -207,41 +164,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = result_folder(run, args.protocol)
             baseline = read_rule(folder, args.baseline, args.metric)
             if args.protocol == "paper" and baseline.record.get("protocol") != "paper":
-                raise ValueError(
-                    f"{folder} holds no scores of protocol=paper; score it so with test.py first"
-                )
+                raise UserError(f"{folder}: no scores of protocol=paper. Fix: test.py -r ... protocol=paper")
             for name in args.rule or [r for r in rules_in(folder) if r != args.baseline]:
                 pairs.append((baseline, read_rule(folder, name, args.metric)))
         if not pairs:
-            raise ValueError(
-                f"{args.runs[0]} holds no rule but {args.baseline}; score more: python test.py -p all"
+            raise UserError(
+                f"{args.runs[0]}: no rule but {args.baseline}. Fix: score more with test.py -p all."
             )
-        found = [compare(*pair, args.confidence, args.resamples, args.seed) for pair in pairs]
+        found = [compare(*pair, args.confidence, args.resamples, args.seed, args.group) for pair in pairs]
         seeds = over_seeds(found, [rule for _, rule in pairs]) if len(args.runs) > 1 else []
         if args.json:
             print(json.dumps(finite_or_none({"comparisons": found, "seeds": seeds}), indent=1))
         else:
             print(markdown(found, seeds), end="")
         if args.plot:
-            sweeps = [sweep_of(*pair) for pair in pairs]
-            plots.draw(found, [one for one, _ in sweeps], args.plot, [title(one, found) for one in found])
+            sweeps = [read_sweep(*pair) for pair in pairs]
+            plot(found, [one for one, _ in sweeps], args.plot)
             for reason in dict.fromkeys(why for _, why in sweeps if why):
                 print(f"no panel of thresholds: {reason}", file=sys.stderr)
             print(f"written: {args.plot}", file=sys.stderr)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (UserError, OSError) as error:
         return refused(error)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise ValueError for numbers that no interval can be made with."""
+    """Raise UserError for arguments without a meaning, before any file is read."""
     if not 0 < args.confidence < 1:
-        raise ValueError(f"--confidence {args.confidence:g}: give a number between 0 and 1, such as 0.95")
+        raise UserError(
+            f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95."
+        )
     for name, least in (("resamples", 1), ("seed", 0)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: give a whole number, {least} or more")
+            raise UserError(f"--{name}={getattr(args, name)} is invalid: expected an integer >= {least}.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -260,14 +217,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", choices=("dice", "iou"), default="dice")
     parser.add_argument("--protocol", choices=("corrected", "paper"), default="corrected")
     parser.add_argument("--confidence", type=float, default=0.95)
-    parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap samples (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--resamples", type=int, default=RESAMPLES, help="bootstrap samples (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--group",
+        metavar="FILE|PATTERN",
+        help="resample groups of images, such as patients: a CSV file with the columns image and group, or a "
+        "regular expression for the part of the image's name that is the group",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every difference")
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw sorted differences, per-class bars and, after report.py, Dice against the threshold",
+        help="draw sorted differences, classes and, after report.py, Dice against the threshold",
     )
     return parser
 

@@ -87,8 +87,8 @@ def _read(saved: Path) -> tuple[Groups, list[Problem]]:
     if problems:
         print(problem_count(problems), file=sys.stderr)
     for group in groups.values():
-        if group.refusal:
-            print(f"refused: {' '.join(filter(None, group.first.cell))}: {group.refusal}", file=sys.stderr)
+        if group.reason:
+            print(f"refused: {' '.join(filter(None, group.first.cell))}: {group.reason}", file=sys.stderr)
     return groups, problems
 
 

@@ -1,19 +1,17 @@
-"""A run on one page: scores with intervals, what explains the gain, images, learning curves, provenance.
+"""Write a run's report: one HTML page with scores, intervals, calibration, confidence, images and provenance.
 
     python scripts/report.py saved/synthetic/tiny/ce/seed0                     writes RUN/report/index.html
     python scripts/report.py RUN protocol=paper --out report-paper
     python scripts/report.py checkpoint-epoch300.pth dataset.root=/data/cityscapes
 
-The page needs no other file; beside it lie its images as PNG and its numbers as report.json.
+The page needs no other file. The same folder gets its images as PNG files and its numbers as report.json.
 Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from html import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +20,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
-from configs.files import write_json
+from configs.files import read_json, write_json, write_text
 from configs.values import check_uncalibrated
 from scripts import ROOT
-from scripts.reporting import explain, sections
-from scripts.reporting.measure import Findings, Key, by_size, chosen_cutoffs, measure, variants
-from scripts.reporting.page import html_page
-from scripts.reporting.pictures import pick, strips
+from scripts.analysis import page
+from scripts.analysis.measure import (
+    Findings,
+    Key,
+    by_size,
+    chosen_cutoffs,
+    held_out_confidence,
+    measure,
+    variants,
+)
+from scripts.analysis.pictures import draw_strips, pick
 from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
 from trainers.journal import read_rows
@@ -40,7 +45,7 @@ RULES = ("T", "max", "rankdice")
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line; flags and overrides may mix."""
+    """Parse the command line; flags and overrides may be mixed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,77 +59,76 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def report(args: argparse.Namespace, where: World) -> Path:
-    """Measure, draw and write; return the page's path."""
+def report(args: argparse.Namespace, world: World) -> Path:
+    """Measure, draw and write; return the path of the page."""
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
     network, cfg, checkpoint = load(path, args.overrides)
-    check_uncalibrated(cfg, "report.py")  # it compares calibrated ones of its own with them
-    network = network.to(where.device).eval()
+    check_uncalibrated(cfg, "report.py")  # it compares calibrated probabilities by itself
+    network = network.to(world.device).eval()
     build.absolute_root(cfg)
     data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)
     scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, cfg)
-    loader = build.eval_loader(cfg, data, where)
-    held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), where)
-    fitted = held_out_temperature(network, held_out, link, where, ignore_index=scoring.ignore_index)
-    ways = variants(link, fitted, cfg.loss.name)
-    findings = measure(network, loader, rules, ways, scoring, where, fitted)
+    loader = build.eval_loader(cfg, data, world)
+    held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), world)
+    fitted = held_out_temperature(network, held_out, link, world, ignore_index=scoring.ignore_index)
+    kinds = variants(link, fitted, cfg.loss.name)
+    findings = measure(network, loader, rules, kinds, scoring, world, fitted)
+    on_validation = cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]
+    known = None
+    if not on_validation:
+        known = held_out_confidence(network, held_out, rules["rankdice"], kinds["raw"], scoring, world)
 
     folder = args.out or path.resolve().parent / "report"
     groups = pick(findings, args.images)
-    drawn = strips(
-        network,
-        data,
-        loader.transform,
-        rules,
-        link,
-        where,
-        findings,
-        [index for picked in groups.values() for index in picked],
-        folder / "images",
+    indices = [index for picked in groups.values() for index in picked]
+    strips = draw_strips(
+        network, data, loader.transform, rules, link, world, findings, indices, folder / "images"
     )
-    table, differences = sections.scores(findings, RULES), sections.gains(findings, RULES)
+    scores, gains = page.score_rules(findings, RULES), page.compare_rules(findings, RULES)
+    confidence = page.assess_confidence(findings, known)
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
-    split, protocol, epoch = (escape(str(v)) for v in (cfg.split, cfg.protocol.name, checkpoint["epoch"]))
-    about = (
-        f"Split <b>{split}</b>, {len(findings.names)} images, protocol <b>{protocol}</b>, "
-        f"checkpoint of epoch {epoch}. One forward pass; every rule on the same probabilities: "
-        f"T keeps what is at least {build.threshold(cfg):g}, max takes the likeliest class, rankdice the mask of the "
-        "largest expected Dice."
-    )
-    if cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]:
-        about += " <b>The same images chose the checkpoint and the temperature</b>: expect less on new ones."
-    body = [
-        ("scores", "Scores", sections.score_section(table)),
-        (
-            "differences",
-            "RankDice against the others, image by image",
-            sections.difference_section(differences),
-        ),
-        ("classes", "Classes", sections.class_section(findings, data.info.classes, RULES)),
-        ("gain", "What explains the gain", explain.explain_section(findings, RULES)),
-        ("calibration", "Calibration", explain.reliability_section(findings)),
-        ("images", "Images", sections.picture_section(groups, drawn)),
-        ("learning", "Learning", sections.learning_section(read_rows(path.parent / "metrics.jsonl"))),
-        ("provenance", "Provenance", sections.fact_section(facts(cfg, path, checkpoint, data))),
+    lead = [
+        f"Split {cfg.split}, {len(findings.names)} images, protocol {cfg.protocol.name}, checkpoint of epoch "
+        f"{checkpoint['epoch']}. All rules see the same probabilities: T selects pixels with at least "
+        f"{build.threshold(cfg):g}, max the most likely class, rankdice the mask with the largest expected Dice."
+    ]
+    if on_validation:
+        lead.append(
+            "These are the validation images: they also chose the checkpoint and the temperature. Expect lower "
+            "scores on new images."
+        )
+    sections = [
+        page.score_section(scores),
+        page.difference_section(gains),
+        page.class_section(findings, data.info.classes, RULES),
+        page.gain_section(findings, RULES),
+        page.calibration_section(findings, data.info.classes),
+        page.confidence_section(confidence),
+        page.picture_section(groups, strips),
+        page.learning_section(read_rows(path.parent / "metrics.jsonl")),
+        page.fact_section(facts(cfg, path, checkpoint, data)),
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "index.html"
-    page.write_text(html_page(title, sections.lead(table, differences, about), body), encoding="utf-8")
+    target = folder / "index.html"
+    write_text(target, page.render(title, lead, page.lead_cards(scores, gains), sections))
     of = {"checkpoint": file_sha256(path), "protocol": cfg.protocol.name, "split": cfg.split}
-    write_json(folder / "report.json", {"of": of, **numbers(findings, table, differences)})
-    return page
+    write_json(folder / "report.json", {"of": of, **numbers(findings, scores, gains, confidence)})
+    return target
 
 
-def numbers(findings: Findings, table: dict[str, Any], differences: dict[str, Any]) -> dict[str, Any]:
-    """What the page says, for programs."""
+def numbers(
+    findings: Findings, scores: dict[str, Any], gains: dict[str, Any], confidence: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the numbers of the page, for programs."""
     return {
-        "scores": table,
-        "gains": {f"rankdice - {rule}": one for rule, one in differences.items()},
+        "scores": scores,
+        "gains": {f"rankdice - {rule}": one for rule, one in gains.items()},
         "void": {v: {r: findings.mean(Key(r, "raw", v)) / 100 for r in RULES} for v in ("masked", "counted")},
         "size": [{"group": name, "pairs": n, "dice": means} for name, n, means in by_size(findings, RULES)],
         "probabilities": {
             kind: {
                 "ece": one.ece(),
+                "volume_ratio": one.volume_ratio().tolist(),
                 "mean_dice": {r: findings.mean(findings.key(r, kind)) / 100 for r in RULES},
             }
             for kind, one in findings.reliability.items()
@@ -134,14 +138,15 @@ def numbers(findings: Findings, table: dict[str, Any], differences: dict[str, An
             key.rule: findings.mean(key) / 100 for key in findings.counts if key.rule.startswith("at ")
         },
         "cutoffs": [round(at, 4) for at in chosen_cutoffs(findings).tolist()],
+        "confidence": {key: value for key, value in confidence.items() if key != "risk_coverage"},
         "images": findings.names,
     }
 
 
 def facts(cfg: Any, path: Path, checkpoint: dict[str, Any], data: Any) -> dict[str, Any]:
-    """Where the numbers came from: the checkpoint, its training, and this report."""
-    beside = path.parent / "provenance.json"
-    trained = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    """Return where the numbers came from: the checkpoint, its training, and this report."""
+    stored = path.parent / "provenance.json"
+    trained = read_json(stored) if stored.exists() else {}
     now = provenance(ROOT)
     versions = ", ".join(f"{name} {version}" for name, version in now["versions"].items())
     return {
@@ -163,10 +168,10 @@ def facts(cfg: Any, path: Path, checkpoint: dict[str, Any], data: Any) -> dict[s
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     args = arguments()
-    with world(args.device) as where:
-        print(f"report: {report(args, where)}")
+    with world(args.device) as here:
+        print(f"report: {report(args, here)}")
 
 
 if __name__ == "__main__":

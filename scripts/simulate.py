@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from rankseg import rank_dice
 from rankseg.rules import threshold
+from scripts.analysis.charts import load_pyplot
 from scripts.command import leave, refused
-from scripts.paired.plots import load_pyplot
 
 EXAMPLES = ("exponential", "linear", "step", "thresholds")
 SIZES = (28, 64, 128, 256)

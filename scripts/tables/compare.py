@@ -67,7 +67,7 @@ def _ours(data: Published, groups: Groups, cell: PublishedCell, numbered: Notes)
         return Cell(("refused",), marks=(numbered.mark(_SEVERAL.format(names=names)),)), Cell(("–",))
     group = found[0]
     ours = our_cell(group, numbered)
-    if group.refusal or cell.mdice is None:
+    if group.reason or cell.mdice is None:
         return ours, Cell(("–",))
     expected = IMAGES[cell.dataset]
     if expected is not None and expected != group.first.num_images:
@@ -139,7 +139,7 @@ def violations(expected: Iterable[Expected], groups: Groups) -> list[str]:
 
 def _held_to(block: Expected, group: Group) -> bool:
     return (
-        not group.refusal
+        not group.reason
         and block.num_images in (None, group.first.num_images)
         and block.collection in (None, group.first.collection)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from scripts.tables.results import Group, Problem, short
+from scripts.tables.results import Group, Problem, short_variant
 from scripts.tables.table import DATASETS, LOSSES, MODELS, RULES, Cell, Note, Table, label, missing
 
 Groups = Mapping[tuple[str, ...], Group]
@@ -108,7 +108,7 @@ def _labels(
     return (
         label(f"{DATASETS.get(dataset, dataset)} {split}, {images} images"),
         label(MODELS.get(model, model)),
-        label(LOSSES.get(loss, loss) + (variant and f", {short(variant)}") + count, marks),
+        label(LOSSES.get(loss, loss) + (variant and f", {short_variant(variant)}") + count, marks),
     )
 
 
@@ -121,14 +121,14 @@ def comparable(groups: Sequence[Group]) -> bool:
     runs = {
         tuple((r.seed, r.checkpoint, str(r.identity["data fingerprint"])) for r in group.results)
         for group in groups
-        if not group.refusal
+        if not group.reason
     }
     return len(runs) <= 1
 
 
 def _cells(groups: Sequence[Group | None], numbered: Notes) -> list[Cell]:
     """The cells of one row, best of each metric in bold among those that stand on the same runs."""
-    valid = [group for group in groups if group and not group.refusal]
+    valid = [group for group in groups if group and not group.reason]
     best = {metric: _best(valid, metric) for metric in ("dice", "iou")}
     if len(valid) < 2 or not comparable(valid):
         best = dict.fromkeys(best)
@@ -145,8 +145,8 @@ def our_cell(group: Group | None, numbered: Notes, best: Mapping[str, float | No
     """One cell: "(70.13 ± 0.42, 60.02 ± 0.51)", or "missing", or "refused" with its reason."""
     if group is None:
         return missing()
-    if group.refusal:
-        return Cell(("refused",), marks=(numbered.mark(f"Not averaged: {group.refusal}."),))
+    if group.reason:
+        return Cell(("refused",), marks=(numbered.mark(f"Not averaged: {group.reason}."),))
     values, bold = [], []
     for metric in ("dice", "iou"):
         mean, half = group.summary(metric)

@@ -65,10 +65,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Group:
-    """The seeds of one cell; `refusal` is the reason why they have no average, or empty."""
+    """The seeds of one cell; `reason` is the reason why they have no average, or empty."""
 
     results: tuple[Result, ...]
-    refusal: str = ""
+    reason: str = ""
 
     @property
     def first(self) -> Result:
@@ -99,7 +99,7 @@ def read_results(saved: Path) -> tuple[list[Result], list[Problem]]:
             record = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(record, dict) and not {"format", "predictor", "scores"} & record.keys():
                 continue  # another kind of record beside the results
-            result = result_of(path, saved, record)
+            result = parse_result(path, saved, record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(Problem(path, _describe(error), str(path.relative_to(saved))))
             continue
@@ -121,7 +121,7 @@ def _describe(error: Exception) -> str:
     return f"no key {error}" if isinstance(error, KeyError) else str(error)
 
 
-def result_of(path: Path, saved: Path, record: dict[str, Any]) -> Result:
+def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
     """What a result file below `saved` says."""
     if record["format"] != 1:
         raise ValueError(f"format {record['format']!r}, this program reads format 1")
@@ -174,7 +174,7 @@ def variant_of(record: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def short(variant: str) -> str:
+def short_variant(variant: str) -> str:
     """The words of a variant without their reasons: "corrected, calibrated"."""
     return ", ".join(part.partition(":")[0] for part in variant.split("; "))
 

@@ -6,108 +6,134 @@ import csv
 import json
 import math
 import shutil
-import sys
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from scripts.paired.inference import average_ranks, bca_interval, bca_of_mean, standardized_mean, wilcoxon
-from scripts.paired.scores import paired, read_rule
-from scripts.paired.sweeps import sweep_of
-from scripts.paired_statistics import compare, main
-
-stats = pytest.importorskip("scipy.stats")
-
-
-def sample(seed, size=60, skew=True):
-    rng = np.random.default_rng(seed)
-    return ((rng.exponential(1, size) if skew else rng.normal(0, 1, size)) - 0.7).tolist()
+from configs.errors import UserError
+from scripts.analysis.scores import compare, pair, read_groups, read_rule, read_sweep
+from scripts.analysis.statistics import describe_differences, mean_interval, signed_rank, standardized_mean
+from scripts.paired_statistics import main
+from trainers.text import csv_text
 
 
-@pytest.mark.parametrize("seed", range(5))
+def sample(seed, size=60):
+    return (np.random.default_rng(seed).exponential(1, size) - 0.7).tolist()
+
+
+def bca_by_hand(values, replicates, confidence):
+    """Efron's formulas, written out: bias from the replicates, acceleration from the jackknife."""
+    values, normal = np.array(values), stats.norm
+    below = ((replicates < values.mean()).sum() + (replicates <= values.mean()).sum()) / (2 * len(replicates))
+    jackknife = (values.sum() - values) / (len(values) - 1)
+    deviations = jackknife.mean() - jackknife
+    acceleration = (deviations**3).sum() / (6 * (deviations**2).sum() ** 1.5)
+    ends = []
+    for level in ((1 - confidence) / 2, (1 + confidence) / 2):
+        shifted = normal.ppf(below) + normal.ppf(level)
+        place = normal.cdf(normal.ppf(below) + shifted / (1 - acceleration * shifted))
+        ends.append(np.quantile(replicates, place))
+    return ends
+
+
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_bca_interval_is_scipys_on_the_same_replicates(seed, confidence):
-    values = np.array(sample(seed))
-    theirs = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=2000,
-        method="BCa",
-        confidence_level=confidence,
-        rng=np.random.default_rng(seed),
-    )
-    jackknife = torch.tensor((values.sum() - values) / (len(values) - 1))
-    ours = bca_interval(values.mean(), torch.tensor(theirs.bootstrap_distribution), jackknife, confidence)
-    assert ours == pytest.approx(tuple(theirs.confidence_interval), abs=1e-9)
-
-
-def test_bca_of_mean_is_near_scipys_and_seeded():
+def test_the_interval_is_bca_up_to_resampling_noise(confidence):
     values = sample(1)
-    ours = bca_of_mean(values, resamples=20_000, seed=3)
-    theirs = stats.bootstrap(
-        (values,), np.mean, n_resamples=20_000, rng=np.random.default_rng(0)
-    ).confidence_interval
-    assert ours == pytest.approx(tuple(theirs), abs=0.02)
+    rng = np.random.default_rng(5)
+    replicates = rng.choice(values, (20_000, len(values))).mean(1)
+    ours = mean_interval(values, confidence, resamples=20_000, seed=3)
+    assert ours == pytest.approx(bca_by_hand(values, replicates, confidence), abs=0.02)
     assert (
-        ours == bca_of_mean(values, resamples=20_000, seed=3) != bca_of_mean(values, resamples=20_000, seed=4)
+        ours
+        == mean_interval(values, confidence, 20_000, seed=3)
+        != mean_interval(values, confidence, 20_000, 4)
     )
 
 
-def test_the_bootstrap_leaves_the_global_generator_alone():
-    before = torch.get_rng_state()
-    bca_of_mean(sample(1), resamples=100)
-    assert torch.equal(before, torch.get_rng_state())
+def test_the_bootstrap_leaves_the_global_generators_alone():
+    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
+    mean_interval(sample(1), resamples=100)
+    assert torch.equal(before, torch.get_rng_state()) and (np.random.get_state()[1] == numpys).all()
 
 
-def test_bca_covers_the_mean_of_a_skewed_law_about_as_often_as_it_says():
+def test_the_interval_covers_the_mean_of_a_skewed_law_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(200):
-        low, high = bca_of_mean(rng.exponential(1, 40).tolist(), confidence=0.9, resamples=500)
+        low, high = mean_interval(rng.exponential(1, 40).tolist(), confidence=0.9, resamples=500)
         inside += low <= 1 <= high
     assert 0.80 <= inside / 200 <= 0.96
 
 
-def test_bca_of_equal_values_is_that_value():
-    assert bca_of_mean([0.25] * 7) == (0.25, 0.25)
-    assert bca_of_mean([-1.0]) == (-1.0, -1.0)
-    with pytest.raises(ValueError, match="at least one difference"):
-        bca_of_mean([])
-    with pytest.raises(ValueError, match="confidence=95"):
-        bca_of_mean([1.0, 2.0], confidence=95)
+def test_groups_are_resampled_as_wholes():
+    values = sample(2, 40)
+    alone = mean_interval(values, resamples=4000)
+    assert mean_interval(values, resamples=4000, groups=list(range(40))) == pytest.approx(alone, abs=1e-9)
+    # Each image five times: with the copies as one group, the interval is that of the single images.
+    copied = [value for value in values for _ in range(5)]
+    groups = [index for index in range(40) for _ in range(5)]
+    assert mean_interval(copied, resamples=4000, groups=groups) == pytest.approx(alone, abs=1e-9)
+    low, high = mean_interval(copied, resamples=4000)
+    assert high - low < 0.6 * (alone[1] - alone[0])
+    # Groups of unlike size: the statistic is the mean over images, so a large group weighs more.
+    low, high = mean_interval([0.0] * 9 + [1.0], groups=["a"] * 9 + ["b"])
+    assert low >= 0 and high <= 1
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 12, 50])
-def test_exact_wilcoxon_is_scipys(size):
-    values = sample(size, size)
-    ours, theirs = wilcoxon(values), stats.wilcoxon(values, method="exact")
-    assert ours.method == "exact"
-    assert (ours.statistic, ours.p) == pytest.approx((theirs.statistic, theirs.pvalue), rel=1e-12)
+def test_intervals_of_equal_values_and_bad_arguments():
+    assert mean_interval([0.25] * 7) == (0.25, 0.25)
+    assert mean_interval([-1.0]) == (-1.0, -1.0)
+    assert mean_interval([1.0, 2.0, 3.0], groups=["a"] * 3) == (2.0, 2.0)
+    low, high = mean_interval([0.0, 1e-3, 5.0], resamples=3)
+    assert 0 <= low <= high <= 5
+    with pytest.raises(UserError, match="no image"):
+        mean_interval([])
+    with pytest.raises(UserError, match="confidence=95"):
+        mean_interval([1.0, 2.0], confidence=95)
+
+
+def test_exact_signed_rank_law_by_enumeration():
+    values = sample(12, 12)
+    ranks = stats.rankdata(np.abs(values))
+    positive = sum(r for r, v in zip(ranks, values, strict=True) if v > 0)
+    least = min(positive, ranks.sum() - positive)
+    sums = [sum(r for r, s in zip(ranks, signs, strict=True) if s) for signs in product((0, 1), repeat=12)]
+    p = min(1.0, 2 * sum(total <= least for total in sums) / len(sums))
+    assert signed_rank(values)[:2] == (pytest.approx(p, rel=1e-12), "exact")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_normal_wilcoxon_with_ties_and_zeros_is_scipys(seed):
-    values = np.random.default_rng(seed).integers(-4, 6, 80).astype(float).tolist()
-    ours = wilcoxon(values)
-    theirs = stats.wilcoxon(values, method="asymptotic", zero_method="wilcox", correction=False)
-    assert ours.method == "normal" and ours.nonzero == sum(v != 0 for v in values)
-    assert (ours.statistic, ours.p) == pytest.approx((theirs.statistic, theirs.pvalue), rel=1e-12)
+def test_normal_signed_rank_law_with_ties_and_zeros(seed):
+    values = np.random.default_rng(seed).integers(-4, 6, 80).astype(float)
+    moved = values[values != 0]
+    ranks = stats.rankdata(np.abs(moved))
+    size, (_, ties) = len(moved), np.unique(ranks, return_counts=True)
+    variance = size * (size + 1) * (2 * size + 1) / 24 - (ties**3 - ties).sum() / 48
+    z = (ranks[moved > 0].sum() - ranks.sum() / 2) / math.sqrt(variance)
+    p, method, effect = signed_rank(values.tolist())
+    assert method == "normal" and p == pytest.approx(2 * stats.norm.sf(abs(z)), rel=1e-9)
+    assert effect == pytest.approx(2 * ranks[moved > 0].sum() / ranks.sum() - 1)
 
 
 def test_effect_sizes():
-    assert wilcoxon([1.0, 2.0, 3.0]).rank_biserial == 1
-    assert wilcoxon([-1.0, -2.0]).rank_biserial == -1
-    assert wilcoxon([1.0, -2.0, 3.0, -4.0]).rank_biserial == pytest.approx((4 - 6) / 10)
-    none = wilcoxon([0.0, 0.0])
-    assert math.isnan(none.p) and none.rank_biserial == 0 and none.nonzero == 0
+    assert signed_rank([1.0, 2.0, 3.0])[2] == 1
+    assert signed_rank([-1.0, -2.0])[2] == -1
+    assert signed_rank([1.0, -2.0, 3.0, -4.0])[2] == pytest.approx((4 - 6) / 10)
+    p, method, effect = signed_rank([0.0, 0.0])
+    assert math.isnan(p) and effect == 0 and method == "none"
     assert standardized_mean([1.0, 2.0, 3.0]) == pytest.approx(2.0)
     assert math.isnan(standardized_mean([1.0])) and math.isnan(standardized_mean([2.0, 2.0]))
 
 
-def test_ranks_are_scipys():
-    values = np.random.default_rng(0).integers(0, 9, 40).astype(float).tolist()
-    assert average_ranks(values) == stats.rankdata(values).tolist()
+def test_harm_is_counted():
+    found = describe_differences([-12.0, -6.0, -5.0, -1.5, -1.0, 0.0, 3.0, 40.0])
+    assert found["harm"] == {"1": 4 / 8, "5": 2 / 8, "10": 1 / 8}
+    assert (found["worst_loss"], found["best_gain"]) == (12, 40)
+    only_gains = describe_differences([1.0, 2.0])
+    assert only_gains["worst_loss"] == 0 and only_gains["harm"] == {"1": 0, "5": 0, "10": 0}
 
 
 def put(folder, rule, counts, **changes):
@@ -169,8 +195,8 @@ def test_iou_is_made_from_the_counts(results):
     assert values == pytest.approx({"a": (4 / 12 + 2 / 6) / 2, "b": 6 / 10, "c": 1})
 
 
-def test_paired_keeps_the_order_and_counts_what_is_left_out():
-    assert paired({"x": 1.0, "y": 2.0}, {"y": 5.0, "z": 0.0}) == ([3.0], 2)
+def test_pair_keeps_the_order_and_counts_what_is_left_out():
+    assert pair({"x": 1.0, "y": 2.0}, {"y": 5.0, "z": 0.0}) == ({"y": 3.0}, 2)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +210,11 @@ def test_rules_on_other_probabilities_are_refused(results, key, value):
 
 
 def test_bad_files_are_named(results):
-    with pytest.raises(FileNotFoundError, match=r"rules scored there: T, rankdice"):
+    with pytest.raises(UserError, match=r"T, rankdice"):
         read_rule(results, "max")
     text = (results / "T.csv").read_text()
     (results / "T.csv").write_text(text + "a,0,4,8,8,0.5,0.3\n")
-    with pytest.raises(ValueError, match=r"T\.csv.*class 0 is there twice"):
+    with pytest.raises(ValueError, match=r"T\.csv.*class 0 occurs twice"):
         read_rule(results, "T")
     (results / "T.csv").write_text(text.replace("b,0,6,8,8", "b,0,9,8,8"))
     with pytest.raises(ValueError, match="impossible counts 9, 8, 8"):
@@ -284,7 +310,7 @@ def test_paper_protocol_reads_its_own_folder(results, capsys):
     for folder in (results, results.parent):
         assert main([str(folder), "--protocol", "paper"]) == 2
         error = capsys.readouterr().err
-        assert "no scores of protocol=paper" in error or "holds no per-image scores" in error
+        assert "no scores of protocol=paper" in error or "no per-image scores" in error
 
 
 @pytest.mark.parametrize(
@@ -298,23 +324,23 @@ def test_bad_input_is_one_line_and_exit_code_two(results, capsys, arguments):
 
 
 def test_plot_is_drawn(results, tmp_path):
-    pytest.importorskip("matplotlib")
     assert main([str(results), "--plot", str(tmp_path / "p.png"), "--resamples", "200"]) == 0
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_plot_has_thresholds_where_a_report_measured_them(results, tmp_path, capsys):
-    plt = pytest.importorskip("matplotlib.pyplot")
+    from matplotlib import pyplot as plt
+
     pair = [read_rule(results, rule) for rule in ("T", "rankdice")]
-    sweep, why = sweep_of(*pair)
-    assert sweep is None and "report.json does not exist" in why and "python scripts/report.py" in why
+    sweep, why = read_sweep(*pair)
+    assert sweep is None and "report.json: file not found" in why and "python scripts/report.py" in why
 
     of = {"checkpoint": "x", "protocol": "corrected", "split": "test"}
     report = {"of": of, "threshold": {"at 0.1": 0.6, "at 0.5": 0.7}, "cutoffs": [0.2, 0.3, 0.3]}
     path = results.parent / "report" / "report.json"
     path.parent.mkdir()
     path.write_text(json.dumps(report))
-    sweep, why = sweep_of(*pair)
+    sweep, why = read_sweep(*pair)
     assert not why and sweep.curve == [(0.1, 60.0), (0.5, 70.0)] and sweep.cutoffs == [0.2, 0.3, 0.3]
     by_image = {rule.rule: 100 * sum(rule.by_image().values()) / len(rule.by_image()) for rule in pair}
     assert sweep.levels == pytest.approx(by_image)
@@ -331,16 +357,39 @@ def test_the_plot_has_thresholds_where_a_report_measured_them(results, tmp_path,
     assert "no panel" not in capsys.readouterr().err
 
     for text, reason in (
-        (json.dumps({**report, "of": {**of, "checkpoint": "y"}}), "of another checkpoint"),
-        ("{", "cannot be read"),
+        (json.dumps({**report, "of": {**of, "checkpoint": "y"}}), "another checkpoint"),
+        ("{", "damaged"),
     ):
         path.write_text(text)
-        assert reason in sweep_of(*pair)[1]
+        assert reason in read_sweep(*pair)[1]
     assert main([str(results), "--plot", str(tmp_path / "p.png"), "--resamples", "200"]) == 0
     assert "no panel of thresholds" in capsys.readouterr().err
 
 
-def test_missing_matplotlib_names_the_remedy(results, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main([str(results), "--plot", str(tmp_path / "p.png")]) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
+def test_groups_from_a_file_or_a_pattern(tmp_path):
+    images = ["p1_a.png", "p1_b.png", "=p2.png"]
+    assert read_groups(r"(p\d)", images) == {"p1_a.png": "p1", "p1_b.png": "p1", "=p2.png": "p2"}
+    assert set(read_groups(r"p\d", images).values()) == {"p1", "p2"}
+    path = tmp_path / "groups.csv"
+    path.write_text(csv_text([("image", "group"), *((image, "x") for image in images)]))
+    assert read_groups(str(path), images) == dict.fromkeys(images, "x")
+    path.write_text("image,patient\na,1\n")
+    for text, words in ((str(path), "columns"), ("(", "regular expression"), ("p1", "1 of 3.*=p2.png")):
+        with pytest.raises(UserError, match=words):
+            read_groups(text, images)
+
+
+def test_groups_widen_the_interval_on_the_command_line(tmp_path, capsys):
+    folder = tmp_path / "seed0" / "results"
+    images = [f"p{k // 4}_{k}" for k in range(40)]
+    names = {"images": images}
+    put(folder, "T", {(image, 0): (4, 8, 8) for image in images}, **names)
+    put(folder, "rankdice", {(image, 0): (4 + (k // 4) % 3, 8, 8) for k, image in enumerate(images)}, **names)
+    widths = []
+    for more in ([], ["--group", r"p\d+"]):
+        assert main([str(folder), "--json", *more]) == 0
+        (found,) = json.loads(capsys.readouterr().out)["comparisons"]
+        widths.append(found["interval"][1] - found["interval"][0])
+    assert found["groups"] == 10 and widths[1] > 1.5 * widths[0]
+    assert main([str(folder), "--group", r"p\d+"]) == 0
+    assert "40 in 10 groups" in capsys.readouterr().out

@@ -1,9 +1,10 @@
-"""Images of the report: what was seen, what is true, and what each rule made of it."""
+"""Images of the report: input, truth, probability, and the mask of each rule."""
 
 from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from rankseg import Predictor
-from scripts.reporting.measure import Findings
+from scripts.analysis.measure import Findings
 from trainers.distributed import World
 from trainers.losses import Link
 from trainers.panels import panels, row, tiles
 
-_WIDTH = 320  # tiles are stored no wider than this
+_WIDTH = 320  # tiles are stored at most this wide
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Strip:
 
 
 def pick(findings: Findings, number: int = 3) -> dict[str, list[int]]:
-    """Images to look at, not chosen by hand: largest gains and losses against T, lowest and highest Dice."""
+    """Choose images by their scores: largest gains and losses against T, lowest and highest Dice."""
     dice = findings.dice(findings.key("rankdice"))
     gain = dice - findings.dice(findings.key("T"))
     order = [i for i in gain.argsort(stable=True).tolist() if gain[i] == gain[i]]
@@ -45,22 +46,22 @@ def pick(findings: Findings, number: int = 3) -> dict[str, list[int]]:
     return {title: picked for title, picked in groups.items() if picked}
 
 
-def strips(
+def draw_strips(
     model: nn.Module,
     data: Any,
     transform: Any,
     rules: Mapping[str, Predictor],
     link: Link,
-    where: World,
+    world: World,
     findings: Findings,
     indices: Iterable[int],
     folder: Path,
 ) -> dict[int, Strip]:
-    """Draw these images; each is written to ``folder`` as a PNG as well."""
+    """Draw these images, and write each to ``folder`` as a PNG file."""
     positions = {name: index for index, name in enumerate(data.names)}
     picked = list(dict.fromkeys(indices))
     places = [positions[findings.names[index]] for index in picked]
-    seen = panels(model, data, transform, rules, link, where, places, draw=lambda *parts: parts)
+    seen = panels(model, data, transform, rules, link, world, places, draw=lambda *parts: parts)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for index, (name, parts) in zip(picked, seen, strict=True):
@@ -68,14 +69,14 @@ def strips(
         uris = {title: data_uri(tile) for title, tile in zip(titles, tiles(*parts).values(), strict=True)}
         dice = {rule: 100 * float(findings.dice(findings.key(rule))[index]) for rule in rules}
         drawn[index] = Strip(name, uris, dice)
-        width = parts[0].shape[2]
-        strip = row(*parts, scale=max(1, 160 // width))
-        to_pil_image(strip).save(folder / f"{len(drawn):02}-{Path(name).stem}.png")
+        stem = re.sub(r"[^\w.-]", "_", Path(name).stem)[:80]
+        picture = row(*parts, scale=max(1, 160 // parts[0].shape[2]))
+        to_pil_image(picture).save(folder / f"{len(drawn):02}-{stem}.png")
     return drawn
 
 
 def data_uri(tile: Tensor) -> str:
-    """A tile (3, H, W) uint8 inside the page, no wider than what is shown."""
+    """Return a tile (3, H, W) uint8 as a data URI, at most as wide as it is shown."""
     picture = to_pil_image(tile)
     if picture.width > _WIDTH:
         picture = picture.resize((_WIDTH, max(1, round(picture.height * _WIDTH / picture.width))))

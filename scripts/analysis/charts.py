@@ -1,0 +1,261 @@
+"""Charts with matplotlib: parts that draw on an axis, and figures of them as inline SVG or as a PNG file.
+
+In SVG the colours become CSS variables, so that the page chooses them for light and dark displays.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+PALETTE = {
+    "ink": "#1b2027",
+    "soft": "#606b77",
+    "line": "#e1e5ea",
+    "gain": "#1b8a5f",
+    "loss": "#c2483c",
+    "T": "#77828e",
+    "max": "#2f77c2",
+    "rankdice": "#d9561f",
+    "other": "#8a55c7",
+}
+_STYLES = {"T": (0, (6, 3)), "max": (0, (2, 3))}  # line styles tell rules apart without colour
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names of classes and images are not formulas
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "text.color": PALETTE["ink"],
+    "axes.labelcolor": PALETTE["soft"],
+    "axes.edgecolor": PALETTE["line"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": PALETTE["line"],
+    "xtick.color": PALETTE["soft"],
+    "ytick.color": PALETTE["soft"],
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+}
+Ends = tuple[float, float]
+
+
+def colour(name: str) -> str:
+    """Return the colour of a rule or of a role of `PALETTE`; other rules share one colour."""
+    return PALETTE.get(name, PALETTE["other"])
+
+
+def draw(parts: Sequence[Sequence[Callable[[Any], None]]], size: Ends, path: Path) -> None:
+    """Write a PNG file with one row of axes for each row of parts; ``size`` is that of one axis, in inches."""
+    plt = load_pyplot()
+    columns = max(map(len, parts))
+    with plt.rc_context(_SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names may have letters that the font lacks
+        figure, axes = plt.subplots(
+            len(parts),
+            columns,
+            figsize=(size[0] * columns, size[1] * len(parts)),
+            squeeze=False,
+            layout="constrained",
+        )
+        for row, drawn in zip(axes, parts, strict=True):
+            for axis in row[len(drawn) :]:
+                axis.set_axis_off()
+            for axis, part in zip(row, drawn, strict=False):
+                part(axis)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def svg(title: str, part: Callable[[Any], None], size: Ends = (5.8, 3.1)) -> Markup:
+    """Return one chart as an SVG element; ``title`` is its text for screen readers."""
+    plt = load_pyplot()
+    with plt.rc_context({**_SETTINGS, "svg.hashsalt": title}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        part(axis)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r' id="[a-z0-9]+(?:\.[a-z0-9]+)*_\d+"', "", text)  # they would occur once in each chart
+    for name, value in PALETTE.items():
+        text = text.replace(value, f"var(--{name})")
+    label = str(Markup.escape(title))
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+
+
+def load_pyplot() -> Any:
+    """Return matplotlib.pyplot for files, without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def shorten(name: str, most: int = 24) -> str:
+    """Shorten a name that is written beside an axis."""
+    name = " ".join(name.split())
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def intervals(
+    rows: Sequence[tuple[str, float, Ends]], xlabel: str, signed: bool = False
+) -> Callable[[Any], None]:
+    """Draw a value with its interval for each row; with ``signed``, coloured by its sign."""
+
+    def part(axis: Any) -> None:
+        for place, (name, value, (low, high)) in enumerate(rows):
+            if math.isfinite(value):
+                shade = colour(("gain" if value > 0 else "loss") if signed else name)
+                axis.plot([low, high], [place, place], color=shade)
+                axis.plot(value, place, "o", color=shade)
+        axis.set_yticks(range(len(rows)), [shorten(name) for name, _, _ in rows])
+        axis.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+        axis.grid(axis="y", visible=False)
+        if signed:
+            axis.axvline(0, color=PALETTE["soft"], linewidth=0.8)
+
+    return part
+
+
+def sorted_differences(values: Sequence[float], mean: float, ylabel: str) -> Callable[[Any], None]:
+    """Draw one bar for each image, from the largest loss to the largest gain."""
+
+    def part(axis: Any) -> None:
+        edges = range(len(values) + 1)
+        for side, ordered in (
+            ("loss", [min(v, 0) for v in sorted(values)]),
+            ("gain", [max(v, 0) for v in sorted(values)]),
+        ):
+            axis.stairs(ordered, edges, fill=True, color=colour(side))
+        axis.axhline(0, color=PALETTE["soft"], linewidth=0.8)
+        axis.axhline(mean, color=PALETTE["ink"], linewidth=1, linestyle="--", label=f"mean {mean:+.2f}")
+        axis.set(xlabel="images, in order", ylabel=ylabel, xlim=(0, len(values)))
+        axis.legend()
+
+    return part
+
+
+def class_bars(rows: Sequence[tuple[str, Mapping[str, float]]], xlabel: str) -> Callable[[Any], None]:
+    """Draw a group of bars for each class, one bar for each rule."""
+
+    def part(axis: Any) -> None:
+        rules = list(rows[0][1])
+        height = 0.8 / len(rules)
+        for index, rule in enumerate(rules):
+            places = [place + (index - (len(rules) - 1) / 2) * height for place in range(len(rows))]
+            values = [scores[rule] for _, scores in rows]
+            bars = axis.barh(places, values, height * 0.92, color=colour(rule), label=rule)
+            texts = ["" if math.isnan(value) else f"{value:.1f}" for value in values]
+            axis.bar_label(bars, texts, padding=2, fontsize=7)
+        axis.set_yticks(range(len(rows)), [shorten(name) for name, _ in rows])
+        axis.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
+        axis.grid(axis="y", visible=False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1 + 0.5 / (len(rows) + 1)), ncols=len(rules))
+
+    return part
+
+
+def reliability(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> Callable[[Any], None]:
+    """Draw observed frequency against predicted probability; bars show the share of decisions, on a log scale.
+
+    ``curves[name]`` holds (mean probability, frequency, share of all decisions) for each bin.
+    """
+
+    def part(axis: Any) -> None:
+        axis.plot(
+            [0, 1], [0, 1], color=PALETTE["soft"], linestyle=":", linewidth=1, label="perfect calibration"
+        )
+        first = next(iter(curves.values()))
+        heights = [max(0.0, 1 + math.log10(share) / 6) * 0.16 if share > 0 else 0 for *_, share in first]
+        axis.bar([p for p, *_ in first], heights, 0.032, color=PALETTE["soft"], alpha=0.28)
+        shades = ("rankdice", "max", "other", "gain")
+        for (name, curve), shade in zip(curves.items(), shades, strict=False):
+            axis.plot(
+                [p for p, *_ in curve], [f for _, f, _ in curve], marker="o", color=colour(shade), label=name
+            )
+        axis.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(0, 1))
+        axis.legend()
+
+    return part
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    colours: Mapping[str, str],
+    level: tuple[str, float] | None = None,
+    marker: str = "o",
+    integers: bool = False,
+) -> Callable[[Any], None]:
+    """Draw lines of (x, y) points; ``level`` is a named value to compare with; ``integers`` are the x values."""
+
+    def part(axis: Any) -> None:
+        for name, points in series.items():
+            style = _STYLES.get(name, "-")
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            axis.plot(xs, ys, marker=marker, linestyle=style, color=colour(colours[name]), label=name)
+        if level:
+            axis.axhline(level[1], color=colour(level[0]), linewidth=1.2, label=f"{level[0]} {level[1]:.2f}")
+        if integers:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.legend()
+
+    return part
+
+
+def cutoffs(
+    values: Sequence[float], thresholds: Sequence[tuple[float, float]], levels: Mapping[str, float]
+) -> Any:
+    """Draw mean Dice against one threshold for all, the mean Dice of rules, and behind them RankDice's cut-offs."""
+
+    def part(axis: Any) -> None:
+        behind = axis.twinx()
+        behind.hist(values, bins=[k / 40 for k in range(41)], color=PALETTE["line"])
+        behind.set_ylabel(f"cut-offs of RankDice, {len(values)} masks")
+        behind.grid(visible=False)
+        axis.plot(
+            *zip(*thresholds, strict=True), color=PALETTE["ink"], marker="o", label="one threshold for all"
+        )
+        for rule, dice in levels.items():
+            axis.axhline(
+                dice, color=colour(rule), linestyle=_STYLES.get(rule, "-"), label=f"{rule} {dice:.2f}"
+            )
+        axis.set_zorder(behind.get_zorder() + 1)  # the curve is in front of the bars
+        axis.patch.set_visible(False)
+        axis.set(xlim=(0, 1), xlabel="threshold; cut-off", ylabel="mean Dice, %")
+        axis.legend()
+
+    return part
+
+
+def scatter(points: Sequence[Ends], margin: float | None, xlabel: str, ylabel: str) -> Callable[[Any], None]:
+    """Draw (x, y) points of images, the line y = x, and below it the bound y = x − margin."""
+
+    def part(axis: Any) -> None:
+        below = [y < x - (margin or 0) for x, y in points] if margin is not None else [False] * len(points)
+        for side, shade in ((False, "rankdice"), (True, "loss")):
+            chosen = [point for point, low in zip(points, below, strict=True) if low == side]
+            axis.plot([x for x, _ in chosen], [y for _, y in chosen], ".", color=colour(shade))
+        axis.plot([0, 1], [0, 1], color=PALETTE["soft"], linestyle=":", linewidth=1, label="as expected")
+        if margin is not None:
+            axis.plot([0, 1], [-margin, 1 - margin], color=PALETTE["ink"], linewidth=1.2, label="lower bound")
+        axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axis.legend()
+
+    return part

@@ -1,0 +1,234 @@
+"""Measure all that the report needs in one pass over the split: the same probabilities, scored in many ways.
+
+Shapes: N images, C classes, H × W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from configs.errors import UserError
+from rankseg import Predictor, rules
+from rankseg.calibration import Reliability, focal_correction
+from rankseg.confidence import (
+    confidence,
+    image_confidence,
+    mean_entropy,
+    mean_max_probability,
+    soft_dice_confidence,
+)
+from trainers.distributed import World
+from trainers.evaluator import Scoring, at_size, observe
+from trainers.losses import Link, link_probs
+from trainers.metrics import Counts, count, mean_over_classes
+
+THRESHOLDS = tuple(k / 10 for k in range(1, 10))
+EXPECTED = "expected Dice"  # the confidence of this project; the others are for comparison
+CONFIDENCES = (EXPECTED, "SDC", "mean maximum probability", "entropy")
+
+
+class Key(NamedTuple):
+    """What was counted: a rule, on which probabilities, with void pixels masked or counted."""
+
+    rule: str
+    probs: str = "raw"
+    void: str = "masked"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The sufficient statistics of the report.
+
+    Attributes:
+        names: the images, in order.
+        counts: (N, C) pixels, by what was counted.
+        cutoffs: (N, C) the smallest probability that RankDice selected; NaN if it selected nothing.
+        confidences: (N,) of each of `CONFIDENCES`, of RankDice's masks on raw probabilities; higher is surer.
+        reliability: by kind of probabilities.
+        scoring: the conventions of the run.
+        temperature: fitted on the validation split.
+    """
+
+    names: list[str]
+    counts: dict[Key, Counts]
+    cutoffs: Tensor
+    confidences: dict[str, Tensor]
+    reliability: dict[str, Reliability]
+    scoring: Scoring
+    temperature: float
+
+    def key(self, rule: str, probs: str = "raw") -> Key:
+        """Return the key of the counts under the run's own protocol."""
+        return Key(rule, probs, self.scoring.void)
+
+    def dice(self, key: Key) -> Tensor:
+        """Return the mean Dice over scored classes of each image, (N,) float64, NaN if undefined."""
+        return mean_over_classes(self.counts[key].dice(), self.scoring.scored)
+
+    def mean(self, key: Key) -> float:
+        """Return the mean Dice, in percent."""
+        return 100 * float(self.dice(key).nanmean())
+
+
+def variants(link: Link, temperature: float, loss: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the functions from logits to probabilities that the report compares."""
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        "raw": lambda logits: link_probs(logits, link),
+        "calibrated": lambda logits: link_probs(logits / temperature, link),
+    }
+    if loss == "focal":
+        found["focal-corrected"] = lambda logits: focal_correction(link_probs(logits, link))
+    return found
+
+
+def fixed_thresholds() -> dict[str, Predictor]:
+    """Return the threshold rules that RankDice is compared with, ``at 0.1`` … ``at 0.9``."""
+    return {f"at {at:.1f}": functools.partial(rules.threshold, at=at) for at in THRESHOLDS}
+
+
+def _forward(
+    model: nn.Module, batches: Iterable[Any], scoring: Scoring, world: World, progress: str
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Yield each batch with its targets and its logits at their size."""
+    for batch in tqdm(batches, desc=progress, disable=None, leave=False):
+        targets = batch.targets.to(world.device)
+        if scoring.paper and (targets == scoring.ignore_index).all():
+            continue
+        yield batch, targets, at_size(model(batch.images.to(world.device)).logits, targets.shape[-2:])
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    compared: Mapping[str, Predictor],
+    probabilities: Mapping[str, Callable[[Tensor], Tensor]],
+    scoring: Scoring,
+    world: World,
+    temperature: float,
+) -> Findings:
+    """Count each rule on each kind of probabilities; on raw ones also with the other treatment of void pixels.
+
+    Raises:
+        UserError: there is no image.
+    """
+    names: list[str] = []
+    counts: dict[Key, list[Counts]] = {}
+    cutoffs: list[Tensor] = []
+    confidences: list[dict[str, Tensor]] = []
+    reliability = {name: Reliability() for name in probabilities}
+    other_void = "counted" if scoring.void == "masked" else "masked"
+    other = replace(scoring, void=other_void, legacy_soft_dice_void=False)
+    sweep = fixed_thresholds()
+
+    for batch, targets, logits in _forward(model, batches, scoring, world, "measuring"):
+        truth, other_truth = scoring.encode(targets), other.encode(targets)
+        names += batch.names
+
+        def add(key: Key, masks: Tensor, truth: Any) -> None:
+            counts.setdefault(key, []).append(count(masks, truth).to("cpu"))
+
+        for kind, of_logits in probabilities.items():
+            probs = of_logits(logits)
+            observe(reliability[kind], probs, truth)
+            for rule, predictor in ({**compared, **sweep} if kind == "raw" else compared).items():
+                masks = predictor(probs)
+                add(Key(rule, kind, scoring.void), masks, truth)
+                if kind == "raw" and rule in compared:
+                    add(Key(rule, kind, other.void), masks, other_truth)
+                if kind == "raw" and rule == "rankdice":
+                    cutoffs.append(smallest_selected(probs, masks).cpu())
+                    confidences.append(batch_confidences(probs, masks, scoring))
+    if not names:
+        raise UserError("there is no image to report on. Fix: check split and dataset.root.")
+    return Findings(
+        names,
+        {key: Counts.cat(parts) for key, parts in counts.items()},
+        torch.cat(cutoffs),
+        {name: torch.cat([part[name] for part in confidences]) for name in CONFIDENCES},
+        reliability,
+        scoring,
+        temperature,
+    )
+
+
+@torch.inference_mode()
+def held_out_confidence(
+    model: nn.Module,
+    batches: Iterable[Any],
+    rule: Predictor,
+    probabilities: Callable[[Tensor], Tensor],
+    scoring: Scoring,
+    world: World,
+) -> tuple[Tensor, Tensor]:
+    """Return the expected Dice and the achieved Dice of validation images with a score, (N,) each."""
+    expected, achieved = [], []
+    for _, targets, logits in _forward(model, batches, scoring, world, "validation images"):
+        probs = probabilities(logits)
+        masks = rule(probs)
+        expected.append(batch_confidences(probs, masks, scoring)[EXPECTED])
+        dice = count(masks, scoring.encode(targets)).dice()
+        achieved.append(mean_over_classes(dice, scoring.scored).cpu())
+    found, dice = torch.cat(expected), torch.cat(achieved)
+    return found[~dice.isnan()], dice[~dice.isnan()]
+
+
+def batch_confidences(probs: Tensor, masks: Tensor, scoring: Scoring) -> dict[str, Tensor]:
+    """Return each of `CONFIDENCES` for the images of a batch, (N,) float64; higher is surer."""
+    scored = list(scoring.scored)
+    predicted = masks.flatten(2).any(2)[:, scored]
+    found = (
+        image_confidence(confidence(probs, masks)[:, scored], predicted),
+        image_confidence(soft_dice_confidence(probs, masks)[:, scored], predicted),
+        mean_max_probability(probs),
+        -mean_entropy(probs),
+    )
+    return {name: values.cpu() for name, values in zip(CONFIDENCES, found, strict=True)}
+
+
+def smallest_selected(probs: Tensor, masks: Tensor) -> Tensor:
+    """Return the smallest selected probability of each image and class, (N, C), NaN if nothing is selected."""
+    least = probs.masked_fill(~masks, torch.inf).flatten(2).amin(2)
+    return least.masked_fill(least.isinf(), torch.nan)
+
+
+def chosen_cutoffs(findings: Findings) -> Tensor:
+    """Return the cut-offs of RankDice's non-empty masks of scored classes, (masks,)."""
+    found = findings.cutoffs[:, list(findings.scoring.scored)]
+    return found[~found.isnan()]
+
+
+def by_size(findings: Findings, compared: Iterable[str]) -> list[tuple[str, int, dict[str, float]]]:
+    """Return the mean Dice in percent over pairs of image and class, in thirds by the object's size.
+
+    Returns:
+        (name of the third, number of pairs, rule -> mean).
+    """
+    scored = list(findings.scoring.scored)
+    first = findings.counts[findings.key("rankdice")]
+    share = (first.actual[:, scored].double() / first.pixels[:, None].double()).flatten()
+    present = (share > 0).nonzero()[:, 0]
+    thirds = present[share[present].argsort(stable=True)].tensor_split(3)
+    scores = {rule: findings.counts[findings.key(rule)].dice()[:, scored].flatten() for rule in compared}
+    rows = []
+    for name, pairs in zip(("small", "medium", "large"), thirds, strict=True):
+        if len(pairs):
+            low, high = 100 * float(share[pairs[0]]), 100 * float(share[pairs[-1]])
+            means = {rule: 100 * float(dice[pairs].mean()) for rule, dice in scores.items()}
+            rows.append((f"{name} objects ({low:.3g} to {high:.3g} % of the image)", len(pairs), means))
+    return rows
+
+
+def false_alarms(findings: Findings, rule: str) -> tuple[int, int]:
+    """Return how many pairs of image and absent class a rule predicts a mask for, and how many pairs there are."""
+    scored = list(findings.scoring.scored)
+    counts = findings.counts[findings.key(rule)]
+    absent = counts.actual[:, scored] == 0
+    return int((absent & (counts.predicted[:, scored] > 0)).sum()), int(absent.sum())
