@@ -59,10 +59,8 @@ def compare_aurc(
     """Estimate the AURC of several confidences of the same images, with paired percentile bootstrap intervals."""
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randint(len(risk), (len(risk),), generator=generator) for _ in range(resamples)]
-    drawn = {
-        name: torch.tensor([aurc(values[draw], risk[draw]) for draw in draws], dtype=torch.float64)
-        for name, values in confidences.items()
-    }
+    counts = torch.stack([torch.bincount(draw, minlength=len(risk)) for draw in draws])
+    drawn = {name: _resampled_aurc(values, risk, counts) for name, values in confidences.items()}
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     base = aurc(confidences[reference], risk)
     result = {}
@@ -72,6 +70,25 @@ def compare_aurc(
         found = aurc(values, risk)
         result[name] = AurcEstimate(found, (low, high), base - found, (worse, better))
     return result
+
+
+def _resampled_aurc(confidence: Tensor, risk: Tensor, counts: Tensor) -> Tensor:
+    """Return the AURC of each sample that holds image i `counts[b, i]` times: (B,), for counts (B, n).
+
+    AURC is a weighted sum of the sorted risks: the j-th of n has the weight Σ_{k>=j} 1/(k n). Images of equal
+    confidence share the weights of their places.
+    """
+    order = confidence.argsort(descending=True)
+    group = torch.unique_consecutive(confidence[order], return_inverse=True)[1]
+    number = torch.zeros(len(counts), int(group[-1]) + 1, dtype=torch.int64)
+    number.index_add_(1, group, counts[:, order])
+    total = torch.zeros(number.shape, dtype=torch.float64)
+    total.index_add_(1, group, counts[:, order] * risk[order].double())
+    images = counts.shape[1]
+    weights = (1 / torch.arange(1, images + 1, dtype=torch.float64)).flip(0).cumsum(0).flip(0) / images
+    before = torch.cat([weights.new_zeros(1), weights.cumsum(0)])
+    last = number.cumsum(1)
+    return (total / number.clamp(min=1) * (before[last] - before[last - number])).sum(1)
 
 
 def conformal_margin(confidence: Tensor, score: Tensor, alpha: float) -> float:

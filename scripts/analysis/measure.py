@@ -124,8 +124,9 @@ def measure(
     cutoffs: list[Tensor] = []
     confidences: list[dict[str, Tensor]] = []
     reliability = {name: Reliability() for name in probabilities}
-    other_void = "counted" if scoring.void == "masked" else "masked"
-    other = replace(scoring, void=other_void, legacy_soft_dice_void=False)
+    other = replace(
+        scoring, void="counted" if scoring.void == "masked" else "masked", legacy_soft_dice_void=False
+    )
     sweep = fixed_thresholds()
 
     for batch, targets, logits in _forward(model, batches, scoring, world, "measuring"):

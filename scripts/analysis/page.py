@@ -149,8 +149,12 @@ def assess_confidence(findings: Findings, held_out: tuple[Tensor, Tensor] | None
         if held_out is None:
             half = len(dice) // 2
             margin = conformal_margin(expected, dice, ALPHA)
-            coverage = resplit_coverages(expected, dice, half, ALPHA)
-            found["bound"] = {"margin": margin, "coverage": float(coverage.mean()), "resplits": len(coverage)}
+            resplits = resplit_coverages(expected, dice, half, ALPHA)
+            found["bound"] = {
+                "margin": margin,
+                "coverage": float(resplits.mean()),
+                "resplits": len(resplits),
+            }
         else:
             margin = conformal_margin(*held_out, ALPHA)
             coverage = float((dice >= expected - margin).double().mean())

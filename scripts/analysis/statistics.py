@@ -79,7 +79,8 @@ def _group_sums(values: Array, groups: Sequence[Hashable] | None) -> tuple[Array
         return values, np.ones_like(values)
     place = {name: index for index, name in enumerate(dict.fromkeys(groups))}
     index = [place[name] for name in groups]
-    return np.bincount(index, values, len(place)), np.bincount(index, minlength=len(place)).astype(np.float64)
+    sizes = np.bincount(index, minlength=len(place)).astype(np.float64)
+    return np.bincount(index, values, len(place)).astype(np.float64), sizes
 
 
 def _ratio(sums: Array, sizes: Array, axis: int = -1) -> Any:

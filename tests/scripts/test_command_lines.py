@@ -71,18 +71,18 @@ def test_bad_input_is_one_line_on_stderr(words: tuple[str, ...], call) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("paired_statistics.py absent --confidence 2", "--confidence 2: give a number between 0 and 1"),
-        ("paired_statistics.py absent --resamples 0", "--resamples 0: give a whole number, 1 or more"),
-        ("paired_statistics.py absent --seed -1", "--seed -1: give"),
+        ("paired_statistics.py absent --confidence 2", "--confidence=2"),
+        ("paired_statistics.py absent --resamples 0", "--resamples=0"),
+        ("paired_statistics.py absent --seed -1", "--seed=-1"),
         ("overview.py absent.pth --out new.foo", "--out new.foo: give the name of a .png"),
         (
             "paper_tables.py published --output absent/x",
             "absent/x: No such file or directory: make its folder",
         ),
         ("paper_tables.py published --output .", ".: Is a directory: it is a folder; give a file"),
-        ("reproduce.py --seeds x --dry-run", "seed=x: give a whole number"),
-        ("reproduce.py --threads 0 --dry-run", "--threads 0: give 1 or more"),
-        ("reproduce.py epochs=0 --dry-run", "epochs=0: give a whole number, 1 or more"),
+        ("reproduce.py --seeds x --dry-run", "seed=x"),
+        ("reproduce.py --threads 0 --dry-run", "--threads=0"),
+        ("reproduce.py epochs=0 --dry-run", "epochs=0"),
     ],
 )
 def test_values_of_no_sense_are_named_before_anything_is_read(words: str, said: str, call) -> None:

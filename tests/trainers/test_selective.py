@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from trainers.selective import aurc, compare_aurc, conformal_margin, resplit_coverages, risk_coverage
+from trainers.selective import (
+    _resampled_aurc,
+    aurc,
+    compare_aurc,
+    conformal_margin,
+    resplit_coverages,
+    risk_coverage,
+)
 
 
 def test_risk_coverage_by_hand() -> None:
@@ -90,3 +97,13 @@ def test_too_few_images(alpha: float, least: int) -> None:
     conformal_margin(torch.ones(least), torch.ones(least), alpha)
     with pytest.raises(UserError, match=f"alpha={alpha:g} needs at least {least} .*found {least - 1}"):
         conformal_margin(torch.ones(least - 1), torch.ones(least - 1), alpha)
+
+
+def test_resampled_aurc_is_the_aurc_of_each_sample() -> None:
+    """Also with images of equal confidence, and with images that occur several times."""
+    torch.manual_seed(0)
+    confidence, risk = (5 * torch.rand(30)).round(), torch.rand(30, dtype=torch.float64)
+    draws = torch.randint(30, (50, 30))
+    counts = torch.stack([torch.bincount(draw, minlength=30) for draw in draws])
+    one_by_one = torch.tensor([aurc(confidence[draw], risk[draw]) for draw in draws], dtype=torch.float64)
+    assert torch.allclose(_resampled_aurc(confidence, risk, counts), one_by_one, rtol=1e-12)
