@@ -24,7 +24,7 @@ from tests.followed import commands
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Options of CONTRIBUTING.md's own, which its own test adds.
-OWN = ("hysteresis", "model=plain", "loss=brier")
+OWN = ("dataset=arrays", "hysteresis", "model=plain", "loss=brier")
 PLUGINS = ("launcher=", "hydra.launcher.")  # need packages that are not installed by default
 
 each = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
