@@ -1,11 +1,11 @@
-# `make demo` and `make test` work on a bare machine with Python >= 3.10: each makes .venv once and reuses it.
+# `make demo` and `make test` need Python >= 3.10 only. They create .venv once and reuse it.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
 .PHONY: help demo test test-all lint format typecheck tables benchmark clean
 
-help:  ## this list
+help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 $(VENV)/bin/python:
@@ -22,34 +22,34 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	$(PY) -m pip install --progress-bar on -r requirements-dev.txt
 	@touch $@
 
-demo: $(VENV)/.runtime  ## train, test and tabulate on the built-in data, about 2 minutes
+demo: $(VENV)/.runtime  ## train, score and tabulate on the built-in data (about 2 minutes)
 	$(PY) train.py experiment=demo
 	$(PY) test.py -r saved/demo/synthetic/tiny/ce/seed0/best_model.pth -p all
 	$(PY) scripts/overview.py saved/demo/synthetic/tiny/ce/seed0 --out saved/demo/overview.png
 	$(PY) scripts/paper_tables.py --saved saved/demo
 
-test: $(VENV)/.dev  ## lint, types and the default tests
+test: $(VENV)/.dev  ## run lint, types and the default tests
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) -m pytest -n 2
 
-test-all: $(VENV)/.dev  ## every test, the slow ones too
+test-all: $(VENV)/.dev  ## run every test, including the slow ones
 	$(PY) -m pytest -n 2 -m "slow or not slow"
 
-lint: $(VENV)/.dev  ## ruff and mypy
+lint: $(VENV)/.dev  ## run ruff and mypy
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/.dev  ## rewrite the code in the one style
+format: $(VENV)/.dev  ## format the code
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
-tables: $(VENV)/.runtime  ## regenerate every table kept in git, then check that nothing is stale
+tables: $(VENV)/.runtime  ## regenerate every table and page in git, then check them
 	$(PY) scripts/paper_tables.py --write
 	$(PY) scripts/config_reference.py
 	$(PY) scripts/paper_tables.py --check
 
-benchmark: $(VENV)/.dev  ## the speed of the method, as ratios in one run
+benchmark: $(VENV)/.dev  ## measure the speed of the rules, as ratios in one run
 	$(PY) scripts/benchmark.py rules
 
-clean:  ## remove the environment and caches, never saved/
+clean:  ## remove the environment and caches; keep saved/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
