@@ -7,37 +7,33 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig
-from torch import nn
 
 from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded, list_skipped
 from configs.compose import options
 from configs.files import require_writable
-from rankseg.calibration import focal_correction
-from trainers.calibrate import held_out_temperature
+from configs.fitting import Fitter, is_calibrated
 from trainers.distributed import World, world
 from trainers.errors import explained
 from trainers.evaluator import evaluate
-from trainers.losses import Link
 from trainers.reproducibility import provenance
 from trainers.results import comparison, file_sha256, fingerprint, variant_folder
 
 ROOT = Path(__file__).resolve().parent
-ALL = ("T", "max", "rankdice")
+ALL = ("T", "T_fit", "max", "rankdice", "rankiou", "pooled_dice")
 EXAMPLES = """\
 examples:
   python test.py -r saved/synthetic/tiny/ce/seed0/best_model.pth -p all
   python test.py -r RUN/best_model.pth -p rankdice -p T protocol=paper dataset.root=/data/Kvasir-SEG
   python test.py -r checkpoint-epoch300.pth -p rankdice dataset.root=/data/cityscapes      (the authors' files)
 
-Everything else comes from the configuration stored in the checkpoint. Results go to results/ beside it
-(results/paper/ under protocol=paper), with temperature= to calibrated/ in there, with correct_focal=true to
-focal_corrected/, where T cuts at 0.3 to threshold_0.3/. Exit codes: 0 done, 2 bad input, 3 scoring failed (too
-little memory, a dead or stalled loader process).
+Everything else comes from the configuration stored in the checkpoint. Results are written to results/ beside it
+(results/paper/ under protocol=paper), in there to calibrated/ with calibrate=temperature (or temperature=),
+calibrated_class/ with calibrate=class, focal_corrected/ with correct_focal=true, gate_fit/ with gate=fit, and
+threshold_0.3/ if T cuts at 0.3. T_fit, auto, calibrate and gate=fit are fitted on the validation split, pooled_dice and
+pooled_iou on the scored split without labels; the values are kept in CHECKPOINT.fitted.json. Exit codes: 0 done, 2 bad
+input, 3 scoring failed (too little memory, a dead or stalled loader process).
 """
 
 
@@ -57,7 +53,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--predictor",
         action="append",
         metavar="RULE",
-        help=f"may be repeated; `all` is T, max and rankdice. One of: {', '.join(options('predictor'))}",
+        help=f"may be repeated; `all` is {', '.join(ALL)}. One of: {', '.join(options('predictor'))}",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--out", type=Path, help="folder for the results instead of the checkpoint's")
@@ -71,36 +67,27 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def find_temperature(
-    cfg: DictConfig, network: nn.Module, link: Link, where: World
-) -> tuple[float, dict[str, Any]]:
-    """The number in the configuration, or one fitted on the validation split, and what a result says of that."""
-    if cfg.temperature != "fit":
-        return float(cfg.temperature), {}
-    data = build.dataset(cfg, "val")
-    loader = build.eval_loader(cfg, data, where)
-    fitted = held_out_temperature(network, loader, link, where, ignore_index=cfg.dataset.ignore_index)
-    if where.is_main:
-        print(f"temperature fitted on the validation split: {fitted:.3f}")
-    return fitted, {"temperature_fitted_on": data.fingerprint()}
-
-
 def score(args: argparse.Namespace, where: World) -> None:
     """Load, score, print and write."""
     network, cfg, checkpoint = load(args.resume, args.overrides)
     network = network.to(where.device)
     names = [rule for name in args.predictor or ["rankdice"] for rule in (ALL if name == "all" else (name,))]
-    rules, threshold = build.rules(dict.fromkeys(names), cfg), build.threshold(cfg)
+    for name in names:
+        build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
+    threshold = build.threshold(cfg)
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
-    variant = variant_folder(threshold, cfg.temperature != 1, cfg.correct_focal)
+    variant = variant_folder(threshold, is_calibrated(cfg), cfg.correct_focal, cfg.gate)
     folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant
     if where.is_main:
         require_writable(folder)
     criterion = build.loss(cfg)
-    temperature, fitted = find_temperature(cfg, network, criterion.link, where)
-    loader = build.eval_loader(cfg, data, where)
     with explained("scoring", "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"):
+        fitter = Fitter(cfg, network, args.resume, where)
+        to_probs = fitter.to_probs()
+        rules, fitted = fitter.rules(dict.fromkeys(names), data)
+        fitter.save()
+        loader = build.eval_loader(cfg, data, where)
         results = evaluate(
             network,
             loader,
@@ -108,8 +95,8 @@ def score(args: argparse.Namespace, where: World) -> None:
             criterion,
             build.scoring(cfg, data.info),
             where,
-            temperature=temperature,
-            correct=focal_correction if cfg.correct_focal else None,
+            to_probs=to_probs,
+            confidences=True,
             precision=cfg.trainer.precision,
             progress=f"{cfg.dataset.name} {cfg.split}",
         )
@@ -119,10 +106,10 @@ def score(args: argparse.Namespace, where: World) -> None:
     details = {
         **build.describe(cfg, data, cfg.split),
         "link": criterion.link,
-        "temperature": temperature,
-        **fitted,
+        **fitter.describe_calibration(),
         "correct_focal": cfg.correct_focal,
         **({"threshold": threshold} if threshold != 0.5 else {}),
+        **({"gate": cfg.gate} if cfg.gate != 0.5 else {}),
         "checkpoint": {
             "file": args.resume.name,
             "epoch": checkpoint["epoch"],
@@ -130,18 +117,24 @@ def score(args: argparse.Namespace, where: World) -> None:
         },
         "provenance": provenance(ROOT),
     }
-    free = {"seed", "checkpoint", "provenance"} | ({"temperature"} if fitted else set())  # within an average
+    # Values that differ between the seeds of one experiment.
+    free = {"seed", "checkpoint", "provenance"}
+    free |= {"temperature", "calibration"} if fitter.kind != "none" else set()
     details["config_hash"] = fingerprint({k: v for k, v in details.items() if k not in free})
-    for result in results.values():
-        result.save(folder, details)
+    for name, result in results.items():
+        result.save(folder, {**details, **({"fitted": fitted[name]} if name in fitted else {})})
         if not args.quiet:
             print(result.block(cfg.model.name, cfg.loss.name), end="\n\n")
+    for line in fitter.report(fitted, data):
+        print(line)
     print(comparison(results))
-    if {"T", "rankdice"} <= set(results) and temperature == 1 and not cfg.correct_focal:
+    if {"T", "rankdice"} <= set(results) and not is_calibrated(cfg) and not cfg.correct_focal:
         dice = {name: result.scores["mean_dice"] for name, result in results.items()}
         if dice["rankdice"] < dice["T"]:
             more = " or correct_focal=true" if cfg.loss.name == "focal" else ""
-            print(f"RankDice ranks true probabilities; these may be off: try temperature=fit{more}")
+            print(
+                f"RankDice needs calibrated probabilities; try calibrate=temperature or calibrate=class{more}"
+            )
     print(f"results: {folder}")
 
 

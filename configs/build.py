@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,28 @@ def _make(node: Any) -> Any:
     return functools.partial(build, **values) if partial else build(**values)
 
 
-def rules(names: Iterable[str], cfg: DictConfig | None = None) -> dict[str, Predictor]:
+def rules(
+    names: Iterable[str],
+    cfg: DictConfig | None = None,
+    fitted: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Predictor]:
     """Build the prediction rules of these names from ``configs/predictor``, or from ``cfg`` where it has overrides.
 
     ``cfg.protocol`` may put another implementation behind a name. ``cfg.predictor`` may override options of the rule
-    that it names, and ``cfg.threshold`` the threshold of rule T. Invalid options of our own rules raise ConfigError.
+    that it names, ``cfg.threshold`` the threshold of rule T, ``cfg.gate`` the gate of ranking rules. Rules that are
+    fitted need their values in ``fitted``; `configs.fitting` finds them. Invalid options of our own rules raise
+    ConfigError.
     """
     built = {}
     for name in names:
-        node = _rule(name, cfg)
+        node = rule_node(name, cfg)
+        if needs_fit(node):
+            if name not in (fitted or {}):
+                raise ConfigError(
+                    f"rule {name} has values that are fitted to a checkpoint, which is not possible here. "
+                    "Fix: score it with test.py, or choose another rule."
+                )
+            node = OmegaConf.merge(node, dict((fitted or {})[name]))
         built[name] = _make(node)
         if str(node._target_).startswith("rankseg."):
             try:
@@ -75,7 +88,7 @@ def rules(names: Iterable[str], cfg: DictConfig | None = None) -> dict[str, Pred
     return built
 
 
-def _rule(name: str, cfg: DictConfig | None) -> Any:
+def rule_node(name: str, cfg: DictConfig | None) -> Any:
     """Return the node that a rule is built from."""
     actual = name if cfg is None else cfg.protocol.rules.get(name, name)
     if actual not in options("predictor"):
@@ -86,12 +99,24 @@ def _rule(name: str, cfg: DictConfig | None) -> Any:
         node = OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml")
     if actual == "T" and cfg is not None and cfg.get("threshold") is not None:
         node.at = cfg.threshold
+    if is_ranking(node) and cfg is not None and cfg.get("gate", 0.5) != 0.5:
+        node = OmegaConf.merge(node, {"pruning": False})
     return node
+
+
+def is_ranking(node: Any) -> bool:
+    """Return whether a rule's node is of a rule that maximises an expected score per image."""
+    return node._target_ in ("rankseg.rules.rankdice", "rankseg.rules.rankiou")
+
+
+def needs_fit(node: Any) -> bool:
+    """Return whether a rule's node lacks values that are fitted to a checkpoint."""
+    return str(node._target_).startswith("trainers.fitted.")
 
 
 def threshold(cfg: DictConfig) -> float:
     """Return the threshold of rule T."""
-    return _rule("T", cfg).at
+    return rule_node("T", cfg).at
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:

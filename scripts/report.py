@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
+from configs.fitting import Fitter
 from configs.files import read_json, write_json, write_text
 from configs.values import check_uncalibrated
 from scripts import ROOT
@@ -34,7 +35,6 @@ from scripts.analysis.measure import (
     variants,
 )
 from scripts.analysis.pictures import draw_strips, pick
-from trainers.calibrate import held_out_temperature
 from trainers.distributed import World, world
 from trainers.journal import read_rows
 from trainers.losses import Link
@@ -70,13 +70,18 @@ def report(args: argparse.Namespace, world: World) -> Path:
     scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, cfg)
     loader = build.eval_loader(cfg, data, world)
     held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), world)
-    fitted = held_out_temperature(network, held_out, link, world, ignore_index=scoring.ignore_index)
+    fitter = Fitter(cfg, network, path, world)
+    fitted = fitter.calibration("temperature")
     kinds = variants(link, fitted, cfg.loss.name)
-    findings = measure(network, loader, rules, kinds, scoring, world, fitted)
+    if fitter.kind == "class":
+        kinds["calibrated per class"] = fitter.to_probs()
+    fitter.save()
+    precision = fitter.precision
+    findings = measure(network, loader, rules, kinds, scoring, world, fitted, precision)
     on_validation = cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]
     known = None
     if not on_validation:
-        known = held_out_confidence(network, held_out, rules["rankdice"], kinds["raw"], scoring, world)
+        known = held_out_confidence(network, held_out, rules["rankdice"], kinds["raw"], scoring, world, precision)
 
     folder = args.out or path.resolve().parent / "report"
     groups = pick(findings, args.images)

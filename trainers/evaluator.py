@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from rankseg import Predictor
+from configs.errors import UserError
+from rankseg import Predictor, confidence
 from rankseg.calibration import Reliability
 from trainers.distributed import World, gather
-from trainers.losses import SegmentationLoss, link_probs
-from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, mean_over_classes, summary
+from trainers.forward import ToProbs, forward
+from trainers.losses import SegmentationLoss
+from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, summary
 from trainers.results import EvalResult
-from trainers.update import PRECISIONS
 
 _OBSERVED = 1 << 14  # pixels of an image that its reliability is read from, or some more
 
@@ -57,6 +56,10 @@ class Scoring:
             legacy_soft_dice_void=self.legacy_soft_dice_void,
         )
 
+    def is_unneeded(self, targets: Tensor) -> bool:
+        """Whether a batch is left out: in the paper's arithmetic, a batch without any label."""
+        return self.paper and bool((targets == self.ignore_index).all())
+
     def summary(self, counts: Counts) -> dict[str, Any]:
         """Every average of the tables."""
         return summary(
@@ -77,8 +80,8 @@ def evaluate(
     scoring: Scoring,
     where: World,
     *,
-    temperature: float = 1.0,
-    correct: Callable[[Tensor], Tensor] | None = None,
+    to_probs: Callable[[Tensor], Tensor] | None = None,
+    confidences: bool = False,
     precision: str = "fp32",
     progress: str = "",
 ) -> dict[str, EvalResult]:
@@ -92,8 +95,10 @@ def evaluate(
         criterion: the loss, whose ``link`` turns logits into probabilities.
         scoring: the conventions.
         where: this process among all.
-        temperature: divides the logits before the link; the loss is that of the logits as they are.
-        correct: probabilities -> probabilities, such as the correction of focal-loss networks.
+        to_probs: logits -> probabilities; default: the link of the criterion. A rule with an attribute ``to_probs``
+            has its own. The loss is that of the logits as they are.
+        confidences: whether to compute the expected Dice of every mask.
+        precision: of the network, as in the training.
         progress: what to write before the progress bar; empty for none.
 
     Returns:
@@ -102,50 +107,42 @@ def evaluate(
     Raises:
         ValueError: there is no image, or a rule returns something other than masks.
     """
-    model.eval()
-    rows: list[tuple[int, str]] = []
-    losses: list[tuple[int, float]] = []
-    counts: dict[str, list[Counts]] = {name: [] for name in rules}
-    seconds = dict.fromkeys(rules, 0.0)
-    reliability = Reliability()
-    cast = torch.autocast(
-        where.device.type, PRECISIONS[precision] or torch.bfloat16, enabled=precision != "fp32"
-    )
-
-    bar = tqdm(
-        total=getattr(batches, "num_images", None),  # this process's share
-        unit="img",
-        desc=progress,
-        disable=None if progress and where.is_main else True,
-        leave=False,
-    )
-    for batch in batches:
-        bar.update(len(batch.names))
-        images = batch.images.to(where.device, non_blocking=True)
-        targets = batch.targets.to(where.device, non_blocking=True)
-        if scoring.paper and (targets == scoring.ignore_index).all():
-            continue
-        with cast:
-            logits = model(images).logits
-        logits = at_size(logits, targets.shape[-2:])
-        losses += _losses(criterion, logits, targets, batch.indices, scoring)
-
-        probs = link_probs(logits / temperature if temperature != 1 else logits, criterion.link)
-        probs = correct(probs) if correct else probs
-        truth = scoring.encode(targets)
+    convert = to_probs or ToProbs(criterion.link)
+    share = _Share({name: [] for name in rules}, {name: [] for name in rules}, dict.fromkeys(rules, 0.0))
+    unneeded = scoring.is_unneeded
+    passes = forward(model, batches, where, precision=precision, progress=progress, unneeded=unneeded)
+    for batch, targets, logits in passes:
+        share.losses += _losses(criterion, logits, targets, batch.indices, scoring)
+        probs, truth = convert(logits), scoring.encode(targets)
+        own: dict[Any, Tensor] = {}
         for name, rule in rules.items():
+            other = getattr(rule, "to_probs", None)
+            if other is not None and other not in own:
+                own[other] = other(logits)
+            given = probs if other is None else own[other]
             started = _now(where)
-            masks = rule(probs)
-            seconds[name] += _now(where) - started
-            counts[name].append(count(masks, truth).to("cpu"))
-        observe(reliability, probs, truth)
-        rows += zip(batch.indices, batch.names, strict=True)
-        if not bar.disable and rules:
-            shown, last = next(reversed(counts.items()))
-            dice = mean_over_classes(torch.cat([part.dice() for part in last]), scoring.scored).nanmean()
-            bar.set_postfix({f"mDice {shown}": f"{dice:.3f}"}, refresh=False)
-    bar.close()
-    return _collect(rows, losses, counts, seconds, reliability, scoring, where)
+            masks = rule(given)
+            share.seconds[name] += _now(where) - started
+            share.counts[name].append(count(masks, truth).to("cpu"))
+            if confidences:
+                share.confidences[name].append(confidence(given, masks).cpu())
+        observe(share.reliability, probs, truth)
+        share.likelihoods.append(proper_scores(probs, truth, criterion.link).cpu())
+        share.rows += zip(batch.indices, batch.names, strict=True)
+    return _collect(share, scoring, where)
+
+
+@dataclass
+class _Share:
+    """What one process measured on its images."""
+
+    counts: dict[str, list[Counts]]
+    confidences: dict[str, list[Tensor]]
+    seconds: dict[str, float]
+    rows: list[tuple[int, str]] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    likelihoods: list[Tensor] = field(default_factory=list)
+    reliability: Reliability = field(default_factory=Reliability)
 
 
 def _losses(
@@ -162,14 +159,6 @@ def _losses(
     ]
 
 
-def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits (N, C, *, *) as float32 at the (height, width) of their targets, bilinear."""
-    logits = logits.float()
-    if logits.shape[-2:] == tuple(size):
-        return logits
-    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
-
-
 def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
     """Add a batch's probabilities (N, C, H, W), of large images at a regular stride.
 
@@ -180,27 +169,39 @@ def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
     reliability.update(probs.flatten(2)[..., ::step], truth.onehot.flatten(2)[..., ::step], valid)
 
 
-def _collect(
-    rows: list[tuple[int, str]],
-    losses: list[tuple[int, float]],
-    counts: dict[str, list[Counts]],
-    seconds: dict[str, float],
-    reliability: Reliability,
-    scoring: Scoring,
-    where: World,
-) -> dict[str, EvalResult]:
-    """Join the shares of all ranks by image index, so that no number depends on how they were shared out."""
-    local = {name: Counts.cat(parts) if parts else None for name, parts in counts.items()}
-    shares = gather((rows, losses, local, seconds, reliability), where)
-    rows = [row for share in shares for row in share[0]]
+def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
+    """Return the mean log-loss and Brier score over the labelled pixels of each image: (N, 2) float64, NaN without any.
+
+    Of a softmax the log-loss is -log p of the true class; of a sigmoid the binary log-losses of all classes are added.
+    The Brier score is Σ_c (p_c - y_c)². Large images are read at a regular stride, as in `observe`.
+    """
+    step = max(1, truth.onehot[0, 0].numel() // _OBSERVED)
+    p, y = probs.flatten(2)[..., ::step].double(), truth.onehot.flatten(2)[..., ::step]
+    valid = y.any(1) if link == "softmax" else torch.ones_like(y[:, 0])
+    if truth.valid is not None:
+        valid = valid & truth.valid.flatten(1)[:, ::step]
+    right = torch.where(y, p, 1.0 if link == "softmax" else 1 - p).clamp(min=1e-38)
+    values = torch.stack([-right.log().sum(1), ((p - y.double()) ** 2).sum(1)], dim=2)
+    pixels = valid.sum(1, keepdim=True).double()
+    return (values * valid[..., None]).sum(1) / torch.where(pixels > 0, pixels, torch.nan)
+
+
+def _collect(local: _Share, scoring: Scoring, where: World) -> dict[str, EvalResult]:
+    """Join the shares of all ranks by image index, so that no number depends on how the images were distributed."""
+    shares = [share for share in gather(local, where) if share.rows]
+    rows = [row for share in shares for row in share.rows]
     if not rows:
-        raise ValueError("there is no image to score; check the split and dataset.root")
+        raise UserError("there is no image to score. Fix: check split, dataset.splits and dataset.root.")
     order = sorted(range(len(rows)), key=lambda i: rows[i][0])
-    loss = [value for _, value in sorted(pair for share in shares for pair in share[1])]
-    merged = functools.reduce(Reliability.merge, (share[4] for share in shares))
+    loss = [value for _, value in sorted(pair for share in shares for pair in share.losses)]
+    merged = functools.reduce(Reliability.merge, (share.reliability for share in shares))
+    log_loss, brier = (
+        torch.cat([part for share in shares for part in share.likelihoods])[order].nanmean(0).tolist()
+    )
     results = {}
-    for name in counts:
-        joined = Counts.cat([share[2][name] for share in shares if share[2][name] is not None]).select(order)
+    for name in local.counts:
+        joined = Counts.cat([part for share in shares for part in share.counts[name]]).select(order)
+        parts = [part for share in shares for part in share.confidences[name]]
         results[name] = EvalResult(
             predictor=name,
             names=[rows[i][1] for i in order],
@@ -211,8 +212,12 @@ def _collect(
                 **scoring.summary(joined),
                 "ece": merged.ece(),
                 "classwise_ece": float(merged.classwise_ece().nanmean()),
+                "log_loss": log_loss,
+                "brier": brier,
+                "volume_ratio": {str(c): value for c, value in enumerate(merged.volume_ratio().tolist())},
             },
-            seconds=sum(share[3][name] for share in shares),
+            seconds=sum(share.seconds[name] for share in shares),
+            confidence=torch.cat(parts)[order] if parts else None,
         )
     return results
 

@@ -18,7 +18,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from rankseg import Predictor
 from trainers.distributed import World
-from trainers.evaluator import at_size
+from trainers.forward import at_size
 from trainers.losses import Link, link_probs
 
 Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from configs.files import write_json, write_text
+from rankseg.confidence import image_confidence
 from trainers.metrics import Counts
 from trainers.text import csv_text
 
@@ -31,6 +34,7 @@ class EvalResult:
         scored: the classes that the means run over.
         scores: averages as fractions, by name.
         seconds: spent in the rule alone.
+        confidence: (N, C) expected Dice of each mask, P(class absent) of an empty one; None if it was not computed.
     """
 
     predictor: str
@@ -39,6 +43,14 @@ class EvalResult:
     scored: tuple[int, ...]
     scores: dict[str, Any]
     seconds: float
+    confidence: Tensor | None = None
+
+    def image_confidence(self) -> Tensor | None:
+        """The confidence of each image, (N,): the mean over its predicted classes; None if it was not computed."""
+        if self.confidence is None:
+            return None
+        scored = list(self.scored)
+        return image_confidence(self.confidence[:, scored], self.counts.predicted[:, scored] > 0)
 
     def save(self, folder: Path, details: Mapping[str, Any]) -> Path:
         """Write ``<predictor>.json`` and ``<predictor>.csv`` into the folder; return the JSON's path.
@@ -46,6 +58,7 @@ class EvalResult:
         ``details`` says where the numbers came from: protocol, dataset, model, loss, seed, checkpoint, provenance.
         """
         path = Path(folder) / f"{self.predictor}.json"
+        by_image = self.image_confidence()
         write_json(
             path,
             {
@@ -56,9 +69,13 @@ class EvalResult:
                 "scores": self.scores,
                 "seconds": round(self.seconds, 4),
                 "images": self.names,
+                **(
+                    {} if by_image is None else {"image_confidence": [round(x, 6) for x in by_image.tolist()]}
+                ),
             },
         )
-        write_text(path.with_suffix(".csv"), csv_text([COLUMNS, *self._rows()]))
+        columns = COLUMNS if self.confidence is None else (*COLUMNS, "confidence")
+        write_text(path.with_suffix(".csv"), csv_text([columns, *self._rows()]))
         return path
 
     def _rows(self) -> list[tuple[Any, ...]]:
@@ -66,8 +83,10 @@ class EvalResult:
         inter, predicted, actual = (
             getattr(self.counts, name).tolist() for name in ("intersection", "predicted", "actual")
         )
+        known = None if self.confidence is None else self.confidence.tolist()
         return [
             (name, c, inter[i][c], predicted[i][c], actual[i][c], f"{dice[i][c]:.6f}", f"{iou[i][c]:.6f}")
+            + (() if known is None else (f"{known[i][c]:.6f}",))
             for i, name in enumerate(self.names)
             for c in self.scored
             if predicted[i][c] + actual[i][c]
@@ -93,12 +112,21 @@ class EvalResult:
         return "\n".join(lines)
 
 
-def variant_folder(threshold: float, calibrated: bool = False, focal_corrected: bool = False) -> str:
-    """The folder beside the usual results for what is not scored as usual, so that none replaces another."""
+def variant_folder(
+    threshold: float,
+    calibrated: bool | str = False,
+    focal_corrected: bool = False,
+    gate: float | str = 0.5,
+) -> str:
+    """Return the folder of unusual results inside the usual one, so that none replaces another.
+
+    ``calibrated`` is whether a temperature was applied, or "class" for a calibration of each class.
+    """
     unusual = {
         "focal_corrected": focal_corrected,
-        "calibrated": calibrated,
+        "calibrated_class" if calibrated == "class" else "calibrated": bool(calibrated),
         f"threshold_{threshold:g}": threshold != 0.5,
+        f"gate_{gate}": gate != 0.5,
     }
     return "_".join(name for name, here in unusual.items() if here)
 

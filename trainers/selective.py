@@ -11,13 +11,26 @@ Shapes: n images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import UserError
+from rankseg import Predictor
+from rankseg.confidence import (
+    confidence,
+    image_confidence,
+    mean_entropy,
+    mean_max_probability,
+    soft_dice_confidence,
+)
+from trainers.distributed import World, gather
+from trainers.evaluator import Scoring
+from trainers.forward import forward
+from trainers.metrics import Counts, count, mean_over_classes
 
 
 class AurcEstimate(NamedTuple):
@@ -124,3 +137,84 @@ def resplit_coverages(
         margin = conformal_margin(confidence[fitted], score[fitted], alpha)
         coverages.append((score[rest] >= confidence[rest] - margin).double().mean())
     return torch.stack(coverages)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskRecord:
+    """What is known of the masks of one rule on labelled images.
+
+    Attributes:
+        names: the images, in order.
+        counts: (N, C) pixels per image and class.
+        confidence, soft_dice: (N, C) exact expected Dice (P(class absent) of an empty mask), and its approximation SDC.
+        max_probability, entropy: (N,) means over the pixels.
+        scored: the classes that the means run over.
+    """
+
+    names: list[str]
+    counts: Counts
+    confidence: Tensor
+    soft_dice: Tensor
+    max_probability: Tensor
+    entropy: Tensor
+    scored: tuple[int, ...]
+
+    def dice(self) -> Tensor:
+        """Return the mean Dice of each image, (N,) float64, NaN if it is undefined."""
+        return mean_over_classes(self.counts.dice(), self.scored)
+
+    def signals(self) -> dict[str, Tensor]:
+        """Return every confidence of the images, (N,) each, by name; larger is better. `oracle` knows the Dice."""
+        scored = list(self.scored)
+        predicted = self.counts.predicted[:, scored] > 0
+        return {
+            "expected Dice": image_confidence(self.confidence[:, scored], predicted),
+            "SDC": image_confidence(self.soft_dice[:, scored], predicted),
+            "mean max probability": self.max_probability,
+            "mean entropy": -self.entropy,
+            "oracle": self.dice(),
+        }
+
+    def class_pairs(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return confidence and Dice of one class, over the images in which it is predicted."""
+        predicted = self.counts.predicted[:, index] > 0
+        return self.confidence[predicted, index], self.counts.dice()[predicted, index]
+
+
+def record_masks(
+    model: nn.Module,
+    batches: Iterable[Any],
+    rule: Predictor,
+    to_probs: Callable[[Tensor], Tensor],
+    scoring: Scoring,
+    world: World,
+    precision: str = "fp32",
+    progress: str = "",
+) -> MaskRecord:
+    """Apply a rule to labelled images and record how sure it is and how good; at every rank, over all images."""
+    rows: list[tuple[int, str]] = []
+    counts: list[Counts] = []
+    values: list[tuple[Tensor, ...]] = []
+    for batch, targets, logits in forward(model, batches, world, precision=precision, progress=progress):
+        probs = getattr(rule, "to_probs", to_probs)(logits)
+        masks = rule(probs)
+        counts.append(count(masks, scoring.encode(targets)).to("cpu"))
+        exact, approximate = confidence(probs, masks), soft_dice_confidence(probs, masks)
+        found = (exact, approximate, mean_max_probability(probs), mean_entropy(probs))
+        values.append(tuple(value.cpu() for value in found))
+        rows += zip(batch.indices, batch.names, strict=True)
+    shares = gather((rows, counts, values), world)
+    rows = [row for share in shares for row in share[0]]
+    if not rows:
+        raise UserError("images=0 in the split. Fix: check split and dataset.root.")
+    order = sorted(range(len(rows)), key=lambda i: rows[i][0])
+    joined = [torch.cat(part)[order] for part in zip(*(v for share in shares for v in share[2]), strict=True)]
+    return MaskRecord(
+        [rows[i][1] for i in order],
+        Counts.cat([part for share in shares for part in share[1]]).select(order),
+        joined[0],
+        joined[1],
+        joined[2],
+        joined[3],
+        scoring.scored,
+    )

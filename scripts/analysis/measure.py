@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from configs.errors import UserError
 from rankseg import Predictor, rules
@@ -25,7 +24,8 @@ from rankseg.confidence import (
     soft_dice_confidence,
 )
 from trainers.distributed import World
-from trainers.evaluator import Scoring, at_size, observe
+from trainers.evaluator import Scoring, observe
+from trainers.forward import forward
 from trainers.losses import Link, link_probs
 from trainers.metrics import Counts, count, mean_over_classes
 
@@ -93,17 +93,6 @@ def fixed_thresholds() -> dict[str, Predictor]:
     return {f"at {at:.1f}": functools.partial(rules.threshold, at=at) for at in THRESHOLDS}
 
 
-def _forward(
-    model: nn.Module, batches: Iterable[Any], scoring: Scoring, world: World, progress: str
-) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """Yield each batch with its targets and its logits at their size."""
-    for batch in tqdm(batches, desc=progress, disable=None, leave=False):
-        targets = batch.targets.to(world.device)
-        if scoring.paper and (targets == scoring.ignore_index).all():
-            continue
-        yield batch, targets, at_size(model(batch.images.to(world.device)).logits, targets.shape[-2:])
-
-
 @torch.inference_mode()
 def measure(
     model: nn.Module,
@@ -113,6 +102,7 @@ def measure(
     scoring: Scoring,
     world: World,
     temperature: float,
+    precision: str = "fp32",
 ) -> Findings:
     """Count each rule on each kind of probabilities; on raw ones also with the other treatment of void pixels.
 
@@ -129,7 +119,9 @@ def measure(
     )
     sweep = fixed_thresholds()
 
-    for batch, targets, logits in _forward(model, batches, scoring, world, "measuring"):
+    unneeded = scoring.is_unneeded
+    passes = forward(model, batches, world, precision=precision, progress="measuring", unneeded=unneeded)
+    for batch, targets, logits in passes:
         truth, other_truth = scoring.encode(targets), other.encode(targets)
         names += batch.names
 
@@ -168,10 +160,13 @@ def held_out_confidence(
     probabilities: Callable[[Tensor], Tensor],
     scoring: Scoring,
     world: World,
+    precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """Return the expected Dice and the achieved Dice of validation images with a score, (N,) each."""
     expected, achieved = [], []
-    for _, targets, logits in _forward(model, batches, scoring, world, "validation images"):
+    unneeded = scoring.is_unneeded
+    passes = forward(model, batches, world, precision=precision, progress="validation images", unneeded=unneeded)
+    for _, targets, logits in passes:
         probs = probabilities(logits)
         masks = rule(probs)
         expected.append(batch_confidences(probs, masks, scoring)[EXPECTED])

@@ -21,7 +21,7 @@ from scripts.tables.results import group_seeds, parse_result, short_variant, var
 from trainers.text import read_csv
 
 # Two rules saw the same probabilities if these keys of their result files agree.
-_SAME = ("checkpoint", "dataset", "protocol", "temperature", "correct_focal", "images")
+_SAME = ("checkpoint", "dataset", "protocol", "temperature", "calibration", "correct_focal", "images")
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ IDLE = "(start-up alone: --help)"
 # The functions of the evaluator, and what they do.
 PARTS = {
     "_losses": "loss of each image",
-    "link_probs": "probabilities",
     "encode": "encoding the truth, once for all rules",
     "count": "counting, three rules",
     "observe": "reliability",
+    "proper_scores": "log-loss and Brier score",
     "_collect": "averages",
 }
 

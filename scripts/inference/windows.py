@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from datasets.transforms import Size, resize_to
-from trainers.evaluator import at_size
+from trainers.forward import at_size
 
 Network = Callable[[Tensor], Tensor]  # normalised (B, 3, h, w) -> logits (B, C, h', w')
 Box = tuple[int, int, int, int]  # top, left, height, width

@@ -27,6 +27,7 @@ from models.published import load_published
 from tests import recipe
 from trainers.distributed import World
 from trainers.evaluator import evaluate
+from trainers.forward import ToProbs
 from trainers.metrics import PAPER_EPSILON, mean_over_classes
 from trainers.results import EvalResult
 
@@ -130,7 +131,9 @@ def run(checkpoint: Path, voc: Path, case: tuple[str, float, float]) -> dict[str
     rules = build.rules(RUNS[case], cfg)
     loader = build.eval_loader(cfg, data, HERE)
     scoring = build.scoring(cfg, data.info)
-    return evaluate(network, loader, rules, build.loss(cfg), scoring, HERE, temperature=cfg.temperature)
+    criterion = build.loss(cfg)
+    to_probs = ToProbs(criterion.link, cfg.temperature)
+    return evaluate(network, loader, rules, criterion, scoring, HERE, to_probs=to_probs)
 
 
 def entry(recorded: dict[str, Any], case: tuple[str, float, float], rule: str) -> dict[str, Any]:

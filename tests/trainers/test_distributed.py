@@ -159,11 +159,33 @@ def test_train_stops_together_goes_on_and_rank_0_alone_speaks(pair: Path) -> Non
 
 def test_two_processes_score_as_one_and_each_image_once(pair: Path, tmp_path: Path) -> None:
     checkpoint = run_dir(pair) / "checkpoint-epoch2.pth"
-    arguments = ("-r", str(checkpoint), "-p", "all", "split=val", "--device", "cpu")
+    arguments = (
+        "-r",
+        str(checkpoint),
+        "-p",
+        "all",
+        "-p",
+        "auto",
+        "split=val",
+        "gate=fit",
+        "calibrate=temperature",
+    )
+    arguments += ("--device", "cpu")
     join(both("test.py", (*arguments, "--out", str(tmp_path / "two")), tmp_path))
+    fitted = checkpoint.with_name("checkpoint-epoch2.fitted.json")
+    by_two = json.loads(fitted.read_text())
+    fitted.unlink()
     alone = begin("test.py", *arguments, "--out", str(tmp_path / "one"), log=tmp_path / "alone.txt")
     join([alone], (0,))
-    for rule in ("T", "max", "rankdice"):
+    assert {entry["kind"] for entry in by_two["entries"]} >= {
+        "class",
+        "T_fit",
+        "pooled_dice",
+        "rankdice",
+        "auto",
+    }
+    assert by_two == json.loads(fitted.read_text())
+    for rule in ("T", "T_fit", "max", "rankdice", "pooled_dice", "auto"):
         one, two = (json.loads((tmp_path / part / f"{rule}.json").read_text()) for part in ("one", "two"))
         assert two["images"] == one["images"] == ["val_00000", "val_00001", "val_00002"]
         flat = [json.dumps(found["scores"], sort_keys=True) for found in (one, two)]
@@ -174,7 +196,7 @@ def test_two_processes_score_as_one_and_each_image_once(pair: Path, tmp_path: Pa
     # The validation inside the training of two, too: its BatchNorm statistics are those that were saved.
     inside = [row for row in rows(run_dir(pair)) if row["kind"] == "val_max"][-1]
     outside = json.loads((tmp_path / "one" / "max.json").read_text())["scores"]
-    for key in ("mean_dice", "test_loss", "ece"):
+    for key in ("mean_dice", "test_loss"):  # a temperature changes neither
         assert inside[key] == pytest.approx(outside[key], abs=1e-12)
 
 

@@ -1,0 +1,327 @@
+"""Find or fit what a checkpoint's rules need from validation images: calibration, thresholds, gates, the rule itself.
+
+``test.py`` fits and stores the values beside the checkpoint; commands without labelled images read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from configs import build
+from configs.errors import ConfigError, UserError
+from datasets import SegmentationDataset
+from rankseg import Predictor
+from rankseg.calibration import Calibration
+from trainers.calibrate import held_out_calibration, held_out_temperature
+from trainers.distributed import World
+from trainers.evaluator import evaluate
+from trainers.fitted import FittedFile, GatedRule, OtherProbs, probability_histogram, threshold_table
+from trainers.forward import ToProbs
+from trainers.losses import Link
+from trainers.metrics import mean_over_classes
+from trainers.tuning import choose, fit_gate
+
+_CALIBRATED = "rankdice calibrated"  # a candidate of rule auto
+
+
+def calibration_kind(cfg: DictConfig) -> str:
+    """Return none, temperature or class; ``temperature=fit`` is ``calibrate=temperature``.
+
+    Raises:
+        ConfigError: ``temperature`` and ``calibrate`` contradict each other.
+    """
+    if cfg.calibrate != "none" and cfg.temperature not in (1, "fit"):
+        raise ConfigError(
+            f"temperature={cfg.temperature} and calibrate={cfg.calibrate} both change the logits. "
+            "Fix: give one of them."
+        )
+    if cfg.temperature == "fit" and cfg.calibrate == "class":
+        raise ConfigError("temperature=fit contradicts calibrate=class. Fix: give one of them.")
+    return "temperature" if cfg.temperature == "fit" else str(cfg.calibrate)
+
+
+def is_calibrated(cfg: DictConfig) -> bool | str:
+    """Return what `trainers.results.variant_folder` needs to know: False, True or "class"."""
+    kind = calibration_kind(cfg)
+    return kind if kind == "class" else kind == "temperature" or cfg.temperature != 1
+
+
+class Fitter:
+    """The fitted values of one checkpoint under one configuration.
+
+    Args:
+        cfg: the configuration, with the options of ``configs/test.yaml``.
+        network: the network of the checkpoint, on its device.
+        checkpoint: its path.
+        world: this process.
+        may_fit: whether missing values are fitted. If not, they have to be in the file.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, network: nn.Module, checkpoint: Path, world: World, *, may_fit: bool = True
+    ) -> None:
+        self.cfg, self.network, self.world, self.may_fit = cfg, network, world, may_fit
+        self.kind = calibration_kind(cfg)
+        self.file = FittedFile(checkpoint, world, replace=may_fit)
+        self.link = cast(Link, build.loss(cfg).link)
+        self.precision = str(cfg.trainer.precision)
+        self._validation: SegmentationDataset | None = None
+
+    def settings(self, kind: str | None = None) -> dict[str, Any]:
+        """What probabilities depend on besides the checkpoint; without ``kind`` what logits depend on."""
+        cfg = self.cfg
+        logits = {
+            "dataset": cfg.dataset.name,
+            "protocol": cfg.protocol.name,
+            "resize": OmegaConf.to_container(cfg.dataset)["resize"],  # type: ignore[index,call-overload]
+            "precision": self.precision,
+        }
+        if kind is None:
+            return logits
+        fixed = None if kind != "none" else float(cfg.temperature)
+        return {**logits, "calibrate": kind, "temperature": fixed, "correct_focal": cfg.correct_focal}
+
+    def rule_settings(self, name: str) -> dict[str, Any]:
+        """What the masks of a rule depend on besides the checkpoint and the fitted values."""
+        node = build.rule_node(name, self.cfg)
+        options = {key: value for key, value in node.items() if not key.startswith("_")}
+        return {**self.settings(self.kind), "gate": self.cfg.gate, **options}
+
+    def to_probs(self, kind: str | None = None) -> ToProbs:
+        """Return the conversion of logits for a kind of calibration; default: that of the configuration."""
+        kind = kind or self.kind
+        return ToProbs(self.link, self.calibration(kind), self.cfg.correct_focal)
+
+    def calibration(self, kind: str) -> float | Calibration:
+        """Return the number that divides the logits, or a temperature and a bias per class."""
+        if kind == "none":
+            return float(self.cfg.temperature)
+        values = self._stored(kind, self.settings())
+        if values is None:
+            found = self._fit_calibration(kind)
+            values = {name: _plain(value) for name, value in found.items()}
+            self.file.put(kind, self.settings(), values, self._fitted_on("val"))
+        if kind == "temperature":
+            return float(values["temperature"])
+        try:
+            tensors = [torch.tensor(values[name], dtype=torch.float64) for name in ("temperature", "bias")]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{self.file.path} holds no calibration of classes. Fix: delete it and run test.py."
+            ) from None
+        return Calibration(*tensors)
+
+    def _fit_calibration(self, kind: str) -> dict[str, Any]:
+        loader = build.eval_loader(self.cfg, self._val(f"calibrate={kind}"), self.world)
+        options: dict[str, Any] = {
+            "ignore_index": self.cfg.dataset.ignore_index,
+            "precision": self.precision,
+        }
+        if kind == "temperature":
+            return {
+                "temperature": held_out_temperature(self.network, loader, self.link, self.world, **options)
+            }
+        return held_out_calibration(self.network, loader, self.link, self.world, **options)._asdict()
+
+    def rules(
+        self, names: Iterable[str], scored: SegmentationDataset | None = None
+    ) -> tuple[dict[str, Predictor], dict[str, dict[str, Any]]]:
+        """Return the rules of these names, and the fitted values of those that have any.
+
+        ``scored`` is the split that the pooled rules are fitted on.
+        """
+        values: dict[str, dict[str, Any]] = {}
+        rules: dict[str, Predictor] = {}
+        for name in names:
+            node = build.rule_node(name, self.cfg)
+            if name == "auto":
+                values[name] = self._values(name, lambda: self._choose())
+                rules[name] = self._automatic(values[name])
+            elif build.needs_fit(node):
+                pooled = name.startswith("pooled")
+                values[name] = (
+                    self._values(name, lambda n=node: self._pool(n, scored), scored)
+                    if pooled
+                    else self._values(name, lambda n=node: self._fit_threshold(n))
+                )
+                rules |= build.rules([name], self.cfg, {name: _arguments(values[name])})
+            else:
+                rules |= build.rules([name], self.cfg)
+                if build.is_ranking(node) and self.cfg.gate == "fit":
+                    values[name] = self._values(name, lambda n=name: self._fit_gate(n))
+                    rules[name] = GatedRule(rules[name], float(values[name]["least"]))
+        return rules, values
+
+    def describe_calibration(self) -> dict[str, Any]:
+        """What a result file says about the calibration of its probabilities."""
+        if self.kind == "none":
+            return {"temperature": float(self.cfg.temperature)}
+        found = self.calibration(self.kind)
+        if isinstance(found, Calibration):
+            values = {name: _plain(value) for name, value in found._asdict().items()}
+            return {
+                "temperature": None,
+                "calibration": {"kind": "class", **values, "fitted_on": self._fitted_on("val")},
+            }
+        return {"temperature": found, "temperature_fitted_on": self._val("").fingerprint()}
+
+    def report(self, values: Mapping[str, Mapping[str, Any]], scored: SegmentationDataset) -> list[str]:
+        """Lines for people: what was fitted, and a warning if it was fitted on the scored images."""
+        lines = []
+        if self.kind != "none":
+            found = self.calibration(self.kind)
+            text = f"{found:.3f}" if isinstance(found, float) else "per class"
+            lines.append(f"calibrate={self.kind}: fitted on the validation split, temperature {text}")
+        for name, one in values.items():
+            if "rule" in one:
+                lines.append(f"{name}: {one['rule']} ({one['why']})")
+            elif "least" in one:
+                lines.append(f"{name}: gate at an expected Dice of {one['least']:g}")
+            elif isinstance(one["at"], float):
+                lines.append(f"{name}: threshold {one['at']:g}" + ", gate 0.5" * bool(one.get("gated")))
+        on_validation = self.kind != "none" or any(
+            "mean_dice" in one or "rule" in one for one in values.values()
+        )
+        if on_validation and self._val("").fingerprint() == scored.fingerprint():
+            lines.append(
+                "warning: fitted on the images that are scored, so expect less on new images "
+                "(dataset.splits.val and the scored split are the same)"
+            )
+        return lines
+
+    def save(self) -> None:
+        """Write the file, at rank 0."""
+        if self.world.is_main:
+            self.file.save()
+
+    def _values(self, name: str, fit: Any, scored: SegmentationDataset | None = None) -> dict[str, Any]:
+        """Return the stored values of a rule, or fit and store them; with where they come from."""
+        settings = self.rule_settings(name)
+        split = self.cfg.split if scored is not None else "val"
+        values = self._stored(name, settings, scored)
+        if values is None:
+            if not self.may_fit:
+                raise UserError(
+                    f"rule {name} was not fitted for this checkpoint with these options. "
+                    f"Fix: run test.py -r CHECKPOINT -p {name} with the same options first."
+                )
+            if scored is None:
+                self._val(f"rule {name}")
+            values = {key: _plain(value) for key, value in fit().items()}
+            self.file.put(name, settings, values, self._fitted_on(split, scored))
+        return values
+
+    def _stored(
+        self, kind: str, settings: Mapping[str, Any], scored: SegmentationDataset | None = None
+    ) -> dict[str, Any] | None:
+        if not self.may_fit:
+            return self.file.find(kind, settings)
+        split = "val" if scored is None else self.cfg.split
+        return self.file.find(kind, settings, self._fitted_on(split, scored))
+
+    def _fitted_on(self, split: str, data: SegmentationDataset | None = None) -> dict[str, Any]:
+        data = data if data is not None else self._val("fitting")
+        return {
+            "split": self.cfg.dataset.splits[split],
+            "fingerprint": data.fingerprint(),
+            "num_images": len(data),
+        }
+
+    def _val(self, need: str) -> SegmentationDataset:
+        """Return the validation split that ``need`` is fitted on."""
+        if not self.may_fit:
+            raise UserError(
+                f"{need} was not fitted for this checkpoint. Fix: run test.py -r CHECKPOINT with it first."
+            )
+        if self._validation is None:
+            if not self.cfg.dataset.splits.get("val"):
+                raise UserError(
+                    f"{need} is fitted on a validation split, and dataset.splits.val is missing. "
+                    "Fix: give dataset.splits.val=NAME, or choose what needs no fit."
+                )
+            self._validation = build.dataset(self.cfg, "val")
+        return self._validation
+
+    def _fit_threshold(self, node: Any) -> dict[str, Any]:
+        data = self._val("rule T_fit")
+        scoring = build.scoring(self.cfg, data.info)
+        loader = build.eval_loader(self.cfg, data, self.world)
+        table = threshold_table(self.network, loader, self.to_probs(), scoring, self.world, self.precision)
+        found = table.fit(scoring.scored, bool(node.per_class))
+        return {"at": found.at, "gated": found.gated, "mean_dice": found.mean_dice}
+
+    def _pool(self, node: Any, scored: SegmentationDataset | None) -> dict[str, Any]:
+        if scored is None:
+            raise UserError(f"rule {node.name} needs a split to pool. Fix: score it with test.py.")
+        loader = build.eval_loader(self.cfg, scored, self.world)
+        histogram = probability_histogram(self.network, loader, self.to_probs(), self.world, self.precision)
+        return {"at": histogram.cutoffs(node.score, bool(node.pruning)).tolist()}
+
+    def _fit_gate(self, name: str) -> dict[str, Any]:
+        data = self._val("gate=fit")
+        scoring = build.scoring(self.cfg, data.info)
+        result = evaluate(
+            self.network,
+            build.eval_loader(self.cfg, data, self.world),
+            build.rules([name], self.cfg),
+            build.loss(self.cfg),
+            scoring,
+            self.world,
+            to_probs=self.to_probs(),
+            confidences=True,
+            precision=self.precision,
+            progress="fitting the gate",
+        )[name]
+        assert result.confidence is not None
+        counts = result.counts
+        least, mean = fit_gate(result.confidence, counts.dice(), counts.actual, scoring.scored)
+        return {"least": least, "mean_dice": mean}
+
+    def _choose(self) -> dict[str, Any]:
+        data = self._val("rule auto")
+        scoring = build.scoring(self.cfg, data.info)
+        rules = self.rules(("T", "max", "rankdice"))[0]
+        if self.kind == "none" and self.cfg.temperature == 1:
+            rules[_CALIBRATED] = OtherProbs(rules["rankdice"], self.to_probs("temperature"))
+        results = evaluate(
+            self.network,
+            build.eval_loader(self.cfg, data, self.world),
+            rules,
+            build.loss(self.cfg),
+            scoring,
+            self.world,
+            to_probs=self.to_probs(),
+            precision=self.precision,
+            progress="choosing a rule",
+        )
+        dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
+        loader = build.eval_loader(self.cfg, data, self.world)
+        table = threshold_table(self.network, loader, self.to_probs(), scoring, self.world, self.precision)
+        held_out = table.fit(scoring.scored).held_out
+        assert held_out is not None
+        found = choose({**dice, "T_fit": held_out})
+        return {"rule": found.rule, "why": found.why, "differences_to_T": found.differences}
+
+    def _automatic(self, values: Mapping[str, Any]) -> Predictor:
+        """Return the rule that was chosen."""
+        chosen = values["rule"]
+        if chosen == _CALIBRATED:
+            return OtherProbs(self.rules(["rankdice"])[0]["rankdice"], self.to_probs("temperature"))
+        if chosen not in ("T", "max", "T_fit", "rankdice"):
+            raise UserError(f"{self.file.path}: rule={chosen!r} is not a choice. Fix: delete the file.")
+        return self.rules([chosen])[0][chosen]
+
+
+def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fitted values that are arguments of a rule."""
+    return {key: values[key] for key in ("at", "gated") if key in values}
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value

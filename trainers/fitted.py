@@ -1,0 +1,183 @@
+"""Rules and calibrations with values fitted for one checkpoint, and the file that keeps them beside it.
+
+Shapes: N images, C classes, H × W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import rankseg
+from configs.errors import UserError
+from configs.files import read_json, write_json
+from rankseg import Predictor
+from rankseg.confidence import gate_by_score
+from rankseg.pooled import ProbabilityHistogram
+from trainers.distributed import World, gather
+from trainers.evaluator import Scoring
+from trainers.forward import forward
+from trainers.results import file_sha256
+from trainers.tuning import ThresholdTable
+
+FORMAT = 1
+
+
+def fitted_threshold(
+    probs: Tensor, *, at: float | Sequence[float], gated: bool, per_class: bool = False
+) -> Tensor:
+    """Rule T_fit: the pixels with p >= `at`; with `gated` none for a class whose largest probability is at most 1/2."""
+    masks = rankseg.threshold(probs, at=at)
+    if gated:
+        masks = masks & (probs.flatten(2).amax(2) > 0.5).view(*probs.shape[:2], *[1] * (probs.ndim - 2))
+    return masks
+
+
+def pooled_threshold(
+    probs: Tensor, *, at: Sequence[float], score: str = "dice", pruning: bool = True
+) -> Tensor:
+    """Rules pooled_dice and pooled_iou: the pixels with p >= the cut-off of their class for the whole split."""
+    return rankseg.threshold(probs, at=at)
+
+
+@dataclass(frozen=True)
+class GatedRule:
+    """A ranking rule without its own gate; masks whose expected Dice is below `least` are emptied."""
+
+    rule: Predictor
+    least: float
+
+    def __call__(self, probs: Tensor) -> Tensor:
+        return gate_by_score(probs, self.rule(probs), self.least)
+
+
+@dataclass(frozen=True)
+class OtherProbs:
+    """A rule on probabilities of its own: `evaluate` gives it `to_probs`(logits)."""
+
+    rule: Predictor
+    to_probs: Callable[[Tensor], Tensor]
+
+    def __call__(self, probs: Tensor) -> Tensor:
+        return self.rule(probs)
+
+
+def threshold_table(
+    model: nn.Module,
+    batches: Iterable[Any],
+    to_probs: Callable[[Tensor], Tensor],
+    scoring: Scoring,
+    world: World,
+    precision: str = "fp32",
+) -> ThresholdTable:
+    """Count labelled images at every threshold, at every rank, in the order of their indices."""
+    parts: list[tuple[list[int], ThresholdTable]] = []
+    title = "fitting the threshold"
+    for batch, targets, logits in forward(model, batches, world, precision=precision, progress=title):
+        parts.append(
+            (list(batch.indices), ThresholdTable.of_batch(to_probs(logits), scoring.encode(targets)))
+        )
+    shares = [part for share in gather(parts, world) for part in share]
+    if not shares:
+        raise UserError("images=0 in the validation split: nothing to fit on. Fix: check dataset.splits.")
+    indices = [index for part, _ in shares for index in part]
+    order = sorted(range(len(indices)), key=indices.__getitem__)
+    return ThresholdTable.cat([table for _, table in shares]).select(order)
+
+
+def probability_histogram(
+    model: nn.Module,
+    batches: Iterable[Any],
+    to_probs: Callable[[Tensor], Tensor],
+    world: World,
+    precision: str = "fp32",
+) -> ProbabilityHistogram:
+    """Count the probabilities of all pixels, at every rank. No labels are read, so void pixels are counted too."""
+    histogram = ProbabilityHistogram()
+    title = "fitting the pooled cut-offs"
+    for _, _, logits in forward(model, batches, world, precision=precision, progress=title):
+        histogram.update(to_probs(logits).cpu())
+    merged = ProbabilityHistogram()
+    for share in gather(histogram, world):
+        merged.merge(share)
+    if merged.count is None:
+        raise UserError("images=0 in the split: no cut-off can be fitted. Fix: check split and dataset.root.")
+    return merged
+
+
+class FittedFile:
+    """What was fitted for a checkpoint, in `<name>.fitted.json` beside it.
+
+    Every entry holds a `kind` (calibration or rule), the `settings` that its probabilities depend on, its `values`, and
+    the images that it was `fitted_on`. All ranks read the file of rank 0; rank 0 alone writes.
+
+    Args:
+        checkpoint: path of the checkpoint.
+        world: this process; None reads alone.
+        replace: ignore a file of another checkpoint, instead of rejecting it.
+
+    Raises:
+        UserError: the file is damaged, or belongs to another checkpoint.
+    """
+
+    def __init__(self, checkpoint: Path, world: World | None = None, *, replace: bool = False) -> None:
+        self.path = checkpoint.with_name(f"{checkpoint.stem}.fitted.json")
+        self.sha256 = file_sha256(checkpoint)
+        content = self._read(replace)
+        self.entries: list[dict[str, Any]] = gather(content, world)[0] if world else content
+        self.changed = False
+
+    def _read(self, replace: bool) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        content = read_json(self.path)
+        entries = content.get("entries") if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+            raise UserError(f"{self.path} does not hold fitted values. Fix: delete it and run test.py again.")
+        if content.get("checkpoint") != self.sha256:
+            if replace:
+                return []
+            raise UserError(
+                f"{self.path} was fitted for another checkpoint: sha256 {str(content.get('checkpoint'))[:12]}, "
+                f"this one has {self.sha256[:12]}. Fix: delete it and run test.py again."
+            )
+        return entries
+
+    def find(
+        self, kind: str, settings: Mapping[str, Any], fitted_on: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | None:
+        """Return the values of the newest entry with these settings (and fitted on these images), or None."""
+        for entry in reversed(self.entries):
+            same_images = fitted_on is None or entry["fitted_on"] == dict(fitted_on)
+            if entry["kind"] == kind and entry["settings"] == dict(settings) and same_images:
+                values: dict[str, Any] = entry["values"]
+                return values
+        return None
+
+    def put(
+        self, kind: str, settings: Mapping[str, Any], values: Mapping[str, Any], fitted_on: Mapping[str, Any]
+    ) -> None:
+        """Add an entry, in place of one with the same kind, settings and images."""
+        entry = {
+            "kind": kind,
+            "settings": dict(settings),
+            "values": dict(values),
+            "fitted_on": dict(fitted_on),
+        }
+        same = ("kind", "settings", "fitted_on")
+        self.entries = [old for old in self.entries if any(old[key] != entry[key] for key in same)] + [entry]
+        self.changed = True
+
+    def save(self) -> None:
+        """Write the file if an entry was added."""
+        if self.changed:
+            write_json(self.path, {"format": FORMAT, "checkpoint": self.sha256, "entries": self.entries})
+
+
+def _is_entry(entry: Any) -> bool:
+    kinds = {"kind": str, "settings": dict, "values": dict, "fitted_on": dict}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())

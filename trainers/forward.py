@@ -1,0 +1,87 @@
+"""The forward pass that scoring, calibration, fitting and reports share.
+
+Shapes: N images, C classes, H × W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rankseg.calibration import Calibration, focal_correction
+from trainers.distributed import World
+from trainers.losses import Link, link_probs
+from trainers.update import PRECISIONS
+
+
+@dataclass(frozen=True)
+class ToProbs:
+    """Turn logits (N, C, H, W) into probabilities.
+
+    Attributes:
+        link: "softmax" or "sigmoid".
+        calibration: divides the logits if it is a number; a `Calibration` has a temperature and a bias per class.
+        correct_focal: undo the bias of networks trained with the focal loss.
+    """
+
+    link: Link
+    calibration: float | Calibration = 1.0
+    correct_focal: bool = False
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if isinstance(self.calibration, Calibration):
+            logits = self.calibration(logits)
+        elif self.calibration != 1:
+            logits = logits / self.calibration
+        probs = link_probs(logits, self.link)
+        return focal_correction(probs) if self.correct_focal else probs
+
+
+@torch.inference_mode()
+def forward(
+    model: nn.Module,
+    batches: Iterable[Any],
+    world: World,
+    *,
+    precision: str = "fp32",
+    progress: str = "",
+    unneeded: Callable[[Tensor], bool] = lambda targets: False,
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Yield (batch, targets, logits) for every batch: logits float32 at the size of the targets, on the device.
+
+    Args:
+        model: images (N, 3, H, W) -> an object with ``logits`` (N, C, h, w).
+        batches: with ``images``, ``targets`` (N, H, W), ``names`` and ``indices``.
+        precision: of the network, as in the training.
+        progress: title of the progress bar; empty for none.
+        unneeded: targets of a batch -> whether it is left out.
+    """
+    model.eval()
+    cast = torch.autocast(
+        world.device.type, PRECISIONS[precision] or torch.bfloat16, enabled=precision != "fp32"
+    )
+    hidden = None if progress and world.is_main else True  # None: hidden if stderr is not a terminal
+    total = getattr(batches, "num_images", None)  # this process's share
+    with tqdm(total=total, unit="img", desc=progress, disable=hidden, leave=False) as bar:
+        for batch in batches:
+            targets = batch.targets.to(world.device, non_blocking=True)
+            if not unneeded(targets):
+                images = batch.images.to(world.device, non_blocking=True)
+                with cast:
+                    logits = model(images).logits
+                yield batch, targets, at_size(logits, targets.shape[-2:])
+            bar.update(len(batch.names))
+
+
+def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Return logits (N, C, *, *) as float32 at the given (height, width), bilinear."""
+    logits = logits.float()
+    if logits.shape[-2:] == tuple(size):
+        return logits
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
