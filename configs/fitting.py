@@ -195,6 +195,16 @@ class Fitter:
             )
         return lines
 
+    def warns_about(self, name: str) -> str:
+        """Return why the masks of a rule may be poor, for images without labels; empty if there is no reason."""
+        raw = self.kind == "none" and self.cfg.temperature == 1 and not self.cfg.correct_focal
+        if not raw or not build.is_ranking(build.rule_node(name, self.cfg)):
+            return ""
+        return (
+            f"rule {name} needs calibrated probabilities, and calibrate=none uses those of the network. "
+            "Fix: compare with test.py calibrate=temperature, and pass the same option here if it scores higher."
+        )
+
     def save(self) -> None:
         """Write the file, at rank 0."""
         if self.world.is_main:

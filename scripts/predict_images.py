@@ -9,8 +9,11 @@ pixels and carries its EXIF orientation. On request:
     --overlay        masks/overlay/NAME.png          the mask over the image, upright, to look at
     --per-class      masks/classes/NAME/CLASS.png    each class's mask (0 and 255), overlaps kept
     --probabilities  masks/probabilities/NAME.npy    (classes, height, width) float16
+    --review         masks/review.csv                image, class, area, confidence, lower bound, least sure first
 
-Overrides are those of test.py; temperature=0.4, as found by `test.py temperature=fit`, calibrates the network.
+Overrides are those of test.py. calibrate=temperature, calibrate=class, gate=fit and the rules T_fit, pooled_dice and
+auto use what test.py fitted and stored in CHECKPOINT.fitted.json; scripts/confidence.py stores the margin of the lower
+bound.
 
 Windows blend probabilities, and the rule then decides on the whole image. A rule such as rankdice may give a pixel
 to several classes: in the palette PNG the most probable of them has it; a pixel that no class has is background,
@@ -38,22 +41,23 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
 from configs.compose import options
+from configs.errors import UserError
+from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
 from rankseg import Predictor
-from rankseg.calibration import focal_correction
 from scripts.inference import files
 from scripts.inference.facts import facts
 from scripts.inference.labels import label_map
 from scripts.inference.outputs import Outputs, refuse_collisions, settle
+from scripts.inference.review import Review
 from scripts.inference.windows import View, probabilities
 from scripts.parallel import ahead, default_workers
 from trainers.device import pick_device
-from trainers.losses import link_probs
+from trainers.distributed import World
 from trainers.results import file_sha256
 from trainers.update import PRECISIONS
 
@@ -70,8 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     info = facts(cfg, args.classes)
     default = "rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap"
     (name,) = args.predictor or [default]
-    rule = build.rules([name], cfg)[name]
-    segment = Segmenter(network, cfg, info, rule, _view(args, cfg), pick_device(args.device))
+    device = pick_device(args.device)
+    fitter = Fitter(cfg, network, args.resume, World(0, 1, device), may_fit=False)
+    rule = fitter.rules([name])[0][name]
+    to_probs = getattr(rule, "to_probs", fitter.to_probs())
+    if fitter.warns_about(name):
+        print(f"warning: {fitter.warns_about(name)}", file=sys.stderr)
+    review = _review(args, fitter, name, info)
+    segment = Segmenter(network, cfg, info, rule, to_probs, _view(args, cfg), device, review)
     outputs = {image: Outputs(args, image, info) for image in found}
     refuse_collisions(outputs, found)
     settle(args.out, _settings(args, name, info), outputs, found, args.force)
@@ -84,8 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tqdm.write(f"error: {picture}", file=sys.stderr)
                 failed += 1
             else:
-                segment(picture, outputs[image])
+                segment(picture, outputs[image], image)
             bar.update()
+    if review:
+        review.save()
     before = len(found) - len(todo)
     parts = [f"{len(todo) - failed} images segmented with {name}"]
     parts += [f"{before} done before"] * bool(before) + [f"{failed} failed"] * bool(failed)
@@ -111,6 +123,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--overlay", action="store_true", help="the mask over the image too")
     add("--per-class", action="store_true", help="a mask for each class too")
     add("--probabilities", action="store_true", help="the probabilities too")
+    add("--review", action="store_true", help="review.csv too: how sure each mask is, the least sure first")
+    add(
+        "--alpha",
+        type=float,
+        default=0.1,
+        help="share of images that may miss the bound in review.csv (default: 0.1)",
+    )
     add("--window", type=int, metavar="PIXELS",
         help=f"side of sliding windows, as the network sees them (default: whole images up to "
         f"{WHOLE >> 20} Mpixel, {WINDOW} above; 0: always whole)")  # fmt: skip
@@ -190,14 +209,23 @@ def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]
     return view
 
 
-def _temperature(cfg: DictConfig) -> float:
-    """Return what divides the logits.
-
-    Raises ValueError for `fit`: new images have no truth to fit it on.
-    """
-    if cfg.temperature == "fit":
-        raise ValueError("temperature=fit: give a number; test.py temperature=fit prints it")
-    return float(cfg.temperature)
+def _review(args: argparse.Namespace, fitter: Fitter, rule: str, info: DatasetInfo) -> Review | None:
+    """Return the review that is asked for, with the margins that scripts/confidence.py fitted for this rule."""
+    if not args.review:
+        return None
+    if not 0 < args.alpha < 1:
+        raise UserError(
+            f"--alpha {args.alpha:g} is invalid: expected a number between 0 and 1. Fix: --alpha 0.1"
+        )
+    stored = fitter.file.find(f"margin {args.alpha:g}", fitter.rule_settings(rule))
+    if stored is None:
+        print(
+            f"note: no margin for rule {rule} and alpha={args.alpha:g}, so review.csv has no lower bounds. "
+            f"Fix: run scripts/confidence.py -r {args.resume} -p {rule} with the same options first.",
+            file=sys.stderr,
+        )
+    margins = (stored or {}).get("classes", {})
+    return Review(args.out / "review.csv", info.classes, info.scored, margins)
 
 
 def _settings(args: argparse.Namespace, rule: str, info: DatasetInfo) -> dict[str, Any]:
@@ -231,13 +259,15 @@ class Segmenter:
         cfg: DictConfig,
         info: DatasetInfo,
         rule: Predictor,
+        to_probs: Callable[[Tensor], Tensor],
         view: Callable[[Tensor], View],
         device: torch.device,
+        review: Review | None = None,
     ) -> None:
         self.network, self.cfg, self.info = network.to(device).eval(), cfg, info
         self.rule, self.view, self.device = rule, view, device
-        self.temperature = _temperature(cfg)
-        self.link, self.normalise = build.loss(cfg).link, Normalise(info.mean, info.std)
+        self.to_probs, self.review = to_probs, review
+        self.normalise = Normalise(info.mean, info.std)
         precision = PRECISIONS[cfg.trainer.precision]
         self.cast = torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
 
@@ -246,13 +276,8 @@ class Segmenter:
         with self.cast:
             return self.network(pixels).logits
 
-    def to_probs(self, logits: Tensor) -> Tensor:
-        """Return probabilities as test.py makes them."""
-        probs = link_probs(logits / self.temperature, self.link)
-        return focal_correction(probs) if self.cfg.correct_focal else probs
-
-    def __call__(self, picture: files.Picture, outputs: Outputs) -> None:
-        """Segment one picture and write its files."""
+    def __call__(self, picture: files.Picture, outputs: Outputs, image: str) -> None:
+        """Segment one picture, whose name is `image`, and write its files."""
         pixels, orientation = picture
         probs = probabilities(
             pixels, self.forward, self.to_probs, self.normalise, self.view(pixels), self.device
@@ -261,8 +286,14 @@ class Segmenter:
         def save_mask(index: int, mask: Tensor) -> None:
             if outputs.masks:
                 files.save_mask(mask, orientation, outputs.masks[index])
+            if self.review:
+                self.review.add(image, index, probs[index], mask)
 
+        if self.review:
+            self.review.start(image)
         labels = label_map(probs, self.rule, self.info, save_mask)
+        if self.review:
+            self.review.finish(image)
         if outputs.probabilities:
             files.save_probabilities(probs, orientation, outputs.probabilities)
         if outputs.overlay:

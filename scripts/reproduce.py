@@ -122,7 +122,8 @@ def main() -> None:
     grid = load_runs([*args.overrides, *(f"{key}={value}" for key, value in swept if value)])
     folders = {name: _results_folder(name) for name in args.protocols.split(",")}
     plan = ScoringPlan(args.rules.split(","), folders, args.checkpoint, args.calibrate)
-    build.rules(plan.rules)  # report an unknown rule now, not after the first training
+    for rule in plan.rules:
+        build.rule_node(rule, None)  # report an unknown rule now, not after the first training
     todo = [run for run in grid if not plan.is_done(run)]
     if args.dry_run:
         for run in grid:

@@ -13,13 +13,17 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
+import rankseg
 from configs import build, stored
+from configs.checkpoint import load
 from configs.cli import guarded
 from configs.compose import GROUPS, compose
+from configs.errors import UserError
+from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
 from datasets.decode import EXIF_ORIENTATION
 from datasets.transforms import EvalTransform, Normalise
-from rankseg import argmax, rankdice, threshold
+from rankseg import argmax, expected_dice, rankdice, threshold
 from scripts.inference import files
 from scripts.inference.labels import label_map, masks_of, one_by_one
 from scripts.inference.outputs import file_names
@@ -27,6 +31,8 @@ from scripts.inference.windows import View, probabilities, starts, zeros
 from scripts.predict_images import main
 from tests.trees import bomb
 from trainers.checkpoint import save
+from trainers.distributed import World
+from trainers.text import read_csv
 
 INFO = DatasetInfo("three", ("background", "a", "b"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)), (1, 2))
 
@@ -453,9 +459,78 @@ def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path
     assert Image.open(out / "one.png").size == (64, 48)
     with pytest.raises(ValueError, match="rankdise is unknown"):
         main(["-r", str(checkpoint), str(image), "--out", str(out), "-p", "rankdise"])
-    with pytest.raises(
-        ValueError, match=r"temperature=fit: give a number; test\.py temperature=fit prints it"
+    for given, named in (
+        ("temperature=fit", "calibrate=temperature"),
+        ("calibrate=class", "calibrate=class"),
     ):
-        main(["-r", str(checkpoint), str(image), "--out", str(out / "y"), "temperature=fit"])
+        with pytest.raises(UserError, match=f"{named} was not fitted for this checkpoint.*test.py"):
+            main(["-r", str(checkpoint), str(image), "--out", str(out / "y"), given])
     with pytest.raises(ValueError, match="--scales"):
         main(["-r", str(checkpoint), str(image), "--out", str(out / "x"), "--scales", "big"])
+
+
+def test_fitted_values_are_applied_and_others_are_rejected(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "last.pth"
+    own.write_bytes(checkpoint.read_bytes())
+    command = ["-r", str(own), str(photos / "one.png"), "--quiet", "--probabilities", "--out"]
+    with pytest.raises(UserError, match="rule T_fit was not fitted"):
+        main([*command, str(tmp_path / "no"), "-p", "T_fit"])
+    main([*command, str(tmp_path / "raw"), "-p", "T"])
+    probs = torch.from_numpy(np.load(tmp_path / "raw" / "probabilities" / "one.npy")).float()
+    network, cfg, _ = load(own)
+    fitter = Fitter(cfg, network, own, World(0, 1, torch.device("cpu")))
+    images = {"split": "val", "fingerprint": "x", "num_images": 1}
+    at = float(probs[1].median())
+    values = {"at": at, "gated": False, "mean_dice": 0.5}
+    fitter.file.put("T_fit", fitter.rule_settings("T_fit"), values, images)
+    fitter.file.put("temperature", fitter.settings(), {"temperature": 3.0}, images)
+    fitter.save()
+    main([*command, str(tmp_path / "fit"), "-p", "T_fit"])
+    labels = np.asarray(Image.open(tmp_path / "fit" / "one.png"))
+    expected = (probs[1:] >= at).any(0).numpy()
+    assert ((labels > 0) == expected).mean() > 0.97 and 0 < expected.mean() < 1  # stored as float16
+    main([*command, str(tmp_path / "warm"), "-p", "T", "calibrate=temperature"])
+    warm = torch.from_numpy(np.load(tmp_path / "warm" / "probabilities" / "one.npy")).float()
+    torch.testing.assert_close(warm, (probs.clamp(min=1e-7).log() / 3).softmax(0), atol=5e-3, rtol=0)
+    own.write_bytes(own.read_bytes() + b" ")
+    with pytest.raises(UserError, match="fitted for another checkpoint"):
+        main([*command, str(tmp_path / "other"), "-p", "T_fit"])
+
+
+def test_review_lists_the_least_sure_mask_first(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, out = tmp_path / "last.pth", tmp_path / "out"
+    own.write_bytes(checkpoint.read_bytes())
+    network, cfg, _ = load(
+        own, ["gate=none"]
+    )  # the network is untrained: the usual gate leaves hardly a mask
+    fitter = Fitter(cfg, network, own, World(0, 1, torch.device("cpu")))
+    margins = {"image": 0.1, "classes": {"1": 0.125, "2": None}}
+    fitter.file.put("margin 0.1", fitter.rule_settings("rankdice"), margins, {"split": "val"})
+    fitter.save()
+    names = [photos / "one.png", photos / "three.png"]
+    command = ["-r", str(own), "-p", "rankdice", "gate=none", "--review", "--probabilities", "--quiet"]
+    command += ["--out", str(out)]
+    main([*command, str(names[0])])
+    main([*command, *map(str, names)])  # the first one is done: its rows stay
+    assert "calibrate=none" in capsys.readouterr().err
+    rows = list(read_csv((out / "review.csv").read_text()))
+    assert {(row["image"], row["class"]) for row in rows} == {
+        (path.stem, name) for path in names for name in ("disc", "box")
+    }
+    sure = [float(row["confidence"]) for row in rows]
+    assert sure == sorted(sure)
+    for row in rows:
+        probs = torch.from_numpy(np.load(out / "probabilities" / f"{row['image']}.npy")).float()
+        p = probs[1 if row["class"] == "disc" else 2][None, None]
+        mask = rankseg.rank_dice(p, pruning=False).predict
+        assert int(row["area"]) == pytest.approx(int(mask.sum()), rel=0.02)
+        assert float(row["confidence"]) == pytest.approx(float(expected_dice(p, mask)), abs=2e-3)
+        bound = f"{max(0, float(row['confidence']) - 0.125):.4f}" if row["class"] == "disc" else ""
+        assert row["lower_bound"] == bound
+    (out / "review.csv").write_text("mine")
+    with pytest.raises(UserError, match="review"):
+        main([*command, *map(str, names)])

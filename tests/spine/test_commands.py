@@ -138,6 +138,71 @@ def test_calibrated_scores_lie_beside_the_usual_ones_and_get_rows_of_their_own(
     assert "refused" not in table
 
 
+def test_fitted_rules_are_scored_stored_and_used_again(run: Path, tmp_path: Path) -> None:
+    score = ("test.py", "-r", str(run / "last.pth"), "-p", "all", "-p", "auto", "gate=fit", "calibrate=class")
+    first = call(*score, cwd=tmp_path)
+    fitted = json.loads((run / "last.fitted.json").read_text())
+    assert (
+        "calibrate=class" in first.stdout and "T_fit: threshold" in first.stdout and "auto:" in first.stdout
+    )
+    call(*score, cwd=tmp_path)
+    assert json.loads((run / "last.fitted.json").read_text()) == fitted
+    folder = run / "results" / "calibrated_class_gate_fit"
+    rules = ("T", "T_fit", "max", "rankdice", "rankiou", "pooled_dice", "auto")
+    read = {rule: json.loads((folder / f"{rule}.json").read_text()) for rule in rules}
+    for rule, record in read.items():
+        assert ("fitted" in record) == (rule not in ("T", "max")), rule
+        assert len(record["image_confidence"]) == len(record["images"]) and record["gate"] == "fit"
+        assert (
+            len(record["calibration"]["bias"])
+            == len(record["classes"])
+            == len(record["scores"]["volume_ratio"])
+        )
+        assert all(0 <= value <= 1 for value in record["image_confidence"])
+    assert (
+        read["auto"]["fitted"]["rule"] in ("T", "max", "T_fit", "rankdice") and read["auto"]["fitted"]["why"]
+    )
+    rows = (folder / "rankdice.csv").read_text().splitlines()
+    assert rows[0].endswith(",confidence") and all(0 <= float(row.split(",")[-1]) <= 1 for row in rows[1:])
+
+
+def test_confidence_of_two_splits(run: Path, tmp_path: Path) -> None:
+    command = ("scripts/confidence.py", "-r", str(run / "last.pth"), "--resplits", "5")
+    done = call(*command, "--alpha", "0.5", "--out", str(tmp_path), cwd=tmp_path)
+    assert "AURC" in done.stdout and "coverage" in done.stdout
+    found = json.loads((tmp_path / "confidence.json").read_text())
+    aurc = {name: one["aurc"] for name, one in found["aurc"].items()}
+    assert min(aurc, key=aurc.__getitem__) == "oracle" and 0 <= found["coverage"] <= 1
+    assert (tmp_path / "confidence.svg").read_text().lstrip().startswith("<?xml")
+    kinds = [entry["kind"] for entry in json.loads((run / "last.fitted.json").read_text())["entries"]]
+    assert "margin 0.5" in kinds
+    for bad, named in (
+        ("--alpha=1.5", "alpha"),
+        ("--alpha=0.001", "alpha=0.001"),
+        ("--on=val", "same images"),
+    ):
+        assert named in call(*command, "--out", str(tmp_path), bad, cwd=tmp_path, expect=2).stderr
+
+
+def test_rules_that_need_validation_images_say_so(run: Path, tmp_path: Path) -> None:
+    for words in (("-p", "T_fit"), ("-p", "auto"), ("calibrate=class",), ("gate=fit",)):
+        done = call(
+            "test.py", "-r", str(run / "checkpoint-epoch2.pth"), *words, "dataset.splits.val=null",
+            "--out", str(tmp_path), cwd=tmp_path, expect=2,
+        )  # fmt: skip
+        assert "validation split" in done.stderr and "dataset.splits.val" in done.stderr
+    for bad, named in (("gate=0.4", "gate="), ("calibrate=scalar", "calibrate=")):
+        done = call(
+            "test.py", "-r", str(run / "last.pth"), bad, "--out", str(tmp_path), cwd=tmp_path, expect=2
+        )
+        assert named in done.stderr
+    both = ("temperature=0.7", "calibrate=class")
+    assert (
+        "temperature=0.7"
+        in call("test.py", "-r", str(run / "last.pth"), *both, cwd=tmp_path, expect=2).stderr
+    )
+
+
 def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: Path, tmp_path: Path) -> None:
     call(
         "test.py",
