@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs import build
 from configs.checkpoint import load
 from configs.cli import guarded
-from configs.fitting import Fitter
 from configs.files import read_json, write_json, write_text
+from configs.fitting import Fitter
 from configs.values import check_uncalibrated
 from scripts import ROOT
 from scripts.analysis import page
@@ -71,7 +71,7 @@ def report(args: argparse.Namespace, world: World) -> Path:
     loader = build.eval_loader(cfg, data, world)
     held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), world)
     fitter = Fitter(cfg, network, path, world)
-    fitted = fitter.calibration("temperature")
+    fitted = cast(float, fitter.calibration("temperature"))
     kinds = variants(link, fitted, cfg.loss.name)
     if fitter.kind == "class":
         kinds["calibrated per class"] = fitter.to_probs()
@@ -81,7 +81,9 @@ def report(args: argparse.Namespace, world: World) -> Path:
     on_validation = cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]
     known = None
     if not on_validation:
-        known = held_out_confidence(network, held_out, rules["rankdice"], kinds["raw"], scoring, world, precision)
+        known = held_out_confidence(
+            network, held_out, rules["rankdice"], kinds["raw"], scoring, world, precision
+        )
 
     folder = args.out or path.resolve().parent / "report"
     groups = pick(findings, args.images)

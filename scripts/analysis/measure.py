@@ -6,7 +6,7 @@ Shapes: N images, C classes, H × W pixels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -165,7 +165,9 @@ def held_out_confidence(
     """Return the expected Dice and the achieved Dice of validation images with a score, (N,) each."""
     expected, achieved = [], []
     unneeded = scoring.is_unneeded
-    passes = forward(model, batches, world, precision=precision, progress="validation images", unneeded=unneeded)
+    passes = forward(
+        model, batches, world, precision=precision, progress="validation images", unneeded=unneeded
+    )
     for _, targets, logits in passes:
         probs = probabilities(logits)
         masks = rule(probs)

@@ -178,7 +178,7 @@ def test_two_processes_score_as_one_and_each_image_once(pair: Path, tmp_path: Pa
     alone = begin("test.py", *arguments, "--out", str(tmp_path / "one"), log=tmp_path / "alone.txt")
     join([alone], (0,))
     assert {entry["kind"] for entry in by_two["entries"]} >= {
-        "class",
+        "temperature",
         "T_fit",
         "pooled_dice",
         "rankdice",
