@@ -1,6 +1,6 @@
-"""Networks: the paper's three and any of segmentation_models_pytorch; weights and checkpoints read safely.
+"""Networks: the three of the paper and those of segmentation_models_pytorch; safe reading of checkpoints.
 
-What needs torchvision or timm, whose imports take longer than torch's, is imported where it is first asked for.
+Networks that need torchvision or timm are imported on first use, because these imports are slow.
 """
 
 from importlib import import_module

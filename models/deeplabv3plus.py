@@ -27,11 +27,11 @@ class DeepLabV3Plus(nn.Module):
     Args:
         num_classes: C.
         weights: None, or the path of ImageNet weights of torchvision's ``resnet101``.
-        narrow: divides the channels of every layer; 16 makes a network to try things with.
+        narrow: divide the channels of every layer by this number, for small test networks.
 
     Raises:
-        ValueError: the weights are not of a ResNet-101.
-        FileNotFoundError: there is no such file.
+        CheckpointError: the weights do not belong to a ResNet-101.
+        FileNotFoundError: the file does not exist.
     """
 
     aux_weight = 0.0
@@ -54,7 +54,7 @@ class DeepLabV3Plus(nn.Module):
         narrow_layers(self, narrow, num_classes, weights)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
-        """Images (N, 3, H, W) to logits (N, C, H, W)."""
+        """Map images (N, 3, H, W) to logits (N, C, H, W)."""
         net = self.backbone
         stem = net.maxpool(net.relu(net.bn1(net.conv1(images))))
         fine = net.layer1(stem)
@@ -65,12 +65,12 @@ class DeepLabV3Plus(nn.Module):
         return SegmentationOutput(resize(logits, images.shape[-2:], align_corners=True))
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """The ResNet, which learns at a tenth of the rate."""
+        """Return the parameters of the ResNet, which have a reduced learning rate."""
         return list(self.backbone.parameters())
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: the same features seen at five scales, the last one the whole image."""
+    """Atrous spatial pyramid pooling: features at five scales, the last of which is the whole image."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -81,15 +81,15 @@ class ASPP(nn.Module):
         self.merge = nn.Sequential(*conv_bn_relu(5 * outputs, outputs), nn.Dropout(0.5))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (N, 2048, h, w) to (N, 256, h, w)."""
+        """Map features (N, 2048, h, w) to (N, 256, h, w)."""
         image = self.image(features).expand(-1, -1, *features.shape[-2:])
         return self.merge(torch.cat([*(branch(features) for branch in self.branches), image], dim=1))
 
 
 def _dilated_resnet101() -> ResNet:
-    """ResNet-101 of output stride 16 without its classifier.
+    """Return a ResNet-101 with output stride 16 and without classifier.
 
-    torchvision leaves the first 3x3 of a dilated stage undilated; here all of ``layer4`` have dilation 2.
+    torchvision does not dilate the first 3x3 convolution of a dilated stage. Here all of ``layer4`` have dilation 2.
     """
     net = resnet101(weights=None, replace_stride_with_dilation=[False, False, True])
     first = net.layer4[0].conv2

@@ -20,22 +20,22 @@ from models.layers import narrow_layers
 from models.output import SegmentationOutput
 from models.weights import load_backbone
 
-POOL3, POOL4 = 17, 24  # where these stages of VGG16 end
-# The finer stages are scaled down, so that training begins from the coarse map (the reference FCN's scales).
+POOL3, POOL4 = 17, 24  # number of layers up to the end of these stages of VGG16
+# Scales of the finer stages, as in the reference FCN: training starts from the coarse map.
 POOL3_SCALE, POOL4_SCALE = 1e-4, 1e-2
 
 
 class FCN8(nn.Module):
-    """FCN-8s with torchvision's VGG16, its fully connected layers included.
+    """FCN-8s with torchvision's VGG16, including its fully connected layers.
 
     Args:
         num_classes: C.
         weights: None, or the path of ImageNet weights of torchvision's ``vgg16``.
-        narrow: divides the channels of every layer; 16 makes a network to try things with.
+        narrow: divide the channels of every layer by this number, for small test networks.
 
     Raises:
-        ValueError: the weights are not of a VGG16.
-        FileNotFoundError: there is no such file.
+        CheckpointError: the weights do not belong to a VGG16.
+        FileNotFoundError: the file does not exist.
     """
 
     aux_weight = 0.0
@@ -46,7 +46,7 @@ class FCN8(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         vgg = vgg16(weights=None)
-        vgg.classifier = vgg.classifier[:6]  # without ImageNet's scores
+        vgg.classifier = vgg.classifier[:6]  # without the last layer, the scores of ImageNet
         if weights is not None:
             load_backbone(vgg, weights, truncated=True)
         self.features = _padded_features(vgg)
@@ -66,7 +66,7 @@ class FCN8(nn.Module):
         narrow_layers(self, narrow, num_classes, weights)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
-        """Images (N, 3, H, W) to logits (N, C, H, W)."""
+        """Map images (N, 3, H, W) to logits (N, C, H, W)."""
         pool3 = self.features[:POOL3](images)
         pool4 = self.features[POOL3:POOL4](pool3)
         scores = self.classifier(self.features[POOL4:](pool4))
@@ -77,19 +77,19 @@ class FCN8(nn.Module):
         return SegmentationOutput(logits)
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """What learns at a tenth of the rate: all but the two adapters, even the new score layer."""
+        """Return the parameters with a reduced learning rate: all except the adapters of pool3 and pool4."""
         return [*self.features.parameters(), *self.classifier.parameters()]
 
 
 def bilinear_kernel(size: int) -> Tensor:
-    """The (size, size) kernel with which a transposed convolution of stride ``size / 2`` is bilinear."""
+    """Return the (size, size) kernel of a bilinear transposed convolution with stride ``size / 2``."""
     positions = torch.arange(size, dtype=torch.float32)
     tent = 1 - (positions - (size - 1) / 2).abs() / (size / 2)
     return torch.outer(tent, tent)
 
 
 def _padded_features(vgg: VGG) -> nn.Sequential:
-    """VGG16's convolutions, padded by 100 pixels for the 7x7 one; pooling keeps an odd last row."""
+    """Return the convolutions of VGG16, padded by 100 pixels for the 7x7 one. Pooling keeps an odd last row."""
     features = vgg.features
     features[0].padding = (100, 100)
     for layer in features:
@@ -99,7 +99,7 @@ def _padded_features(vgg: VGG) -> nn.Sequential:
 
 
 def _as_convolution(linear: nn.Linear, kernel: int) -> nn.Conv2d:
-    """A fully connected layer as a convolution over ``kernel`` x ``kernel`` windows, weights unchanged."""
+    """Return a fully connected layer as a convolution over ``kernel`` x ``kernel`` windows, with the same weights."""
     inputs = linear.in_features // kernel**2
     convolution = nn.Conv2d(inputs, linear.out_features, kernel, device="meta")
     convolution.weight = nn.Parameter(linear.weight.detach().view(-1, inputs, kernel, kernel))
@@ -108,13 +108,13 @@ def _as_convolution(linear: nn.Linear, kernel: int) -> nn.Conv2d:
 
 
 def _enlarge(scores: Tensor, kernel: Tensor, factor: int) -> Tensor:
-    """Scores (N, C, h, w) enlarged, each class by itself."""
+    """Upsample scores (N, C, h, w), each class separately."""
     channels = scores.shape[1]
     weight = kernel.to(scores.dtype).expand(channels, 1, -1, -1)
     return F.conv_transpose2d(scores, weight, stride=factor, groups=channels)
 
 
 def _add(coarse: Tensor, fine: Tensor, offset: int) -> Tensor:
-    """Both scores on the coarse map's extent, which lies ``offset`` inside the fine one."""
+    """Add both scores on the area of the coarse map, which starts at ``offset`` of the fine map."""
     height, width = coarse.shape[-2:]
     return coarse + fine[..., offset : offset + height, offset : offset + width]

@@ -11,10 +11,10 @@ from configs.errors import UserError
 
 
 class PooledBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation behind global pooling, which a batch of one does not break.
+    """Batch normalisation after global pooling that also accepts a batch of one.
 
-    One image pooled to 1x1 leaves a single value a channel, which has no variance. Such a batch is normalised
-    with the running statistics and leaves them alone; with two images or more this is ``nn.BatchNorm2d``.
+    One image pooled to 1x1 has a single value per channel and no variance. Such a batch is normalised with the
+    running statistics and does not change them. Otherwise this is ``nn.BatchNorm2d``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class PooledBatchNorm(nn.BatchNorm2d):
 
 
 def allow_batch_of_one(root: nn.Module) -> None:
-    """Replace, in a network built elsewhere, the normalisation behind global pooling; parameters stay."""
+    """Replace the normalisation after global pooling in a network of another library; keep the parameters."""
     for module in root.modules():
         if not isinstance(module, nn.Sequential):
             continue
@@ -41,7 +41,7 @@ def allow_batch_of_one(root: nn.Module) -> None:
 def conv_bn_relu(
     inputs: int, outputs: int, kernel: int = 1, dilation: int = 1, stride: int = 1, pooled: bool = False
 ) -> nn.Sequential:
-    """A convolution padded to keep the size (over ``stride``), normalised and rectified."""
+    """Return convolution, batch normalisation and ReLU; the output has the input's size divided by ``stride``."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False),
@@ -51,7 +51,7 @@ def conv_bn_relu(
 
 
 def initialise_new_layers(*modules: nn.Module) -> None:
-    """Start the layers that no ImageNet weights exist for as the experiments did.
+    """Initialise the layers without ImageNet weights as the experiments of the paper did.
 
     Convolutions: Kaiming normal (fan in, ReLU), biases as PyTorch leaves them. Batch normalisation: weight 1,
     bias 1e-4. Source: the released code of Dai & Li, JMLR 24(224), 2023.
@@ -65,20 +65,20 @@ def initialise_new_layers(*modules: nn.Module) -> None:
 
 
 def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: object) -> None:
-    """Leave one channel in ``factor`` in every layer, drawn anew: the same network, small enough to try things with.
+    """Keep one channel in ``factor`` in every layer and initialise it again: a small network for tests.
 
     Raises:
-        ValueError: a layer's channels cannot be divided so, or ``weights`` of the whole network are asked for.
+        UserError: the channels of a layer are not divisible, or ``weights`` of the full network are given.
     """
     if factor == 1:
         return
     if weights is not None:
         raise UserError(
-            f"weights={weights} are those of the whole network; with narrow={factor} set weights=null"
+            f"weights={weights} belong to the full network. Fix: with narrow={factor} set weights=null."
         )
 
     def fewer(channels: int) -> int:
-        if channels in (3, num_classes):  # the image's and the classes'
+        if channels in (3, num_classes):  # input and output of the network
             return channels
         if factor < 1 or channels % factor:
             raise UserError(
@@ -113,5 +113,5 @@ def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: ob
 
 
 def resize(maps: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """Maps (N, C, *, *) brought to ``size`` bilinearly."""
+    """Resize maps (N, C, *, *) to ``size`` with bilinear interpolation."""
     return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=align_corners)

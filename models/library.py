@@ -1,4 +1,4 @@
-"""Any architecture of segmentation_models_pytorch, with any of its encoders or timm's.
+"""Architectures of segmentation_models_pytorch, with any encoder of that package or of timm.
 
 Legend: N images, C classes, H x W pixels.
 """
@@ -50,12 +50,12 @@ class SMP(nn.Module):
         encoder: an encoder of smp, or ``tu-NAME`` for any of timm's.
         num_classes: C.
         weights: of the encoder: None, a path, or ``efficientnet-lite0`` (see ``models.weights``).
-        narrow: divides the channels of every layer; 16 makes a network to try things with.
-        options: further arguments of the architecture (``encoder_depth``, ``decoder_channels``, ...). For a
-            shallower encoder take one of timm's: smp's keep the unused stages, which DDP refuses.
+        narrow: divide the channels of every layer by this number, for small test networks.
+        options: further arguments of the architecture (``encoder_depth``, ``decoder_channels``, ...). For fewer
+            stages use an encoder of timm: those of smp keep unused stages, and DDP rejects unused parameters.
 
     Raises:
-        ValueError: the architecture, encoder, option or weights are not what can be used; says what can.
+        UserError: the architecture, encoder, an option or the weights are invalid. The message lists valid ones.
     """
 
     aux_weight = 0.0
@@ -81,7 +81,7 @@ class SMP(nn.Module):
             )
 
     def forward(self, images: Tensor) -> SegmentationOutput:
-        """Images (N, 3, H, W) to logits (N, C, H, W)."""
+        """Map images (N, 3, H, W) to logits (N, C, H, W)."""
         height, width = images.shape[-2:]
         stride = self.network.encoder.output_stride
         padding = (0, -width % stride, 0, -height % stride)
@@ -93,12 +93,12 @@ class SMP(nn.Module):
         return SegmentationOutput(logits[..., :height, :width])
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """The encoder if it is pre-trained; one that starts from scratch learns at the full rate."""
+        """Return the parameters of a pre-trained encoder. A random encoder has the full learning rate."""
         return list(self.network.encoder.parameters()) if self.pretrained else []
 
 
 def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    """smp's network with random weights; smp's own weights would come from a hub."""
+    """Return a network of smp with random weights. smp would download its own weights from a hub."""
     key = arch.lower()
     if key not in ARCHITECTURES:
         raise UserError(f"unknown architecture {arch!r}; {_nearest(key, ARCHITECTURES)}")
@@ -118,7 +118,7 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
 
 
 def _check_encoder(encoder: str) -> None:
-    """Refuse an encoder that neither smp nor timm has."""
+    """Raise UserError for an encoder that neither smp nor timm has."""
     if encoder in smp.encoders.encoders:
         return
     if encoder.startswith("tu-"):
@@ -153,7 +153,7 @@ def _check_options(arch: str, encoder: str, options: dict[str, Any]) -> None:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    """What to write instead: the nearest names, or all of a few."""
+    """Return a hint: the most similar names, or all names if there are few."""
     names = list(names)
     near = get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
@@ -170,7 +170,7 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _load_encoder(encoder: Any, name: str, weights: str | Path, truncated: bool) -> None:
-    """Pre-trained weights for smp's encoder; smp wraps timm's networks in a ``model`` attribute."""
+    """Load pre-trained weights into an encoder. smp wraps timm's networks in an attribute ``model``."""
     if str(weights) == LITE0 and name != "tu-tf_efficientnet_lite0":
         raise UserError(
             f"weights {LITE0} fit encoder=tu-tf_efficientnet_lite0 only, not {name}; choose that encoder"

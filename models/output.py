@@ -1,4 +1,4 @@
-"""What every network returns."""
+"""The output of every network."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ class PSPNet(nn.Module):
     Args:
         num_classes: C.
         weights: None, or the path of ImageNet weights of timm's ``resnet50s``.
-        narrow: divides the channels of every layer; 16 makes a network to try things with.
+        narrow: divide the channels of every layer by this number, for small test networks.
 
     Raises:
-        ValueError: the weights are not of a deep-stem ResNet-50.
-        FileNotFoundError: there is no such file.
+        CheckpointError: the weights do not belong to a deep-stem ResNet-50.
+        FileNotFoundError: the file does not exist.
     """
 
     aux_weight = 0.4
@@ -39,7 +39,7 @@ class PSPNet(nn.Module):
     def __init__(self, num_classes: int, weights: str | Path | None = None, narrow: int = 1) -> None:
         super().__init__()
         self.num_classes = num_classes
-        # layer3 and layer4 are dilated by 2 and 4, the first block of each by half of that.
+        # layer3 and layer4 have dilation 2 and 4, their first blocks 1 and 2.
         self.backbone = timm.create_model(
             "resnet50s", pretrained=False, output_stride=8, features_only=True, out_indices=(3, 4)
         )
@@ -54,7 +54,7 @@ class PSPNet(nn.Module):
         narrow_layers(self, narrow, num_classes, weights)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
-        """Images (N, 3, H, W) to logits and, while training, auxiliary logits, both (N, C, H, W)."""
+        """Map images (N, 3, H, W) to logits and, in training mode, auxiliary logits: (N, C, H, W) each."""
         size = images.shape[-2:]
         third, fourth = self.backbone(images)
         logits = resize(self.classifier(self.pyramid(fourth)), size, align_corners=False)
@@ -62,12 +62,12 @@ class PSPNet(nn.Module):
         return SegmentationOutput(logits, aux)
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """The ResNet, which learns at a tenth of the rate."""
+        """Return the parameters of the ResNet, which have a reduced learning rate."""
         return list(self.backbone.parameters())
 
 
 class Pyramid(nn.Module):
-    """Features beside their averages over 1, 4, 9 and 36 tiles of the image."""
+    """Concatenate features with their averages over 1, 4, 9 and 36 tiles of the image."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Pyramid(nn.Module):
         self.merge = nn.Sequential(*conv_bn_relu(2 * inputs, 512, 3), nn.Dropout2d(0.1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (N, 2048, h, w) to (N, 512, h, w)."""
+        """Map features (N, 2048, h, w) to (N, 512, h, w)."""
         size = features.shape[-2:]
         levels = [resize(level(features), size, align_corners=True) for level in self.levels]
         return self.merge(torch.cat([features, *levels], dim=1))

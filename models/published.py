@@ -1,4 +1,4 @@
-"""The checkpoints that the authors of RankSEG released, read into this project's networks.
+"""Load the checkpoints that the authors of RankSEG released into the networks of this project.
 
 Source: the released code and logs of Dai & Li, "RankSEG: A Consistent Ranking-based Framework for
 Segmentation", JMLR 24(224), 2023. Such a file holds ``arch`` (always "DataParallel"), ``epoch``,
@@ -32,7 +32,7 @@ LOSSES = {
     "DiceLoss": "soft_dice",
     "LogCoshDiceLoss": "log_cosh_dice",
     "BDiceLoss": "b_soft_dice",
-    "BCEDiceLoss": "b_soft_dice",  # what the logs call it
+    "BCEDiceLoss": "b_soft_dice",  # name in the logs
     "LovaszSoftmax": "lovasz",
     "CE_DiceLoss": "ce_dice",
 }
@@ -69,7 +69,7 @@ _KEYS: dict[str, list[tuple[str, Any]]] = {
         (r"output\.", "classifier."),
     ],
 }
-# A tensor that only this network has, and whose first dimension is the number of classes.
+# A tensor that only this network has. Its first dimension is the number of classes.
 _SCORES = {
     "deeplabv3plus": "decoder.output.7.bias",
     "pspnet": "master_branch.1.bias",
@@ -79,25 +79,25 @@ _FIXED = {"up_output.weight": 4, "up_pool4_out.weight": 4, "up_final.weight": 16
 
 
 def is_published(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint that was read is one of the released ones."""
+    """Return whether the content of a checkpoint has the format of the released ones."""
     return "arch" in checkpoint and all(isinstance(checkpoint.get(k), dict) for k in ("state_dict", "config"))
 
 
 def load_published(
     checkpoint: str | Path | dict[str, Any], source: str | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a released checkpoint, on the CPU and in evaluation mode, and its configuration in our names.
+    """Return the network of a released checkpoint (CPU, evaluation mode) and its configuration in our names.
 
     Args:
         checkpoint: the file, or what ``read_checkpoint`` returned.
-        source: how messages name the checkpoint; its path by default.
+        source: the name of the checkpoint in messages; its path by default.
 
     Returns:
         The network and ``translate_config``'s dictionary, with ``num_classes`` and ``epoch`` added.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the file cannot be read safely, is no released checkpoint, or contradicts itself.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file cannot be read safely, is not a released checkpoint, or contradicts itself.
     """
     if not isinstance(checkpoint, dict):
         source = source or f"checkpoint {checkpoint}"
@@ -105,23 +105,23 @@ def load_published(
     source = source or "the checkpoint"
     if not is_published(checkpoint):
         raise CheckpointError(
-            f"{source} is none of the released ones; give a file with arch, state_dict and config"
+            f"{source} is not a released checkpoint. Fix: choose a file with arch, state_dict and config."
         )
     config = translate_config(checkpoint["config"], source)
     state = checkpoint["state_dict"]
     if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()):
-        raise CheckpointError(f"{source} holds no tensors by name. Fix: take an intact file.")
+        raise CheckpointError(f"{source} holds no tensors by name. Fix: use an undamaged file.")
     state = {plain_key(key): tensor for key, tensor in state.items()}
     name = config["model"]
     if _SCORES[name] not in state or not state[_SCORES[name]].ndim:
         raise CheckpointError(
-            f"{source} says that it is a {name} but lacks {_SCORES[name]!r}; take an intact file"
+            f"{source} has arch={name} but no tensor {_SCORES[name]!r}. Fix: use an undamaged file."
         )
     num_classes = state[_SCORES[name]].shape[0]
     if num_classes != NUM_CLASSES[config["dataset"]]:
         raise CheckpointError(
             f"{source} was trained for {num_classes} classes, but its data set {config['dataset']} has "
-            f"{NUM_CLASSES[config['dataset']]}; take an intact file"
+            f"{NUM_CLASSES[config['dataset']]}. Fix: use an undamaged file."
         )
     epoch = checkpoint.get("epoch", 0)
     if type(epoch) is not int or not 0 <= epoch < 10**9:
@@ -133,19 +133,19 @@ def load_published(
 
 
 def translate_state(name: str, state: dict[str, Tensor], source: str = "the state dict") -> dict[str, Tensor]:
-    """Tensors of a released state dict (without ``module.``) under the names of our network ``name``.
+    """Rename the tensors of a released state dict (without ``module.``) for our network ``name``.
 
-    FCN8's three transposed convolutions never learn and are constants here; they are checked and left out.
+    The three transposed convolutions of FCN8 are constants here. They are checked and removed.
 
     Raises:
-        CheckpointError: a name is none of that network's, or a fixed convolution is not bilinear.
+        CheckpointError: a name is unknown, or a fixed convolution is not bilinear.
     """
     translated = {}
     for key, tensor in state.items():
         if name == "fcn8" and key in _FIXED:
             if not _is_bilinear(tensor, _FIXED[key]):
                 raise CheckpointError(
-                    f"{source} has a trained {key!r}, which is fixed in FCN8; take an intact file"
+                    f"{source} has a trained {key!r}, which is fixed in FCN8. Fix: use an undamaged file."
                 )
             continue
         translated[_translate_key(name, key, source)] = tensor
@@ -156,11 +156,13 @@ def _translate_key(name: str, key: str, source: str) -> str:
     for pattern, replacement in _KEYS[name]:
         if re.match(pattern, key):
             return re.sub(f"^{pattern}", replacement, key)
-    raise CheckpointError(f"{source} has a tensor {key!r} that {name} does not know; take an intact file")
+    raise CheckpointError(
+        f"{source} has a tensor {key!r} that {name} does not have. Fix: use an undamaged file."
+    )
 
 
 def _is_bilinear(weight: Tensor, size: int) -> bool:
-    """Whether a (C, C, size, size) transposed convolution enlarges each class by itself, bilinearly."""
+    """Return whether a transposed convolution (C, C, size, size) upsamples each class bilinearly."""
     channels = weight.shape[0]
     wanted = torch.eye(channels).view(channels, channels, 1, 1) * bilinear_kernel(size)
     return weight.shape == wanted.shape and torch.allclose(weight.detach().float().cpu(), wanted, atol=1e-6)
@@ -172,11 +174,11 @@ def translate_config(config: dict[str, Any], source: str = "the configuration") 
     Returns:
         ``dataset``, ``model``, ``loss`` and ``predictor`` (names of configurations), ``temperature``,
         ``threshold``, ``scored`` (class indices, or None for all), ``batch_size``, ``epochs``, ``crop`` and
-        ``eval_crop`` (pixels); None if the file does not say. Data set and crop come from ``train_loader``,
+        ``eval_crop`` (pixels); None if the file does not have it. Data set and crop come from ``train_loader``,
         evaluation's batch size and crop from ``test_loader``, or from another loader if that is missing.
 
     Raises:
-        CheckpointError: a name is none of the experiments'.
+        CheckpointError: a name does not occur in the experiments of the paper.
     """
     predict = _mapping(config, "predict")
     loaders = {name: _mapping(config, f"{name}_loader") for name in ("train", "val", "test")}
@@ -219,5 +221,5 @@ def _argument(loaders: list[dict[str, Any]], key: str) -> Any:
 
 def _known(names: dict[str, str], name: Any, kind: str, source: str) -> str:
     if not isinstance(name, str) or name not in names:
-        raise CheckpointError(f"{source} names an unknown {kind} {name!r}; known are {', '.join(names)}")
+        raise CheckpointError(f"{source} has an unknown {kind} {name!r}: expected one of {', '.join(names)}.")
     return names[name]

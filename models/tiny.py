@@ -1,4 +1,4 @@
-"""A U-Net so small that it learns on a laptop's processor while one reads the README.
+"""A small U-Net that trains on a CPU in minutes.
 
 Legend: N images, C classes, H x W pixels.
 """
@@ -17,7 +17,7 @@ class TinyUNet(nn.Module):
 
     Args:
         num_classes: C.
-        weights: None, as there are no pre-trained weights of it.
+        weights: must be None; there are no pre-trained weights.
         widths: channels of each level, the finest first.
     """
 
@@ -29,7 +29,7 @@ class TinyUNet(nn.Module):
         super().__init__()
         if weights is not None:
             raise UserError(
-                f"there are no pre-trained weights of TinyUNet, got {weights!r}; set model.weights=null"
+                f"model.weights={weights!r} is invalid: TinyUNet has no pre-trained weights. Fix: set it to null."
             )
         self.num_classes = num_classes
         self.down = nn.ModuleList(
@@ -43,7 +43,7 @@ class TinyUNet(nn.Module):
         self.classifier = nn.Conv2d(widths[0], num_classes, 1)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
-        """Images (N, 3, H, W) to logits (N, C, H, W)."""
+        """Map images (N, 3, H, W) to logits (N, C, H, W)."""
         levels = []
         features = images
         for stage in self.down:
@@ -54,5 +54,5 @@ class TinyUNet(nn.Module):
         return SegmentationOutput(resize(self.classifier(features), images.shape[-2:], align_corners=False))
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """None: everything starts from scratch and learns at the full rate."""
+        """Return no parameters: all start from random values and have the full learning rate."""
         return []

@@ -53,7 +53,7 @@ def test_the_seed_decides_the_weights():
     [
         (("unet", "resnet18", 5), {"narrow": 7}, "narrow=7 does not divide a layer of 64 channels"),
         (("unet", "resnet18", 5), {"narrow": 0}, "narrow=0 does not divide"),
-        (("unet", "resnet18", 5, "x.pth"), {"narrow": 16}, "x.pth are those of the whole network"),
+        (("unet", "resnet18", 5, "x.pth"), {"narrow": 16}, "weights=x.pth .*narrow=16"),
         (("segformer", "mit_b0", 5), {"narrow": 16}, "cannot divide a layer of type LayerNorm"),
     ],
 )

@@ -90,11 +90,11 @@ def test_every_published_loss(root, theirs, ours):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": "Dice"}, r"names an unknown loss 'Dice'; known are CrossEntropyLoss2d, "),
-        ({"arch": {"type": "UNet"}}, r"unknown model 'UNet'; known are DeepLab, PSPNet, FCN8"),
+        ({"loss": "Dice"}, r"unknown loss 'Dice'.*CrossEntropyLoss2d, "),
+        ({"arch": {"type": "UNet"}}, r"unknown model 'UNet'.*DeepLab, PSPNet, FCN8"),
         (
             {"train_loader": {}, "test_loader": {}},
-            r"unknown data set None; known are CityScapes, VOC, kvasirSEG",
+            r"unknown data set None.*CityScapes, VOC, kvasirSEG",
         ),
     ],
 )
@@ -107,17 +107,17 @@ def test_what_is_no_released_checkpoint(tmp_path):
     assert not is_published({"format": 1, "model": {}, "config": {}})
     assert not is_published({"arch": "DataParallel", "state_dict": {}, "config": "a text"})
     torch.save({"weights": torch.zeros(1)}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"a\.pth is none of the released ones"):
+    with pytest.raises(CheckpointError, match=r"a\.pth.*arch, state_dict and config"):
         load_published(tmp_path / "a.pth")
 
 
 def test_a_trained_upsampling_of_fcn8_is_refused():
-    with pytest.raises(CheckpointError, match=r"trained 'up_final\.weight'"):
+    with pytest.raises(CheckpointError, match=r"'up_final\.weight'"):
         translate_state("fcn8", {"up_final.weight": torch.randn(2, 2, 16, 16)})
 
 
 def test_an_unknown_tensor_is_named():
-    with pytest.raises(CheckpointError, match=r"'head\.weight' that pspnet does not know"):
+    with pytest.raises(CheckpointError, match=r"'head\.weight'.*pspnet"):
         translate_state("pspnet", {"head.weight": torch.zeros(1)})
 
 
@@ -156,7 +156,7 @@ class TestReleasedFile:
 
     def test_another_model_than_it_says(self, checkpoint):
         config = checkpoint["config"] | {"arch": {"type": "FCN8"}}
-        with pytest.raises(CheckpointError, match=r"says that it is a fcn8 but lacks"):
+        with pytest.raises(CheckpointError, match=r"a\.pth has arch=fcn8"):
             load_published(checkpoint | {"config": config}, source="a.pth")
 
     def test_a_tensor_is_missing(self, checkpoint):
