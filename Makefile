@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: help demo test test-all lint format typecheck tables benchmark clean
+.PHONY: help demo test test-all test-adapters lint format typecheck tables benchmark clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -35,6 +35,14 @@ test: $(VENV)/.dev  ## run lint, types and the default tests
 
 test-all: $(VENV)/.dev  ## run every test, including the slow ones
 	$(PY) -m pytest -n 2 -m "slow or not slow"
+
+# nnU-Net without its requirements: a part of its training code asks for an older timm.
+NNUNET := nnunetv2==2.8.1 dynamic-network-architectures==0.4.4 batchgenerators==0.25.5 batchgeneratorsv2==0.3.6 \
+  acvl-utils==0.2.6
+test-adapters: $(VENV)/.dev  ## install the libraries of scripts/adapters/ and test on them
+	$(PY) -m pip install --progress-bar on -r requirements-adapters.txt
+	$(PY) -m pip install --progress-bar on --no-deps $(NNUNET)
+	$(PY) -m pytest tests/scripts/test_adapters.py
 
 lint: $(VENV)/.dev  ## run ruff and mypy
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -1,6 +1,6 @@
-"""RankDice on the output of an ONNX model: `pip install . onnxruntime`, here (and onnx to export).
+"""Any rule on the output of an ONNX model: `pip install . onnxruntime`, in the root of the repository.
 
-A runtime hands over NumPy arrays; `torch.from_numpy` shares their memory, so nothing is copied.
+A runtime returns NumPy arrays; `torch.from_numpy` shares their memory, so nothing is copied.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ import torch
 import rankseg
 
 
-def segment(logits: np.ndarray) -> np.ndarray:
-    """Return masks (N, C, H, W) bool for a network of independent classes (sigmoid), logits (N, C, H, W)."""
-    probs = torch.from_numpy(logits).sigmoid()  # softmax(1) where classes exclude each other
-    return rankseg.rankdice(probs).numpy()
+def segment(
+    logits: np.ndarray, link: str = "softmax", rule: rankseg.Predictor = rankseg.rankdice
+) -> np.ndarray:
+    """Return masks (N, C, *S) bool of logits (N, C, *S); link "sigmoid" if classes do not exclude each other."""
+    if link not in ("softmax", "sigmoid"):
+        raise ValueError(f"link={link!r} is invalid: expected softmax or sigmoid.")
+    values = torch.from_numpy(logits)
+    return rule(values.softmax(1) if link == "softmax" else values.sigmoid()).numpy()
 
 
 def main() -> None:

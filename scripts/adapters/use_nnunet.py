@@ -1,0 +1,50 @@
+"""Any rule on nnU-Net: predict with `--save_probabilities`, then decode the folder.
+
+    nnUNetv2_predict -i imagesTs -o predictions -d 1 -c 3d_fullres --save_probabilities
+    python scripts/adapters/use_nnunet.py predictions decoded --labels labelsTs -p rankdice_nonoverlap
+
+The folder holds <case>.npz, <case>.pkl and <case>.nii.gz. `decoded/RULE/<case>.nii.gz` has the affine and the header
+of nnU-Net's own segmentation. Class names are those of dataset.json. Region-based training (sigmoid regions)
+gives masks that overlap: pass `--write masks`, and read the channels as the regions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the script runs from anywhere
+
+from configs.cli import guarded
+from configs.files import read_json
+from scripts import decode
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Decode a folder of nnU-Net predictions; other options are those of decode.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("predictions", type=Path)
+    parser.add_argument("out", type=Path)
+    args, rest = parser.parse_known_args(argv)
+    labels = _labels(args.predictions / "dataset.json")
+    if labels and all(isinstance(value, int) for value in labels.values()):
+        names = [name for name, value in sorted(labels.items(), key=lambda item: item[1]) if name != "ignore"]
+        rest += ["--names", ",".join(names)] if "--names" not in rest else []
+        if "ignore" in labels and "--void" not in rest:
+            rest += ["--void", str(labels["ignore"])]
+        if "--scored" not in rest:
+            rest += ["--scored", ",".join(str(c) for c in range(1, len(names)))]  # without the background
+    return decode.main([str(args.predictions), "--out", str(args.out), *rest])
+
+
+def _labels(path: Path) -> dict:
+    content = read_json(path) if path.is_file() else {}
+    return content.get("labels", {}) if isinstance(content, dict) else {}
+
+
+if __name__ == "__main__":
+    guarded(lambda: sys.exit(main()))
