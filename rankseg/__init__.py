@@ -6,6 +6,7 @@
 Method: Dai & Li, "RankSEG: A Consistent Ranking-based Framework for Segmentation", JMLR 24(224), 2023.
 """
 
+from rankseg.backend import backend
 from rankseg.confidence import confidence
 from rankseg.expected import expected_dice, expected_iou
 from rankseg.label_map import label_map
@@ -18,6 +19,7 @@ __all__ = [
     "Predictor",
     "RankResult",
     "argmax",
+    "backend",
     "confidence",
     "expected_dice",
     "expected_iou",

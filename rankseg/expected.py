@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankseg.backend import compiled_engine
 from rankseg.exact import NEGLIGIBLE, window_scores
 from rankseg.gather import blocks, gather, tile_of, tiles
 from rankseg.masks import rows_of
-from rankseg.validation import check_masks, check_probs, check_smooth, eager_only
+from rankseg.validation import check_form, check_masks, check_smooth, check_values, eager_only
 
 
 @eager_only
@@ -38,9 +39,13 @@ def expected_iou(probs: Tensor, masks: Tensor, smooth: float = 0.0) -> Tensor:
 
 @torch.no_grad()
 def _expected(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor:
-    probs = check_probs(probs)
+    probs = check_form(probs)
     masks = check_masks(masks, probs)
     smooth = check_smooth(smooth)
+    engine = compiled_engine(probs)
+    if engine is not None and (compiled := engine.expected(probs, masks, score, smooth)) is not None:
+        return compiled
+    probs = check_values(probs)
     result = torch.zeros(probs.shape[0] * probs.shape[1], dtype=torch.float64, device=probs.device)
     if probs.numel() == 0:
         return result.view(probs.shape[:2])

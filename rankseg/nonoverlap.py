@@ -16,14 +16,14 @@ Shapes: N images, C classes, D pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rankseg.gather import tiles, working_dtype
-from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.solver import compares_losses, solve
+from rankseg.masks import RankResult
+from rankseg.solver import compares_losses
 
 _ROUNDS = 20
 _WORTH = 1e-7  # a round must raise F (or, see `compares_losses`, lower 1 - F) by this fraction
@@ -42,12 +42,13 @@ def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: s
 
 
 def over_classes(
-    probs: Tensor, classes: Sequence[int], score: str, smooth: float, pruning: bool
+    probs: Tensor, classes: Sequence[int], solve: Callable[[Tensor, bool], RankResult]
 ) -> RankResult:
     """Non-overlapping masks of `probs` (N, C, *S) for the mean expected score of the given `classes` alone.
 
     One class is solved exactly, so that its mask is that of a one-channel problem. A pixel that none of `classes`
-    gets belongs to the most probable other class, if its probability there is above 0.
+    gets belongs to the most probable other class, if its probability there is above 0. `solve` returns the masks of
+    some classes, given their maps and whether masks may overlap.
 
     Raises:
         ValueError: `classes` are not distinct channels of `probs`.
@@ -60,15 +61,8 @@ def over_classes(
             "to score all of them"
         )
     others = [c for c in range(total) if c not in classes]
-    inner = probs[:, list(classes)]
-    if len(classes) == 1:
-        flat = rows_of(inner)
-        found = solve(flat, score, smooth, pruning)
-        chosen = as_result(inner, flat, found.tau, found.cutpoint, found.tied).predict
-    else:
-        chosen = non_overlapping_masks(inner, score, smooth, pruning).predict
     masks = torch.zeros_like(probs, dtype=torch.bool, memory_format=torch.contiguous_format)
-    masks[:, list(classes)] = chosen
+    masks[:, list(classes)] = chosen = solve(probs[:, list(classes)], len(classes) == 1).predict
     if others:
         top, index = probs[:, others].max(1, keepdim=True)
         free = ~chosen.any(1, keepdim=True) & (top > 0)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from rankseg import approximations
+from rankseg.backend import best_masks
 from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.nonoverlap import non_overlapping_masks, over_classes
-from rankseg.solver import solve
-from rankseg.validation import check_choice, check_probs, check_smooth, eager_only, to_device
+from rankseg.validation import check_choice, check_form, check_smooth, check_values, eager_only, to_device
 
 
 @eager_only
@@ -66,7 +65,7 @@ def rank_dice(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it and the remedy.
     """
-    probs = check_probs(probs)
+    probs = check_form(probs)
     smooth = check_smooth(smooth)
     app = check_choice("app", app, (0, 1, 2))
     check_choice("variant", variant, ("published", "experiments"))
@@ -81,16 +80,12 @@ def rank_dice(
     probs = to_device(probs, device)
     if classes is not None and allow_overlap:
         raise ValueError("classes needs allow_overlap=False; overlapping masks are decided class by class")
-    if classes is not None and probs.numel():
-        result = over_classes(probs, classes, "dice", smooth, pruning)
-    elif not allow_overlap or probs.numel() == 0:
-        result = non_overlapping_masks(probs, "dice", smooth, pruning)
+    if app == 0 or probs.numel() == 0:
+        result = best_masks(probs, "dice", smooth, pruning, allow_overlap, classes)
     else:
+        probs = check_values(probs)
         flat = rows_of(probs)
-        if app == 0:
-            found = solve(flat, "dice", smooth, pruning)
-        else:
-            found = approximations.search(flat, app, smooth, truncate_mean, pruning, variant)
+        found = approximations.search(flat, app, smooth, truncate_mean, pruning, variant)
         result = as_result(probs, flat, found.tau, found.cutpoint, found.tied)
     if verbose:
         print(f"rank_dice: volumes {result.tau.tolist()}")

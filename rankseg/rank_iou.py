@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.nonoverlap import non_overlapping_masks, over_classes
-from rankseg.solver import solve
-from rankseg.validation import check_probs, check_smooth, eager_only, to_device
+from rankseg.backend import best_masks
+from rankseg.masks import RankResult
+from rankseg.validation import check_form, check_smooth, eager_only, to_device
 
 
 @eager_only
@@ -33,15 +32,9 @@ def rank_iou(
     independent, so the expectation factorises and no surrogate is needed. The arguments, the result and the
     errors are those of `rankseg.rank_dice`.
     """
-    probs = check_probs(probs)
+    probs = check_form(probs)
     smooth = check_smooth(smooth)
     probs = to_device(probs, device)
     if classes is not None and allow_overlap:
         raise ValueError("classes needs allow_overlap=False; overlapping masks are decided class by class")
-    if classes is not None and probs.numel():
-        return over_classes(probs, classes, "iou", smooth, pruning)
-    if not allow_overlap or probs.numel() == 0:
-        return non_overlapping_masks(probs, "iou", smooth, pruning)
-    flat = rows_of(probs)
-    found = solve(flat, "iou", smooth, pruning)
-    return as_result(probs, flat, found.tau, found.cutpoint, found.tied)
+    return best_masks(probs, "iou", smooth, pruning, allow_overlap, classes)

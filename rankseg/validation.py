@@ -24,16 +24,23 @@ _R = TypeVar("_R")
 
 
 def check_probs(probs: Tensor) -> Tensor:
-    """Return `probs` (N, C, *S) as a plain, detached tensor with values in [0, 1].
+    """Return `probs` (N, C, *S) as a plain, detached tensor with values in [0, 1], or raise TypeError / ValueError.
 
-    Values outside [0, 1] by rounding alone are clamped (into a copy: inputs are never modified). Subclasses of
-    torch.Tensor that only add attributes (torch.nn.Parameter, MONAI's MetaTensor) are read as plain tensors.
+    See `check_form` and `check_values` for the reasons.
+    """
+    return check_values(check_form(probs))
+
+
+def check_form(probs: Tensor) -> Tensor:
+    """Return `probs` (N, C, *S) as a plain, detached tensor. No value is read.
+
+    Subclasses of torch.Tensor that only add attributes (torch.nn.Parameter, MONAI's MetaTensor) are read as plain
+    tensors.
 
     Raises:
         TypeError: not a tensor, a nested or sparse tensor, not a floating dtype, or a call inside
             torch.func.vmap, torch.export, torch.jit.trace or the like.
-        ValueError: fewer than 3 dimensions, no class, an empty spatial axis, NaN, infinity, or values
-            outside [0, 1].
+        ValueError: fewer than 3 dimensions, no class, or an empty spatial axis.
     """
     if isinstance(probs, (list, tuple)):
         raise TypeError(
@@ -58,6 +65,17 @@ def check_probs(probs: Tensor) -> Tensor:
         raise ValueError(f"probs has no class (shape {tuple(probs.shape)}); axis 1 must hold at least one")
     if 0 in probs.shape[2:]:
         raise ValueError(f"probs has an empty spatial axis (shape {tuple(probs.shape)}); each needs a pixel")
+    return probs
+
+
+def check_values(probs: Tensor) -> Tensor:
+    """Return `probs` with all values in [0, 1].
+
+    Values outside [0, 1] by rounding alone are clamped (into a copy: inputs are never modified).
+
+    Raises:
+        ValueError: NaN, infinity, or values outside [0, 1].
+    """
     if probs.numel() == 0:
         return probs
     # min and max are NaN as soon as one value is: two reductions check everything.
