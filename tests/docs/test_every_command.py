@@ -27,6 +27,8 @@ CHECKPOINT = "saved/synthetic/tiny/focal/seed0/best_model.pth"
 PLACEHOLDERS = {
     " dataset.root=PATH": "",
     "RUN/best_model.pth": CHECKPOINT,
+    "RUN/last.pth": CHECKPOINT.replace("best_model", "last"),
+    "photos/": "mine/images",
     "test.py ...": f"test.py -r {CHECKPOINT} -p rankdice",
     "OLD NEW": "checkpoint-epoch300.pth converted.pth",
     " --peer /tmp/peer/bin/python": "",  # an environment with another package
@@ -53,7 +55,7 @@ def shrink(configs: Path) -> None:
             text = re.sub(
                 rf"(?m)^( *{key}: +)(\d+)", lambda m, most=most: f"{m[1]}{min(int(m[2]), most)}", text
             )
-        text = re.sub(r"(?m)^( *num_images: )\{.*\}", r"\1{train: 8, val: 4, test: 4}", text)
+        text = re.sub(r"(?m)^( *num_images: )\{.*\}", r"\1{train: 8, val: 12, test: 4}", text)
         text = re.sub(r"(?m)^( *weights: )weights/.*", r"\1null", text)
         text = re.sub(r"(?m)^( +(model|loss): \w+),.*", r"\1", text)
         path.write_text(text.replace("tensorboard: true", "tensorboard: false"), encoding="utf-8")
