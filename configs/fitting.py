@@ -1,6 +1,6 @@
 """Find or fit what a checkpoint's rules need from validation images: calibration, thresholds, gates, the rule itself.
 
-``test.py`` fits and stores the values beside the checkpoint; commands without labelled images read them.
+``test.py`` fits and stores the values next to the checkpoint; commands without labelled images read them.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Fitter:
         return rules, values
 
     def describe_calibration(self) -> dict[str, Any]:
-        """What a result file says about the calibration of its probabilities."""
+        """Return the description of the calibration for a result file."""
         if self.kind == "none":
             return {"temperature": float(self.cfg.temperature)}
         found = self.calibration(self.kind)

@@ -34,7 +34,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, ours or a published one, onto the CPU, without running anything in it.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         CheckpointError: the file is empty, cut short, damaged, not a checkpoint, nested without end, or needs Python
             objects to be built.
     """

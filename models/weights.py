@@ -39,7 +39,7 @@ def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = Fa
         truncated: the backbone was cut short on purpose, so that the file may hold later stages as well.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file cannot be read, belongs to another network, or needs a package that is missing.
     """
     if str(weights) == LITE0:

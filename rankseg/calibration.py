@@ -155,7 +155,7 @@ def fit_temperature(
         link: "softmax" or "sigmoid" (one against rest).
 
     Raises:
-        ValueError: no valid pixel, a label of no class, unknown link, or non-finite logits.
+        ValueError: no valid pixel, a label that is not a class, unknown link, or non-finite logits.
     """
     check_choice("link", link, ("softmax", "sigmoid"))
     classes = logits.shape[1]

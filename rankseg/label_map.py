@@ -1,6 +1,6 @@
 """Label maps from masks: one integer per pixel, with a value of its own for pixels that no mask claims.
 
-`masks.int().argmax(1)` is not a label map: it turns a pixel of no class into class 0.
+`masks.int().argmax(1)` is not a label map: it turns a pixel without a class into class 0.
 
 Shapes: N images, C classes, *S spatial axes.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from rankseg.validation import check_masks, check_probs
 
 VOID = 255
-"""Label of pixels of no class, and the usual `ignore_index` of segmentation losses."""
+"""Label of pixels without a class, and the usual `ignore_index` of segmentation losses."""
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def label_map(
 
 
 def _fill_value(unassigned: str | int, probs: Tensor | None, first: int, classes: int) -> int:
-    """Return the label that pixels of no mask start with."""
+    """Return the label that pixels outside of all masks start with."""
     if unassigned == "max":
         if probs is None:
             raise ValueError("unassigned='max' needs the probabilities; pass probs=")

@@ -1,4 +1,4 @@
-"""The Poisson-binomial law: the number of ones among independent Bernoulli variables of unlike probabilities.
+"""The Poisson-binomial law: the number of ones among independent Bernoulli variables with different probabilities.
 
 The exact law (`pmf`) is the oracle of the tests; the refined normal law is what the published approximations
 are made of.

@@ -1,4 +1,4 @@
-"""Rules and calibrations with values fitted for one checkpoint, and the file that keeps them beside it.
+"""Rules and calibrations with values fitted for one checkpoint, and the file next to it that stores them.
 
 Shapes: N images, C classes, H × W pixels.
 """
@@ -110,7 +110,7 @@ def probability_histogram(
 
 
 class FittedFile:
-    """What was fitted for a checkpoint, in `<name>.fitted.json` beside it.
+    """Values fitted for a checkpoint, stored next to it in `<name>.fitted.json`.
 
     Every entry holds a `kind` (calibration or rule), the `settings` that its probabilities depend on, its `values`, and
     the images that it was `fitted_on`. All ranks read the file of rank 0; rank 0 alone writes.

@@ -1,4 +1,4 @@
-"""Seeds, deterministic algorithms, the state of every random generator, and where a number came from."""
+"""Seeds, deterministic algorithms, the state of random generators, and the provenance of results."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
     On CPU training is bit-exact either way. On CUDA, ``deterministic`` makes torch raise at an operation that
     has no deterministic implementation, naming it: in this project the backward pass of adaptive average
-    pooling to more than one cell, which adds with atomics, in no fixed order. See docs/engine.md.
+    pooling to more than one bin, which uses atomic additions in no fixed order. See docs/engine.md.
     """
     random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    # Off as well as on: a sweep trains several cells in one process.
+    # Set in both cases: a sweep trains several runs in one process.
     torch.use_deterministic_algorithms(deterministic)
 
 

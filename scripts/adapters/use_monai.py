@@ -20,7 +20,7 @@ import rankseg
 class RankSeg(Transform):
     """Turn probabilities (C, *S) into masks (C, *S) or, with ``to_label``, into a label map (1, *S), float32.
 
-    ``unassigned`` is the label of pixels of no class, as in `rankseg.label_map`.
+    ``unassigned`` is the label of pixels without a class, as in `rankseg.label_map`.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ NONOVERLAP = partial(rankseg.rankdice, allow_overlap=False)  # at most one class
 def segment(
     model: torch.nn.Module, images: torch.Tensor, rule: rankseg.Predictor = NONOVERLAP
 ) -> torch.Tensor:
-    """Return one label per pixel, (N, H, W) int64; a pixel of no class is 255."""
+    """Return one label per pixel, (N, H, W) int64; a pixel without a class is 255."""
     with torch.inference_mode():
         probs = model(images)["out"].softmax(1)
     return rankseg.label_map(rule(probs), probs=probs)

@@ -106,7 +106,7 @@ def load_pyplot() -> Any:
 
 
 def shorten(name: str, most: int = 24) -> str:
-    """Shorten a name that is written beside an axis."""
+    """Shorten a name for the label of an axis."""
     name = " ".join(name.split())
     return name if len(name) <= most else name[: most - 1] + "…"
 

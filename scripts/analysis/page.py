@@ -76,7 +76,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -
 
 
 def figures(*drawn: Any) -> Block:
-    """Return charts beside each other, each an SVG element or a pair of it and its caption."""
+    """Return charts next to each other; each is an SVG element or a pair of an SVG element and its caption."""
     return {"kind": "charts", "charts": [one if isinstance(one, tuple) else (one, "") for one in drawn]}
 
 

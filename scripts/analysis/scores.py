@@ -102,7 +102,7 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
         mean = math.fsum(values) / len(values) if values else math.nan
         if not abs(mean - stated) < 1e-3:
             raise UserError(
-                f"{table}: its mean Dice is {mean:.4f}, but {sidecar.name} says {stated:.4f}. Fix: score again."
+                f"{table}: its mean Dice is {mean:.4f}, but {sidecar.name} has {stated:.4f}. Fix: score again."
             )
     return found
 

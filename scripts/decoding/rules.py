@@ -33,7 +33,7 @@ class Output:
 
     Attributes:
         write: "labels", "masks", or "auto": labels for one class and for rules whose masks do not overlap.
-        unassigned: label of pixels of no class, as in `rankseg.label_map`.
+        unassigned: label of pixels without a class, as in `rankseg.label_map`.
         foreground_only: channels are the labels 1, 2, …; label 0, the background, has no channel. None: if there is
             one channel.
         void: label value of pixels that are not scored.
@@ -133,7 +133,7 @@ def _masks(probs: Tensor, rule: Predictor, folder: Path, device: torch.device) -
 
 
 def _label_map(case: Case, masks: np.ndarray, output: Output, first: int, folder: Path) -> np.ndarray:
-    """One label per pixel (*S); pixels of no class are background if there is no channel for it."""
+    """One label per pixel (*S); pixels without a class are background if there is no channel for it."""
     unassigned: str | int = output.unassigned
     if first and unassigned == "void":
         unassigned = 0

@@ -9,7 +9,7 @@ from trainers.text import csv_text, latex_label, latex_text, markdown_cell, mark
 
 
 def join(cell: Cell, bold: Callable[[str], str], escape: Callable[[str], str] = str) -> str:
-    """The text of a cell with its bold parts marked; marks of notes are left to the caller."""
+    """Return the text of a cell with its bold parts marked. The caller adds the marks of notes."""
     bolds = cell.bold or (False,) * len(cell.values)
     parts = [bold(escape(value)) if b else escape(value) for value, b in zip(cell.values, bolds, strict=True)]
     return f"({', '.join(parts)})" if len(parts) > 1 else parts[0]
@@ -65,7 +65,7 @@ def csv_tables(tables: Sequence[Table]) -> str:
 
 
 def _spread(cell: Cell, parts: int) -> list[str]:
-    """A cell's values over its columns; a symbol stands in the first of them."""
+    """Return the values of a cell by column; a symbol is in the first column."""
     return [*cell.values, *[""] * (parts - len(cell.values)), " ".join(cell.marks)]
 
 
