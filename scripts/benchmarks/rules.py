@@ -133,7 +133,7 @@ def speed(args: argparse.Namespace, device: str) -> None:
             "p == amax (ties overlap)": lambda p=probs: p == p.amax(1, keepdim=True),
             "rank_dice, exact": lambda p=probs: rankseg.rank_dice(p),
             "rank_iou, exact": lambda p=probs: rankseg.rank_iou(p),
-            "rank_dice, one label a pixel": lambda p=probs: rankseg.rank_dice(p, allow_overlap=False),
+            "rank_dice, one label per pixel": lambda p=probs: rankseg.rank_dice(p, allow_overlap=False),
         }
         rows = timed(candidates, args, device)
         if args.peer and device == "cpu":
@@ -193,7 +193,7 @@ def memory(args: argparse.Namespace) -> None:
 
 def one_label(args: argparse.Namespace) -> None:
     """Surrogate objective of one-label masks: argmax, the peer's multiclass rule, ours."""
-    print("\n| one label a pixel, 4x19x256x256 | argmax | peer | rank_dice | bound (overlap allowed) |")
+    print("\n| one label per pixel, 4x19x256x256 | argmax | peer | rank_dice | bound (overlap allowed) |")
     print("|---|---|---|---|---|")
     for sharpness in (2, 6):
         noise = torch.randn(4, 19, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -215,7 +215,7 @@ def one_label(args: argparse.Namespace) -> None:
 
 def scaling(args: argparse.Namespace) -> None:
     """Growth with the number of pixels and with the number of classes."""
-    print("\n| pixels a class (2 classes, smooth) | seconds | ns a pixel |\n|---|---|---|")
+    print("\n| pixels per class (2 classes, smooth) | seconds | ns per pixel |\n|---|---|---|")
     points = []
     for exponent in range(6, int(math.log2(args.largest)) + 1):
         size = 2**exponent
@@ -226,7 +226,7 @@ def scaling(args: argparse.Namespace) -> None:
     (first, fast), (last, slow) = points[0], points[-1]
     if last > first:
         print(f"\nlog-log slope {math.log(slow / fast) / math.log(last / first):.2f}")
-    print("\n| classes (1xCx256x256, smooth) | seconds | ns a pixel |\n|---|---|---|")
+    print("\n| classes (1xCx256x256, smooth) | seconds | ns per pixel |\n|---|---|---|")
     for classes in (2, 19, 150):
         probs = fields(256, images=1, classes=classes)["smooth"]
         value = timed({"": lambda p=probs: rankseg.rank_dice(p)}, args)[""]
@@ -248,7 +248,7 @@ def plot(points: list[tuple[int, float]], path: Path) -> None:
     pixels, seconds = zip(*points, strict=True)
     axes.loglog(pixels, seconds, "o-", label="rank_dice, exact")
     axes.loglog(pixels, [seconds[-1] * p / pixels[-1] for p in pixels], ":", color="0.5", label="linear")
-    axes.set(xlabel="pixels a class", ylabel="seconds (2 classes)")
+    axes.set(xlabel="pixels per class", ylabel="seconds (2 classes)")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
