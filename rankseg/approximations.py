@@ -181,10 +181,10 @@ def _coefficients(function: Callable[[float], Tensor]) -> list[Tensor]:
     """Chebyshev coefficients in p of `function`(p) -> (R, L), from its values at the Chebyshev points."""
     angles = [math.pi * (k + 0.5) / _DEGREE for k in range(_DEGREE)]
     samples = torch.stack([function((1 + math.cos(angle)) / 2) for angle in angles])
-    orders = torch.arange(_DEGREE, dtype=torch.float64, device=samples.device)
-    cosines = torch.cos(orders[:, None] * torch.tensor(angles, dtype=torch.float64, device=samples.device))
+    orders = torch.arange(_DEGREE, dtype=torch.float64, device="cpu")
+    cosines = torch.cos(orders[:, None] * torch.tensor(angles, dtype=torch.float64, device="cpu"))
     cosines[0] /= 2
-    return list(torch.tensordot(cosines, samples, dims=1) * (2 / _DEGREE))
+    return list(torch.tensordot(cosines.to(samples.device), samples, dims=1) * (2 / _DEGREE))
 
 
 def _correlate(

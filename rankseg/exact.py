@@ -8,16 +8,24 @@
     Dice_γ(τ) = ∫ e^{-(τ+γ)t} G(t) [γ + 2 Σ_{j≤τ} q_j(t)] dt
     IoU_γ(τ)  = (γ + Σ_{j≤τ} p_j) ∫ e^{-(τ+γ)t} exp(log G(t) - Σ_{j≤τ} log(1 - p_j u)) dt
 
-Under the integral stands e^{-λt} times a slowly varying factor, λ the mean of the denominator, so Gauss–Laguerre
-quadrature of that scale converges at once; below `_FEW` pixels the integrand is a polynomial in s = e^{-t} for
-which Gauss–Jacobi is exact. Scales are shared by octaves of λ.
+The integrand is e^{-λt} times a slowly varying factor, λ the mean of the denominator, so Gauss–Laguerre quadrature
+of that scale converges at once. Below `_FEW` pixels the integrand is a polynomial in s = e^{-t}, for which
+Gauss–Jacobi is exact. All λ of an octave (a band) share their nodes.
 
-Shapes: B rows, W pixels of a row looked at singly (the window), W + 1 volumes, K nodes; power sums are (B, 5).
+The empty mask scores E[γ/(γ+Γ)] = P(Γ=0) + γ ∫ e^{-γt} (G(t) - P(Γ=0)) dt, P(Γ=0) = Π (1 - p_j), for γ < 1. The
+integrand of ∫ e^{-γt} G(t) dt alone would have a pole at γ = 0.
+
+If γ exceeds the number of pixels, every score is close to 1. The loss 1 - score is integrated instead: the mean of
+|A Δ B| / denominator, whose terms are all positive.
+
+Shapes: B rows, W pixels of a row that need a logarithm each (the window), W + 1 volumes, K nodes, (B, 5) power sums.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,20 +35,23 @@ from rankseg.quadrature import jacobi, laguerre
 # Up to this mean of the denominator 64 Gauss–Jacobi nodes integrate exactly (polynomials of degree < 128).
 _FEW = 48.0
 
-# Numbers that are integrated at once, which is as many nodes as fit: what a cache holds, or a little of a GPU.
-_AT_ONCE = {"cpu": 1 << 16, "other": 1 << 21}
+# Numbers that are integrated at once, for as many nodes as fit: what a cache holds, or a little of a GPU's memory.
+_AT_ONCE = {"cpu": 1 << 16, "other": 1 << 23}
+
+# Bands up to denominators of 48 · 2^59, far beyond the largest `smooth`.
+_BANDS = 60
 
 # `log_series` stops after four terms: an error below 4! (p/λ)^4 = 1e-12 for pixels p <= 4.5e-4 λ.
 NEGLIGIBLE = 4.5e-4
 
 
 def octave(scale: Tensor) -> Tensor:
-    """Which quadrature rule a mean denominator `scale` belongs to: 0 below `_FEW`, then one an octave."""
+    """Return the band of a mean denominator `scale`: 0 below `_FEW`, then one for each octave."""
     return torch.floor(torch.log2(scale / _FEW)).clamp(min=-1).long() + 1
 
 
 def nodes(band: int, smooth: float) -> tuple[Tensor, Tensor]:
-    """Nodes t and logarithmic weights w of octave `band`, (K,) each: ∫ e^{-at} H dt ≈ Σ exp(w - at) H(t)."""
+    """Nodes t and logarithmic weights w of `band`, (K,) each, on the CPU: ∫ e^{-at} H dt ≈ Σ exp(w - at) H(t)."""
     if band == 0:
         return jacobi(64, smooth % 1)
     scale = _FEW * 2.0 ** (band - 0.5)
@@ -48,16 +59,28 @@ def nodes(band: int, smooth: float) -> tuple[Tensor, Tensor]:
     return times / scale, weights - math.log(scale)
 
 
+@lru_cache(maxsize=16)
+def _node_table(device: torch.device, power: float) -> tuple[Tensor, Tensor]:
+    """Nodes and logarithmic weights of all bands on `device`, (bands, 64) each; unused weights are -inf."""
+    times = torch.zeros(_BANDS, 64, dtype=torch.float64, device="cpu")
+    weights = torch.full_like(times, -torch.inf)
+    for band in range(_BANDS):
+        t, w = nodes(band, power)
+        times[band, : len(t)], weights[band, : len(t)] = t, w
+    return times.to(device), weights.to(device)
+
+
 def log_series(sums: Tensor, u: Tensor) -> Tensor:
-    """Σ log(1 - pu) = -Σ_k u^k P_k / k from power sums (B, 5), u (K,): (B, K). No logarithm a pixel is needed."""
+    """Σ log(1 - pu) = -Σ_k u^k P_k / k from power sums (B, 5) and u (1 or B, K), without logarithms: (B, K)."""
     _, p1, p2, p3, p4 = sums.unsqueeze(2).unbind(1)
-    return -u * (p1 + u * (p2 / 2 + u * (p3 / 3 + u * p4 / 4)))
+    inner = torch.addcmul(p2, u, torch.addcmul(p3, u, p4, value=3 / 4), value=2 / 3)
+    return torch.addcmul(p1, u, inner, value=1 / 2).mul_(u).neg_()
 
 
 def tilted_series(sums: Tensor, u: Tensor) -> Tensor:
-    """Σ p e^{-t} / (1 - pu) = e^{-t} Σ_k u^k P_{k+1} from power sums (B, 5), u (K,): (B, K)."""
+    """Σ p e^{-t} / (1 - pu) = e^{-t} Σ_k u^k P_{k+1} from power sums (B, 5) and u (1 or B, K): (B, K)."""
     _, p1, p2, p3, p4 = sums.unsqueeze(2).unbind(1)
-    return (1 - u) * (p1 + u * (p2 + u * (p3 + u * p4)))
+    return torch.addcmul(p1, u, torch.addcmul(p2, u, torch.addcmul(p3, u, p4))).mul_(1 - u)
 
 
 def power_sums(values: Tensor, among: Tensor) -> Tensor:
@@ -82,71 +105,96 @@ def window_scores(
     wanted: Tensor,
     losses: bool = False,
     log_absent: Tensor | None = None,
+    span: list[int] | None = None,
 ) -> Tensor:
     """Exact expected score of the volumes n + 0..W, n the number of `chosen` pixels: (B, W + 1) float64.
 
     Args:
         values: (B, W) the window in decreasing order, filled up with zeros.
-        chosen: (B, 5) power sums of pixels outside of the window which every volume includes.
-        rest: (B, 5) power sums of pixels outside of the window which no volume includes.
+        chosen: (B, 5) power sums of the pixels outside the window that every volume includes.
+        rest: (B, 5) power sums of the pixels outside the window that no volume includes.
         wanted: (B, W + 1) bool, the volumes to evaluate; others are -inf.
         losses: return score - 1 instead, which stays accurate if every score rounds to 1.
         log_absent: (B,) log Π(1 - p) over all pixels of a row, if known more accurately than from power sums.
+        span: (lowest band, largest number of bands of a row) if known: without it devices are read once more.
     """
     steps = torch.arange(values.shape[1] + 1, device=values.device, dtype=values.dtype)
     volume = chosen[:, :1] + steps
     captured = chosen[:, 1:2] + cumulative(values)
     mean = captured[:, -1:] + rest[:, 1:2]
-    scale = volume + smooth + mean - (captured if score == "iou" else 0)
-    band = torch.where(wanted, octave(scale), -1)
+    band = bands(score, volume, captured, mean, smooth)
+    sums = (values, rest, chosen, volume, captured)
     result = torch.where(wanted, 0.0, -torch.inf).to(values)
-    for number in torch.unique(band[wanted]).tolist():
-        now = band == number
-        rows = now.any(1).nonzero()[:, 0]
-        sums = (values[rows], rest[rows], chosen[rows], volume[rows], captured[rows])
-        absent = None if log_absent is None else log_absent[rows]
-        found = _integrate(score, *sums, smooth, *nodes(number, smooth), losses, absent)
-        result[rows] = torch.where(now[rows], found, result[rows])
+    if values.device.type == "cpu":
+        for number in torch.unique(band[wanted]).tolist():
+            now = wanted & (band == number)
+            rows = now.any(1).nonzero()[:, 0]
+            absent = None if log_absent is None else log_absent[rows]
+            t, w = nodes(number, smooth)
+            part = tuple(x[rows] for x in sums)
+            found = _integrate(score, part, smooth, t[None], w[None], losses, absent)
+            result[rows] = torch.where(now[rows], found, result[rows])
+        return result
+    # On devices all rows together, each with its own nodes: once for the first band of each row, once for the next...
+    lowest = band.where(wanted, _BANDS - 1).amin(1, keepdim=True)
+    first, most = band_span(band, wanted).tolist() if span is None else span
+    times, weights = (x[:, : 64 if first == 0 else 16] for x in _node_table(values.device, smooth % 1))
+    for step in range(most):
+        number = (lowest + step).clamp(max=_BANDS - 1)
+        t, w = (table.index_select(0, number[:, 0]) for table in (times, weights))
+        found = _integrate(score, sums, smooth, t, w, losses, log_absent)
+        result = torch.where(wanted & (band == number), found, result)
     return result
+
+
+def bands(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float) -> Tensor:
+    """Return the band of each volume: (B, W + 1) int64."""
+    return octave(volume + smooth + mean - (captured if score == "iou" else 0))
+
+
+def band_span(band: Tensor, wanted: Tensor) -> Tensor:
+    """Return the lowest band of all rows, and the largest number of bands from first to last of a row: (2,) int64."""
+    lowest, highest = band.where(wanted, _BANDS).amin(1), band.where(wanted, -1).amax(1)
+    return torch.stack([lowest.amin(), (highest - lowest + 1).amax()])
 
 
 def _integrate(
     score: str,
-    values: Tensor,
-    rest: Tensor,
-    chosen: Tensor,
-    volume: Tensor,
-    captured: Tensor,
+    sums: tuple[Tensor, ...],
     smooth: float,
     times: Tensor,
     weights: Tensor,
     losses: bool,
     log_absent: Tensor | None,
 ) -> Tensor:
-    """Integrate the module's formulas at the nodes `times` (K,), for all volumes of a window: (B, W + 1)."""
+    """Integrate the module's formulas for all volumes of a window, nodes and weights (1 or B, K): (B, W + 1).
+
+    `sums` are window, rest, chosen, volume and captured mass, as in `window_scores`.
+    """
+    values, rest, chosen, volume, captured = sums
     result = torch.zeros_like(volume)
     of_empty = torch.zeros_like(volume[:, 0])
     singly, volume_at = values[:, None], (volume + smooth)[:, None]
-    none_of_all = log_series(rest, rest.new_ones(1)) + torch.log1p(-values).sum(1, keepdim=True)  # log G(∞)
-    at_once = max(1, _AT_ONCE.get(values.device.type, _AT_ONCE["other"]) // (values.numel() + 1))
-    rule = zip(times.to(values).split(at_once), weights.to(values).split(at_once), strict=True)
-    for t, weight in rule:
+    none_of_all = log_series(rest, torch.ones_like(rest[:, :1])) + torch.log1p(-values).sum(
+        1, keepdim=True
+    )  # log G(∞)
+    for t, weight in _portions(times, weights, values):
         u = -torch.expm1(-t)
-        logs = torch.log1p(singly * -u[:, None])  # (B, K, W)
+        logs = torch.log1p(singly * -u[..., None])  # (B, K, W)
         log_rest, log_window = log_series(rest, u), logs.sum(2)
         if score == "dice" or losses:
-            tilted = singly * (1 - u[:, None]) / (1 - singly * u[:, None])
+            tilted = singly * (1 - u[..., None]) / (1 - singly * u[..., None])
             before, all_tilted = cumulative(tilted), tilted_series(rest, u) + tilted.sum(2)
         if score == "dice":
             log_all = log_rest + log_series(chosen, u) + log_window
-            sums = tilted_series(chosen, u)[..., None] + before
+            hits = tilted_series(chosen, u)[..., None] + before
             # For losses: the pixels of the mask outside the object, and those of the object outside the mask.
-            sums = volume[:, None] - sums + (all_tilted[..., None] - before) if losses else smooth + 2 * sums
-            exponent = (log_all + weight)[..., None] - volume_at * t[:, None]
-            result += (exponent.exp_() * sums).sum(1)
+            part = volume[:, None] - hits + (all_tilted[..., None] - before) if losses else smooth + 2 * hits
+            exponent = (log_all + weight)[..., None] - volume_at * t[..., None]
+            result += (exponent.exp_() * part).sum(1)
         else:
             behind = (log_rest + log_window + weight)[..., None] - cumulative(logs)
-            behind = (behind - volume_at * t[:, None]).exp_()
+            behind = (behind - volume_at * t[..., None]).exp_()
             if losses:
                 behind *= (volume - captured)[:, None] + (all_tilted[..., None] - before)
             result += behind.sum(1)
@@ -165,6 +213,14 @@ def _integrate(
             of_empty += torch.exp(none_of_all[:, 0] if log_absent is None else log_absent)
     result[:, 0] = torch.where(volume[:, 0] == 0, of_empty, result[:, 0])
     return result
+
+
+def _portions(times: Tensor, weights: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split nodes and weights (1 or B, K) into portions that bound the memory; on devices four at most."""
+    count = times.shape[1]
+    kind = "cpu" if values.device.type == "cpu" else "other"
+    at_once = max(1 if kind == "cpu" else -(-count // 4), _AT_ONCE[kind] // (values.numel() + 1))
+    return zip(times.split(at_once, 1), weights.split(at_once, 1), strict=True)
 
 
 def _without_pole(log_all: Tensor, none_of_all: Tensor, weight: Tensor, smooth: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankseg.backend import compiled_engine
 from rankseg.exact import NEGLIGIBLE, window_scores
-from rankseg.gather import blocks, gather, tile_of, tiles
+from rankseg.gather import blocks, gather, row_numbers, tile_of, tiles
 from rankseg.masks import rows_of
 from rankseg.validation import check_form, check_masks, check_smooth, check_values, eager_only
 
@@ -59,11 +59,13 @@ def _expected(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor
     signed = torch.where(got.flags, got.values, -got.values)
     for members, values in blocks(got.rows, signed, got.width):
         volumes = torch.arange(values.shape[1] + 1, device=values.device)
-        wanted = volumes == (values > 0).sum(1, keepdim=True)
+        inside = (values > 0).sum(1, keepdim=True)
         chosen, rest = got.chosen[members], got.rest[members]
         absent = None if log_absent is None else log_absent[members]
-        scores = window_scores(score, values.abs(), chosen, rest, smooth, wanted, log_absent=absent)
-        result[members] = scores[wanted]
+        scores = window_scores(
+            score, values.abs(), chosen, rest, smooth, volumes == inside, log_absent=absent
+        )
+        result[members] = scores.gather(1, inside)[:, 0]
     return result.view(probs.shape[:2])
 
 
@@ -71,7 +73,7 @@ def _log_absent(flat: Tensor, masks: Tensor) -> Tensor:
     """log P(Γ = 0) = Σ log(1 - p) of the rows with an empty mask, which depend on it for γ < 1: (R,) float64."""
     result = torch.zeros(flat.shape[0], dtype=torch.float64, device=flat.device)
     empty = (~masks.any(1)).nonzero()[:, 0]
-    numbers = empty.tolist()
+    numbers = row_numbers(empty)
     for across, along in tiles(empty.numel(), flat.shape[1], flat.device):
         tile = tile_of(flat, numbers, across, along).double()
         result[empty[across]] += torch.log1p(-tile).sum(1)

@@ -1,11 +1,11 @@
-"""The one pass over all pixels: power sums of each row, and the few pixels that have to be looked at singly.
+"""The one pass over all pixels: power sums of each row, and the few pixels that need a logarithm each.
 
-A row is one class of one image, its D pixels flattened. The pass works on tiles that fit the processor's
-cache (on a GPU: on few, large tiles that bound the extra memory). Probabilities are summed in float64, their
-higher powers in the precision of the tile: `exact.log_series` divides Σ p² by λ², so that the 1e-7 of float32 moves a
-score by some 1e-11.
+A row is one class of one image, its D pixels flattened. On the CPU the pass works on tiles that fit the cache. On
+other devices it works on a few large tiles: the numbers of launches and of synchronisations do not depend on the size.
+Probabilities are summed in float64, their higher powers in the precision of the tile: `exact.log_series` divides Σ p²
+by λ², so that the 1e-7 of float32 changes a score by about 1e-11.
 
-Shapes: R rows, D pixels a row, E pixels extracted from all rows together, B rows of a block, W its width.
+Shapes: R rows, D pixels of a row, E pixels extracted from all rows together, B rows of a block, W its width.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Pixels a tile. A tile needs 28 bytes a pixel: 7 MiB, which a processor's cache holds; 112 MiB on a GPU.
-_TILE = {"cpu": 1 << 18, "other": 1 << 22}
+# Pixels of a tile. A tile needs 28 bytes per pixel: 7 MiB, which a processor's cache holds.
+_TILE = {"cpu": 1 << 18}
+# On other devices: at least so many pixels per tile (60 MiB), and at most so many tiles.
+_DEVICE_TILE, _DEVICE_TILES = 1 << 22, 2
 
-# Pixels are looked for in groups of so many; rows are filled up with zeros to a multiple of it.
+# Pixels are searched in groups of so many; rows are filled up with zeros to a multiple of it.
 _GROUP = 8
+
+# Ratio of the longest to the shortest row of a block, and the largest number of blocks on other devices.
+_BLOCK_RATIO, _DEVICE_RATIO, _DEVICE_BLOCKS = 2, 16, 3
 
 # Σ p^k for k = 0..ORDER is kept: see `exact.log_series` for why four suffice.
 ORDER = 4
 
 
 class Gathered(NamedTuple):
-    """What one pass leaves of R rows: some pixels to be looked at singly, and power sums of the others.
+    """The result of one pass over R rows: the extracted pixels, and power sums of the others.
 
     `chosen` (R, 5): Σ p^k, k = 0..4, over the pixels above `high` (or those of a given mask, unless extracted).
-    `rest` (R, 5): the same over the pixels left, their number not counted. `rows` (E,) ascending, `values` (E,)
+    `rest` (R, 5): the same over the remaining pixels, their number not counted. `rows` (E,) ascending, `values` (E,)
     float64, `flags` (E,): the extracted pixels, their rows, and whether the given mask holds them. `width` (R,)
     int64: how many were extracted from each row.
     """
@@ -46,22 +51,35 @@ class Gathered(NamedTuple):
 def tiles(rows: int, pixels: int, device: torch.device, depth: int = 1) -> Iterator[tuple[slice, slice]]:
     """Cut (rows, pixels) into tiles: several whole rows, or a part of one row, in row-major order.
 
-    A pixel may stand for `depth` numbers, such as one for each class.
+    A pixel may consist of `depth` numbers, such as one for each class.
     """
-    size = max(1, _TILE.get(device.type, _TILE["other"]) // depth)
+    size = _TILE.get(device.type) or max(_DEVICE_TILE, -(-rows * pixels * depth // _DEVICE_TILES))
+    size = max(1, size // depth)
     height, breadth = max(1, size // pixels), min(size, pixels)
+    if device.type not in _TILE:  # no small tile at the end
+        height = max(1, -(-size // pixels))
+        breadth = -(-pixels // (pixels // breadth)) if breadth < pixels else pixels
     for top in range(0, rows, height):
         for left in range(0, pixels, breadth):
             yield slice(top, min(top + height, rows)), slice(left, min(left + breadth, pixels))
 
 
 def working_dtype(flat: Tensor) -> torch.dtype:
-    """In which tiles are computed: half precision is widened, which rounds nothing."""
+    """Return the dtype of the arithmetic on tiles: half precision is widened, which rounds nothing."""
     return torch.float64 if flat.dtype == torch.float64 else torch.float32
 
 
-def tile_of(flat: Tensor, index: list[int], across: slice, along: slice) -> Tensor:
-    """Rows `index[across]` of `flat`, columns `along`: a view where they are neighbours, which costs nothing."""
+def row_numbers(index: Tensor) -> list[int] | Tensor:
+    """Return the row numbers as `tile_of` wants them: on the host for the CPU, unread on other devices."""
+    return index.tolist() if index.device.type == "cpu" else index
+
+
+def tile_of(flat: Tensor, index: list[int] | Tensor, across: slice, along: slice) -> Tensor:
+    """Return the rows `index[across]` (ascending) of `flat`, columns `along`: a view if they are neighbours."""
+    if isinstance(index, Tensor):
+        if index.numel() == flat.shape[0]:
+            return flat[across, along]
+        return flat[:, along].index_select(0, index[across])
     wanted = index[across]
     first, last = wanted[0], wanted[-1] + 1
     if last - first == len(wanted):
@@ -74,20 +92,21 @@ def gather(
 ) -> Gathered:
     """Sum and extract the rows `index` (R,) of `flat` (·, D).
 
-    Extracted are the pixels low < p <= high, `low` and `high` (R,), and `chosen` those above.
-    With `masks` (·, D) bool in place of `high`, extracted are all p > low, and `chosen` are the others of the mask.
+    The pixels low < p <= high are extracted, `low` and `high` (R,); `chosen` are those above. With `masks` (·, D) bool
+    instead of `high`, all pixels p > low are extracted, and `chosen` are the other pixels of the mask.
     """
+    dtype = working_dtype(flat)
+    low = low.to(dtype)[:, None]
+    high = None if high is None else high.to(dtype)[:, None]
+    if flat.device.type != "cpu":
+        return _gather_on_device(flat, index, low, high, masks)
     count, pixels = index.numel(), flat.shape[1]
     chosen = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
     rest = torch.zeros_like(chosen)
     rows, values, flags = [], [], []
-    numbers = index.tolist()
-    # Where nothing can be above, half of the work is left out.
-    some_above = [True] * count if high is None else (high < 1).tolist()
-    dtype = working_dtype(flat)
-    low = low.to(dtype)[:, None]
-    if high is not None:
-        high = high.to(dtype)[:, None]
+    numbers = row_numbers(index)
+    # If nothing can be above, half of the work is left out.
+    some_above = [True] * count if high is None else (high[:, 0] < 1).tolist()
     wide = space = rest.new_empty(0)
     for across, along in tiles(count, pixels, flat.device):
         tile = tile_of(flat, numbers, across, along).to(dtype)
@@ -131,13 +150,61 @@ def gather(
     )
 
 
+def _gather_on_device(
+    flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None, masks: Tensor | None
+) -> Gathered:
+    """As `gather`, with a single synchronisation: the extracted pixels are marked, and found in the end."""
+    count, pixels = index.numel(), flat.shape[1]
+    chosen = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
+    rest = torch.zeros_like(chosen)
+    marked = torch.empty(count, pixels, dtype=torch.bool, device=flat.device)
+    for across, along in tiles(count, pixels, flat.device):
+        tile = tile_of(flat, index, across, along).to(low.dtype)
+        inside = torch.gt(tile, low[across], out=marked[across, along])
+        below = tile.masked_fill(inside, 0)
+        if high is not None:
+            above = tile > high[across]
+            chosen[across, 0] += above.sum(1)
+            inside.logical_and_(above.logical_not_())
+            above = tile.masked_fill(above, 0)
+        else:
+            assert masks is not None
+            selected = tile_of(masks, index, across, along)
+            chosen[across, 0] += (selected & ~inside).sum(1)
+            above = below * selected
+            below -= above
+        for values, sums in ((above, chosen), (below, rest)):
+            square, wide = values * values, torch.float64
+            parts = [values.sum(1, dtype=wide), square.sum(1, dtype=wide)]
+            parts += [values.mul_(square).sum(1, dtype=wide), square.square_().sum(1, dtype=wide)]
+            sums[across, 1:] += torch.stack(parts, dim=1)
+    row, column = marked.nonzero().unbind(1)
+    source = row if count == flat.shape[0] else index[row]
+    return Gathered(
+        chosen=chosen,
+        rest=rest,
+        rows=row,
+        values=flat[source, column].double(),
+        flags=row.new_zeros(0, dtype=torch.bool) if masks is None else masks[source, column],
+        width=marked.sum(1),
+    )
+
+
+def _power_sums(values: Tensor, square: Tensor, wide: Tensor) -> Tensor:
+    """Σ p^k, k = 1..4, along the rows of a tile: (R, 4). Overwrites all three tiles; `wide` is float64."""
+    parts = [wide.copy_(values).sum(1)]
+    torch.mul(values, values, out=square)
+    parts += [square.sum(1), values.mul_(square).sum(1), square.mul_(square).sum(1)]
+    return torch.stack([part.double() for part in parts], dim=1)
+
+
 def nearest(flat: Tensor, index: Tensor, low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` smallest probabilities above `high` and the `count` largest up to `low`: (R, count) each.
+    """Return the `count` smallest probabilities above `high` and the `count` largest up to `low`: (R, count) each.
 
     Missing ones are NaN. Rows and brackets are those of `gather`.
     """
     dtype = working_dtype(flat)
-    numbers = index.tolist()
+    numbers = row_numbers(index)
     low, high = low.to(dtype)[:, None], high.to(dtype)[:, None]
     above = torch.full((index.numel(), count), torch.inf, dtype=dtype, device=flat.device)
     below = torch.full_like(above, -torch.inf)
@@ -148,41 +215,35 @@ def nearest(flat: Tensor, index: Tensor, low: Tensor, high: Tensor, count: int) 
         above[across] = torch.cat([above[across], found], 1).topk(count, 1, largest=False).values
         found = tile.masked_fill(tile > low[across], -torch.inf).topk(some, 1).values
         below[across] = torch.cat([below[across], found], 1).topk(count, 1).values
-    return tuple(x.masked_fill(x.isinf(), torch.nan).double() for x in (above, below))  # type: ignore[return-value]
+    above, below = (x.masked_fill(x.isinf(), torch.nan).double() for x in (above, below))
+    return above, below
 
 
 def extended(got: Gathered, above: Tensor, below: Tensor) -> Gathered:
     """Move pixels from the power sums to the extracted ones: `above` and `below` (R, ·), NaN for none."""
     more = torch.cat([above, below], 1)
-    row, column = (~more.isnan()).nonzero().unbind(1)
+    exists = ~more.isnan()
+    row, column = exists.nonzero().unbind(1)
     rows, order = torch.cat([got.rows, row]).sort(stable=True)
     powers = torch.arange(ORDER + 1, dtype=torch.float64, device=more.device)
 
     def sums(values: Tensor) -> Tensor:
-        return (values[..., None] ** powers).nansum(1) - (values.isnan().sum(1, keepdim=True) * (powers == 0))
+        known = values.nan_to_num()[..., None]
+        return (known**powers * ~values.isnan()[..., None]).sum(1)
 
-    rest = got.rest - sums(below)
-    rest[:, 0] = 0
+    rest = got.rest - sums(below) * (powers > 0)
     return Gathered(
         chosen=got.chosen - sums(above),
         rest=rest,
         rows=rows,
         values=torch.cat([got.values, more[row, column]])[order],
         flags=got.flags,
-        width=torch.bincount(rows, minlength=got.width.numel()),
+        width=got.width + exists.sum(1),
     )
 
 
-def _power_sums(values: Tensor, square: Tensor, wide: Tensor) -> Tensor:
-    """Σ p^k, k = 1..4, along the rows of a tile: (R, 4). All three tiles are used up; `wide` is float64."""
-    parts = [wide.copy_(values).sum(1)]
-    torch.mul(values, values, out=square)
-    parts += [square.sum(1), values.mul_(square).sum(1), square.mul_(square).sum(1)]
-    return torch.stack([part.double() for part in parts], dim=1)
-
-
 def _nonzero(marks: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of the ones in `marks` (R, D), which are few: groups of zeros are passed over.
+    """Row and column of the ones in `marks` (R, D), which are few: groups of zeros are skipped.
 
     A group takes its pixels from all over the row, so that adding up all groups is adding a few long vectors.
     """
@@ -195,19 +256,37 @@ def _nonzero(marks: Tensor) -> tuple[Tensor, Tensor]:
 def blocks(rows: Tensor, values: Tensor, width: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pack ragged rows (see `Gathered`) into few dense blocks: row numbers (B,) and values (B, W), sorted.
 
-    Rows of like width (up to the same power of two) share a block, so that a single long row does not
-    stretch the others, and the number of blocks grows with the logarithm of the longest. Each row is sorted
-    in decreasing order and filled up with zeros, which add nothing to any sum that follows.
+    Rows of similar width share a block, so that a single long row does not stretch the others, and the number of
+    blocks grows with the logarithm of the longest. Each row is sorted in decreasing order and filled up with zeros,
+    which add nothing to any sum that follows.
     """
+    widths = width.tolist()
+    order = width.argsort(stable=True)
     start = width.cumsum(0) - width
-    size_class = torch.ceil(torch.log2(width.clamp(min=32).double())).long()
-    for exponent in torch.unique(size_class).tolist():
-        members = (size_class == exponent).nonzero()[:, 0]
-        longest = int(width[members].max())
+    for first, last, longest in _size_classes(sorted(widths), width.device.type == "cpu"):
+        members = order[first:last]
         columns = torch.arange(longest, device=rows.device)
         inside = columns < width[members, None]
-        dense = values.new_zeros(members.numel(), longest)
+        dense = values.new_zeros(last - first, longest)
         if longest:
             place = (start[members, None] + columns).clamp(max=values.numel() - 1)
             dense = torch.where(inside, values[place], dense)
         yield members, dense.sort(dim=1, descending=True).values
+
+
+def _size_classes(widths: list[int], on_cpu: bool) -> Iterator[tuple[int, int, int]]:
+    """Cut ascending `widths` into classes of similar width: (first, last, longest) of each."""
+    first, ratio = 0, _BLOCK_RATIO if on_cpu else _DEVICE_RATIO
+    bounds: list[int] = []
+    bound = max(widths, default=0)
+    while bound > 32 and (on_cpu or len(bounds) < _DEVICE_BLOCKS - 1):
+        bounds.append(bound)
+        bound //= ratio
+    bounds.append(max(bound, 32))
+    for bound in reversed(bounds):
+        last = first
+        while last < len(widths) and widths[last] <= bound:
+            last += 1
+        if last > first:
+            yield first, last, widths[last - 1]
+        first = last

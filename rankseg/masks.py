@@ -39,7 +39,11 @@ def select(flat: Tensor, tau: Tensor, cutpoint: Tensor, tied: Tensor) -> Tensor:
     everything = tau == flat.shape[1]
     masks = _above(flat, torch.where(everything, -1, cutpoint))
     missing = tied.masked_fill(everything, 0)
-    for row in missing.nonzero()[:, 0].split(max(1, (1 << 22) // flat.shape[1])):
+    rows = missing.nonzero()[:, 0]
+    height = max(1, (1 << 22) // flat.shape[1])
+    if flat.device.type != "cpu":
+        height = max(height, -(-rows.numel() // 8))
+    for row in rows.split(height):
         equal = flat[row] == cutpoint[row, None]
         equal &= equal.cumsum(1, dtype=torch.int32) <= missing[row, None]
         masks[row] |= equal

@@ -62,11 +62,13 @@ def over_classes(
         )
     others = [c for c in range(total) if c not in classes]
     masks = torch.zeros_like(probs, dtype=torch.bool, memory_format=torch.contiguous_format)
-    masks[:, list(classes)] = chosen = solve(probs[:, list(classes)], len(classes) == 1).predict
+    inner, outer = (torch.tensor(part, device="cpu").to(probs.device) for part in (list(classes), others))
+    chosen = solve(probs.index_select(1, inner), len(classes) == 1).predict
+    masks.index_copy_(1, inner, chosen)
     if others:
-        top, index = probs[:, others].max(1, keepdim=True)
+        top, index = probs.index_select(1, outer).max(1, keepdim=True)
         free = ~chosen.any(1, keepdim=True) & (top > 0)
-        masks.scatter_(1, torch.as_tensor(others, device=probs.device)[index], free)
+        masks.scatter_(1, outer[index], free)
     flat_masks = masks.flatten(2)
     return RankResult(masks, flat_masks.sum(2), _largest_left_out(probs.flatten(2), flat_masks))
 
@@ -99,12 +101,13 @@ def non_overlapping_masks(probs: Tensor, score: str, smooth: float, pruning: boo
         new_value, new_denominator, loss = _class_scores(new_mass, new_volume, mean, score, smooth)
         new_objective = ((-loss if losses else new_value) * present).sum(1)
         better = new_objective > objective + objective.abs() * _WORTH
-        if not better.any():
+        some, every = torch.stack([better.any(), better.all()]).tolist()
+        if not some:
             break
-        if better.all():
+        if every:
             found, proposal = proposal, found
         else:
-            found[better] = proposal[better]
+            torch.where(better[:, None, None], proposal, found, out=found)
         value = torch.where(better[:, None], new_value, value)
         denominator = torch.where(better[:, None], new_denominator, denominator)
         volume = torch.where(better[:, None], new_volume, volume)
@@ -132,7 +135,8 @@ def _assign(
         best.masked_fill_(best <= floor, torch.inf)
         # Comparing with the maximum is several times as fast as computing its index.
         given = gain.eq_(best)
-        if (given.sum(1) > 1).any():
+        # On other devices asking would cost more than the answer saves.
+        if given.device.type != "cpu" or (given.sum(1) > 1).any():
             given *= given.cumsum(1) <= 1
         given *= kept[across]
         masks[across, :, along] = given

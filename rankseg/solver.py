@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from rankseg import surrogate
-from rankseg.exact import NEGLIGIBLE, cumulative, power_sums, window_scores
-from rankseg.gather import blocks, extended, gather, nearest, tile_of, tiles
+from rankseg.exact import NEGLIGIBLE, band_span, bands, cumulative, power_sums, window_scores
+from rankseg.gather import blocks, extended, gather, nearest, row_numbers, tile_of, tiles
 
 # Scores that differ by less than rounding are ties; the smallest of tied volumes is taken.
 _TIE = 1e-13
@@ -56,7 +56,7 @@ def solve(flat: Tensor, score: str, smooth: float, pruning: bool) -> Solution:
     tied = torch.zeros_like(tau)
     cutpoint = peak.clone()
     value = torch.full((rows,), 1.0 if smooth else 0.0, dtype=torch.float64, device=flat.device)
-    value[peak > 0] = torch.nan  # pruned rows are not scored
+    value.masked_fill_(peak > 0, torch.nan)  # pruned rows are not scored
     todo = (peak > (0.5 if pruning else 0.0)).nonzero()[:, 0]
     low, high = _first_brackets(flat, todo, score, smooth)
     reach = 0
@@ -66,10 +66,12 @@ def solve(flat: Tensor, score: str, smooth: float, pruning: bool) -> Solution:
         tied[todo] = found.tied
         cutpoint[todo] = found.cutpoint.to(flat.dtype)
         value[todo] = found.value
-        left = needed > 0
+        left = (needed > 0).nonzero()[:, 0]
+        if not left.numel():
+            break
         todo, low, high, needed = todo[left], low[left], high[left], needed[left]
         near = needed <= (0 if reach else _MOST_RANKS)  # once by rank, then wider: the search always ends
-        reach = int(needed.where(near, 0).amax()) if todo.numel() else 0
+        reach = int(needed.where(near, 0).amax())
         wide = _widened(low, high)
         low, high = torch.where(near, low, wide[0]), torch.where(near, high, wide[1])
     return Solution(tau, cutpoint, tied, value)
@@ -103,13 +105,15 @@ def _widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 def _tiled_sum(flat: Tensor, rows: Tensor, floor: Tensor | None) -> Tensor:
     """Σ max(p, floor) of the given rows, (R,) float32: accurate to six digits, for guesses only."""
     result = torch.zeros(rows.numel(), dtype=torch.float32, device=flat.device)
-    numbers = rows.tolist()
+    numbers = row_numbers(rows)
     space = flat.new_empty(0)
     for across, along in tiles(rows.numel(), flat.shape[1], flat.device):
         tile = tile_of(flat, numbers, across, along)
-        if floor is not None:
+        if floor is not None and flat.device.type == "cpu":
             space.resize_(tile.shape)  # the same memory for every tile
             tile = torch.maximum(tile, floor[across, None].to(tile.dtype), out=space)
+        elif floor is not None:
+            tile = torch.maximum(tile, floor[across, None].to(tile.dtype))
         result[across] += tile.sum(1, dtype=torch.float32)
     return result
 
@@ -140,16 +144,17 @@ def _attempt(
         bound = surrogate.loss_bound(score, volume, captured, mean, smooth).where(inside, torch.inf)
         loss = bound.amin(1, keepdim=True)
         margin = surrogate.margin(score, volume, captured, mean, smooth, loss)
-        ends = torch.stack([margin[:, 0], margin.gather(1, width[:, None])[:, 0]])
-        bracket = torch.stack([high[members], low[members]]).double()
+        margins = torch.stack([margin[:, 0], margin.gather(1, width[:, None])[:, 0]])
+        edges = torch.stack([high[members], low[members]]).double()
         needed[members] = _needed(
-            score, ends, bracket, loss[:, 0], mean[:, 0], chosen[:, 0], width, smooth, pixels
+            score, margins, edges, loss[:, 0], mean[:, 0], chosen[:, 0], width, smooth, pixels
         )
         wanted = (margin >= 0) & inside
         if smooth:
             wanted[:, 0] |= chosen[:, 0] == 0  # the bounds do not hold for the empty mask
         wanted |= bound == loss  # rounding: at least one
-        skipped, scores = _scores(score, values, chosen, rest, smooth, wanted, losses)
+        sums = (values, chosen, rest, volume, captured, mean)
+        skipped, scores = _scores(score, *sums, smooth, wanted, losses)
         top = scores.amax(1, keepdim=True)
         tolerance = _TIE * (mean + 1) / (mean + 1 + smooth) if losses else _TIE * top
         step = skipped + (scores >= top - tolerance).to(torch.uint8).argmax(1)
@@ -163,7 +168,16 @@ def _attempt(
 
 
 def _scores(
-    score: str, values: Tensor, chosen: Tensor, rest: Tensor, smooth: float, wanted: Tensor, losses: bool
+    score: str,
+    values: Tensor,
+    chosen: Tensor,
+    rest: Tensor,
+    volume: Tensor,
+    captured: Tensor,
+    mean: Tensor,
+    smooth: float,
+    wanted: Tensor,
+    losses: bool,
 ) -> tuple[Tensor, Tensor]:
     """Number of volumes left out before the wanted ones, (B,) int64, and the scores of the wanted ones, (B, ·).
 
@@ -174,28 +188,31 @@ def _scores(
     marked = wanted.to(torch.uint8)
     first = marked.argmax(1, keepdim=True)
     last = width - marked.flip(1).argmax(1, keepdim=True)
-    captured = chosen[:, 1:2] + cumulative(values)
-    scale = chosen[:, :1] + first + captured[:, -1:] + rest[:, 1:2] + smooth
+    scale = chosen[:, :1] + first + mean + smooth
     if score == "iou":
         scale = scale - captured.gather(1, first)
     confident = (values > NEGLIGIBLE * scale).sum(1, keepdim=True)  # the first ones, as the window is sorted
     kept = torch.minimum(confident, first)
     skipped, last = first - kept, torch.maximum(last, confident)
+    longest, span = (last - skipped).amax(), None
+    if values.device.type != "cpu":  # one read of everything that the host has to know
+        found = band_span(bands(score, volume, captured, mean, smooth), wanted)
+        longest, *span = torch.cat([longest.view(1), found]).tolist()
+    step = torch.arange(int(longest) + 1, device=values.device)
     column = torch.arange(width, device=values.device)
     chosen = chosen + power_sums(values, (column >= kept) & (column < first))
     rest = rest + power_sums(values, column >= last)
-    step = torch.arange(int((last - skipped).max()) + 1, device=values.device)
     wanted = wanted.gather(1, (step + skipped).clamp(max=width)) & (step >= kept) & (step <= last - skipped)
     column = torch.where(step[:-1] < kept, step[:-1], step[:-1] + skipped)
     if width:
         values = values.gather(1, column.clamp(max=width - 1)) * (column < last)
-    return skipped[:, 0], window_scores(score, values, chosen, rest, smooth, wanted, losses)
+    return skipped[:, 0], window_scores(score, values, chosen, rest, smooth, wanted, losses, span=span)
 
 
 def _needed(
     score: str,
-    ends: Tensor,
-    bracket: Tensor,
+    margins: Tensor,
+    edges: Tensor,
     loss: Tensor,
     mean: Tensor,
     above: Tensor,
@@ -205,16 +222,13 @@ def _needed(
 ) -> Tensor:
     """How many more pixels on either side prove the result, 0 if it is proved, infinite if none do: (R,).
 
-    `ends` (2, R) is `surrogate.margin` at the first and the last volume of the bracket, `bracket` (2, R) its upper and
-    lower cut-off, `above` (R,) the number of pixels above it, `width` (R,) that of the pixels in it.
+    `margins`, `edges`, `loss`: see `surrogate.ranks_needed`. `above` (R,) is the number of pixels above the bracket,
+    `width` (R,) that of the pixels in it.
     """
-    left = surrogate.ranks_needed(score, ends[0], bracket[0], loss, above=True)
+    needed = surrogate.ranks_needed(score, margins, edges, loss).masked_fill_(margins < 0, 0)
     if smooth < 1:
         # A bracket with pixels above also leaves out the empty mask, whose score is at most 1/μ for γ < 1.
-        left = left.where((1 - loss) * mean > 1, torch.inf)
-    right = surrogate.ranks_needed(score, ends[1], bracket[1], loss, above=False)
-    left = torch.minimum(left.where((ends[0] >= 0) | (left == torch.inf), 0), above)
-    right = torch.minimum(right.where(ends[1] >= 0, 0), pixels - above - width)
-    largest = torch.where(above > 0, 1.0, bracket[1].clamp(min=0))
-    accurate = largest <= NEGLIGIBLE * (mean + smooth)
-    return torch.maximum(left, right).where(accurate, torch.inf)
+        needed[0].masked_fill_((1 - loss) * mean <= 1, torch.inf)
+    needed = torch.minimum(needed, torch.stack([above, pixels - above - width])).amax(0)
+    largest = edges[1].masked_fill(above > 0, 1.0)
+    return needed.masked_fill_(largest > NEGLIGIBLE * (mean + smooth), torch.inf)

@@ -45,17 +45,18 @@ def margin(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: f
     return weight * captured - (total - 1) + loss * (total + smooth - 1) + slack
 
 
-def ranks_needed(score: str, margin: Tensor, edge: Tensor, loss: Tensor, above: bool) -> Tensor:
-    """How many more pixels beyond an end of the bracket make g negative there: (R,), infinite if none do.
+def ranks_needed(score: str, margins: Tensor, edges: Tensor, loss: Tensor) -> Tensor:
+    """How many more pixels beyond the ends of the bracket make g negative there: (2, R), infinite if none do.
 
-    `margin` (R,) is g at that end, `edge` (R,) the end itself. Each pixel above the bracket (`above`) exceeds the
-    edge: leaving it out lowers g by at least weight·edge - best. Each pixel below lowers g by best - weight·edge.
+    `margins` (2, R) is g at the first and the last volume, `edges` (2, R) are the upper and the lower cut-off. Each
+    pixel above exceeds the upper one: leaving it out lowers g by at least weight·edge - best. Each pixel below lowers
+    g by at least best - weight·edge.
     """
     best = 1 - loss
-    step = (2 * edge if score == "dice" else (1 + best) * edge) - best
-    step = step if above else -step
-    needed = torch.floor(margin / step.clamp(min=1e-300)) + 1
-    return needed.clamp(min=0).where(step > 0, torch.inf)
+    step = edges * (2 if score == "dice" else 1 + best) - best
+    step[1].neg_()
+    needed = torch.floor(margins / step.clamp(min=1e-300)) + 1
+    return needed.clamp_(min=0).masked_fill_(step <= 0, torch.inf)
 
 
 def cutoff(score: str, value: Tensor) -> Tensor:
