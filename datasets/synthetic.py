@@ -1,10 +1,9 @@
-"""Drawn images whose right answer is uncertain, and whose uncertainty is known.
+"""Drawn images with uncertain labels, whose probabilities are known.
 
-Soft-edged shapes are painted over a background, some clear, some faint. At each pixel, the opacity of a shape
-IS the probability that the annotation counts the pixel to it; the annotation is one draw. What a network can
-learn is therefore a probability, known exactly (`posterior`), and no rule is favoured: a calibrated network
-is one that reads opacity through the noise. Labels of near pixels are drawn together, as annotators do, so
-the draws are not independent.
+Shapes with soft edges are painted over a background; some are clear, some are faint. The opacity of a shape at a
+pixel equals the probability that the label of the pixel belongs to the shape. The annotation is one draw from
+these probabilities (`posterior`). So a network can learn the exact probabilities, and no rule has an advantage.
+Labels of neighbouring pixels are drawn together, as human annotations are, so the draws are not independent.
 
 Shapes: C classes, K objects, H and W pixels (here equal).
 """
@@ -29,29 +28,29 @@ CLASSES = ("background", "disc", "box", "diamond", "ring")
 PALETTE = ((0, 0, 0), (214, 69, 65), (38, 132, 204), (245, 190, 40), (46, 160, 103))
 BACKGROUND = (0.42, 0.40, 0.38)
 
-OBJECTS = (2, 6)  # how many, both included
-RADIUS = (0.05, 0.28)  # half of an object's width, as a share of the image's side, uniform in its logarithm
-SOFTNESS = (0.005, 0.05)  # standard deviation of where the edge is drawn, as a share of the side
-FAINT = 0.3  # the share of objects that the annotation covers in parts only
+OBJECTS = (2, 6)  # smallest and largest number of objects
+RADIUS = (0.05, 0.28)  # half the width of an object, as a share of the side; its logarithm is uniform
+SOFTNESS = (0.005, 0.05)  # standard deviation of the position of the edge, as a share of the side
+FAINT = 0.3  # share of objects that the annotation covers only in parts
 FAINT_PROBABILITY = (0.25, 0.75)
 CLEAR_PROBABILITY = 0.995
 WIGGLE = 0.08  # correlation length of the annotation, as a share of the side
-NOISE = 0.10  # of the pixels, standard deviation in [0, 1]
-SHADE = 0.06  # of smooth changes of light
+NOISE = 0.10  # standard deviation of the pixel noise, on [0, 1]
+SHADE = 0.06  # standard deviation of the smooth changes of light
 
 
 class Scene(NamedTuple):
-    """What is painted: per object its class and, per pixel, the probit of its opacity."""
+    """The painted objects: the class of each object, and the probit of its opacity at each pixel."""
 
     labels: Tensor  # (K,) int64, 1..C-1
     probits: Tensor  # (K, H, W) float32
 
 
 class Synthetic(SegmentationDataset):
-    """Images drawn on the fly from (seed, split, index): nothing is stored and nothing is fetched.
+    """Images drawn from (seed, split, index) when they are read. Nothing is stored or downloaded.
 
-    `num_images` is one number, or one for each split by name; `None` means 400 to train on, 100 else.
-    `num_classes`, 2 to 5, counts the background. `size` is the side in pixels.
+    `num_images` is a number, or a mapping from split to number; `None` means 400 for training and 100 otherwise.
+    `num_classes`, 2 to 5, includes the background. `size` is the side in pixels.
     """
 
     def __init__(
@@ -94,17 +93,17 @@ class Synthetic(SegmentationDataset):
         return tv_tensors.Image(self._paint(scene, generator)), tv_tensors.Mask(mask)
 
     def posterior(self, index: int) -> Tensor:
-        """Return the probability (C, H, W) float32 of each class at each pixel, given what is painted."""
+        """Return the probability (C, H, W) float32 of each class at each pixel, given the painted objects."""
         scene = self._scene(self._generator(index))
         probs = torch.zeros(self.info.num_classes, self.size, self.size)
         probs[0] = 1
         for label, opacity in zip(scene.labels.tolist(), torch.special.ndtr(scene.probits), strict=True):
-            probs *= 1 - opacity  # what is painted later covers what is there
+            probs *= 1 - opacity  # later objects cover earlier ones
             probs[label] += opacity
         return probs
 
     def fingerprint(self) -> str:
-        """Return a hash of everything the images are drawn from."""
+        """Return a hash of all settings that determine the images."""
         return digest(
             ["synthetic", VERSION, self.split, len(self), self.size, self.info.num_classes, self.seed]
         )
@@ -116,7 +115,7 @@ class Synthetic(SegmentationDataset):
         return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
 
     def _scene(self, generator: torch.Generator) -> Scene:
-        """Place the objects; the first draws of the generator."""
+        """Place the objects. These are the first draws of the generator."""
         least, most = OBJECTS
         count = int(torch.randint(least, most + 1, (), generator=generator))
         labels = torch.randint(1, self.info.num_classes, (count,), generator=generator)
@@ -138,7 +137,7 @@ class Synthetic(SegmentationDataset):
         return Scene(labels, torch.minimum(depth / softness, torch.special.ndtri(seen)))
 
     def _annotate(self, scene: Scene, generator: torch.Generator) -> Tensor:
-        """Draw the mask (H, W) uint8: an object is where a smooth N(0, 1) field stays below its probit."""
+        """Draw the mask (H, W) uint8: an object covers the pixels where a smooth N(0, 1) field is below its probit."""
         shape = len(scene.labels), self._basis.shape[1], self._basis.shape[1]
         fields = self._basis @ torch.randn(shape, generator=generator) @ self._basis.T
         mask = torch.zeros(self.size, self.size, dtype=torch.uint8)
@@ -147,7 +146,7 @@ class Synthetic(SegmentationDataset):
         return mask
 
     def _paint(self, scene: Scene, generator: torch.Generator) -> Tensor:
-        """Paint the image (3, H, W) uint8: colour over colour by opacity, then light and noise."""
+        """Paint the image (3, H, W) uint8: blend the colours by opacity, then add light and noise."""
         knots = self._basis.shape[1]
         image = self._colours[0].view(3, 1, 1).expand(3, self.size, self.size)
         for colour, opacity in zip(
@@ -159,7 +158,7 @@ class Synthetic(SegmentationDataset):
         return (255 * image.clamp(0, 1)).to(torch.uint8)
 
 
-# By class: how deep inside a shape of half width 1 a point is, in half widths. Positive inside, 0 at the edge.
+# For each class, the depth of a point inside a shape of half width 1. Positive inside, 0 at the edge.
 SHAPES = {
     1: lambda u, v: 1 - torch.sqrt(u * u + v * v),
     2: lambda u, v: 1 - torch.maximum(u.abs(), v.abs()),
@@ -169,7 +168,7 @@ SHAPES = {
 
 
 def between(bounds: tuple[float, float], share: Tensor) -> Tensor:
-    """Return the point that lies this share of the way between the bounds."""
+    """Interpolate between the bounds: `share` 0 gives the first bound, 1 the second."""
     return bounds[0] + (bounds[1] - bounds[0]) * share
 
 

@@ -1,7 +1,7 @@
-"""Calibration: RankDice is only as good as the probabilities it is given.
+"""Calibration of probabilities. RankDice is optimal only for correct probabilities.
 
-`Reliability` measures (mergeable counts, so that a data set can pass in batches). `fit_temperature` and
-`fit_calibration` calibrate the logits on validation data, `focal_correction` undoes the known bias of the focal loss.
+`Reliability` measures the calibration, batch by batch. `fit_temperature` and `fit_calibration` calibrate the logits
+on validation data. `focal_correction` removes the known bias of the focal loss.
 
 Shapes: N images, C classes, *S spatial axes, M bins.
 """
@@ -26,10 +26,10 @@ class ReliabilityCurve(NamedTuple):
 
 
 class Reliability:
-    """Reliability of class probabilities in equal bins, as sufficient statistics: feed batches, merge, read.
+    """Reliability of class probabilities in equal bins: update with batches, merge, then read the curves.
 
-    Every pixel counts once for every class, as a forecast p of the event "the pixel is of this class": what
-    RankDice relies on is each class's map, not the winner's confidence.
+    Every pixel counts once for every class, as a forecast p of the event "the pixel has this class". RankDice uses
+    the map of every class and not only the probability of the most probable class.
     """
 
     def __init__(self, bins: int = 15) -> None:
@@ -107,17 +107,17 @@ class Reliability:
         return ReliabilityCurve(forecast / nothing, observed / nothing, count.long())
 
     def classwise_ece(self) -> Tensor:
-        """Expected calibration error Σ_bins |observed - forecast| / pixels of each class: (C,), NaN without data."""
+        """Return the ECE Σ_bins |observed - forecast| / pixels of each class: (C,), NaN without data."""
         count, forecast, observed = self._filled()
         return (observed - forecast).abs().sum(1) / count.sum(1)
 
     def volume_ratio(self) -> Tensor:
-        """Predicted over true volume, Σp / Σy, of each class: (C,), NaN for a class that never occurs."""
+        """Return predicted / true volume, Σp / Σy, of each class: (C,), NaN for a class that never occurs."""
         _, forecast, observed = self._filled()
         return forecast.sum(1) / torch.where(observed.sum(1) > 0, observed.sum(1), torch.nan)
 
     def ece(self) -> float:
-        """Expected calibration error with the classes pooled in one curve; NaN without data."""
+        """Return the expected calibration error with all classes in one curve; NaN without data."""
         if self.count is None:
             return float("nan")
         count, forecast, observed = (x.sum(0) for x in self._filled())
@@ -130,7 +130,7 @@ class Reliability:
 
 
 def ece(probs: Tensor, targets: Tensor, bins: int = 15, valid: Tensor | None = None) -> float:
-    """Expected calibration error of one batch, classes pooled; see `Reliability.update` for the arguments."""
+    """Return the expected calibration error of one batch with all classes in one curve; see `Reliability.update`."""
     reliability = Reliability(bins)
     reliability.update(probs, targets, valid)
     return reliability.ece()
@@ -233,14 +233,14 @@ def fit_calibration(
 
 
 def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Logits (P, C) float64 and labels (P,) of the labelled pixels."""
+    """Return logits (P, C) float64 and labels (P,) of the labelled pixels."""
     valid = targets.flatten() != ignore_index
     scores = logits.detach().movedim(1, -1).reshape(-1, logits.shape[1])[valid].double()
     return scores, targets.flatten()[valid].long()
 
 
 def _log_loss(scores: Tensor, labels: Tensor, link: str) -> Tensor:
-    """Mean log-loss of logits (P, C) for labels (P,)."""
+    """Return the mean log-loss of logits (P, C) for labels (P,)."""
     if link == "softmax":
         return torch.nn.functional.cross_entropy(scores, labels)
     onehot = torch.nn.functional.one_hot(labels, scores.shape[1]).to(scores)

@@ -42,7 +42,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of this process's generators, in what ``torch.load(weights_only=True)`` admits."""
+    """Return the state of the generators of this process, as types that ``torch.load(weights_only=True)`` reads."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -50,7 +50,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Put every generator back where :func:`rng_state` found it."""
+    """Restore the generators from the result of :func:`rng_state`."""
     torch.set_rng_state(state["torch"].cpu())
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -59,7 +59,7 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 def git_sha(root: Path) -> str:
-    """The commit that is checked out, ``-dirty`` behind it where files differ; ``unknown`` outside git."""
+    """Return the current commit, with ``-dirty`` if files differ from it; ``unknown`` outside git."""
     try:
         sha = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
@@ -77,7 +77,7 @@ def git_sha(root: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that can change a number."""
+    """Return the versions of Python and of the packages that can change a result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -88,7 +88,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance(root: Path, **more: Any) -> dict[str, Any]:
-    """What has to be known to make a result again: code, versions, command, device, date, and ``more``."""
+    """Return what is needed to reproduce a result: code, versions, command, device, date, and ``more``."""
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()

@@ -1,8 +1,7 @@
 """Learning-rate schedules: stateless functions of the global step.
 
-A schedule is called with the 1-based number of the update that is about to be made and the number of updates
-of the whole run, and returns the factor by which every group's base rate is multiplied. Having no state, it
-needs no checkpoint, and a resumed run continues exactly.
+A schedule receives the 1-based number of the next update and the number of updates of the whole run. It returns the
+factor for the base rate of every parameter group. A schedule has no state, so a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from typing import Protocol
 
 
 class Schedule(Protocol):
-    """Maps (step in 1..total, total) to the factor of the base learning rate."""
+    """Map (step in 1..total, total) to the factor of the base learning rate."""
 
     def __call__(self, step: int, total: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class Polynomial:
-    """The paper's decay, (1 - step/total)^power.
+    """The decay of the paper, (1 - step/total)^power.
 
-    As in the experiments, step runs from 1 to total: the base rate itself is never used, and the very last
-    update has rate 0.
+    As in the experiments, step runs from 1 to total. So the base rate is never used, and the last update has
+    rate 0.
     """
 
     power: float = 0.9
@@ -35,7 +34,7 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Constant:
-    """The base rate throughout."""
+    """A constant rate."""
 
     def __call__(self, step: int, total: int) -> float:
         _check(step, total)
