@@ -14,7 +14,7 @@ Differences from the original, on purpose: the range of τ reaches U itself and 
 short); and where the refined normal law breaks down (less than `_SPREAD` variance, skewness beyond `_SKEW`: the
 original crashes or selects nothing there), the row is solved exactly.
 
-Shapes: R rows, D pixels a row, L values of Γ.
+Shapes: R rows, D pixels of a row, L values of Γ.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from rankseg.poisson_binomial import moments, refined_cdf, refined_quantile
 from rankseg.solver import Solution, compares_losses, solve
 
 _TAIL = 1e-4
-_FEW = 50.0  # up to this mean T-RNA is used whatever was asked for
+_FEW = 50.0  # up to this mean T-RNA is used with any `app`
 _DEGREE = 12
 _SPREAD, _SKEW = 0.25, 5.0
-_BUDGET = 1 << 22  # numbers held at once by a group of rows
+_BUDGET = 1 << 22  # numbers in memory for a group of rows
 
 
 def search(

@@ -1,6 +1,6 @@
-"""The exact expected score of any mask: what a prediction rule promises, before a target is seen.
+"""The exact expected score of any mask. It needs no labels.
 
-Shapes: N images, C classes, *S spatial axes, R = N·C rows, D pixels a row.
+Shapes: N images, C classes, *S spatial axes, R = N·C rows, D pixels of a row.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def _expected(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor
     if probs.numel() == 0:
         return result.view(probs.shape[:2])
     flat, rows = rows_of(probs), torch.arange(result.numel(), device=probs.device)
-    # Small objects need their confident pixels singly; for the rest power sums are exact.
+    # The confident pixels of small objects need a logarithm each; power sums represent the others.
     mean = flat.sum(1, dtype=torch.float32)
     low = (0.9 * NEGLIGIBLE * (mean + smooth)).to(flat.dtype)
     got = gather(flat, rows, low, masks=rows_of(masks))
     log_absent = _log_absent(flat, rows_of(masks)) if 0 < smooth < 1 else None
-    # A sign tells the mask's pixels from the others; sorting puts them first, the filling zeros between.
+    # The pixels of the mask get a positive sign, the others a negative one; zeros fill the rows in between.
     signed = torch.where(got.flags, got.values, -got.values)
     for members, values in blocks(got.rows, signed, got.width):
         volumes = torch.arange(values.shape[1] + 1, device=values.device)

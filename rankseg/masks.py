@@ -1,6 +1,6 @@
 """From volumes and cut-offs to masks of exactly that volume.
 
-Shapes: N images, C classes, *S spatial axes, R = N·C rows, D pixels a row.
+Shapes: N images, C classes, *S spatial axes, R = N·C rows, D pixels of a row.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from rankseg.gather import tiles
 
 
 class RankResult(NamedTuple):
-    """What `rank_dice` and `rank_iou` return.
+    """The result of `rank_dice` and `rank_iou`.
 
     `predict` (N, C, *S) bool: the masks. `tau` (N, C) int64: their volumes in pixels. `cutpoint` (N, C), in the
-    dtype of the probabilities: the largest probability left out, 0 where no pixel is.
+    dtype of the probabilities: the largest probability that is not selected; 0 if all pixels are selected.
     """
 
     predict: Tensor
@@ -31,10 +31,10 @@ def rows_of(probs: Tensor) -> Tensor:
 
 
 def select(flat: Tensor, tau: Tensor, cutpoint: Tensor, tied: Tensor) -> Tensor:
-    """Masks (R, D) of the `tau` (R,) most probable pixels of each row; of tied pixels the first ones.
+    """Return masks (R, D) of the `tau` (R,) most probable pixels of each row. Of tied pixels the first are selected.
 
-    `cutpoint` (R,) is the largest probability left out (anything where `tau` is D), `tied` (R,) the number of
-    selected pixels that equal it.
+    `cutpoint` (R,) is the largest probability that is not selected (ignored if `tau` is D). `tied` (R,) is the
+    number of selected pixels with exactly that probability.
     """
     everything = tau == flat.shape[1]
     masks = _above(flat, torch.where(everything, -1, cutpoint))

@@ -1,4 +1,4 @@
-"""The reciprocal-moment surrogate: where the optimum lies, and the proof that it lies nowhere else.
+"""The reciprocal-moment surrogate: an estimate of the optimum, and the proof that no other volume is better.
 
 With m = E of the denominator, Jensen's inequality and 1 - pu <= e^{-pu} enclose every expected score:
 
@@ -6,10 +6,10 @@ With m = E of the denominator, Jensen's inequality and 1 - pu <= e^{-pu} enclose
     IoU    (C + γ) / (τ + μ + γ - C)   <=   IoU_γ(τ)  <=  (C + γ) / (τ + μ + γ - C - 1)
 
 for every volume τ >= 1, where C = C(τ) is the sum of the τ largest probabilities and μ that of all. The lower
-bound is the surrogate of Wang & Dai (NeurIPS 2025). A volume whose upper bound lies below the best lower bound
+bound is the surrogate of Wang & Dai (NeurIPS 2025). A volume whose upper bound is below the best lower bound
 cannot be optimal; see `possible` for why checking the two ends of a bracket settles all volumes outside.
 
-Shapes: R rows, D pixels a row, W + 1 volumes of a bracket.
+Shapes: R rows, D pixels of a row, W + 1 volumes of a bracket.
 """
 
 from __future__ import annotations
