@@ -51,10 +51,11 @@ lint: $(VENV)/.dev  ## run ruff and mypy
 format: $(VENV)/.dev  ## format the code
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
-tables: $(VENV)/.runtime  ## regenerate every table and page in git, then check them
+tables: $(VENV)/.runtime  ## regenerate every table and page in git, check them, verify the recorded results
 	$(PY) scripts/paper_tables.py --write
 	$(PY) scripts/config_reference.py
 	$(PY) scripts/paper_tables.py --check
+	$(PY) scripts/paper_tables.py --verify
 
 benchmark: $(VENV)/.dev  ## measure the speed of the rules, as ratios in one run
 	$(PY) scripts/benchmark.py rules

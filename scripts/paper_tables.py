@@ -1,13 +1,15 @@
-"""The paper's tables: as published, from our own runs, or both with their differences.
+"""Print the tables of the paper: as published, from our own runs, or both with their differences.
 
     python scripts/paper_tables.py                    all our results as Markdown, and as saved/tables.csv
     python scripts/paper_tables.py published          the three tables of the paper, faults marked
     python scripts/paper_tables.py both --format tex --output tables.tex
-    python scripts/paper_tables.py --write            regenerate every table kept in git (`make tables`)
-    python scripts/paper_tables.py --check            fail if one is stale or a number leaves its tolerance
+    python scripts/paper_tables.py --write            regenerate every table in git (`make tables`)
+    python scripts/paper_tables.py --check            fail if a table is stale or a number is out of tolerance
+    python scripts/paper_tables.py --verify           verify all records, and rebuild the tables from their counts
 
-Results of unlike configuration, data or protocol are never averaged: the cell says "refused" and the
-reason stands below.
+Results of different configurations, data or protocols are never averaged: the cell says "rejected", and the
+reason is below the table. --verify compares every file in saved/results with MANIFEST.sha256, computes all
+scores again from the counts of images and classes, and compares the tables with those in git byte for byte.
 Exit codes: 0 done, 1 a check failed, 2 bad input, 3 the disk failed.
 """
 
@@ -20,24 +22,39 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from configs.errors import UserError
 from scripts import ROOT
 from scripts.command import leave, refused
 from scripts.tables.compare import read_expected, violations
-from scripts.tables.generated import FORMATS, MODES, generated, render, stale, tables, write
+from scripts.tables.generated import (
+    FORMATS,
+    MODES,
+    extend_manifest,
+    generated,
+    render,
+    stale,
+    tables,
+    verify,
+    write,
+)
 from scripts.tables.ours import Groups, problem_count
 from scripts.tables.results import Problem, group_seeds, read_results
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """The command line; returns the exit code."""
+    """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
     try:
-        if args.write or args.check:
-            return _in_git(root, args.check)
+        if args.write:
+            return _write(root)
+        if args.check:
+            return _check(root)
+        if args.verify:
+            return _report(verify(root), "records and tables")
         return _show(args, root)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return refused(error)
 
 
@@ -52,8 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, help="write to this file instead of the screen")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", action="store_true", help="regenerate the tables kept in git")
-    action.add_argument("--check", action="store_true", help="verify the tables kept in git and our numbers")
+    action.add_argument(
+        "--write", action="store_true", help="regenerate the tables in git; list new records in the manifest"
+    )
+    action.add_argument("--check", action="store_true", help="check the tables in git and our numbers")
+    action.add_argument(
+        "--verify", action="store_true", help="verify the records; rebuild the tables from per-image counts"
+    )
     return parser
 
 
@@ -61,25 +83,25 @@ def _show(args: argparse.Namespace, root: Path) -> int:
     """Print or write the tables of one mode."""
     saved = args.saved or root / "saved"
     if not saved.is_dir():
-        raise ValueError(
-            f"{saved} is no folder; --saved wants the folder that holds <dataset>/<model>/<loss>/seed<k>"
+        raise UserError(
+            f"--saved={saved} is not a folder. Fix: give the folder that holds <dataset>/<model>/<loss>/seed<k>."
         )
     groups, problems = ({}, []) if args.mode == "published" else _read(saved)
     found = tables(args.mode, groups, problems)
-    text = render(args.mode, found, args.format, problems)
+    text = render(found, args.format, problems)
     if args.output:
         args.output.write_text(text, encoding="utf-8")
     else:
         print(text, end="")
     if args.mode == "ours" and not args.output and args.format == "md":
         path = saved / "tables.csv"
-        path.write_text(render("ours", found, "csv"), encoding="utf-8")
+        path.write_text(render(found, "csv"), encoding="utf-8")
         print(f"written: {path}", file=sys.stderr)
     return 0
 
 
 def _read(saved: Path) -> tuple[Groups, list[Problem]]:
-    """Results grouped over seeds; what was skipped or refused is named on the error stream."""
+    """Return results grouped over seeds; print skipped files and rejected averages to stderr."""
     results, problems = read_results(saved)
     groups = group_seeds(results)
     for problem in problems:
@@ -88,26 +110,41 @@ def _read(saved: Path) -> tuple[Groups, list[Problem]]:
         print(problem_count(problems), file=sys.stderr)
     for group in groups.values():
         if group.reason:
-            print(f"refused: {' '.join(filter(None, group.first.cell))}: {group.reason}", file=sys.stderr)
+            print(f"rejected: {' '.join(filter(None, group.first.cell))}: {group.reason}", file=sys.stderr)
     return groups, problems
 
 
-def _in_git(root: Path, check: bool) -> int:
-    """Write or check the generated files; they depend on what is in git alone."""
+def _read_records(root: Path) -> tuple[Groups, list[Problem]]:
     records = root / "saved" / "results"
-    groups, problems = _read(records) if records.is_dir() else ({}, [])
+    return _read(records) if records.is_dir() else ({}, [])
+
+
+def _write(root: Path) -> int:
+    """Write the generated files, and list new records in the manifest."""
+    for path in write(generated(root, *_read_records(root))):
+        print(f"written: {path.relative_to(root)}")
+    count = extend_manifest(root / "saved" / "results") if (root / "saved" / "results").is_dir() else 0
+    if count:
+        print(f"new records in the manifest: {count}")
+    return 0
+
+
+def _check(root: Path) -> int:
+    """Check that the generated files are fresh and that our numbers are within the expected tolerances."""
+    groups, problems = _read_records(root)
     files = generated(root, groups, problems)
-    if not check:
-        for path in write(files):
-            print(f"written: {path.relative_to(root)}")
-        return 0
     faults = [f"stale: {path.relative_to(root)} (run: make tables)" for path in stale(files)]
     faults += [f"unreadable: {problem.path.relative_to(root)}" for problem in problems]
     expected = read_expected(root / "configs")
     faults += [f"out of tolerance: {line}" for line in violations(expected, groups)]
+    return _report(faults, f"{len(files)} generated files, {len(groups)} averages of ours")
+
+
+def _report(faults: Sequence[str], checked: str) -> int:
+    """Print the faults; return the exit code."""
     for fault in faults:
         print(fault, file=sys.stderr)
-    print(f"{len(files)} generated files, {len(groups)} cells of ours, faults: {len(faults) or 'none'}")
+    print(f"{checked}: faults: {len(faults) or 'none'}")
     return 1 if faults else 0
 
 

@@ -1,1 +1,1 @@
-"""Tables of results: read (published, results), lay out (layout, compare), write (render, page)."""
+"""Result tables: published (published), ours (results, ours), both (compare), as text (layout), in git (generated)."""

@@ -1,4 +1,4 @@
-"""Published beside ours: the three tables with their differences, and the numbers that experiments expect."""
+"""Published and our results side by side, and our results against the numbers that experiments expect."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from configs.errors import UserError
+from scripts.tables.layout import DATASETS, Cell, Table, missing
 from scripts.tables.ours import Groups, Notes, our_cell
 from scripts.tables.published import COLUMNS, Published, PublishedCell, heads, marks, notes, row_labels
 from scripts.tables.results import Group
-from scripts.tables.table import DATASETS, Cell, Table, missing
 
 # Images that the paper scored; its Kvasir-SEG split is unpublished.
 IMAGES = {"cityscapes": 500, "voc2012": 1449, "kvasir_seg": None}
@@ -26,7 +27,7 @@ _SEVERAL = "More than one collection holds this cell: {names}. Move one out of t
 
 
 def compared_tables(data: Published, groups: Groups) -> list[Table]:
-    """For each published table: published, ours and Δ = ours − published, column by column."""
+    """Return for each published table: published, ours and Δ = ours − published, column by column."""
     return [_compared(data, groups, dataset) for dataset in COLUMNS]
 
 
@@ -58,13 +59,13 @@ def _published(data: Published, cell: PublishedCell) -> Cell:
 
 
 def _ours(data: Published, groups: Groups, cell: PublishedCell, numbered: Notes) -> tuple[Cell, Cell]:
-    """Our cell and the difference; none where the data is not the paper's or an erratum spoils the number."""
+    """Return our cell and the difference; no difference for other data or a number that an erratum spoils."""
     found = matching(groups, cell.dataset, "paper", cell.model, cell.loss, cell.predictor)
     if not found:
         return missing(), Cell(("–",))
     if len(found) > 1:
         names = ", ".join(sorted(group.first.collection or "runs" for group in found))
-        return Cell(("refused",), marks=(numbered.mark(_SEVERAL.format(names=names)),)), Cell(("–",))
+        return Cell(("rejected",), marks=(numbered.mark(_SEVERAL.format(names=names)),)), Cell(("–",))
     group = found[0]
     ours = our_cell(group, numbered)
     if group.reason or cell.mdice is None:
@@ -88,7 +89,7 @@ def _signed(delta: float) -> str:
 
 
 def matching(groups: Groups, dataset: str, protocol: str, model: str, loss: str, rule: str) -> list[Group]:
-    """The groups of this cell, on probabilities as they are, in any collection and split."""
+    """Return our results of this cell without calibration, in any collection and split."""
     names = ("dataset", "protocol", "model", "loss", "predictor", "variant")
     wanted = (dataset, protocol, model, loss, rule, "")
     return [g for g in groups.values() if tuple(getattr(g.first, name) for name in names) == wanted]
@@ -96,10 +97,10 @@ def matching(groups: Groups, dataset: str, protocol: str, model: str, loss: str,
 
 @dataclass(frozen=True)
 class Expected:
-    """The numbers that an experiment's configuration promises, in percent.
+    """The scores that an experiment's configuration expects, in percent.
 
-    `scores[model][loss][rule]` is [mDice, mIoU], either may be null. `num_images` and `collection` restrict
-    which results are held to it; null holds all.
+    `scores[model][loss][rule]` is [mDice, mIoU]; either may be null. `num_images` and `collection` restrict the
+    results that are checked; null means no restriction.
     """
 
     path: Path
@@ -112,7 +113,7 @@ class Expected:
 
 
 def read_expected(configs: Path) -> list[Expected]:
-    """The `expected:` blocks of all experiments."""
+    """Return the `expected:` blocks of all experiments."""
     found = []
     for path in sorted((configs / "experiment").rglob("*.yaml")):
         block = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("expected")
@@ -120,24 +121,24 @@ def read_expected(configs: Path) -> list[Expected]:
             try:
                 found.append(Expected(path=path, **block))
             except TypeError as error:
-                raise ValueError(f"{path}: the key 'expected' is not understood: {error}") from None
+                raise UserError(f"{path}: the key 'expected' is invalid: {error}") from None
     return found
 
 
 def violations(expected: Iterable[Expected], groups: Groups) -> list[str]:
-    """Our numbers that leave the tolerance of an experiment, one line each."""
+    """Return one line for each of our numbers that is out of the tolerance of an experiment."""
     lines = []
     for block in expected:
         for model, losses in block.scores.items():
             for loss, rules in losses.items():
                 for rule, values in rules.items():
                     for group in matching(groups, block.dataset, block.protocol, model, loss, rule):
-                        if _held_to(block, group):
-                            lines += _outside(block, group, values)
+                        if _is_checked(block, group):
+                            lines += _out_of_tolerance(block, group, values)
     return lines
 
 
-def _held_to(block: Expected, group: Group) -> bool:
+def _is_checked(block: Expected, group: Group) -> bool:
     return (
         not group.reason
         and block.num_images in (None, group.first.num_images)
@@ -145,7 +146,7 @@ def _held_to(block: Expected, group: Group) -> bool:
     )
 
 
-def _outside(block: Expected, group: Group, values: Sequence[float | None]) -> list[str]:
+def _out_of_tolerance(block: Expected, group: Group, values: Sequence[float | None]) -> list[str]:
     lines = []
     for metric, value in zip(("dice", "iou"), values, strict=True):
         mean = group.summary(metric)[0]

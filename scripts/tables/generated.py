@@ -1,4 +1,7 @@
-"""The generated files in git: what they must hold, written or checked byte for byte."""
+"""The generated files in git, and the evidence for them: checksums of all records, tables from per-image counts.
+
+`saved/results/MANIFEST.sha256` has the format of `sha256sum`: `cd saved/results && sha256sum -c MANIFEST.sha256`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from configs.errors import UserError
 from scripts.tables.compare import compared_tables
+from scripts.tables.layout import Table, csv_tables, latex, markdown
 from scripts.tables.ours import Groups, our_tables, problem_count
 from scripts.tables.published import load_published, published_tables
-from scripts.tables.render import csv_tables, latex, markdown
-from scripts.tables.results import Problem
-from scripts.tables.table import Table
+from scripts.tables.results import Problem, group_seeds, read_results
+from trainers.results import file_sha256
 
 MODES = ("published", "ours", "both")
 FORMATS = ("md", "csv", "tex")
+MANIFEST = "MANIFEST.sha256"
 _PLACES = {
     "published": "saved/published/tables",
     "ours": "saved/results/tables",
@@ -25,15 +30,15 @@ _LOOSE = re.compile(r"<!-- /?table:[\w./-]+ -->")
 
 
 def tables(mode: str, groups: Groups, problems: Sequence[Problem] = ()) -> list[Table]:
-    """The tables of a mode: published, ours or both."""
+    """Return the tables of a mode: published, ours or both."""
     if mode == "ours":
         return our_tables(groups, problems)
     data = load_published()
     return published_tables(data) if mode == "published" else compared_tables(data, groups)
 
 
-def render(mode: str, found: Sequence[Table], form: str, problems: Sequence[Problem] = ()) -> str:
-    """All tables of a mode in one of FORMATS; says so where there is none."""
+def render(found: Sequence[Table], form: str, problems: Sequence[Problem] = ()) -> str:
+    """Return tables as the text of one of FORMATS; the text says so if there is none."""
     if form == "csv":
         return csv_tables(found)
     if form == "tex":
@@ -43,19 +48,21 @@ def render(mode: str, found: Sequence[Table], form: str, problems: Sequence[Prob
 
 
 def generated(root: Path, groups: Groups, problems: Sequence[Problem]) -> dict[Path, str]:
-    """Every generated file of the repository with the text it must hold.
+    """Return every generated file of the repository with its text.
 
-    `groups` must come from saved/results alone: a run that is not in git may not change a file that is.
+    `groups` must come from saved/results alone: a run that is not in git must not change a file that is.
     """
     files, named = {}, {}
     for mode, stem in _PLACES.items():
         found = tables(mode, groups, problems)
         named.update({table.name: markdown(table) for table in found})
-        named[mode] = render(mode, found, "md", problems)  # all tables of the mode under one marker
+        named[mode] = render(found, "md", problems)  # all tables of the mode under one marker
         for form in FORMATS:
-            files[root / f"{stem}.{form}"] = render(mode, found, form, problems)
+            files[root / f"{stem}.{form}"] = render(found, form, problems)
     raw = {key: group for key, group in groups.items() if not group.first.variant}
-    named.update({f"{table.name}-raw": markdown(table) for table in our_tables(raw)})  # nothing calibrated
+    named.update(
+        {f"{table.name}-raw": markdown(table) for table in our_tables(raw)}
+    )  # without calibrated rows
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         if page.is_file() and "<!-- table:" in (text := page.read_text(encoding="utf-8")):
             files[page] = inject(text, named, page.name)
@@ -66,30 +73,82 @@ def inject(text: str, named: Mapping[str, str], page: str = "README.md") -> str:
     """Put each table of a page between its markers, `<!-- table:NAME -->` and `<!-- /table:NAME -->`.
 
     Raises:
-        ValueError: a marker has no partner or names a table that does not exist.
+        UserError: a marker has no partner or names a table that does not exist.
     """
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in named:
-            raise ValueError(f"{page}: there is no table:{name}; there are: {', '.join(named)}")
+            raise UserError(f"{page}: table:{name} does not exist. Tables: {', '.join(named)}.")
         return f"<!-- table:{name} -->\n{named[name]}<!-- /table:{name} -->"
 
     loose = _LOOSE.search(_MARKER.sub("", text))
     if loose:
-        raise ValueError(f"{page}: the marker {loose[0]} stands alone; close it with <!-- /table:NAME -->")
+        raise UserError(
+            f"{page}: the marker {loose[0]} has no partner. Fix: close it with <!-- /table:NAME -->."
+        )
     return _MARKER.sub(replace, text)
 
 
 def stale(files: Mapping[Path, str]) -> list[Path]:
-    """The files that do not hold what they must, byte for byte."""
+    """Return the files that differ from their text in any byte."""
     return [path for path, text in files.items() if not path.is_file() or path.read_bytes() != text.encode()]
 
 
 def write(files: Mapping[Path, str]) -> list[Path]:
-    """Write what is stale; return those files."""
+    """Write the stale files; return them."""
     changed = stale(files)
     for path in changed:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files[path].encode())
     return changed
+
+
+# --- evidence
+
+
+def recorded_files(records: Path) -> list[str]:
+    """Return every recorded file below `saved/results`, as POSIX paths; generated tables are not recorded."""
+    stems = {Path(stem).name for stem in _PLACES.values()}
+    own = {MANIFEST, *(f"{stem}.{form}" for stem in stems for form in FORMATS)}
+    paths = (path.relative_to(records).as_posix() for path in records.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path not in own)
+
+
+def read_manifest(records: Path) -> dict[str, str]:
+    """Return the SHA-256 of each listed file; {} if there is no manifest."""
+    path = records / MANIFEST
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {line[66:]: line[:64] for line in lines if line}
+
+
+def extend_manifest(records: Path) -> int:
+    """Add the files that the manifest does not list; return how many. Listed checksums never change."""
+    listed = read_manifest(records)
+    new = [path for path in recorded_files(records) if path not in listed]
+    listed.update({path: file_sha256(records / path) for path in new})
+    if new:
+        text = "".join(f"{listed[path]}  {path}\n" for path in sorted(listed))
+        (records / MANIFEST).write_bytes(text.encode())
+    return len(new)
+
+
+def verify(root: Path) -> list[str]:
+    """Return the faults of the evidence, one line each.
+
+    Every record must have the checksum in the manifest, and the tables in git must follow, byte for byte, from the
+    counts of images and classes.
+    """
+    records = root / "saved" / "results"
+    listed, present = read_manifest(records), recorded_files(records)
+    faults = [f"not in {MANIFEST}: {path} (run: make tables)" for path in present if path not in listed]
+    for path, digest in listed.items():
+        if not (records / path).is_file():
+            faults.append(f"missing: {path} (restore it, or delete its line in {MANIFEST})")
+        elif file_sha256(records / path) != digest:
+            faults.append(f"changed: {path} (restore it; if intended, delete its line and run: make tables)")
+    results, problems = read_results(records, from_counts=True)
+    faults += [f"no scores from counts: {problem.name}: {problem.reason}" for problem in problems]
+    files = generated(root, group_seeds(results), problems)
+    faults += [f"does not follow from the counts: {path.relative_to(root)}" for path in stale(files)]
+    return faults

@@ -1,40 +1,40 @@
-"""Our results laid out: rows data set × model × loss, columns the rules; a table for each protocol."""
+"""Tables of our results: rows data set × model × loss, columns rules; one table for each protocol."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Note, Table, label, missing
 from scripts.tables.results import Group, Problem, short_variant
-from scripts.tables.table import DATASETS, LOSSES, MODELS, RULES, Cell, Note, Table, label, missing
 
 Groups = Mapping[tuple[str, ...], Group]
 _ROUNDING = 2
 
 
 class Notes:
-    """Numbers the notes of one table; the same reason gets the same mark."""
+    """The notes of one table; equal reasons share a mark."""
 
     def __init__(self) -> None:
         self._marks: dict[str, str] = {}
 
     def mark(self, reason: str) -> str:
-        """The mark of this reason."""
+        """Return the mark of this reason."""
         return self._marks.setdefault(reason, str(len(self._marks) + 1))
 
     def all(self) -> tuple[Note, ...]:
-        """The notes in the order of their marks."""
+        """Return the notes in the order of their marks."""
         return tuple(Note(mark, reason) for reason, mark in self._marks.items())
 
 
 def our_tables(groups: Groups, problems: Sequence[Problem] = ()) -> list[Table]:
-    """One table for each collection and protocol; `problems` are counted below the first."""
+    """Return one table for each collection and protocol; `problems` are listed below the first."""
     keys = sorted({group.first.row[:2] for group in groups.values()})
     return [_table(groups, *key, problems if index == 0 else ()) for index, key in enumerate(keys)]
 
 
 def table_name(collection: str, protocol: str) -> str:
-    """The name that a marker in README.md refers to: "ours-corrected", "results-kvasir-paper"."""
+    """Return the name that a marker in a page refers to: "ours-corrected", "results-kvasir-paper"."""
     return "-".join([*(collection.split("/") if collection else ["ours"]), protocol])
 
 
@@ -64,7 +64,7 @@ def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Pr
 
 
 def _grid(rows: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    """The rows with those that are missing: each model of a data set with each loss of it."""
+    """Add the rows that are missing: every model of a data set with every loss of it."""
     found = set(rows)
     for place in {row[:4] for row in rows}:
         cells = {row[4:6] for row in rows if row[:4] == place}
@@ -74,7 +74,7 @@ def _grid(rows: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
 
 
 def rule_order(rules: Iterable[str]) -> list[str]:
-    """The paper's order first, then the others by name."""
+    """Return the rules in the order of the paper, then the others by name."""
     known = list(RULES)
     return sorted(set(rules), key=lambda r: (known.index(r) if r in known else len(known), r))
 
@@ -99,7 +99,7 @@ def _caption(groups: Iterable[Group]) -> str:
 def _labels(
     row: tuple[str, ...], images: int, present: Sequence[Group], numbered: Notes
 ) -> tuple[Cell, Cell, Cell]:
-    """Data set with split and size, model, and loss with what was changed and the number of seeds."""
+    """Return the labels of a row: data set with split and size; model; loss with variant and number of seeds."""
     _, _, dataset, split, model, loss, variant = row
     seeds = sorted({len(group.results) for group in present})
     count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds not in ([1], []) else ""
@@ -117,7 +117,7 @@ _UNLIKE = "The rules of this row were scored on unlike checkpoints or data: no c
 
 
 def comparable(groups: Sequence[Group]) -> bool:
-    """Whether all rules of a row were scored with the same seeds, checkpoints and data."""
+    """Return whether all rules of a row were scored with the same seeds, checkpoints and data."""
     runs = {
         tuple((r.seed, r.checkpoint, str(r.identity["data fingerprint"])) for r in group.results)
         for group in groups
@@ -127,7 +127,7 @@ def comparable(groups: Sequence[Group]) -> bool:
 
 
 def _cells(groups: Sequence[Group | None], numbered: Notes) -> list[Cell]:
-    """The cells of one row, best of each metric in bold among those that stand on the same runs."""
+    """Return the cells of one row; the best of each metric is bold if all rules were scored on the same runs."""
     valid = [group for group in groups if group and not group.reason]
     best = {metric: _best(valid, metric) for metric in ("dice", "iou")}
     if len(valid) < 2 or not comparable(valid):
@@ -136,17 +136,17 @@ def _cells(groups: Sequence[Group | None], numbered: Notes) -> list[Cell]:
 
 
 def _best(groups: Sequence[Group], metric: str) -> float | None:
-    """The largest mean as it is printed, so that what looks equal is bold alike."""
+    """Return the largest mean as printed, so that equal numbers are bold alike."""
     means = [group.summary(metric)[0] for group in groups]
     return max((round(mean, _ROUNDING) for mean in means if not math.isnan(mean)), default=None)
 
 
 def our_cell(group: Group | None, numbered: Notes, best: Mapping[str, float | None] | None = None) -> Cell:
-    """One cell: "(70.13 ± 0.42, 60.02 ± 0.51)", or "missing", or "refused" with its reason."""
+    """Return one cell: "(70.13 ± 0.42, 60.02 ± 0.51)", or "missing", or "rejected" with its reason."""
     if group is None:
         return missing()
     if group.reason:
-        return Cell(("refused",), marks=(numbered.mark(f"Not averaged: {group.reason}."),))
+        return Cell(("rejected",), marks=(numbered.mark(f"Not averaged: {group.reason}."),))
     values, bold = [], []
     for metric in ("dice", "iou"):
         mean, half = group.summary(metric)
@@ -162,7 +162,7 @@ def _number(mean: float, half: float | None) -> str:
 
 
 def problem_count(problems: Sequence[Problem]) -> str:
-    """How many files were skipped, in words."""
+    """Return how many files were skipped, in words."""
     many = len(problems) != 1
     return (
         f"{len(problems)} result file{'s' * many} could not be read and {'were' if many else 'was'} skipped"

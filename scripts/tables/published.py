@@ -1,4 +1,4 @@
-"""The published tables: cells as they were printed, errata as marks with their reasons."""
+"""The published tables: cells as printed, with the known errata as marks and notes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import ROOT
-from scripts.tables.table import DATASETS, LOSSES, MODELS, Cell, Note, Table, label
+from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Note, Table, label
 
 FOLDER = ROOT / "saved" / "published"
 COLUMNS = {
@@ -23,7 +23,7 @@ HEADS = {"T": "Threshold (at 0.5)", "max": "Argmax", "rankdice": "mRankDice"}
 
 @dataclass(frozen=True)
 class PublishedCell:
-    """One cell of the paper; `mdice` and `miou` in percent, None where the paper prints a symbol."""
+    """One cell of the paper; `mdice` and `miou` in percent, None if the paper prints a symbol."""
 
     dataset: str
     model: str
@@ -38,7 +38,7 @@ class PublishedCell:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """The printed numbers as strings, or the symbol alone."""
+        """Return the printed numbers as strings, or the symbol alone."""
         if self.mdice is None:
             return (self.printed,)
         return tuple(self.printed.strip("()").replace(". ", ", ").split(", "))
@@ -46,7 +46,7 @@ class PublishedCell:
 
 @dataclass(frozen=True)
 class Erratum:
-    """A known fault: which cells it concerns, where its mark stands, why, and which numbers it spoils."""
+    """A known fault: its cells (`select`), the place of its mark (`scope`), its reason, and the numbers it spoils."""
 
     mark: str
     scope: str
@@ -56,7 +56,7 @@ class Erratum:
     select: tuple[dict, ...] = field(repr=False)
 
     def concerns(self, cell: PublishedCell) -> bool:
-        """Whether one of the selections fits the cell."""
+        """Return whether one of the selections fits the cell."""
         facts = {"numeric": cell.mdice is not None, "logged": bool(cell.log)}
 
         def fits(key: str, want: Any) -> bool:
@@ -67,7 +67,7 @@ class Erratum:
 
 @dataclass(frozen=True)
 class Published:
-    """Everything under saved/published."""
+    """The data in saved/published."""
 
     cells: tuple[PublishedCell, ...]
     logs: dict[str, dict]
@@ -99,12 +99,12 @@ def _cell(row: dict[str, str]) -> PublishedCell:
 
 
 def published_tables(data: Published) -> list[Table]:
-    """The paper's three tables, cell for cell."""
+    """Return the three tables of the paper, cell for cell."""
     return [published_table(data, dataset) for dataset in COLUMNS]
 
 
 def published_table(data: Published, dataset: str) -> Table:
-    """One table: rows model × loss, columns the rules, (mDice, mIoU) × .01."""
+    """Return one table: rows model × loss, columns rules, (mDice, mIoU) × .01."""
     cells = {(c.model, c.loss, c.predictor): c for c in data.cells if c.dataset == dataset}
     rows = []
     for model, loss in dict.fromkeys((m, lo) for m, lo, _ in cells):
@@ -124,27 +124,27 @@ def published_table(data: Published, dataset: str) -> Table:
 
 
 def heads(dataset: str) -> tuple[str, ...]:
-    """The titles of the rules' columns; two classes make one column of threshold and argmax."""
+    """Return the column titles; with two classes, threshold and argmax are one column."""
     if "max" not in COLUMNS[dataset]:
         return ("Threshold/Argmax", HEADS["rankdice"])
     return tuple(HEADS[rule] for rule in COLUMNS[dataset])
 
 
 def row_labels(data: Published, row: Sequence[PublishedCell]) -> tuple[Cell, Cell]:
-    """Model and loss of a row as the paper prints them, with the marks that concern the whole row."""
+    """Return model and loss of a row as the paper prints them, with the marks of the whole row."""
     first = row[0]
     model = f"{MODELS[first.model]} ({first.backbone})"
     return label(model, marks(data, row, "model")), label(LOSSES[first.loss], marks(data, row, "loss"))
 
 
 def marks(data: Published, cells: Iterable[PublishedCell], scope: str) -> tuple[str, ...]:
-    """The marks of one scope that concern any of the cells."""
+    """Return the marks of one scope that concern any of the cells."""
     cells = list(cells)
     return tuple(e.mark for e in data.errata if e.scope == scope and any(map(e.concerns, cells)))
 
 
 def notes(data: Published, cells: Iterable[PublishedCell]) -> list[Note]:
-    """The reasons of all marks in a table, with the logged values where they differ from the printed."""
+    """Return the notes of a table, with the logged values of cells that differ from their logs."""
     cells, found = list(cells), []
     for erratum in data.errata:
         concerned = [cell for cell in cells if erratum.concerns(cell)]
@@ -156,7 +156,7 @@ def notes(data: Published, cells: Iterable[PublishedCell]) -> list[Note]:
 
 
 def _logged(data: Published, cells: Sequence[PublishedCell]) -> str:
-    """The logged values of the cells, each named where there are several."""
+    """Return the logged values of the cells as text; several cells are named."""
     texts = []
     for cell in cells:
         log = data.logs[cell.log]

@@ -1,7 +1,9 @@
-"""Our results: read from the files of `test.py`, grouped over seeds, never averaged unless alike."""
+"""Our results: read from the files of `test.py`, and grouped over seeds if nothing but the seed differs."""
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
 import math
 from collections.abc import Iterable
@@ -10,19 +12,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from configs.errors import UserError
+from configs.files import read_json, read_yaml
 from configs.stored import NON_RESULT_KEYS
+from trainers.metrics import PAPER_EPSILON
+from trainers.text import read_csv
 
-_FREE = NON_RESULT_KEYS | {"seed", "hydra"}  # what may differ within one average
-_AT_MOST = 5
+_MAY_DIFFER = NON_RESULT_KEYS | {"seed", "hydra"}  # within one average
+_SHOWN = 5  # differences that are listed
 
 
 @dataclass(frozen=True)
 class Result:
-    """One rule on one checkpoint; `dice` and `iou` in percent, NaN where nothing was scored.
+    """One rule on one checkpoint; `dice` and `iou` in percent, NaN if nothing was scored.
 
-    `variant` says what was done to the probabilities before the rule, "" for nothing.
+    `variant` names what was done to the probabilities before the rule, "" for nothing.
     """
 
     path: Path
@@ -44,87 +48,121 @@ class Result:
 
     @property
     def cell(self) -> tuple[str, ...]:
-        """What is averaged over seeds: everything that names a cell of a table."""
+        """The names of a table cell, which is an average over seeds."""
         return (*self.row, self.predictor)
 
     @property
     def row(self) -> tuple[str, ...]:
-        """A row of a table: collection, protocol, data set, split, model, loss, variant."""
+        """The names of a table row: collection, protocol, data set, split, model, loss, variant."""
         names = ("collection", "protocol", "dataset", "split", "model", "loss", "variant")
         return tuple(getattr(self, name) for name in names)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A result file that cannot be used, and why."""
+    """A result file that cannot be used, and the reason; `name` is the path below the folder that was read."""
 
     path: Path
     reason: str
-    name: str  # the path below the folder that was read
+    name: str
 
 
 @dataclass(frozen=True)
 class Group:
-    """The seeds of one cell; `reason` is the reason why they have no average, or empty."""
+    """The seeds of one table cell; `reason` says why they have no average, "" if they have one."""
 
     results: tuple[Result, ...]
     reason: str = ""
 
     @property
     def first(self) -> Result:
-        """Any of them: what a cell is named by is common to all."""
+        """Any of the results: the names of the cell are common to all."""
         return self.results[0]
 
     def summary(self, metric: str) -> tuple[float, float]:
-        """Mean and half the range over seeds of "dice" or "iou", in percent."""
+        """Return mean and half the range over seeds of "dice" or "iou", in percent."""
         values = [getattr(result, metric) for result in self.results]
         return math.fsum(values) / len(values), (max(values) - min(values)) / 2
 
 
-def read_results(saved: Path) -> tuple[list[Result], list[Problem]]:
-    """Read every result file below `saved`; what is corrupt comes back as a Problem.
+def read_results(saved: Path, from_counts: bool = False) -> tuple[list[Result], list[Problem]]:
+    """Read every result file below `saved`; a damaged file becomes a Problem.
 
-    A result file is a JSON file in a folder `results` of a run (`results/paper` for the paper's protocol) or
-    below `saved/results`. The same record found twice, as a run and as its copy in git, counts once.
+    A result file is a JSON file in a folder `results` of a run (`results/paper` for the paper's protocol) or below
+    `saved/results`. A record that is found twice, as a run and as its copy in git, counts once. With `from_counts`
+    the scores are computed from the per-image counts in the CSV files.
     """
     results: dict[tuple, Result] = {}
     problems = []
-    for path in sorted(
-        saved.rglob("*.json"), key=lambda p: ("results" not in p.relative_to(saved).parts[:1], p)
-    ):
-        inside = path.relative_to(saved.parent).parts[:-1]
-        if "results" not in inside or path.name in ("provenance.json", "report.json"):
-            continue
+    for path in result_files(saved):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             if isinstance(record, dict) and not {"format", "predictor", "scores"} & record.keys():
-                continue  # another kind of record beside the results
+                continue  # another kind of record
+            if from_counts:
+                record["scores"] = scores_from_counts(path.with_suffix(".csv"), record)
             result = parse_result(path, saved, record)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             problems.append(Problem(path, _describe(error), str(path.relative_to(saved))))
             continue
-        key = (
-            *result.cell[1:],
-            result.seed,
-            result.checkpoint,
-            result.dice,
-            result.iou,
-            str(result.identity),
-        )
-        results.setdefault(key if result.checkpoint else (path,), result)
+        identity = (result.seed, result.checkpoint, result.dice, result.iou, str(result.identity))
+        results.setdefault((*result.cell[1:], *identity) if result.checkpoint else (path,), result)
     return list(results.values()), problems
 
 
+def result_files(saved: Path) -> list[Path]:
+    """Return the JSON files that may be results, those below `saved/results` first."""
+    found = sorted(saved.rglob("*.json"), key=lambda p: ("results" not in p.relative_to(saved).parts[:1], p))
+    return [
+        path
+        for path in found
+        if "results" in path.relative_to(saved.parent).parts[:-1]
+        and path.name not in ("provenance.json", "report.json")
+    ]
+
+
 def _describe(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON (line {error.lineno}: {error.msg})"
+    if isinstance(error.__cause__, json.JSONDecodeError):
+        return f"not JSON (line {error.__cause__.lineno}: {error.__cause__.msg})"
     return f"no key {error}" if isinstance(error, KeyError) else str(error)
 
 
+def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
+    """Compute mDice and mIoU from the counts of images and classes, by the conventions of the record's protocol.
+
+    Raises:
+        UserError: the counts are impossible, or rows are missing or occur twice.
+        OSError: the file cannot be read.
+    """
+    paper = record["protocol"] == "paper"
+    epsilon = PAPER_EPSILON if paper else 0.0
+    images: dict[str, dict[int, tuple[float, float]]] = {}
+    with open(table, newline="", encoding="utf-8") as file:
+        for row in read_csv(file.read()):
+            inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
+            scores = images.setdefault(row["image"], {})
+            if not 0 <= inter <= min(predicted, actual) or not predicted + actual:
+                raise UserError(f"{table}: impossible counts for image {row['image']}.")
+            if int(row["class"]) in scores:
+                raise UserError(f"{table}: image {row['image']}, class {row['class']} occurs twice.")
+            total = predicted + actual
+            union = total if record.get("legacy_bce_iou") else total - inter
+            scores[int(row["class"])] = 2 * inter / (total + epsilon), inter / (union + epsilon)
+    unknown = images.keys() - set(record["images"])
+    if unknown:
+        raise UserError(f"{table}: image {min(unknown)} is not in the record.")
+    means = []
+    for metric in (0, 1):
+        values = [math.fsum(s[metric] for s in one.values()) / len(one) for one in images.values()]
+        mean = math.fsum(values) / len(values) if values else math.nan
+        means.append(round(mean, 3) if paper else mean)
+    return {"mean_dice": means[0], "mean_iou": means[1]}
+
+
 def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
-    """What a result file below `saved` says."""
+    """Return the result of a file below `saved`."""
     if record["format"] != 1:
-        raise ValueError(f"format {record['format']!r}, this program reads format 1")
+        raise UserError(f"format={record['format']!r} is invalid: this program reads format 1.")
     data, scores = record["dataset"], record["scores"]
     run = _run_folder(path)
     return Result(
@@ -154,19 +192,19 @@ def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
             "checkpoint": (record.get("checkpoint") or {}).get("file"),
             "configuration": record.get("config_hash"),
         },
-        config=_config(run),
+        config=_read_config(run / "config.yaml"),
     )
 
 
 def variant_of(record: dict[str, Any]) -> str:
-    """What was done to the probabilities before the rules, and an unusual threshold of T: "WORD: REASON; ..."."""
+    """Describe what was done to the probabilities, and an unusual threshold of T: "WORD: REASON; ..."."""
     parts, temperature = [], record.get("temperature")
     if record.get("correct_focal"):
         parts.append("corrected: the bias of the focal loss undone in closed form")
     if "temperature_fitted_on" in record:
         same = record["temperature_fitted_on"] == record["dataset"]["fingerprint"]
-        where = ", which are the images scored" if same else ""
-        parts.append(f"calibrated: a temperature fitted on the validation images{where}")
+        images = ", which are the images scored" if same else ""
+        parts.append(f"calibrated: a temperature fitted on the validation images{images}")
     elif temperature not in (None, 1):
         parts.append(f"temperature {temperature:g}: logits divided by it")
     if record.get("calibration"):
@@ -181,54 +219,54 @@ def variant_of(record: dict[str, Any]) -> str:
 
 
 def short_variant(variant: str) -> str:
-    """The words of a variant without their reasons: "corrected, calibrated"."""
+    """Return the words of a variant without their reasons: "corrected, calibrated"."""
     return ", ".join(part.partition(":")[0] for part in variant.split("; "))
 
 
 def _percent(scores: dict[str, Any], key: str) -> float:
-    """A fraction as percent; null is NaN."""
+    """Return a fraction as percent; null is NaN."""
     value = math.nan if scores[key] is None else float(scores[key])
     if not (math.isnan(value) or 0 <= value <= 1):
-        raise ValueError(f"{key} is {value}, a fraction between 0 and 1 was expected")
+        raise UserError(f"{key} is {value}: expected a fraction between 0 and 1.")
     return 100 * value
 
 
 def _run_folder(path: Path) -> Path:
-    """The folder `seed<k>` that the file belongs to, or the file's own folder."""
+    """Return the folder `seed<k>` that holds the file, or the file's own folder."""
     return next((p for p in path.parents if p.name.startswith("seed") and p.name[4:].isdigit()), path.parent)
 
 
 def _collection(run: Path, saved: Path) -> str:
-    """What stands before <dataset>/<model>/<loss>/seed<k>: "" for runs, "demo", "results/kvasir"."""
+    """Return the folders above <dataset>/<model>/<loss>/seed<k>: "" for runs, "demo", "results/kvasir"."""
     parts = run.relative_to(saved).parts
-    named = parts[:-4] if run.name.startswith("seed") else parts
-    return "/".join(named)
+    return "/".join(parts[:-4] if run.name.startswith("seed") else parts)
 
 
-def _config(run: Path) -> dict[str, Any]:
-    """The run's configuration, flat, to name a difference by its key; {} where the file is absent."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        return {}
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return a run's configuration, flat, to name a difference by its key; {} if it cannot be read."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
+        return _flat_config(path, path.stat().st_mtime_ns)
+    except (OSError, UserError):
         return {}
-    return _flat(tree) if isinstance(tree, dict) else {}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+@functools.cache
+def _flat_config(path: Path, _changed: int) -> dict[str, Any]:
+    tree = read_yaml(path)  # slow, and all results of a run share it
+    return _flatten(tree) if isinstance(tree, dict) else {}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if name in _FREE:
-            continue
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+        if name not in _MAY_DIFFER:
+            flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return flat
 
 
 def group_seeds(results: Iterable[Result]) -> dict[tuple[str, ...], Group]:
-    """Gather the seeds of each cell; what differs in more than its seed is refused with the difference."""
+    """Group the seeds of each cell; seeds that differ in anything else have no average, and the reason is kept."""
     cells: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         cells.setdefault(result.cell, []).append(result)
@@ -236,15 +274,15 @@ def group_seeds(results: Iterable[Result]) -> dict[tuple[str, ...], Group]:
     for cell, members in cells.items():
         members.sort(key=lambda r: (r.seed, str(r.path)))
         found = next((text for other in members[1:] if (text := difference(members[0], other))), "")
-        groups[cell] = Group(tuple(members), found or _twice(members))
+        groups[cell] = Group(tuple(members), found or _duplicate_seed(members))
     return groups
 
 
 def difference(one: Result, other: Result) -> str:
-    """In what two results differ so that they have no common average; empty if in nothing."""
+    """Return the differences, other than the seed, that forbid a common average; "" if there are none."""
     unlike = [key for key, value in one.identity.items() if value != other.identity[key]]
     keys = []
-    if one.config and other.config:  # its keys say more than its hash, and hold the training too
+    if one.config and other.config:  # its keys say more than its hash
         keys = [key for key in one.config | other.config if one.config.get(key) != other.config.get(key)]
     if keys or len(unlike) > 1:
         unlike = [key for key in unlike if key != "configuration"]
@@ -252,12 +290,12 @@ def difference(one: Result, other: Result) -> str:
     parts += [f"{key} {one.config.get(key)} against {other.config.get(key)}" for key in keys]
     if not parts:
         return ""
-    more = f"; and {len(parts) - _AT_MOST} more" if len(parts) > _AT_MOST else ""
-    return f"seeds {one.seed} and {other.seed} differ: {'; '.join(parts[:_AT_MOST])}{more}"
+    more = f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+    return f"seeds {one.seed} and {other.seed} differ: {'; '.join(parts[:_SHOWN])}{more}"
 
 
-def _twice(members: list[Result]) -> str:
+def _duplicate_seed(members: list[Result]) -> str:
     for one, other in pairwise(members):
         if one.seed == other.seed:
-            return f"seed {one.seed} is there twice: {one.path.name} of two checkpoints or two scores"
+            return f"seed {one.seed} occurs twice: {one.path.name} of two checkpoints or two scores"
     return ""

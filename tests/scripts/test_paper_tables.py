@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
 from scripts.paper_tables import main
 from scripts.tables.compare import compared_tables, read_expected, violations
 from scripts.tables.generated import inject
+from scripts.tables.layout import csv_tables, latex, markdown
 from scripts.tables.ours import our_tables
 from scripts.tables.published import COLUMNS, load_published, published_tables
-from scripts.tables.render import csv_tables, latex, markdown
 from scripts.tables.results import group_seeds, read_results
+from trainers.text import csv_text
 
 DATASETS = {"CityScapes": "cityscapes", "VOC": "voc2012", "kvasirSEG": "kvasir_seg"}
 
@@ -158,7 +158,7 @@ def test_markdown_latex_and_csv_hold_the_same_cells():
 
 
 def test_latex_escapes_what_latex_would_read():
-    from scripts.tables.table import Cell, Table
+    from scripts.tables.layout import Cell, Table
 
     table = Table("t", "50% & a_b", ("x",), ((Cell(("±1 #",)),),), 0, ("x",))
     text = latex(table)
@@ -251,7 +251,7 @@ def test_temperatures_fitted_on_unlike_images_are_refused(saved):
     saved(seed=1, temperature=1.3, temperature_fitted_on="two", checkpoint__sha256="bb")
     (table,) = tables_of(saved.folder)
     assert (
-        table.rows[0][3].text == "refused"
+        table.rows[0][3].text == "rejected"
         and "images of the temperature one against two" in table.notes[1].text
     )
 
@@ -287,7 +287,7 @@ def test_unlike_results_are_refused_with_the_difference(saved, change, words, ca
     saved()
     saved(seed=1, checkpoint__sha256="bb", **change)
     (table,) = tables_of(saved.folder)
-    assert table.rows[0][3].text == "refused"
+    assert table.rows[0][3].text == "rejected"
     assert words in table.notes[0].text and "seeds 0 and 1" in table.notes[0].text
     assert main(["--saved", str(saved.folder)]) == 0
     assert words in capsys.readouterr().err
@@ -327,7 +327,7 @@ def test_a_run_and_its_record_in_git_count_once(saved):
         ("{", "not JSON"),
         ("[]", ""),
         (json.dumps({"format": 1}), "no key 'dataset'"),
-        (json.dumps(record(format=2)), "format 2"),
+        (json.dumps(record(format=2)), "format=2"),
         (json.dumps(record(scores__mean_dice=51.0)), "mean_dice is 51.0"),
     ],
 )
@@ -381,7 +381,7 @@ def test_plain_call_writes_the_csv_too(saved, capsys):
 
 def test_a_folder_that_is_none_is_bad_input(tmp_path, capsys):
     assert main(["--saved", str(tmp_path / "none")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "--saved=" in capsys.readouterr().err
 
 
 # --- both, expectations
@@ -507,12 +507,12 @@ def test_check_fails_on_a_number_outside_its_tolerance(repository, capsys):
     "text", ["<!-- table:a -->\nx", "x <!-- /table:a -->", "<!-- table:a -->\n<!-- /table:b -->"]
 )
 def test_a_lone_marker_is_refused(text):
-    with pytest.raises(ValueError, match="stands alone"):
+    with pytest.raises(ValueError, match="no partner"):
         inject(text, {"a": "t", "b": "t"})
 
 
 def test_a_marker_of_no_table_names_those_there_are():
-    with pytest.raises(ValueError, match=r"no table:x; there are: a, b"):
+    with pytest.raises(ValueError, match=r"table:x.*a, b"):
         inject("<!-- table:x -->\n<!-- /table:x -->", {"a": "", "b": ""})
 
 
@@ -520,19 +520,66 @@ def test_the_tables_in_git_are_fresh(root):
     assert main(["--check"], root) == 0
 
 
+# --- evidence
+
+
+@pytest.fixture
+def evidence(repository, capsys):
+    """A repository with one record, its counts, its manifest and its tables."""
+    path = repository / "saved/results/cityscapes/pspnet/ce/seed0/results/paper/T.json"
+    # a: Dice (2·3/(4+4) + 0)/2, b: 2·1/(1+2); the other averages follow from these
+    rows = [("a", 0, 3, 4, 4), ("a", 1, 0, 1, 0), ("b", 0, 1, 1, 2)]
+    dice = round(((6 / (8 + 1e-5) + 0) / 2 + 2 / (3 + 1e-5)) / 2, 3)
+    iou = round(((3 / (5 + 1e-5) + 0) / 2 + 1 / (2 + 1e-5)) / 2, 3)
+    path.write_text(json.dumps(record(scores={"mean_dice": dice, "mean_iou": iou})))
+    columns = ("image", "class", "intersection", "predicted", "actual")
+    path.with_suffix(".csv").write_text(csv_text([columns, *rows]))
+    assert main(["--write"], repository) == 0 and main(["--verify"], repository) == 0
+    capsys.readouterr()
+    return repository
+
+
+def test_tables_follow_from_the_counts(evidence, capsys):
+    """A score that the counts do not give is found even if it is listed and the tables agree with it."""
+    path = next((evidence / "saved/results").rglob("T.json"))
+    content = json.loads(path.read_text())
+    assert (
+        f"({100 * content['scores']['mean_dice']:.2f}," in (evidence / "saved/results/tables.md").read_text()
+    )
+    content["scores"]["mean_dice"] += 0.01
+    path.write_text(json.dumps(content))
+    manifest = evidence / "saved/results/MANIFEST.sha256"
+    manifest.write_text("".join(x for x in manifest.read_text().splitlines(True) if "T.json" not in x))
+    assert main(["--write"], evidence) == 0 and main(["--check"], evidence) == 0
+    assert main(["--verify"], evidence) == 1
+    assert "does not follow from the counts: saved/results/tables.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"a,0,3,", b"a,0,2,")), "changed"),
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: path.with_name("max.csv").write_text("image\n"), "not in MANIFEST.sha256"),
+        (lambda path: path.write_text(path.read_text() + "a,0,3,4,4\n"), "occurs twice"),
+        (lambda path: path.write_text(path.read_text() + "c,0,3,4,4\n"), "image c is not in the record"),
+        (lambda path: path.write_text(path.read_text() + "b,1,3,2,4\n"), "impossible counts"),
+    ],
+)
+def test_a_changed_record_is_found_and_not_listed_again(evidence, change, words, capsys):
+    change(next((evidence / "saved/results").rglob("T.csv")))
+    assert main(["--verify"], evidence) == 1
+    assert words in capsys.readouterr().err
+    if words in ("changed", "missing"):  # `make tables` must not hide it
+        main(["--write"], evidence)
+        assert main(["--verify"], evidence) == 1
+
+
+def test_the_records_in_git_are_verified(root):
+    assert main(["--verify"], root) == 0
+
+
 # --- configurations
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-CELLS = sorted(path.stem for path in (CONFIGS / "cell").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_every_cell_composes_into_what_its_name_says(name):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", [f"cell={name}"])
-    assert name.startswith(f"{cfg.dataset.name}_{cfg.model.name}_{cfg.loss.name}")
-    assert cfg.protocol.name == "paper" and cfg.seed == name.endswith("_repeat")
-    assert cfg.optimizer.lr == 0.01
 
 
 @pytest.mark.parametrize("dataset", list(COLUMNS))

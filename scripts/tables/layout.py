@@ -1,22 +1,97 @@
-"""A table as Markdown, CSV or LaTeX."""
+"""A table as data, and its text as Markdown, CSV or LaTeX."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from scripts.tables.table import Cell, Table
 from trainers.text import csv_text, latex_label, latex_text, markdown_cell, markdown_text
+
+DATASETS = {"cityscapes": "Cityscapes", "voc2012": "PASCAL VOC 2012", "kvasir_seg": "Kvasir-SEG"}
+MODELS = {"deeplabv3plus": "DeepLabV3+", "pspnet": "PSPNet", "fcn8": "FCN8"}
+LOSSES = {
+    "ce": "CE",
+    "focal": "Focal",
+    "bce": "BCE",
+    "soft_dice": "Soft-Dice",
+    "b_soft_dice": "B-Soft-Dice",
+    "lovasz": "LovaszSoftmax",
+    "ce_dice": "CE + Dice",
+    "bce_focal": "BCE-Focal",
+    "log_cosh_dice": "Log-cosh-Dice",
+}
+RULES = {
+    "T": "Threshold (at 0.5)",
+    "max": "Argmax",
+    "rankdice": "mRankDice",
+    "rankdice_paper": "mRankDice (the paper's)",
+    "rankiou": "mRankIoU",
+    "rankdice_nonoverlap": "mRankDice, one label a pixel",
+    "rankiou_nonoverlap": "mRankIoU, one label a pixel",
+    "rankdice_trna": "mRankDice, T-RNA",
+    "rankdice_ba": "mRankDice, BA",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: its printed values, which of them are bold, and the marks of its notes.
+
+    Two or more values are printed in parentheses, one value ("/", "missing", a label) without.
+    """
+
+    values: tuple[str, ...]
+    bold: tuple[bool, ...] = ()
+    marks: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Return the cell without bold and marks, as the paper prints it: "(56.00, 48.40)"."""
+        return f"({', '.join(self.values)})" if len(self.values) > 1 else self.values[0]
+
+
+@dataclass(frozen=True)
+class Note:
+    """The explanation of a mark."""
+
+    mark: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: `labels` columns of labels, then columns of cells; `parts` names the values of a cell in CSV."""
+
+    name: str
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    labels: int
+    parts: tuple[str, ...]
+    notes: tuple[Note, ...] = ()
+    marks: tuple[str, ...] = ()
+    caption: str = ""
+
+
+def label(text: str, marks: Sequence[str] = ()) -> Cell:
+    """Return a cell that names a row."""
+    return Cell((text,), marks=tuple(marks))
+
+
+def missing(text: str = "missing") -> Cell:
+    """Return a cell for a result that does not exist."""
+    return Cell((text,))
 
 
 def join(cell: Cell, bold: Callable[[str], str], escape: Callable[[str], str] = str) -> str:
-    """Return the text of a cell with its bold parts marked. The caller adds the marks of notes."""
+    """Return the text of a cell with its bold parts formatted; the caller adds the marks."""
     bolds = cell.bold or (False,) * len(cell.values)
     parts = [bold(escape(value)) if b else escape(value) for value, b in zip(cell.values, bolds, strict=True)]
     return f"({', '.join(parts)})" if len(parts) > 1 else parts[0]
 
 
 def repeats(table: Table, index: int) -> int:
-    """How many leading labels of row `index` only repeat the row above (the last label never counts)."""
+    """Return how many leading labels of row `index` repeat the row above; the last label never counts."""
     if index == 0:
         return 0
     count = 0
@@ -28,7 +103,7 @@ def repeats(table: Table, index: int) -> int:
 
 
 def markdown(table: Table) -> str:
-    """A GitHub table under its title; repeated labels are left blank, reasons stand below."""
+    """Return a GitHub table under its title; repeated labels are blank, notes are below."""
 
     def superscript(marks: Sequence[str]) -> str:
         return f"<sup>{','.join(marks)}</sup>" if marks else ""
@@ -52,7 +127,7 @@ def markdown(table: Table) -> str:
 
 
 def csv_tables(tables: Sequence[Table]) -> str:
-    """All tables below each other, each with its header; values and marks in columns of their own."""
+    """Return all tables below each other, each with its header; values and marks have separate columns."""
     rows: list[list[str]] = []
     for table in tables:
         rows += [[]] * bool(rows)
@@ -65,12 +140,12 @@ def csv_tables(tables: Sequence[Table]) -> str:
 
 
 def _spread(cell: Cell, parts: int) -> list[str]:
-    """Return the values of a cell by column; a symbol is in the first column."""
+    """Return the values of a cell for its CSV columns; a symbol is in the first column."""
     return [*cell.values, *[""] * (parts - len(cell.values)), " ".join(cell.marks)]
 
 
 def latex(table: Table) -> str:
-    """A `table` environment; it needs nothing but booktabs."""
+    """Return a LaTeX `table` environment; it needs the package booktabs only."""
 
     def superscript(marks: Sequence[str]) -> str:
         return f"$^{{{','.join(marks)}}}$" if marks else ""
