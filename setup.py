@@ -7,15 +7,24 @@ Without a C++ compiler the installation succeeds, and `rankseg` uses its Python 
 
 from __future__ import annotations
 
-import platform
 import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-COMPILE = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
+COMPILE = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-psabi",
+]
 # The kernel refers to neither torch nor Python. With the C++ runtime inside, it needs only the C library.
-LINK = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
+LINK = (
+    ["-s", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
+)
 
 
 class BuildKernel(build_ext):
@@ -58,8 +67,6 @@ setup(
             language="c++",
             optional=True,
         )
-    ]
-    if platform.python_implementation() in ("CPython", "PyPy")
-    else [],
+    ],
     cmdclass=commands,
 )

@@ -28,12 +28,15 @@ Exit codes: 0 done, 1 some images could not be read (each is named), 2 bad input
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
 
 import torch
 from omegaconf import DictConfig, OmegaConf

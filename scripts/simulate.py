@@ -21,11 +21,14 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
 
 import torch
 from torch import Tensor
