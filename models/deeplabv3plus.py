@@ -26,7 +26,7 @@ class DeepLabV3Plus(nn.Module):
 
     Args:
         num_classes: C.
-        weights: None, or the path of ImageNet weights of torchvision's ``resnet101``.
+        weights: None, ``imagenet``, or the path of ImageNet weights of torchvision's ``resnet101``.
         narrow: divide the channels of every layer by this number, for small test networks.
 
     Raises:
@@ -41,7 +41,7 @@ class DeepLabV3Plus(nn.Module):
         self.num_classes = num_classes
         self.backbone = _dilated_resnet101()
         if weights is not None:
-            load_backbone(self.backbone, weights)
+            load_backbone(self.backbone, weights, source="torchvision/resnet101")
         self.aspp = ASPP(2048, 256)
         self.low_level = conv_bn_relu(256, 48)
         self.decoder = nn.Sequential(

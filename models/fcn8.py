@@ -30,7 +30,7 @@ class FCN8(nn.Module):
 
     Args:
         num_classes: C.
-        weights: None, or the path of ImageNet weights of torchvision's ``vgg16``.
+        weights: None, ``imagenet``, or the path of ImageNet weights of torchvision's ``vgg16``.
         narrow: divide the channels of every layer by this number, for small test networks.
 
     Raises:
@@ -48,7 +48,7 @@ class FCN8(nn.Module):
         vgg = vgg16(weights=None)
         vgg.classifier = vgg.classifier[:6]  # without the last layer, the scores of ImageNet
         if weights is not None:
-            load_backbone(vgg, weights, truncated=True)
+            load_backbone(vgg, weights, truncated=True, source="torchvision/vgg16")
         self.features = _padded_features(vgg)
         self.classifier = nn.Sequential(
             _as_convolution(vgg.classifier[0], kernel=7),

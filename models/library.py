@@ -49,7 +49,7 @@ class SMP(nn.Module):
         arch: the architecture, as in ``ARCHITECTURES``.
         encoder: an encoder of smp, or ``tu-NAME`` for any of timm's.
         num_classes: C.
-        weights: of the encoder: None, a path, or ``efficientnet-lite0`` (see ``models.weights``).
+        weights: of the encoder: None, ``imagenet``, a path, or ``efficientnet-lite0`` (see ``models.weights``).
         narrow: divide the channels of every layer by this number, for small test networks.
         options: further arguments of the architecture (``encoder_depth``, ``decoder_channels``, ...). For fewer
             stages use an encoder of timm: those of smp keep unused stages, and DDP rejects unused parameters.
@@ -175,4 +175,11 @@ def _load_encoder(encoder: Any, name: str, weights: str | Path, truncated: bool)
         raise UserError(
             f"weights {LITE0} fit encoder=tu-tf_efficientnet_lite0 only, not {name}; choose that encoder"
         )
-    load_backbone(encoder.model if name.startswith("tu-") else encoder, weights, truncated)
+    if not hasattr(encoder, "model"):
+        load_backbone(encoder, weights, truncated, source=f"smp/{name}")
+        return
+    # smp builds some of its older ``timm-NAME`` encoders from timm too.
+    timm_name = name.removeprefix("tu-").removeprefix("timm-")
+    if name.startswith("timm-mobilenetv3"):
+        timm_name = f"tf_{timm_name}"
+    load_backbone(encoder.model, weights, truncated, source=f"timm/{timm_name}")

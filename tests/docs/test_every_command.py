@@ -56,7 +56,7 @@ def shrink(configs: Path) -> None:
                 rf"(?m)^( *{key}: +)(\d+)", lambda m, most=most: f"{m[1]}{min(int(m[2]), most)}", text
             )
         text = re.sub(r"(?m)^( *num_images: )\{.*\}", r"\1{train: 8, val: 12, test: 4}", text)
-        text = re.sub(r"(?m)^( *weights: )weights/.*", r"\1null", text)
+        text = re.sub(r"(?m)^( *weights: )imagenet.*", r"\1null", text)
         text = re.sub(r"(?m)^( +(model|loss): \w+),.*", r"\1", text)
         path.write_text(text.replace("tensorboard: true", "tensorboard: false"), encoding="utf-8")
 
