@@ -2,7 +2,7 @@
 
     python scripts/overview.py saved/synthetic/tiny/ce/seed0 --out overview.png
 
-The images are not picked by hand: they lie at fixed quantiles of the gain of RankDice over T.
+The images are chosen at fixed quantiles of the gain of RankDice over T.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -38,13 +38,13 @@ FONT = 15  # legible where a web page shrinks the picture by a third
 
 
 def headings(threshold: float) -> list[str]:
-    """What stands above the columns; the threshold is that of T."""
+    """Return the titles of the columns, with the threshold of T."""
     rules = (f"threshold {threshold:g}", "argmax", "RankDice")
     return ["image", "truth", "probability: 0 black, 1 white", *rules]
 
 
 def captions(quantile: float, dice: Mapping[str, float]) -> list[str]:
-    """What stands above the tiles of an image: which one it is, and the Dice of each rule in percent."""
+    """Return the captions of an image: its quantile, and the Dice of each rule in percent."""
     place = "median gain" if quantile == 0.5 else f"{quantile:.0%} quantile of the gain"
     scores = {rule: f"Dice {dice[rule]:.1f}" for rule in RULES}
     scores["rankdice"] += f" ({dice['rankdice'] - dice['T']:+.1f})"
@@ -52,7 +52,7 @@ def captions(quantile: float, dice: Mapping[str, float]) -> list[str]:
 
 
 def strip(drawn: Sequence[Tensor], above: Sequence[str], titles: Sequence[str] = ()) -> Tensor:
-    """Tiles (3, H, W) uint8 beside each other, a line above each; in the first row its title above that."""
+    """Join tiles (3, H, W) uint8 in a row with a caption above each; the first row also has titles."""
     made = [titled(tile, text, FONT) for tile, text in zip(drawn, above, strict=True)]
     if titles:
         made = [titled(tile[:, :-2, 1:-1], text, FONT) for tile, text in zip(made, titles, strict=True)]

@@ -63,7 +63,7 @@ def report(args: argparse.Namespace, world: World) -> Path:
     """Measure, draw and write; return the path of the page."""
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
     network, cfg, checkpoint = load(path, args.overrides)
-    check_uncalibrated(cfg, "report.py")  # it compares calibrated probabilities by itself
+    check_uncalibrated(cfg, "report.py")  # the report compares calibrated probabilities itself
     network = network.to(world.device).eval()
     build.absolute_root(cfg)
     data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)

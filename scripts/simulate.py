@@ -147,7 +147,7 @@ def settings(
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """A stream of its own for each setting, whatever else is simulated."""
+    """Return a separate generator for each setting, independent of the other settings."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         unknown = [name for name in args.examples if name not in EXAMPLES]
         if unknown:
-            raise ValueError(f"{unknown[0]} is no example; there are: {', '.join(EXAMPLES)}")
+            raise ValueError(f"{unknown[0]} is not an example: expected one of {', '.join(EXAMPLES)}")
         if min(args.sizes) < 2:
             raise ValueError(f"--sizes {min(args.sizes)}: a pattern is at least 2 pixels wide")
         rows = []

@@ -26,8 +26,8 @@ RULES = {
     "rankdice": "mRankDice",
     "rankdice_paper": "mRankDice (the paper's)",
     "rankiou": "mRankIoU",
-    "rankdice_nonoverlap": "mRankDice, one label a pixel",
-    "rankiou_nonoverlap": "mRankIoU, one label a pixel",
+    "rankdice_nonoverlap": "mRankDice, one label per pixel",
+    "rankiou_nonoverlap": "mRankIoU, one label per pixel",
     "rankdice_trna": "mRankDice, T-RNA",
     "rankdice_ba": "mRankDice, BA",
 }

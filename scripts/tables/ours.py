@@ -113,7 +113,7 @@ def _labels(
 
 
 _VARIANT = "The same checkpoints, scored otherwise. {}."
-_UNLIKE = "The rules of this row were scored on unlike checkpoints or data: no comparison, and none is bold."
+_UNLIKE = "The rules of this row were scored on different checkpoints or data, so none is bold."
 
 
 def comparable(groups: Sequence[Group]) -> bool:
