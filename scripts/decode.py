@@ -108,7 +108,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--key", metavar="NAME", help="the array of .npz files that hold several")
     add("--write", choices=("auto", "labels", "masks"), default="auto", help="see above")
     add("--unassigned", default="void", metavar="void|max|K",
-        help="label of pixels of no class: 255, the most probable class, or K (default: void)")  # fmt: skip
+        help="label of pixels without a class: 255, the most probable class, or K (default: void)")  # fmt: skip
     add("--void", type=int, default=255, metavar="K", help="label that is not scored (default: 255)")
     add("--foreground-only", action="store_true", help="label 0 is background and has no channel")
     add("--scored", metavar="1,2,…", help="labels that the means run over (default: all with a channel)")
