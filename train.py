@@ -66,10 +66,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], where: World) -> None:
     train_set, val_set = build.dataset(cfg, "train"), build.dataset(cfg, "val")
     if cfg.verify and where.is_main:
         for data in (train_set, val_set):
-            if cfg.on_error == "raise":
-                data.verify()
-            else:
-                print(*data.faults(progress=True, sample=32), sep="\n")
+            data.verify(on_error=cfg.on_error)
     barrier(where)
     loader, val_loader = build.train_loader(cfg, train_set, where), build.eval_loader(cfg, val_set, where)
     criterion = build.loss(cfg)

@@ -120,10 +120,17 @@ def threshold(cfg: DictConfig) -> float:
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
-    """The images of one of ``dataset.splits``."""
+    """Build one of ``dataset.splits``. Its classes and its void index must be those that networks and losses get."""
     if split not in cfg.dataset.splits:
         raise ConfigError(f"split={split} is unknown. Fix: choose one of {', '.join(cfg.dataset.splits)}.")
-    return _make(cfg.dataset.source)(split=cfg.dataset.splits[split])
+    data = _make(cfg.dataset.source)(split=cfg.dataset.splits[split])
+    for key in ("num_classes", "ignore_index"):
+        given, actual = cfg.dataset.get(key), getattr(data.info, key)
+        if given not in (None, actual):
+            raise ConfigError(
+                f"dataset.{key}={given} is invalid: {data.info.name} has {actual}. Fix: set dataset.{key}={actual}"
+            )
+    return data
 
 
 def train_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> TrainLoader:

@@ -1,12 +1,12 @@
 """Segmentation data sets: thin, checked before use, and read the same way everywhere.
 
-All but the error is imported where it is first asked for: torch takes a second, torchvision more.
+Everything but DatasetError is imported on first use, because torch and torchvision take seconds.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import DatasetError
+from configs.errors import UserError
 
 if TYPE_CHECKING:
     from .base import DatasetInfo, Sample, SegmentationDataset
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from .synthetic import Synthetic
     from .transforms import EvalTransform, TrainTransform
     from .voc2012 import VOC2012
+
+
+class DatasetError(UserError):
+    """A fault in a data set. The message names the path and the fix."""
+
 
 __all__ = [
     "VOC2012",

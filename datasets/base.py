@@ -1,4 +1,4 @@
-"""What every data set offers: a table of classes, named pairs of image and mask, and a check before use.
+"""The interface of all data sets: a table of classes, named pairs of image and mask, and a check before use.
 
 Shapes: C classes, H and W pixels. Images are RGB.
 """
@@ -6,6 +6,7 @@ Shapes: C classes, H and W pixels. Images are RGB.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,16 +14,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .errors import DatasetError
+from . import DatasetError
 
 if TYPE_CHECKING:
     from torchvision import tv_tensors
 
-MAX_CLASSES = 254  # masks are uint8: 255 is void, 254 marks a label outside the table
+MAX_CLASSES = 254  # masks are uint8: one value is void, and one marks labels that are not in the table
 
 
 class Sample(NamedTuple):
-    """One image as a network takes it."""
+    """One image as a network receives it."""
 
     image: Tensor  # (3, H, W) float32, normalised
     target: Tensor  # (H, W) int64, class or ignore_index
@@ -31,7 +32,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The facts about a data set that other code needs, in one typed table."""
+    """Name, classes, colours and normalisation of a data set."""
 
     name: str
     classes: tuple[str, ...]
@@ -43,14 +44,18 @@ class DatasetInfo:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.classes) <= MAX_CLASSES:
-            raise ValueError(f"{self.name} has {len(self.classes)} classes: 1 to {MAX_CLASSES} are possible")
+            raise ValueError(f"{self.name} has {len(self.classes)} classes: expected 1 to {MAX_CLASSES}")
         if len(self.palette) != len(self.classes):
             raise ValueError(
-                f"{self.name} has {len(self.classes)} classes but {len(self.palette)} colours: one a class"
+                f"{self.name} has {len(self.classes)} classes but {len(self.palette)} colours: expected one per class"
             )
         if not set(self.scored) <= set(range(len(self.classes))):
             raise ValueError(
                 f"{self.name}: scored classes {self.scored} go beyond 0..{len(self.classes) - 1}"
+            )
+        if not len(self.classes) <= self.ignore_index <= 255:
+            raise ValueError(
+                f"{self.name}: ignore_index={self.ignore_index} must be in {len(self.classes)}..255"
             )
 
     @property
@@ -59,7 +64,7 @@ class DatasetInfo:
 
 
 class SegmentationDataset(Dataset):
-    """Named pairs of image and mask, read raw; augmentation and normalisation are the loader's.
+    """Named pairs of raw image and mask. The loaders augment and normalise them.
 
     A subclass sets `info`, `names` and `split` and implements `read`.
     """
@@ -75,7 +80,7 @@ class SegmentationDataset(Dataset):
     def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Return the raw image (3, H, W) uint8 and the mask (H, W) uint8 of class indices.
 
-        Raises DatasetError, naming the path and the remedy, where the pair cannot be used.
+        Raises DatasetError, which names the path and the fix, if the pair cannot be used.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement read()")
 
@@ -83,7 +88,7 @@ class SegmentationDataset(Dataset):
         return self.read(index)
 
     def check(self, index: int, decode: bool = True) -> list[str]:
-        """Return the faults of one pair, one line each; a function per item, so that a pool can run it."""
+        """Return the faults of one pair, one line each."""
         if decode:
             try:
                 self.read(index)
@@ -91,19 +96,26 @@ class SegmentationDataset(Dataset):
                 return [str(error)]
         return []
 
-    def verify(self, progress: bool = True, sample: int | None = 32) -> None:
+    def verify(self, progress: bool = True, sample: int | None = 32, on_error: str = "raise") -> None:
         """Check the data set before it is used.
 
-        Every pair is looked at cheaply (names, file headers, sizes); `sample` of them, evenly spread, are
-        decoded in full, labels included. `sample=None` decodes all: minutes on a large set, once, by
-        `scripts/prepare_data.py check`. Whatever slips through is still named when it is read.
+        Every pair is checked cheaply (names, file headers, sizes); `sample` of them, evenly spread, are decoded in
+        full, labels included. `sample=None` decodes all, as `scripts/prepare_data.py check` does. Faults that this
+        misses are named when the file is read. Notes are printed to stderr.
 
-        Raises DatasetError listing the faults.
+        Raises DatasetError that lists the faults. With on_error="skip" the faults of single pairs are only printed.
         """
-        raise_faults(self, self.faults(progress, sample))
+        faults = self.faults(progress, sample)
+        if on_error == "skip":
+            for fault in faults:
+                print(fault, file=sys.stderr)
+            faults = []
+        raise_faults(self, faults + self.faults_as_a_whole())
+        for note in self.notes():
+            print(f"note: {note}", file=sys.stderr)
 
     def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
-        """Return what `verify` would complain about, one line per fault."""
+        """Return the faults of single pairs, one line each."""
         from tqdm import tqdm
 
         chosen = set(spread(len(self), sample))
@@ -115,8 +127,16 @@ class SegmentationDataset(Dataset):
         )
         return [fault for index in bar for fault in self.check(index, decode=index in chosen)]
 
+    def faults_as_a_whole(self) -> list[str]:
+        """Return the faults that show in no single pair."""
+        return []
+
+    def notes(self) -> list[str]:
+        """Return what its owner should know, although it is not a fault."""
+        return []
+
     def fingerprint(self) -> str:
-        """Return a short hash of what the data set consists of, cheap enough to note with every run."""
+        """Return a short hash of the data set, cheap enough to store with every run."""
         return digest([self.info.name, *self.names])
 
 
@@ -138,8 +158,8 @@ def raise_faults(dataset: SegmentationDataset, faults: list[str], shown: int = 1
 
 
 def digest(parts: Iterable[object], length: int = 16) -> str:
-    """Return a short hexadecimal hash of the parts' text, each ended so that boundaries count."""
+    """Return a short hexadecimal hash of the parts' text; each ends with a line feed so that boundaries count."""
     state = hashlib.sha256()
     for part in parts:
-        state.update(f"{part}\n".encode())
+        state.update(f"{part}\n".encode("utf-8", "surrogateescape"))
     return state.hexdigest()[:length]

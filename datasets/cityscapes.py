@@ -1,4 +1,4 @@
-"""Cityscapes, fine annotations: 19 classes, chosen from the 34 label ids of the files."""
+"""Cityscapes, fine annotations: 19 classes, selected from the 34 label ids of the files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import layouts
 from .base import DatasetError, DatasetInfo, spread
 from .decode import decode_mask
-from .files import Pair, PairedDataset, label_table, readable
+from .paired import LabelTable, Pair, PairedDataset, readable
 
 # (label id in the files, name, colour); the position in this list is the train id.
 CLASSES = (
@@ -54,11 +53,15 @@ class Cityscapes(PairedDataset):
     """Cityscapes as released; every label id but the 19 classes is void, -1 (stored as 255) too."""
 
     info = INFO
-    table = label_table(
+    table = LabelTable(
         dict.fromkeys([*range(LAST_LABEL_ID + 1), 255], VOID)
         | {label_id: train_id for train_id, (label_id, _, _) in enumerate(CLASSES)}
     )
-    help_tree = layouts.CITYSCAPES
+    help_tree = """\
+  cityscapes/leftImg8bit/{train,val}/<city>/<city>_000000_000019_leftImg8bit.png
+  cityscapes/gtFine/{train,val}/<city>/<city>_000000_000019_gtFine_labelIds.png   (not labelTrainIds)
+  from https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip);
+  free for research after registration."""
 
     def find_pairs(self) -> list[Pair]:
         """Return the pairs of every city, cities and frames sorted by name."""
@@ -75,18 +78,18 @@ class Cityscapes(PairedDataset):
 
     @staticmethod
     def key(path: Path, end: str) -> str:
-        """Return what the files of a frame share: its city and name."""
+        """Return the city and the name of a frame, which its files share."""
         return f"{path.parent.name}/{path.name.removesuffix(end)}"
 
     def read_mask(self, path: Path) -> np.ndarray:
         """Return the mask (H, W) uint8 in train ids.
 
-        Raises DatasetError for masks that hold train ids already, which would come out as nearly all void.
+        Raises DatasetError for masks that hold train ids already: nearly all of their pixels would become void.
         """
         train_ids = path.with_name(path.name.replace("labelIds", "labelTrainIds"))
         if not path.exists() and train_ids.exists():
             raise DatasetError(
-                f"{path} is missing, only {train_ids.name} is there: fetch gtFine again for label ids"
+                f"{path} is missing, only {train_ids.name} is there. Fix: fetch gtFine again for label ids"
             )
         raw = decode_mask(path)
         if VOID in raw.tobytes() and only_train_ids(raw):
@@ -94,21 +97,25 @@ class Cityscapes(PairedDataset):
         return self.encode(raw, path)
 
     def remedy(self, unknown: list[int]) -> str:
-        """Return what to do about labels outside the table."""
+        """Return how to fix labels that are not in the table."""
         return f"label ids are 0..{LAST_LABEL_ID}, and 255 for -1; fetch gtFine again"
 
     def faults_as_a_whole(self) -> list[str]:
-        """Return that masks hold train ids, where no mask has an id above 18."""
+        """Return that masks hold train ids if no mask has an id above 18."""
         chosen = [self.pairs[index].mask for index in spread(len(self), 8)]
         masks = list(readable(chosen, decode_mask))
-        return [looks_like_train_ids(chosen[0])] if masks and all(map(only_train_ids, masks)) else []
+        if masks and all(map(only_train_ids, masks)):
+            return [looks_like_train_ids(chosen[0])]
+        return super().faults_as_a_whole()
 
 
 def only_train_ids(raw: np.ndarray) -> bool:
-    """Whether no label lies between the last train id and void; every street has vegetation, sky or cars."""
+    """Whether no label is between the last train id and void. Every street has vegetation, sky or cars."""
     return not bool(((raw > LAST_TRAIN_ID) & (raw != VOID)).any())
 
 
 def looks_like_train_ids(path: Path) -> str:
-    """Return the message for masks that were converted before."""
-    return f"{path} holds train ids (0..{LAST_TRAIN_ID}, 255) where label ids are needed: fetch gtFine again"
+    """Return the message for masks that were converted to train ids."""
+    return (
+        f"{path} holds train ids (0..{LAST_TRAIN_ID}, 255) but label ids are needed. Fix: fetch gtFine again"
+    )

@@ -1,131 +1,383 @@
-"""Files to arrays: RGB images and index masks, with what is refused and how to mend it.
+"""Image files: find them in folders and decode them to RGB images and index masks. Does not import torch.
 
-Arrays are (H, W, 3) and (H, W) uint8. Decoding is Pillow's, as in the paper's experiments.
+Arrays are (H, W, 3) and (H, W) uint8. Pillow decodes, as in the paper's experiments. Every file that cannot be used
+raises DatasetError, which names the path and the fix.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import os
 import re
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from .errors import DatasetError
+from . import DatasetError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "GIF",
+)  # Pillow reads more, some with the help of other programs
 EXIF_ORIENTATION = 0x0112
-DEEP_MODES = ("I", "F")  # and every "I;16..."; 8 bits cannot hold them
+UPRIGHT = {  # EXIF orientation -> how the stored pixels become upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+STORED = {**UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the inverse
+TIFF_BITS, TIFF_KIND = 258, 254
+TIFF_REDUCED_OR_MASK = (
+    0b101  # bits of TIFF_KIND: a page that repeats another in low resolution, or a transparency mask
+)
+LEVELS = {2: 85, 4: 17}  # Pillow scales grey of 2 and 4 bits to 0..255 by these factors
 
 
-def is_deep(mode: str) -> bool:
-    """Whether Pillow's mode holds more than 8 bits a channel."""
-    return mode in DEEP_MODES or mode.startswith("I;")
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and split files
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open a file without decoding its pixels.
+@dataclass
+class ImageFolder:
+    """The image files of a folder, sorted, by name: the path below the folder without suffix, such as "patient1/a"."""
 
-    Raises DatasetError where it is missing or no image.
+    images: dict[str, Path] = field(default_factory=dict)
+    clashes: list[tuple[Path, Path]] = field(default_factory=list)  # two files of one name; the first is used
+    ignored: list[Path] = field(default_factory=list)  # visible files of other suffixes
+
+    @property
+    def ignored_text(self) -> str:
+        """The number of ignored files and their suffixes, such as "3 (2 .npy, 1 .txt)"; "" if there are none."""
+        kinds = Counter(path.suffix.lower() or path.name for path in self.ignored)
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+        return f"{len(self.ignored)} ({listed})" if kinds else ""
+
+
+def list_images(folder: Path, below: bool = False, without: Path | None = None) -> ImageFolder:
+    """List a folder's image files. With `below` include sub-folders, also linked ones, except `without`.
+
+    Hidden files and folders are skipped.
+    """
+    found = ImageFolder()
+    for path in sorted(_visible_files(folder, below, without)):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            found.ignored.append(path)
+            continue
+        name = canonical(path.relative_to(folder).with_suffix("").as_posix())
+        if name in found.images:
+            found.clashes.append((found.images[name], path))
+        else:
+            found.images[name] = path
+    return found
+
+
+def _visible_files(
+    folder: Path, below: bool, without: Path | None, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Path]:
+    """Yield the files of a folder. A link to one of the folders `above` it is not followed: it is a cycle."""
+    status = folder.stat()
+    identity = status.st_dev, status.st_ino
+    if identity in above or (without is not None and folder.resolve() == without):
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        path = Path(folder, entry.name)
+        if not path.is_dir():
+            yield path
+        elif below:
+            yield from _visible_files(path, below, without, above | {identity})
+
+
+def canonical(name: str) -> str:
+    """Return one spelling for a name: composed Unicode (NFC), and bytes that are not UTF-8 read as Latin-1.
+
+    macOS decomposes umlauts; archives and split files from older systems hold Latin-1.
+    """
+    raw = name.encode("utf-8", "surrogateescape")
+    with contextlib.suppress(UnicodeDecodeError):
+        return unicodedata.normalize("NFC", raw.decode("utf-8"))
+    return raw.decode("latin-1")
+
+
+def common_suffix(images: Iterable[str], masks: Iterable[str]) -> str:
+    """Return the ending that mask names have and image names lack, such as "_mask", or "" if there is none.
+
+    Most images must share it; a few masks may be missing.
+    """
+    names, there = set(images), set(masks)
+    if names & there:
+        return ""
+    owners = ((mask, next((k for k in range(len(mask), 0, -1) if mask[:k] in names), 0)) for mask in there)
+    endings = Counter(mask[k:] for mask, k in owners if k)
+    best = min(endings, key=lambda ending: (-endings[ending], ending), default="")
+    return best if 2 * endings[best] > len(names) else ""
+
+
+def read_split(path: Path) -> list[str]:
+    """Return the names in a split file, one per line, in their canonical spelling.
+
+    The text may be UTF-8 with or without a byte-order mark, UTF-16 with one, or Latin-1.
+    """
+    raw = path.read_bytes()
+    try:
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            text = raw.decode("utf-16")
+        else:
+            text = raw.decode("utf-8-sig", "surrogateescape")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise DatasetError(f"{path} is not a text file. Fix: write one name per line, in UTF-8")
+    return [canonical(line.strip()) for line in text.splitlines() if line.strip()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files to pixels
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file. Whatever Pillow raises, here or in the block, becomes a DatasetError that names the path.
+
+    The pixels are not decoded yet. Files with several pages, and colours of more than 8 bits, are rejected here.
     """
     try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise DatasetError(f"{path} is missing: restore it, or take its name out of the split") from None
-    except UnidentifiedImageError:
-        raise DatasetError(f"{path} is not an image: fetch it again") from None
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe or a device could wait for ever
+            raise DatasetError(f"{path} is not a regular file. Fix: replace it by an image file")
+        with Image.open(path, formats=FORMATS) as image:
+            _require_one_page(image, path)
+            _require_8_bits(image, path)
+            yield image
+    except DatasetError:
+        raise
+    except FileNotFoundError as error:
+        raise DatasetError(_missing(path)) from error
+    except UnidentifiedImageError as error:
+        raise DatasetError(
+            f"{path} is not an image of a supported format ({', '.join(FORMATS)}). Fix: convert it, or fetch it again"
+        ) from error
     except Image.DecompressionBombError as error:
         size = re.search(r"\d+ pixels", str(error))
         raise DatasetError(
-            f"{path} claims to have {size[0] if size else 'too many pixels'}: fetch it again, or cut it into tiles"
-        ) from None
+            f"{path} claims to have {size[0] if size else 'too many pixels'}. Fix: fetch it again, or cut it into tiles"
+        ) from error
+    except MemoryError as error:
+        raise DatasetError(
+            f"{path} does not fit in memory. Fix: free memory, or cut the image into tiles"
+        ) from error
     except OSError as error:
-        raise DatasetError(f"{path} cannot be opened ({error}): check the disk and its permissions") from None
+        if error.errno is None:
+            raise DatasetError(_damaged(path, error)) from error
+        raise DatasetError(
+            f"{path} cannot be opened ({error}). Fix: check the disk and its permissions"
+        ) from error
+    except Exception as error:  # Pillow's plugins raise almost any type for damaged data
+        raise DatasetError(_damaged(path, error)) from error
 
 
-def load(image: Image.Image, path: Path) -> Image.Image:
-    """Decode the pixels.
+def _missing(path: Path) -> str:
+    """Return the message for a missing file; a file of the same name in an unsupported format is mentioned."""
+    with contextlib.suppress(OSError):
+        for other in sorted(path.parent.iterdir()):
+            if canonical(other.stem) == canonical(path.stem) and other.suffix.lower() not in IMAGE_SUFFIXES:
+                return (
+                    f"{path} is missing; {other.name} has a format that is not read. Fix: convert it to PNG"
+                )
+    return f"{path} is missing. Fix: restore it, or take its name out of the split"
 
-    Raises DatasetError where the file is cut short or damaged.
-    """
-    try:
+
+def _damaged(path: Path, error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{path} is damaged ({text}). Fix: fetch it again, or save it anew without metadata"
+
+
+def _require_one_page(image: Image.Image, path: Path) -> None:
+    """Reject animations and documents: nobody says which page is meant. Small copies of a page do not count."""
+    if image.format == "MPO":  # a camera's JPEG with a preview or a depth map behind the picture
+        return
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format == "TIFF":
+        kinds = []
+        for frame in range(frames):
+            image.seek(frame)
+            kinds.append(int(image.tag_v2.get(TIFF_KIND, 0)))  # type: ignore[attr-defined]
+        image.seek(0)
+        frames = 1 + sum(not kind & TIFF_REDUCED_OR_MASK for kind in kinds[1:])
+    if frames > 1:
+        raise DatasetError(
+            f"{path} has {frames} pages or frames. Fix: save the one that is meant as its own file"
+        )
+
+
+def _require_8_bits(image: Image.Image, path: Path) -> None:
+    """Reject colours of 16 bits, which Pillow cuts to 8 without a word. Deep grey has modes of its own."""
+    bits = _bits(image, path)
+    if bits > 8 and not is_deep(image.mode):
+        raise DatasetError(f"{path} has more than 8 bits per channel ({bits}). Fix: save it as 8 bits")
+
+
+def _bits(image: Image.Image, path: Path) -> int:
+    """Return the bits per channel of the file."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(TIFF_BITS, (1,)))  # type: ignore[attr-defined]
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            return file.read(25)[24]  # after the signature: length, "IHDR", width, height
+    return 8
+
+
+def is_deep(mode: str) -> bool:
+    """Whether Pillow's mode holds more than 8 bits per channel."""
+    return mode in ("I", "F") or mode.startswith("I;")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, as far as the file was read; decodes nothing."""
+    value = Image.Image.getexif(image).get(EXIF_ORIENTATION, 1)
+    return value if value in UPRIGHT else 1
+
+
+class Stored(NamedTuple):
+    """An image file, decoded."""
+
+    image: Image.Image  # the pixels as stored, not turned
+    orientation: int  # EXIF, 1 to 8
+    bits: int  # per channel, in the file
+    format: str | None
+
+
+def load_image(path: Path) -> Stored:
+    """Decode an image file."""
+    with open_image(path) as image:
+        kind, bits = image.format, _bits(image, path)
+        if kind == "TIFF":  # Pillow turns its pixels upright and forgets the orientation
+            orientation = orientation_of(image)
+            image.load()
+            return Stored(turned(image, STORED, orientation), orientation, bits, kind)
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways to say that it is damaged
-        raise DatasetError(f"{path} is damaged ({error}): fetch it again") from None
-    return image
+        return Stored(image, orientation_of(image), bits, kind)  # a PNG may hold it behind the pixels
 
 
-def orient(image: Image.Image, path: Path, mask_size: tuple[int, int] | None) -> Image.Image:
-    """Undo an EXIF rotation where the mask's size proves that the mask was drawn on the rotated image.
+def turned(image: Image.Image, table: dict[int, Image.Transpose], orientation: int) -> Image.Image:
+    """Return the image turned as UPRIGHT or STORED says for an EXIF orientation."""
+    return image.transpose(table[orientation]) if orientation in table else image
 
-    A camera's rotation flag is honoured by viewers and ignored by most training code, so only the mask
-    can tell. Where its size cannot (half turns, mirrors, square images), guessing would train on a mask that
-    lies beside its object: raises DatasetError instead.
+
+def decode_image(
+    path: Path, mask_size: tuple[int, int] | None = None, mask: Path | None = None
+) -> np.ndarray:
+    """Return an image as (H, W, 3) uint8 RGB. Grey, palette, alpha and CMYK are converted.
+
+    `mask_size` is the (width, height) of its decoded mask and `mask` the file of it; they decide about an EXIF
+    orientation.
     """
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    if orientation in (0, 1):
-        return image
-    turned = image.size[::-1]
-    if orientation in (5, 6, 7, 8) and image.size != turned and mask_size is not None:
-        return ImageOps.exif_transpose(image) if mask_size == turned else image
-    raise DatasetError(
-        f"{path} carries EXIF orientation {orientation} and its mask does not tell whether to apply it: "
-        "store the pixels upright (mogrify -auto-orient) or remove the tag (exiftool -Orientation=)"
-    )
-
-
-def decode_image(path: Path, mask_size: tuple[int, int] | None = None) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8 RGB; grey, palette, alpha and CMYK are converted.
-
-    `mask_size` is the (width, height) of its mask, which decides about an EXIF rotation.
-
-    Raises DatasetError for damaged files and for more than 8 bits of grey, where no window is known.
-    """
-    image = load(open_image(path), path)
+    image, orientation, *_ = load_image(path)
     if is_deep(image.mode):
         raise DatasetError(
-            f"{path} has more than 8 bits a pixel (mode {image.mode}): choose a window and save it as 8 bits"
+            f"{path} has more than 8 bits per channel (mode {image.mode}). Fix: choose a window and save it as 8 bits"
         )
-    image = orient(image, path, mask_size)
+    if orientation != 1 and _is_drawn_upright(path, image.size, orientation, mask_size, mask):
+        image = turned(image, UPRIGHT, orientation)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _is_drawn_upright(
+    path: Path, size: tuple[int, int], orientation: int, mask_size: tuple[int, int] | None, mask: Path | None
+) -> bool:
+    """Whether a mask belongs to the upright image, not to the stored pixels.
+
+    Viewers apply an EXIF orientation and most training code ignores it, so only the mask can tell: it carries an
+    orientation itself, which was applied to it, or its size fits one of both. Otherwise guessing could train on
+    masks that lie next to their objects.
+    """
+    if mask is not None and load_image(mask).orientation != 1:
+        return True
+    across = size[::-1]
+    if orientation >= 5 and size != across and mask_size is not None:
+        return mask_size == across
+    raise DatasetError(
+        f"{path} carries EXIF orientation {orientation} and its mask does not tell whether to apply it. "
+        "Fix: store the pixels upright (mogrify -auto-orient) or remove the tag (exiftool -Orientation=)"
+    )
 
 
 def decode_mask(path: Path) -> np.ndarray:
     """Return a mask's indices (H, W) uint8: palette indices, never palette colours.
 
-    Grey saved as RGB is grey. Raises DatasetError for colours and for indices beyond 255.
+    Its own EXIF orientation is applied. Grey saved as RGB is grey. Colours, and values outside 0..255, are rejected.
     """
-    image = load(open_image(path), path)
-    if image.mode in ("L", "P"):
-        return np.array(image)
+    stored = load_image(path)
+    image = turned(stored.image, UPRIGHT, stored.orientation)
     if image.mode == "1":
         return np.array(image, dtype=np.uint8)
-    if is_deep(image.mode) and image.mode != "F":
-        return narrow(np.array(image), path)
+    if is_deep(image.mode):
+        return _narrowed(np.array(image), path)
+    if image.mode == "P":
+        return _gif_values(image) if stored.format == "GIF" else np.array(image)
     grey = as_grey(image)
-    if grey is not None:
-        return grey
-    raise DatasetError(
-        f"{path} is a colour mask (mode {image.mode}) where class indices are needed: "
-        "save it as a grey PNG of indices, or say rgb_masks: true in a folder's classes.yaml"
-    )
+    if grey is None:
+        raise DatasetError(
+            f"{path} is a colour mask (mode {image.mode}), but class indices are needed. "
+            "Fix: save it as a grey PNG of indices, or set rgb_masks: true in the folder's classes.yaml"
+        )
+    return grey // np.uint8(LEVELS[stored.bits]) if stored.bits in LEVELS else grey
+
+
+def decode_colour_mask(path: Path) -> np.ndarray:
+    """Return a mask as (H, W, 3) uint8 RGB; its own EXIF orientation is applied. Transparency is rejected."""
+    stored = load_image(path)
+    image = turned(stored.image, UPRIGHT, stored.orientation)
+    if is_deep(image.mode) or (image.mode in ("RGBA", "LA") and image.getextrema()[-1] != (255, 255)):
+        raise DatasetError(
+            f"{path} is not an opaque image of 8 bits (mode {image.mode}). Fix: save it as RGB"
+        )
+    return np.array(image.convert("RGB"))
+
+
+def _gif_values(image: Image.Image) -> np.ndarray:
+    """Return the values of a GIF. It has no grey of its own: grey is a palette of grey, in any order."""
+    indices = np.array(image)
+    palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    used = palette[np.unique(indices)]
+    return palette[:, 0][indices] if (used == used[:, :1]).all() else indices
 
 
 def as_grey(image: Image.Image) -> np.ndarray | None:
-    """Return the one channel (H, W) uint8 that an opaque picture with equal channels repeats, or None."""
-    if image.mode not in ("RGB", "RGBA", "LA"):
+    """Return the one channel (H, W) uint8 that an opaque image with equal channels repeats, or None."""
+    if image.mode not in ("L", "RGB", "RGBA", "LA"):
         return None
-    *colours, last = image.split()
-    if image.mode == "RGB":
-        colours.append(last)
-    elif last.getextrema() != (255, 255):  # what lies under transparency was meant otherwise
-        return None
-    first, *others = map(np.array, colours)
+    channels = list(image.split())
+    if image.mode in ("RGBA", "LA"):
+        *channels, alpha = channels
+        if alpha.getextrema() != (255, 255):  # the values under transparency were not meant
+            return None
+    first, *others = map(np.array, channels)
     return first if all(np.array_equal(first, other) for other in others) else None
 
 
-def narrow(mask: np.ndarray, path: Path) -> np.ndarray:
-    """Return a 16- or 32-bit mask as uint8 where its indices allow it."""
-    low, high = int(mask.min()), int(mask.max())
-    if low < 0 or high > 255:
-        raise DatasetError(f"{path} holds labels {low}..{high}: class indices lie in 0..255, 255 being void")
+def _narrowed(mask: np.ndarray, path: Path) -> np.ndarray:
+    """Return a mask of 16-bit, 32-bit or float values as uint8 if its values allow it."""
+    low, high = mask.min(), mask.max()
+    if not (low >= 0 and high <= 255 and (mask == np.floor(mask)).all()):
+        raise DatasetError(
+            f"{path} holds labels from {low:g} to {high:g}. Fix: save class indices, whole numbers in 0..255"
+        )
     return mask.astype(np.uint8)

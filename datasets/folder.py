@@ -1,16 +1,18 @@
-"""Bring your own: a folder of images, a folder of masks, and a table of classes.
+"""Your own data: a folder of images, a folder of masks, and a table of classes.
 
-mine/images/a.jpg          mine/masks/a.png           grey PNG, a pixel is the index of its class
-mine/train.txt             mine/val.txt               a name a line; or images/train/, masks/train/, ...
+mine/images/a.jpg          mine/masks/a.png           grey PNG; a pixel is the index of its class
+mine/train.txt             mine/val.txt               one name per line; or images/train/, masks/train/, ...
 mine/classes.yaml:
     classes:
       - background                                    names in the order of their indices, or with details:
-      - {name: lesion, value: 255, color: [255, 0, 0]}    `value`: what masks hold (a number or several)
+      - {name: lesion, value: 255, color: [255, 0, 0]}    `value`: the number, or numbers, in the masks
     scored: [1]                                       default: all but a first class called background
-    ignore_index: 255                                 void; read as void unless it is some class's value
+    ignore_index: 255                                 void; read as void unless it is the value of a class
+    void: [0, 255]                                    the numbers of void in the masks; default: ignore_index
     mean: [0.485, 0.456, 0.406]                       default: ImageNet's
     std: [0.229, 0.224, 0.225]
-    rgb_masks: false                                  true: masks are RGB pictures in the classes' colours
+    rgb_masks: false                                  true: masks are RGB images in the colours of the classes
+    void_color: [224, 224, 192]                       the colour, or colours, of void in RGB masks; default: none
     nearest: false                                    true: a pixel takes the nearer of two values
     mask_suffix: ""                                   _mask: the mask of a.jpg is a_mask.png
 
@@ -19,29 +21,43 @@ Both folders may have sub-folders, the same in each; split files then hold patie
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import layouts
-from .base import DatasetError
-from .class_table import Table, ending, make_info, read_classes, to_nearest, value_map, yes_or_no
-from .decode import decode_image, decode_mask
-from .files import Pair, PairedDataset, label_table, preview, readable
-from .listing import common_suffix, list_images, read_split
+from configs.errors import UserError
+from configs.files import read_yaml
+
+from .base import DatasetError, DatasetInfo
+from .decode import canonical, common_suffix, decode_colour_mask, decode_mask, list_images, read_split
+from .paired import LabelTable, Pair, PairedDataset, preview
+from .voc2012 import voc_colour
+
+KEYS = (
+    "classes", "scored", "ignore_index", "void", "mean", "std", "rgb_masks", "void_color", "nearest", "mask_suffix",
+)  # fmt: skip
+CLASS_KEYS = ("name", "value", "color")
+APART = 64  # smallest difference of two values that `nearest` tells apart
+Colour = tuple[int, int, int]
+Table = Mapping[str, Any]
 
 
 class Folder(PairedDataset):
     """Your own pairs.
 
-    `classes` is the path of the YAML, by default ROOT/classes.yaml, or its content. `num_classes` and
-    `ignore_index` are what the rest of the configuration counts on: DatasetError where the table has others.
+    `classes` is the path of the YAML file, by default ROOT/classes.yaml, or its content. If `num_classes` or
+    `ignore_index` are given and differ from the table, DatasetError is raised.
     """
 
-    help_tree = layouts.FOLDER
+    help_tree = """\
+  mine/images/*.jpg, mine/masks/*.png                 pairs share a name; grey masks of class indices
+  mine/{train,val}.txt                                one name per line; or {images,masks}/{train,val}/
+  mine/classes.yaml                                   classes: [background, lesion]"""
 
     def __init__(
         self,
@@ -55,24 +71,16 @@ class Folder(PairedDataset):
         if classes is None or isinstance(classes, (str, Path)):
             path = Path(classes).expanduser() if classes else home / "classes.yaml"
             if not home.is_dir() or not path.is_file():
-                where = path if home.is_dir() else home
-                raise self.missing(f"{where} does not exist")
+                raise self.missing(f"{path if home.is_dir() else home} does not exist")
             classes = path
-        table, entries, source = read_classes(classes)
-        self.info = make_info(home.resolve().name, table, entries, source)
-        values = value_map(entries, self.info.ignore_index, source)
-        nearest = yes_or_no(table, "nearest", source)
-        self.table = label_table(to_nearest(entries, source) if nearest else values)
+        self.classes = read_class_table(home.resolve().name, classes)
+        self.info, self.table = self.classes.info, self.classes.labels
         for key, expected in (("num_classes", num_classes), ("ignore_index", ignore_index)):
             actual = getattr(self.info, key)
             if expected not in (None, actual):
-                raise DatasetError(f"{source} has {key} {actual}, not {expected}: set dataset.{key}={actual}")
-        self.rgb_masks = yes_or_no(table, "rgb_masks", source)
-        if self.rgb_masks and len(set(self.info.palette)) < self.info.num_classes:
-            raise DatasetError(f"{source}: two classes have one colour, by which rgb_masks tells them apart")
-        if self.rgb_masks and nearest:
-            raise DatasetError(f"{source}: nearest is for grey masks; leave out nearest or rgb_masks")
-        self.mask_suffix = ending(table, source)
+                raise DatasetError(
+                    f"{self.classes.source} has {key} {actual}, not {expected}. Fix: set dataset.{key}={actual}"
+                )
         super().__init__(home, split)
 
     def find_pairs(self) -> list[Pair]:
@@ -82,14 +90,15 @@ class Folder(PairedDataset):
             images, masks = images / self.split, masks / self.split
         if not (images.is_dir() and masks.is_dir()):
             raise self.missing(f"{self.root} has no folders {images} and {masks}")
+        ending = self.classes.mask_suffix
         found, drawn = list_images(images, below=True), list_images(masks, below=True)
-        drawn = {name.removesuffix(self.mask_suffix): path for name, path in drawn.items()}
-        if suffix := common_suffix(found, drawn):
+        names = [name.removesuffix(ending) for name in drawn.images]
+        if suffix := common_suffix(found.images, names):
             raise DatasetError(
-                f"{masks}: a mask's name is its image's with {suffix} at the end: "
-                f"add `mask_suffix: {suffix}` to classes.yaml"
+                f"{masks}: the name of a mask is the name of its image with {suffix} at the end. "
+                f"Fix: add `mask_suffix: {suffix}` to classes.yaml"
             )
-        pairs = self.match(found, drawn, masks, self.mask_suffix)
+        pairs = self.match_folders(found, drawn, masks, ending)
         if images.name == self.split:
             return pairs
         path = self.root / f"{self.split}.txt"
@@ -99,56 +108,300 @@ class Folder(PairedDataset):
                 f"`python scripts/prepare_data.py split {shlex.quote(str(self.root))}` writes split files"
             )
         known = {pair.name: pair for pair in pairs}
-
-        def name(line: str) -> str:  # as it is, if there is such an image: the end of case.1 is no suffix
+        listed = []
+        for line in read_split(path):
             bare = line.removesuffix(Path(line).suffix)
-            return bare if line not in known and bare in known else line
-
-        names, mask = map(name, read_split(path)), f"{self.mask_suffix}.png"
-        return [known.get(n, Pair(n, images / f"{n}.jpg", masks / f"{n}{mask}")) for n in names]
+            name = bare if line not in known and bare in known else line  # the end of "case.1" is no suffix
+            missing = Pair(name, images / f"{name}.jpg", masks / f"{name}{ending}.png")
+            listed.append(known.get(name, missing))
+        return listed
 
     def read_mask(self, path: Path) -> np.ndarray:
         """Return the mask (H, W) uint8 as class indices.
 
-        Raises DatasetError naming labels or colours that are not in the table.
+        Raises DatasetError that names the labels or colours that are not in the table.
         """
-        if not self.rgb_masks:
-            return self.encode(decode_mask(path), path)
-        colours = decode_image(path).astype(np.uint32)
-        codes = colours[..., 0] << 16 | colours[..., 1] << 8 | colours[..., 2]
+        if self.classes.rgb_masks:
+            return self._by_colour(decode_colour_mask(path), path)
+        raw = decode_mask(path)
+        mask = self.encode(raw, path)
+        if self.classes.nearest and (mask == mask.flat[0]).all() and (raw != self._value(mask.flat[0])).any():
+            low, high = self.classes.nearest
+            raise DatasetError(
+                f"{path} holds labels {raw.min()}..{raw.max()}, all nearer to one of the values {low} and {high}, so "
+                "that a class would vanish. Fix: in classes.yaml give each class the `value` that the masks hold"
+            )
+        return mask
+
+    def _value(self, label: int) -> int:
+        """Return the value of a class in masks that are read with `nearest`."""
+        return next(raw for raw in self.classes.nearest or () if self.table.mapping[raw] == label)
+
+    def _by_colour(self, colours: np.ndarray, path: Path) -> np.ndarray:
+        codes = colours.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
         mask = np.full(codes.shape, self.info.ignore_index, dtype=np.uint8)
         left = np.ones(codes.shape, dtype=bool)
-        for index, (red, green, blue) in enumerate(self.info.palette):
+        void = [(self.info.ignore_index, colour) for colour in self.classes.void_colours]
+        for index, (red, green, blue) in [*enumerate(self.info.palette), *void]:
             here = codes == (red << 16 | green << 8 | blue)
             mask[here] = index
             left &= ~here
         if left.any():
             unknown = [f"#{code:06x}" for code in np.unique(codes[left])[:4]]
             raise DatasetError(
-                f"{path} has colours of no class ({', '.join(unknown)}): complete classes.yaml"
+                f"{path} has colours that are not in the table ({', '.join(unknown)}). "
+                "Fix: add them to classes.yaml, as the `color` of a class or as `void_color`"
             )
         return mask
 
     def remedy(self, unknown: list[int]) -> str:
-        """Return what to do about labels outside the table."""
+        """Return how to fix labels that are not in the table."""
+        known = sorted(raw for raw, label in self.table.mapping.items() if label < self.info.num_classes)
         if self.info.num_classes == 19 and max(unknown) <= 33:
-            return "these look like Cityscapes label ids where train ids are needed: use dataset=cityscapes"
+            return "these look like Cityscapes label ids, but train ids are needed: use dataset=cityscapes"
         if unknown == [255]:
-            return "in classes.yaml, add `value: 255` to the class that it stands for, or `ignore_index: 255` for void"
-        known = [raw for raw in range(256) if self.table[raw] < self.info.num_classes]
-        blurred = "; or, as a JPEG or resizing blurs labels, add `nearest: true`" if len(known) == 2 else ""
-        return f"the table has {preview(known)}; mend the mask (a JPEG cannot hold labels) or classes.yaml{blurred}"
+            return (
+                "in classes.yaml, add `value: 255` to the class that it means, or `void: 255` if it is void"
+            )
+        if unknown == [0]:
+            return f"in classes.yaml, add `void: [0, 255]` if 0 is void; the table has {preview(known)}"
+        if unknown == [1] and known == [0, 255]:
+            return "the table has 0, 255, but the masks hold 0 and 1: remove `value: 255` from classes.yaml"
+        blurred = len(known) == 2 and known[1] - known[0] >= APART and len(unknown) > 2
+        more = "; or, because a JPEG or resizing blurs labels, add `nearest: true`" if blurred else ""
+        return f"the table has {preview(known)}: correct the mask (a JPEG cannot hold labels) or classes.yaml{more}"
 
     def faults_as_a_whole(self) -> list[str]:
-        """Return that masks hold 0 and void only, where they do: void then stands for a class."""
-        void, seen = self.info.ignore_index, set[int]()
-        for mask in readable([pair.mask for pair in self.pairs], self.read_mask):
-            seen |= set(np.unique(mask).tolist())
-            if not seen <= {0, void}:
-                return []
-        if seen != {0, void} or self.info.num_classes < 2:
-            return []
-        first = self.pairs[0].mask
+        """Return that masks hold 0 and void only: void is then the value of a class."""
+        void = self.classes.void
+        if void is None or self.labels_seen() != {0, self.info.ignore_index} or self.info.num_classes < 2:
+            return super().faults_as_a_whole()
         return [
-            f"{first} and the others hold 0 and {void} (void) only: add `value: {void}` to its class in classes.yaml"
+            f"{self.pairs[0].mask} and the others hold 0 and {void} (void) only. "
+            f"Fix: add `value: {void}` to its class in classes.yaml"
         ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# classes.yaml
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The content of classes.yaml."""
+
+    source: str  # how messages call it
+    info: DatasetInfo
+    labels: LabelTable
+    void: int | None  # the number of void, if the table does not list several
+    nearest: tuple[int, int] | None
+    rgb_masks: bool
+    void_colours: tuple[Colour, ...]
+    mask_suffix: str
+
+
+def read_class_table(name: str, classes: str | Path | Table | Sequence[Any]) -> ClassTable:
+    """Return the table of classes of a data set called `name`.
+
+    `classes` is the path of a YAML file, or the content of such a file.
+
+    Raises DatasetError if a key or a value cannot be used, or if two contradict each other.
+    """
+    if isinstance(classes, (str, Path)):
+        source = str(classes)
+        try:
+            content = read_yaml(Path(classes))
+        except UserError as error:
+            raise DatasetError(str(error)) from error
+    else:
+        source, content = "classes", classes
+    table = _as_table(content, source)
+    entries = [_as_entry(item, source) for item in table["classes"]]
+    rgb, nearest = _switch(table, "rgb_masks", source), _switch(table, "nearest", source)
+    if rgb and nearest:
+        raise DatasetError(f"{source}: nearest is for grey masks. Fix: remove nearest or rgb_masks")
+    ignore_index, void = _void(table, source)
+    void_colours = _void_colours(table, rgb, source)
+    if rgb and len(entries) > 1 and _claims(entries[-1], void):  # void, written as a class for its colour
+        last = entries.pop()
+        given = last.get("color", voc_colour(len(entries)))
+        void_colours.append(_colour(given, f"the color of class {last['name']!r}", source))
+    if rgb and any(_claims(entry, void) for entry in entries):
+        raise DatasetError(
+            f"{source}: a class of rgb_masks has the value of void. Fix: use `void_color` for it"
+        )
+    values = _values(entries, source)
+    if "void" not in table:
+        if ignore_index < len(entries) and not rgb and ignore_index not in values:
+            ignore_index = 255  # a number in the masks; the index of void must not be the index of a class
+        void = [raw for raw in void if raw not in values]
+    for raw in () if rgb else void:
+        if raw in values:
+            raise DatasetError(
+                f"{source}: {raw} is void and the value of class {entries[values[raw]]['name']!r}. "
+                "Fix: give each class its `value`, such as {name: wall, value: 1}"
+            )
+    info = _info(name, table, entries, ignore_index, source)
+    if rgb:
+        colours = [*info.palette, *void_colours]
+        if len(set(colours)) < len(colours):
+            raise DatasetError(
+                f"{source}: two classes, or a class and void, have one colour. Fix: change one"
+            )
+    mapping = {**dict.fromkeys(void, ignore_index), **values}
+    if nearest:
+        if "void" in table:
+            raise DatasetError(f"{source}: nearest leaves no void. Fix: remove void or nearest")
+        mapping = _nearest(values, source)
+    suffix = table.get("mask_suffix", "")
+    if not isinstance(suffix, str):
+        raise DatasetError(f"{source}: mask_suffix={suffix!r} is invalid: expected a text, such as _mask")
+    two = (min(values), max(values)) if nearest else None
+    single = ignore_index if "void" not in table and ignore_index in void else None
+    return ClassTable(
+        source, info, LabelTable(mapping), single, two, rgb, tuple(void_colours), canonical(suffix)
+    )
+
+
+def _as_table(content: Any, source: str) -> Table:
+    """Return the table of classes, also if only a list of names or {index: name} is given."""
+    if isinstance(content, Mapping) and "classes" not in content and all(isinstance(k, int) for k in content):
+        content = [content[k] for k in sorted(content)]
+    table = content if isinstance(content, Mapping) else {"classes": content}
+    unknown = [str(key) for key in table if key not in KEYS]
+    if unknown:
+        raise DatasetError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(KEYS)}")
+    names = table.get("classes")
+    if isinstance(names, Mapping) and all(isinstance(k, int) for k in names):
+        return {**table, "classes": [names[k] for k in sorted(names)]}
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise DatasetError(f"{source}: `classes` must be a list of names, such as [background, lesion]")
+    return table
+
+
+def _as_entry(item: Any, source: str) -> dict[str, Any]:
+    """Return a class as a mapping with a name."""
+    entry = dict(item) if isinstance(item, Mapping) else {"name": item}
+    if "name" not in entry or not set(entry) <= set(CLASS_KEYS):
+        raise DatasetError(f"{source}: a class has a name and, if needed, a value and a color; got {entry}")
+    if type(entry["name"]) not in (str, int, float):
+        raise DatasetError(f"{source}: the name of a class is {entry['name']!r}. Fix: put the name in quotes")
+    return {**entry, "name": str(entry["name"])}
+
+
+def _info(
+    name: str, table: Table, entries: list[dict[str, Any]], ignore_index: int, source: str
+) -> DatasetInfo:
+    first_is_background = entries[0]["name"].lower() == "background" and len(entries) > 1
+    scored = table.get("scored", [*range(int(first_is_background), len(entries))])
+    if not (_is_list(scored, int) and len(scored)):
+        raise DatasetError(
+            f"{source}: scored={scored!r} is invalid: expected indices of classes, such as [1, 2]"
+        )
+    colours = [entry.get("color", voc_colour(k)) for k, entry in enumerate(entries)]
+    palette = [
+        _colour(value, f"the color of class {entry['name']!r}", source)
+        for value, entry in zip(colours, entries, strict=True)
+    ]
+    mean, std = (_triple(table, key, getattr(DatasetInfo, key), source) for key in ("mean", "std"))
+    classes = tuple(entry["name"] for entry in entries)
+    try:
+        return DatasetInfo(name, classes, tuple(palette), tuple(scored), ignore_index, mean, std)
+    except ValueError as error:
+        raise DatasetError(f"{source}: {error}") from None
+
+
+def _void(table: Table, source: str) -> tuple[int, list[int]]:
+    """Return the index of void, and its numbers in the masks."""
+    ignore_index = table.get("ignore_index", 255)
+    if type(ignore_index) is not int or not 0 <= ignore_index <= 255:
+        raise DatasetError(
+            f"{source}: ignore_index={ignore_index!r} is invalid: expected a whole number in 0..255"
+        )
+    void = table.get("void", ignore_index)
+    listed = [void] if type(void) is int else void
+    if not _is_list(listed, int) or not all(0 <= raw <= 255 for raw in listed):
+        raise DatasetError(
+            f"{source}: void={void!r} is invalid: expected numbers in 0..255, such as [0, 255]"
+        )
+    return ignore_index, list(listed)
+
+
+def _void_colours(table: Table, rgb: bool, source: str) -> list[Colour]:
+    given = table.get("void_color", [])
+    if given and not rgb:
+        raise DatasetError(f"{source}: void_color is for RGB masks. Fix: set rgb_masks: true, or use void")
+    one = _is_list(given, int) and len(given) > 0
+    several = [given] if one or isinstance(given, str) or not isinstance(given, Sequence) else given
+    return [_colour(value, "void_color", source) for value in several]
+
+
+def _triple(table: Table, key: str, default: Any, source: str) -> tuple[float, float, float]:
+    """Return a number for each of R, G and B: a mean from 0 to 1, or a standard deviation above 0."""
+    values = table.get(key, default)
+    if _is_list(values, int, float) and len(values) == 3:
+        red, green, blue = (float(value) for value in values)
+        if all(math.isfinite(x) and 0 <= x <= 1 and (x > 0 or key == "mean") for x in (red, green, blue)):
+            return red, green, blue
+    above = "from 0 to 1" if key == "mean" else "above 0, at most 1"
+    raise DatasetError(
+        f"{source}: {key}={values!r} is invalid: expected three numbers {above}, as `stats` prints them"
+    )
+
+
+def _colour(value: Any, name: str, source: str) -> Colour:
+    if not (_is_list(value, int) and len(value) == 3 and all(0 <= channel <= 255 for channel in value)):
+        raise DatasetError(f"{source}: {name} is {value!r}: expected three numbers from 0 to 255")
+    red, green, blue = value
+    return red, green, blue
+
+
+def _values(entries: list[dict[str, Any]], source: str) -> dict[int, int]:
+    """Return raw value -> class.
+
+    Raises DatasetError if a value has two classes, or is not one of 0..255.
+    """
+    mapping: dict[int, int] = {}
+    for index, entry in enumerate(entries):
+        for raw in _listed(entry.get("value", index)):
+            if not (type(raw) is int and 0 <= raw <= 255) or raw in mapping:
+                raise DatasetError(
+                    f"{source}: value {raw} of class {entry['name']!r} must be new and in 0..255"
+                )
+            mapping[raw] = index
+    return mapping
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _claims(entry: Mapping[str, Any], void: list[int]) -> bool:
+    """Whether a class has a number of void for its explicit value."""
+    return any(value in void for value in _listed(entry.get("value", [])))
+
+
+def _nearest(values: dict[int, int], source: str) -> dict[int, int]:
+    """Return raw value -> class, where each of 0..255 takes the nearer of two values.
+
+    Raises DatasetError for more values: between 0 and 255, a blurred edge would pass through the third.
+    """
+    known = sorted(values)
+    if len(known) != 2 or known[1] - known[0] < APART:
+        raise DatasetError(
+            f"{source}: nearest tells two values apart, such as 0 and 255, but the classes have "
+            f"{', '.join(map(str, known[:6]))}. Fix: name their values, or remove nearest"
+        )
+    return {raw: values[min(known, key=lambda k: abs(k - raw))] for raw in range(256)}
+
+
+def _switch(table: Table, key: str, source: str) -> bool:
+    value = table.get(key, False)
+    if not isinstance(value, bool):
+        raise DatasetError(f"{source}: {key}={value!r} is invalid: expected true or false")
+    return value
+
+
+def _is_list(values: Any, *kinds: type) -> bool:
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    return listed and all(type(value) in kinds for value in values)

@@ -6,12 +6,11 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from . import layouts
-from .base import DatasetInfo
-from .decode import load, open_image
-from .files import Pair, PairedDataset
-from .listing import list_images, read_split
+from .base import DatasetError, DatasetInfo
+from .decode import UPRIGHT, is_deep, list_images, load_image, read_split, turned
+from .paired import Pair, PairedDataset
 
 INFO = DatasetInfo(
     name="kvasir_seg",
@@ -23,13 +22,15 @@ INFO = DatasetInfo(
 )
 VAL_FRACTION = 0.12  # 880 / 120 of the 1000 images, the sizes usually published with the data set
 SPLIT_SEED = 0
+THRESHOLD = 127  # a pixel above it is polyp
+MAX_GREY_SHARE = 1 / 3  # of the pixels that are not dark; the released masks have less than 1 %
 
 
 def default_split(stems: list[str], seed: int = SPLIT_SEED) -> dict[str, list[str]]:
     """Return the pinned split {"train", "val"} of the released images.
 
-    An image's place depends on its name alone, through a hash: the same on every machine and in every version
-    of Python and of random number generators. The authors' own split is not published.
+    A hash of its name decides in which split an image is. The result is therefore the same on every machine and in
+    every version of Python. The authors' own split is not published.
     """
     ranked = sorted(stems, key=lambda stem: hashlib.sha256(f"{seed}/{stem}".encode()).hexdigest())
     held_out = round(len(stems) * VAL_FRACTION)
@@ -39,42 +40,41 @@ def default_split(stems: list[str], seed: int = SPLIT_SEED) -> dict[str, list[st
 class KvasirSEG(PairedDataset):
     """Kvasir-SEG as released, with split files, or in the layout of the paper's authors.
 
-    `dithered_masks` converts the JPEG masks to one bit with Floyd-Steinberg dithering, as the paper's
-    experiments did; otherwise a pixel is polyp above 127.
+    `dithered_masks` converts the JPEG masks to one bit with Floyd-Steinberg dithering, as the paper's experiments
+    did. Otherwise a pixel above 127 is polyp. Masks stored as 0 and 1 are read as such.
     """
 
     info = INFO
-    help_tree = layouts.KVASIR_SEG
+    help_tree = """\
+  Kvasir-SEG/images/*.jpg, Kvasir-SEG/masks/*.jpg               as released; split 880 / 120 by name, or by
+  Kvasir-SEG/{train,val,test}.txt                               one name per line, or instead of these three
+  Kvasir-SEG/{images,masks}_split/{train,val}/jpg_{images,masks}/*.jpg
+  from https://datasets.simula.no/kvasir-seg/ ; for research and education, citing Jha et al., MMM 2020."""
 
     def __init__(self, root: str | Path, split: str, dithered_masks: bool = False) -> None:
         self.dithered_masks = dithered_masks
         super().__init__(root, split)
 
     def find_pairs(self) -> list[Pair]:
-        """Return the pairs of whichever layout is there."""
+        """Return the pairs of the layout that is there."""
         if (self.root / "images_split").is_dir():
-            return self.split_tree()
-        folders = self.root / "images", self.root / "masks"
-        if not all(folder.is_dir() for folder in folders):
-            raise self.missing(f"{self.root} holds neither images/ with masks/ nor images_split/")
-        images, masks = map(list_images, folders)
-        pairs = {pair.name: pair for pair in self.match(images, masks, folders[1])}
-        chosen = self.stems(list(images))
+            images = self.root / "images_split" / self.split / "jpg_images"
+            masks = self.root / "masks_split" / self.split / "jpg_masks"
+            if not (images.is_dir() and masks.is_dir()):
+                raise self.missing(f"split {self.split!r} has no folders {images} and {masks}")
+            return self.match_folders(list_images(images), list_images(masks), masks)
+        images, masks = self.root / "images", self.root / "masks"
+        if not (images.is_dir() and masks.is_dir()):
+            raise self.missing(f"{self.root} has neither images/ with masks/ nor images_split/")
+        released = list_images(images)
+        pairs = {pair.name: pair for pair in self.match_folders(released, list_images(masks), masks)}
         return [
-            pairs.get(stem, Pair(stem, folders[0] / f"{stem}.jpg", folders[1] / f"{stem}.jpg"))
-            for stem in chosen
+            pairs.get(stem, Pair(stem, images / f"{stem}.jpg", masks / f"{stem}.jpg"))
+            for stem in self.stems(list(released.images))
         ]
 
-    def split_tree(self) -> list[Pair]:
-        """Return the pairs of the authors' layout, a folder per split."""
-        images = self.root / "images_split" / self.split / "jpg_images"
-        masks = self.root / "masks_split" / self.split / "jpg_masks"
-        if not (images.is_dir() and masks.is_dir()):
-            raise self.missing(f"split {self.split!r} has no folders {images} and {masks}")
-        return self.match(list_images(images), list_images(masks), masks)
-
     def stems(self, released: list[str]) -> list[str]:
-        """Return the names of this split: from its file, or by the pinned split where there are no files."""
+        """Return the names of this split: from its file, or from the pinned split if there are no files."""
         path = self.root / f"{self.split}.txt"
         if path.is_file():
             return [line.removesuffix(".jpg") for line in read_split(path)]
@@ -87,8 +87,36 @@ class KvasirSEG(PairedDataset):
         return split[self.split]
 
     def read_mask(self, path: Path) -> np.ndarray:
-        """Return the mask (H, W) uint8: 1 for polyp."""
-        image = load(open_image(path), path)
+        """Return the mask (H, W) uint8: 1 for polyp.
+
+        Raises DatasetError for masks that are neither black and white nor 0 and 1.
+        """
+        stored = load_image(path)
+        image = turned(stored.image, UPRIGHT, stored.orientation)
+        if is_deep(image.mode) or (image.mode in ("RGBA", "LA") and image.getextrema()[-1] != (255, 255)):
+            raise DatasetError(
+                f"{path} is not an opaque mask of 8 bits (mode {image.mode}). Fix: save it as a grey image of 0 and 255"
+            )
+        grey = np.asarray(image.convert("L"))
+        bright = int((grey > THRESHOLD).sum())
+        if not bright:
+            return self._zero_one(image, grey, stored.format, path)
+        middle, light = int(((grey >= 64) & (grey < 192)).sum()), int((grey >= 64).sum())
+        if middle > MAX_GREY_SHARE * light:
+            raise DatasetError(
+                f"{path} has many grey pixels, but black and white are expected. "
+                "Fix: save it as a grey image of 0 and 255"
+            )
         if self.dithered_masks:
             return np.array(image.convert("1"), dtype=np.uint8)
-        return (np.asarray(image.convert("L")) > 127).view(np.uint8)
+        return (grey > THRESHOLD).view(np.uint8)
+
+    def _zero_one(self, image: Image.Image, grey: np.ndarray, kind: str | None, path: Path) -> np.ndarray:
+        """Return a mask without a bright pixel: all black, or indices 0 and 1. Dark grey is not guessed at."""
+        indices = np.asarray(image) if image.mode == "P" else grey
+        if int(indices.max()) > 1 or (kind == "JPEG" and indices.any()):
+            raise DatasetError(
+                f"{path} has no pixel above {THRESHOLD}; its largest value is {indices.max()}. Black and white, or 0 "
+                "and 1, are expected. Fix: save it as a grey image of 0 and 255"
+            )
+        return indices.astype(np.uint8)

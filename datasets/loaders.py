@@ -1,25 +1,131 @@
-"""Seeded, resumable, sharded loading: the batches depend on (seed, epoch, index) and on nothing else.
+"""Seeded, resumable, sharded loading. The batches depend on (seed, epoch, index) only.
 
-Not on the number of workers, not on where an epoch was resumed, and the random state of the caller is left
-alone.
+They do not depend on the number of workers nor on where an epoch was resumed. The caller's random state is not changed.
+
+Shapes: N images of a batch, H and W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import hashlib
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NoAnswer
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from .base import DatasetError, SegmentationDataset
-from .batches import Batch, Key, Reader, Transform, collate, seed_of
-from .workers import DEATHS, first_line, hide_lost_connections, lost
+from configs.errors import UserError
+
+from .base import DatasetError, Sample, SegmentationDataset
 
 NO_EPOCH = -1  # evaluation draws nothing at random
+PATIENCE = 10.0  # seconds after `timeout` for a batch that a worker has begun to hand over
+Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Batch(NamedTuple):
+    """Images of one size, with their targets."""
+
+    images: Tensor  # (N, 3, H, W) float32, normalised
+    targets: Tensor  # (N, H', W') int64; H', W' differ from H, W only in evaluation
+    names: list[str]
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class Key:
+    """The image and the epoch that a worker is asked for."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The answer of a worker to a key: a sample, or the reasons why there is none."""
+
+    index: int
+    sample: Sample | None
+    faults: list[tuple[str, str]]  # (name, message) of images that could not be read
+
+
+def seed_of(*parts: int) -> int:
+    """Return a seed made from a few integers, the same on every machine."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+
+
+class Reader(Dataset):
+    """Read and transform one image per key, each with its own random numbers."""
+
+    def __init__(
+        self, dataset: SegmentationDataset, transform: Transform, seed: int, substitute: bool
+    ) -> None:
+        self.dataset, self.transform, self.seed, self.substitute = dataset, transform, seed, substitute
+
+    def __getitem__(self, key: Key) -> Loaded:
+        """Return the sample of a key. A DatasetError is returned as text; anything else is a bug and raised.
+
+        With `substitute`, the next readable image replaces one that cannot be read.
+        """
+        total, faults = len(self.dataset), list[tuple[str, str]]()
+        for step in range(total if self.substitute else 1):
+            index = (key.index + step) % total
+            name = self.dataset.names[index]
+            try:
+                return Loaded(index, self.sample(key.epoch, index, name), faults)
+            except DatasetError as error:
+                faults.append((name, str(error)))
+        return Loaded(key.index, None, faults)
+
+    def sample(self, epoch: int, index: int, name: str) -> Sample:
+        image, mask = self.dataset.read(index)
+        # torch.manual_seed would seed the accelerators too, and with them the network's dropout.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+            return Sample(*self.transform(image, mask), name)
+
+
+def collate(loaded: list[Loaded]) -> tuple[list[Batch], list[tuple[str, str]]]:
+    """Return the samples as batches of one size each, in order, and the faults."""
+    faults = [fault for item in loaded for fault in item.faults]
+    runs: list[list[tuple[int, Sample]]] = []
+    for item in loaded:
+        if item.sample is None:
+            continue
+        if not runs or shapes(runs[-1][0][1]) != shapes(item.sample):
+            runs.append([])
+        runs[-1].append((item.index, item.sample))
+    return [stack(run) for run in runs], faults
+
+
+def shapes(sample: Sample) -> tuple[torch.Size, torch.Size]:
+    """Return the shapes that must agree within a batch."""
+    return sample.image.shape, sample.target.shape
+
+
+def stack(run: list[tuple[int, Sample]]) -> Batch:
+    """Return samples of one size as a batch."""
+    samples = [sample for _, sample in run]
+    return Batch(
+        torch.stack([sample.image for sample in samples]),
+        torch.stack([sample.target for sample in samples]),
+        [sample.name for sample in samples],
+        [index for index, _ in run],
+    )
 
 
 class Plan:
-    """The keys of the coming epoch, batch by batch; `DataLoader` iterates over it anew for each epoch."""
+    """The keys of the next epoch, batch by batch. `DataLoader` iterates over it once per epoch."""
 
     def __init__(self) -> None:
         self.batches: list[list[Key]] = []
@@ -32,7 +138,7 @@ class Plan:
 
 
 class Loader:
-    """What training and evaluation share: workers, their failures, and the list of images left out."""
+    """The part shared by training and evaluation: workers, their failures, and the list of skipped images."""
 
     def __init__(
         self,
@@ -50,16 +156,18 @@ class Loader:
         substitute: bool,
     ) -> None:
         if batch_size < 1 or num_workers < 0:
-            raise ValueError(f"batch_size={batch_size}, num_workers={num_workers}: at least 1 and 0")
+            raise UserError(
+                f"batch_size={batch_size}, num_workers={num_workers} are invalid: expected >= 1 and >= 0"
+            )
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is not one of 0..{world_size - 1}")
+            raise UserError(f"rank={rank} is invalid: expected 0..{world_size - 1}")
         if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r}: choose raise or skip")
+            raise UserError(f"on_error={on_error!r} is invalid: expected raise or skip")
         self.dataset, self.transform, self.batch_size, self.seed = dataset, transform, batch_size, seed
         self.rank, self.world_size, self.on_error, self.timeout = rank, world_size, on_error, timeout
         self.num_workers = num_workers
-        self.skipped: dict[str, str] = {}  # name -> why it was left out
-        self._started = False  # whether there are loader processes
+        self.skipped: dict[str, str] = {}  # name -> why it was skipped
+        self._started = False  # whether worker processes exist
         self._plan = Plan()
         self._loader: DataLoader = DataLoader(
             Reader(dataset, transform, seed, substitute and on_error == "skip"),
@@ -69,42 +177,45 @@ class Loader:
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             timeout=timeout if num_workers else 0,
-            worker_init_fn=hide_lost_connections if num_workers else None,
+            worker_init_fn=_hide_lost_connections if num_workers else None,
             generator=torch.Generator().manual_seed(seed_of(seed)),  # otherwise the global one is drawn from
         )
 
     def _batches(self, plan: list[list[Key]]) -> Iterator[Batch]:
         """Yield the planned batches, split where sizes change.
 
-        Raises DatasetError for an image that cannot be read (on_error="raise"), ChildProcessError where a
-        worker died or stalled.
+        Raises DatasetError for an image that cannot be read (on_error="raise"), ChildProcessError if a worker died
+        or did not answer.
         """
         self._plan.batches = plan
+        if not self.num_workers:
+            for batches, faults in self._loader:
+                self._note(faults)
+                yield from batches
+            return
+        # A thread waits for the workers: one that is frozen while it hands over a tensor blocks whoever waits.
+        waiting, limit = ThreadPoolExecutor(1, "batches"), self.timeout + PATIENCE if self.timeout else None
         try:
-            if self._started:  # the processes of the epoch before are asked, and waited for
-                with DEATHS.told():
-                    iterator = iter(self._loader)
-            else:
-                DEATHS.check()
-                iterator = iter(self._loader)
-            self._started = self.num_workers > 0
-            if self.num_workers:
-                DEATHS.watch()
+            # The first time in the main thread: otherwise torch does not watch its workers.
+            start = partial(iter, self._loader)
+            iterator = waiting.submit(start).result(limit) if self._started else start()
+            self._started = True
             while True:
-                with DEATHS.told():
-                    batches, faults = next(iterator, (None, []))
+                batches, faults = waiting.submit(next, iterator, (None, [])).result(limit)
                 if batches is None:
                     return
                 self._note(faults)
                 yield from batches
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if not (self.num_workers and lost(error)):
+        except (RuntimeError, ConnectionError, EOFError, NoAnswer) as error:
+            if not _is_lost_worker(error):
                 raise
-            DEATHS.end_all()
+            _kill_workers()
             raise ChildProcessError(
-                f"a loader process died, or gave nothing for {self.timeout:g} s ({first_line(error)}): "
-                "see whether memory or /dev/shm ran out, or set num_workers=0"
+                f"a loader process died, or gave no batch for {self.timeout:g} s ({_first_line(error)}). "
+                "Fix: check whether memory or /dev/shm ran out, or set num_workers=0"
             ) from None
+        finally:
+            waiting.shutdown(wait=False)
 
     def _note(self, faults: list[tuple[str, str]]) -> None:
         if faults and self.on_error == "raise":
@@ -115,11 +226,10 @@ class Loader:
 
 
 class TrainLoader(Loader):
-    """Shuffled, augmented batches of training.
+    """Shuffled, augmented batches for training.
 
-    `batch_size` counts the images of all processes together; each of `world_size` gets its slice of every
-    batch. With on_error="skip" the next readable image takes the place of one that cannot be read, and
-    `skipped` lists it.
+    `batch_size` counts the images of all processes together; each of `world_size` processes gets its slice of every
+    batch. With on_error="skip" the next readable image replaces one that cannot be read, and `skipped` lists it.
     """
 
     def __init__(
@@ -154,9 +264,9 @@ class TrainLoader(Loader):
         if drop_last and self._sizes[-1] < batch_size:
             self._sizes.pop()
         if not self._sizes or self._sizes[-1] < world_size:
-            raise ValueError(
-                f"{total} images in batches of {batch_size} leave a last batch of {total % batch_size} for "
-                f"{world_size} processes: choose another batch_size, or drop_last if another batch remains"
+            raise UserError(
+                f"batch_size={batch_size} is invalid: {total} images leave a last batch of {total % batch_size} for "
+                f"{world_size} processes. Fix: choose another batch_size, or drop_last if another batch remains"
             )
 
     def __len__(self) -> int:
@@ -171,7 +281,7 @@ class TrainLoader(Loader):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield this process's part of an epoch's batches, from `start_step`; nothing before it is read.
 
-        Raises DatasetError where images cannot be read, or are of unlike sizes for want of a crop.
+        Raises DatasetError if images cannot be read, or if their sizes differ and there is no crop.
         """
         order, plan, start = self.order(epoch), [], 0
         for size in self._sizes:
@@ -182,7 +292,7 @@ class TrainLoader(Loader):
         for keys, batch in zip(plan, self._batches(plan), strict=True):
             if len(batch.names) < len(keys):
                 raise DatasetError(
-                    f"images of unlike sizes in a batch, such as {batch.names[0]}: set dataset.crop"
+                    f"images of different sizes in a batch, such as {batch.names[0]}. Fix: set dataset.crop"
                 )
             yield batch
 
@@ -190,11 +300,10 @@ class TrainLoader(Loader):
 class EvalLoader(Loader):
     """Every image once, in order, sharded without padding: rank r has the batches r, r + world_size, ...
 
-    The batches are those of one process, so that every probability is, to the last bit: convolutions round differently
-    in batches of another size.
+    The batches are the same as with one process, because convolutions round differently in batches of another size.
 
-    Images and targets of one batch have one size; where sizes change a batch ends early. With on_error="skip"
-    an image that cannot be read is left out, and `skipped` lists it.
+    Images and targets of one batch have one size; a batch ends early when the size changes. With on_error="skip"
+    an image that cannot be read is skipped, and `skipped` lists it.
     """
 
     def __init__(
@@ -227,7 +336,7 @@ class EvalLoader(Loader):
 
     @property
     def num_images(self) -> int:
-        """How many images this process has. The number of batches shows only when their sizes are known."""
+        """The number of images of this process. The number of batches depends on their sizes."""
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -235,3 +344,52 @@ class EvalLoader(Loader):
         yield from self._batches(
             [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures of worker processes
+
+
+def _hide_lost_connections(_worker: int) -> None:
+    """In a worker, print no traceback if the parent ends the connection, as it does when it fails.
+
+    Faults of images are raised in the parent; only threads of multiprocessing print here.
+    """
+    shown = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            shown(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _is_lost_worker(error: Exception) -> bool:
+    """Whether an error says that a worker is dead or silent.
+
+    A worker can be killed while the parent fetches a tensor from it over a connection. An error inside a worker is
+    different: its message begins with "Caught ... in DataLoader worker process".
+    """
+    text = _first_line(error)
+    return (
+        text.startswith("DataLoader") if isinstance(error, RuntimeError) else not text.startswith("Caught ")
+    )
+
+
+def _kill_workers() -> None:
+    """Kill the workers that are left: one that missed a SIGTERM would be waited for at exit.
+
+    torch raises RuntimeError in its handler of SIGCHLD when they end, here or while `join` waits.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            with contextlib.suppress(RuntimeError):
+                process.kill()
+                process.join(5)
+            with contextlib.suppress(RuntimeError):
+                process.join(5)
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if the message is empty."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from configs.errors import UserError
+
 from .base import DatasetInfo, SegmentationDataset, digest
 
 VERSION = 1  # enters the fingerprint; raise it when the drawing changes
@@ -62,13 +64,13 @@ class Synthetic(SegmentationDataset):
         seed: int = 0,
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"Synthetic has no split {split!r}: choose one of {', '.join(SPLITS)}")
+            raise UserError(f"split={split!r} is invalid: expected one of {', '.join(SPLITS)}")
         counts = NUM_IMAGES if num_images is None else num_images
         count = int(counts[split]) if isinstance(counts, Mapping) else int(counts)
         if not 2 <= num_classes <= len(CLASSES):
-            raise ValueError(f"num_classes={num_classes}: Synthetic draws 2 to {len(CLASSES)} classes")
+            raise UserError(f"num_classes={num_classes} is invalid: expected 2 to {len(CLASSES)}")
         if count < 1 or size < 8:
-            raise ValueError(f"num_images={count}, size={size}: at least 1 image of 8 pixels a side")
+            raise UserError(f"num_images={count}, size={size} are invalid: expected >= 1 and >= 8")
         self.split, self.size, self.seed = split, size, seed
         self.names = [f"{split}_{index:05d}" for index in range(count)]
         self.info = DatasetInfo(

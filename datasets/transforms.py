@@ -10,23 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import grid_sample
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from .legacy import centre_crop
+from configs.errors import UserError
 
 Size = int | Sequence[int]
 Window = tuple[int, int, int, int]  # top, left, height, width
 
 
 def require_pair(image: Tensor, mask: Tensor) -> None:
-    """Refuse plain tensors: torchvision passes them through, and the pair would lose its alignment.
+    """Reject plain tensors: torchvision passes them through, and the pair would lose its alignment.
 
-    Raises TypeError for anything but an Image and a Mask, ValueError where their sizes differ.
+    Raises TypeError for anything but an Image and a Mask, UserError if their sizes differ.
     """
     if not (isinstance(image, tv_tensors.Image) and isinstance(mask, tv_tensors.Mask)):
         raise TypeError(
@@ -34,7 +36,7 @@ def require_pair(image: Tensor, mask: Tensor) -> None:
             "wrap the image and the mask"
         )
     if image.shape[-2:] != mask.shape[-2:]:
-        raise ValueError(
+        raise UserError(
             f"image is {tuple(image.shape[-2:])} and mask {tuple(mask.shape[-2:])}: bring them to one size"
         )
 
@@ -47,14 +49,12 @@ def as_size(size: Size) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
     good = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(k, int) and k > 0 for k in pair)
     if not good:
-        raise ValueError(
-            f"size {size}: give one side in pixels, or [height, width] (dataset.crop or .resize)"
-        )
+        raise UserError(f"size {size}: give one side in pixels, or [height, width] (dataset.crop or .resize)")
     return pair[0], pair[1]
 
 
 def check_size(size: Size | None) -> Size | None:
-    """Return the size as it is, or raise ValueError where it is none."""
+    """Return the size unchanged, or raise UserError if it is invalid."""
     if size is not None:
         as_size(size)
     return size
@@ -152,9 +152,9 @@ class TrainTransform:
         label_fill: int = 255,
     ) -> None:
         if not (isinstance(rotate, int) and 0 <= rotate <= 180):
-            raise ValueError(f"rotate={rotate}: give the largest angle in whole degrees, 0 to 180")
+            raise UserError(f"rotate={rotate} is invalid: expected whole degrees, 0 to 180")
         if not 0 <= flip <= 1:
-            raise ValueError(f"flip={flip}: give a probability, 0 to 1")
+            raise UserError(f"flip={flip} is invalid: expected a probability, 0 to 1")
         self.normalise = Normalise(mean, std)
         self.crop = None if crop is None else as_size(crop)
         self.resize, self.rotate, self.flip, self.label_fill = check_size(resize), rotate, flip, label_fill
@@ -207,7 +207,7 @@ class EvalTransform:
         legacy: bool = False,
     ) -> None:
         if legacy and not isinstance(crop, int):
-            raise ValueError(
+            raise UserError(
                 f"crop={crop}: the paper's evaluation needs one side in pixels (dataset.eval_crop)"
             )
         self.normalise = Normalise(mean, std)
@@ -226,3 +226,54 @@ class EvalTransform:
 def draw(low: int, high: int) -> int:
     """Return a whole number from low..high, both included."""
     return int(torch.randint(low, high + 1, ()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's evaluation preprocessing, equal to OpenCV's and Pillow's to the bit, without OpenCV
+
+
+def centre_crop(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
+    """Return the paper's evaluated window of a pair, (3, crop, crop) and (crop, crop), both uint8.
+
+    The short side is scaled to `crop` and the other to `floor(crop * long / short)`, image bilinear without
+    antialiasing and truncated, label nearest; then the centre is cut out, starting at `(size - crop) // 2`.
+    """
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    new_height, new_width = crop * height // short, crop * width // short
+    top, left = (new_height - crop) // 2, (new_width - crop) // 2
+    window = bilinear_window(image, (new_height, new_width), top, left, crop)
+    # Where a sampling point falls on a pixel's edge, Pillow decides by accumulated rounding: only Pillow
+    # repeats it.
+    labels = Image.fromarray(mask.numpy()).resize((new_width, new_height), Image.Resampling.NEAREST)
+    return window, torch.from_numpy(np.array(labels.crop((left, top, left + crop, top + crop))))
+
+
+def bilinear_window(image: Tensor, size: tuple[int, int], top: int, left: int, crop: int) -> Tensor:
+    """Return a window of the image resized to (height, width), as OpenCV's float resize and truncation.
+
+    OpenCV interpolates along rows first, then columns, each as one fused `a + (b - a) f` in float32. The
+    fused product and sum is had by computing them in float64; any other order or rounding changes pixels
+    whose exact value is whole.
+    """
+    row, next_row, row_share = taps(image.shape[-2], size[0], top, crop)
+    column, next_column, column_share = taps(image.shape[-1], size[1], left, crop)
+    first, last = int(row[0]), int(next_row[-1]) + 1
+    pixels = image.permute(1, 2, 0)[first:last]  # channels last, as decoded: columns are then cheap to pick
+    left_pixels, right_pixels = (pixels.index_select(1, at).short() for at in (column, next_column))
+    across = mix(left_pixels, right_pixels, column_share[:, None])
+    upper, lower = (across.index_select(0, at - first) for at in (row, next_row))
+    return mix(upper, lower, row_share[:, None, None]).to(torch.uint8).permute(2, 0, 1)
+
+
+def taps(size: int, new_size: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return two source indices and the second's share for `count` places of a resized line from `start`."""
+    places = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * (size / new_size) - 0.5
+    places = places.clamp(0, size - 1)
+    index = places.floor().long()
+    return index, (index + 1).clamp(max=size - 1), (places - index).float()
+
+
+def mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    """Return `a + (b - a) share` in float32 with one rounding of product and sum."""
+    return (b - a).double().mul_(share.double()).add_(a).float()

@@ -1,13 +1,12 @@
-"""PASCAL VOC 2012 segmentation: 20 objects and background, 255 being void."""
+"""PASCAL VOC 2012 segmentation: 20 kinds of objects and background; 255 is void."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import layouts
 from .base import DatasetInfo
-from .files import Pair, PairedDataset, index_table
-from .listing import read_split
+from .decode import read_split
+from .paired import Pair, PairedDataset, index_table
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -17,7 +16,7 @@ CLASSES = (
 
 
 def voc_colour(label: int) -> tuple[int, int, int]:
-    """Return the colour VOC's palette gives a label: its bits, dealt to R, G and B from the top."""
+    """Return the colour of a label in VOC's palette: its bits fill R, G and B in turn, from the top bit down."""
     red = green = blue = 0
     for bit in range(8):
         red |= (label & 1) << (7 - bit)
@@ -42,10 +41,15 @@ class VOC2012(PairedDataset):
 
     info = INFO
     table = index_table(INFO.num_classes, INFO.ignore_index)
-    help_tree = layouts.VOC2012
+    help_tree = """\
+  VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg
+  VOCdevkit/VOC2012/SegmentationClass/2007_000032.png         palette PNG, index = class, 255 = void
+  VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val}.txt    (trainval.txt; train_aug.txt)
+  VOCdevkit/VOC2012/SegmentationClassAug/2008_000002.png      only for train_aug
+  from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (VOCtrainval_11-May-2012.tar); Flickr terms apply."""
 
     def find_pairs(self) -> list[Pair]:
-        """Return the pairs of the split file; `trainval` falls back on train and val together."""
+        """Return the pairs of the split file; without a file, `trainval` is train and val together."""
         for below in ("", "VOC2012", "VOCdevkit/VOC2012"):
             if (self.root / below / "JPEGImages").is_dir():
                 self.home = self.root / below
@@ -57,7 +61,7 @@ class VOC2012(PairedDataset):
     def lines(self, split: str) -> list[str]:
         """Return the lines of a split file.
 
-        Raises DatasetError where the split does not exist, naming those that do.
+        Raises DatasetError if the split does not exist, and names those that do.
         """
         sets = self.home / "ImageSets" / "Segmentation"
         path = sets / f"{split}.txt"

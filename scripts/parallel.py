@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from configs.errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -25,10 +27,10 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
     An exception of ``function`` comes out where its result would have.
 
     Raises:
-        ValueError: fewer than one worker.
+        UserError: fewer than one worker.
     """
     if workers < 1:
-        raise ValueError(f"workers={workers}: give 1 or more")
+        raise UserError(f"workers={workers} is invalid: expected a whole number >= 1")
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[Result]] = deque()
     try:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,12 +68,15 @@ from trainers.update import PRECISIONS
 WHOLE = 4 << 20  # pixels up to which an image goes through the network at once
 WINDOW = 1024  # side of the windows of larger ones
 SOME_FAILED = 1
+OUT_OF_MEMORY = re.compile("out of memory|OutOfMemory|can't allocate memory|not enough memory|MemoryError")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _arguments(argv)
-    found = files.find(args.images, args.out)
+    found, notes = files.find(args.images, args.out)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     network, cfg, _ = load(args.resume, args.overrides)
     info = facts(cfg, args.classes)
     default = "rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap"
@@ -93,11 +97,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     bar = tqdm(total=len(todo), desc=name, unit="image", disable=True if args.quiet else None)
     with bar:
         for image, picture in zip(todo, ahead(_reading(found), todo, args.workers), strict=True):
-            if isinstance(picture, DatasetError):
-                tqdm.write(f"error: {picture}", file=sys.stderr)
-                failed += 1
-            else:
+            try:
+                if isinstance(picture, DatasetError):
+                    raise picture
                 segment(picture, outputs[image], image)
+            except DatasetError as error:
+                tqdm.write(f"error: {error}", file=sys.stderr)
+                failed += 1
+            except (MemoryError, RuntimeError) as error:
+                if not OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+                    raise
+                tqdm.write(
+                    f"error: {found[image]} does not fit in memory. Fix: a smaller --window", file=sys.stderr
+                )
+                failed += 1
+            picture = None  # free it before the next one is made
             bar.update()
     if review:
         review.save()
@@ -184,11 +198,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]:
     """Return how to look at an image of a given size."""
     if not args.memory >= 0:
-        raise ValueError(f"--memory {args.memory:g}: give GiB, 0 or more")
+        raise UserError(f"--memory {args.memory:g}: give GiB, 0 or more")
     try:
         scales = tuple(float(scale) for scale in args.scales.split(","))
     except ValueError:
-        raise ValueError(f"--scales {args.scales}: give numbers, such as 0.75,1,1.25") from None
+        raise UserError(f"--scales {args.scales}: give numbers, such as 0.75,1,1.25") from None
     resize = OmegaConf.to_container(cfg.dataset)["resize"]  # type: ignore[index,call-overload]
     if cfg.protocol.legacy_preprocessing:
         resize = cfg.dataset.eval_crop  # the paper's networks are scored on images of this shorter side

@@ -24,14 +24,17 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs.cli import guarded
-from datasets.listing import common_suffix, list_images
+from configs.errors import UserError
+from datasets import DatasetError
+from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images
 from scripts.parallel import default_workers
 from scripts.prepare.catalog import CATALOG, Archive, Entry
 from scripts.prepare.fetching import download, unpack
-from scripts.prepare.splitting import make_split, write_split
+from scripts.prepare.splitting import PUBLISHED, make_split, published_split, write_split
 from trainers.lock import Lock
 
 if TYPE_CHECKING:
+    from datasets import DatasetInfo
     from scripts.prepare.checking import Report  # needs torch, as `stats` does: imported where it is used
 
 FAULTY = 1
@@ -68,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--root", type=Path, help="where to put it (default: as configured, below data/)")
     one.add_argument("--url", action="append", help="another place of the same archive; may be repeated")
     one.add_argument("--checksum", help="ALGORITHM:HEX of the archive, instead of the one known")
-    one.add_argument("--attempts", type=int, default=5, help="tries without a new byte before giving up")
+    one.add_argument("--attempts", type=int, default=5, help="tries per address (default: 5)")
     one.add_argument("--keep", action="store_true", help="keep the archive after unpacking")
 
     one = commands.add_parser("split", help="write train.txt, val.txt and test.txt for a folder of images/")
@@ -80,7 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--group", metavar="REGEX", help="keep images together by a part of their name: '^patient\\d+'"
     )
-    one.add_argument("--force", action="store_true", help="replace split files that are there")
+    one.add_argument(
+        "--published",
+        choices=sorted(path.name for path in PUBLISHED.iterdir()),
+        help="write this split instead",
+    )
+    one.add_argument("--force", action="store_true", help="replace existing split files")
 
     for one in commands.choices.values():
         one.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -137,13 +145,14 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report.as_json())
     else:
-        _print_report(
-            report, entry, next(iter(splits.values())).info.num_classes, None if args.all else SHOWN
-        )
+        info = next(iter(splits.values())).info
+        _print_report(report, entry, info, args.classes, None if args.all else SHOWN)
     return FAULTY if report.faults else 0
 
 
-def _print_report(report: Report, entry: Entry, num_classes: int, shown: int | None) -> None:
+def _print_report(
+    report: Report, entry: Entry, info: DatasetInfo, classes: Path | None, shown: int | None
+) -> None:
     for fault in report.faults[:shown]:
         print(f"{fault.split}: {fault.message}")
     if shown and len(report.faults) > shown:
@@ -153,17 +162,20 @@ def _print_report(report: Report, entry: Entry, num_classes: int, shown: int | N
     sizes = ", ".join(f"{split} {size}" for split, size in report.splits.items())
     count = len(report.faults)
     verdict = f"{count or 'no'} fault{'s' * (count > 1)}"
-    print(f"{report.dataset} in {report.root}: {sizes} images, {num_classes} classes, {verdict}")
-    if not report.faults:
-        own = f" dataset.num_classes={num_classes}" if entry.name == "folder" else ""
-        own += " dataset.splits.test=test" if "test" in report.splits and entry.name != "voc2012" else ""
-        place = shlex.quote(f"dataset.root={report.root}")
-        print(f"train on it: python train.py dataset={entry.name} {place}{own}")
+    print(f"{report.dataset} in {report.root}: {sizes} images, {info.num_classes} classes, {verdict}")
+    if not report.faults and {"train", "val"} <= set(report.splits):
+        words = [f"dataset={entry.name}", f"dataset.root={report.root}"]
+        if entry.name == "folder":
+            words += [f"dataset.num_classes={info.num_classes}"]
+            words += [f"dataset.ignore_index={info.ignore_index}"] * (info.ignore_index != 255)
+            words += [f"dataset.classes={classes}"] * (classes is not None)
+        words += ["dataset.splits.test=test"] * ("test" in report.splits)
+        print(f"train on it: python train.py {shlex.join(words)}")
 
 
 def _stats(args: argparse.Namespace) -> int:
     """Count one split: train, unless another was chosen."""
-    from scripts.prepare.totals import count
+    from scripts.prepare.checking import count
 
     entry = CATALOG[args.name]
     results = {}
@@ -223,7 +235,7 @@ def _download(args: argparse.Namespace, archive: Archive, path: Path, root: Path
     )
     if not (args.checksum or archive.checksum):
         print(f"no checksum is published; this is {digest} (pin it with --checksum)", file=sys.stderr)
-    unpack(path, root, archive.inside, progress=not args.quiet)
+    unpack(path, root, archive.inside)
     if not args.keep:
         path.unlink()
 
@@ -248,25 +260,38 @@ def _split(args: argparse.Namespace) -> int:
     shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
     done = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
     if done:
-        raise ValueError(f"{folder} is split by folders already ({', '.join(done)}): nothing to do")
-    images = list_images(folder, below=True)
+        raise UserError(f"{folder} is split by folders already ({', '.join(done)}): nothing to do")
+    found = list_images(folder, below=True)
+    images = found.images
     if not images:
-        raise ValueError(f"no image lies in {folder}: put jpg, png, bmp, tif or webp files there")
-    split = make_split(list(images), shares, args.seed, args.group)
+        kinds = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+        more = f"; it has files that are not read: {found.ignored_text}" if found.ignored else ""
+        raise DatasetError(f"{folder} has no image{more}. Fix: put {kinds} files there")
+    if args.published:
+        split = published_split(args.published)
+        absent = sorted({name for names in split.values() for name in names} - images.keys())
+        if absent:
+            raise DatasetError(
+                f"--published {args.published}: {len(absent)} of its images are not in {folder}, such as {absent[0]}. "
+                "Fix: fetch the whole data set"
+            )
+    else:
+        split = make_split(list(images), shares, args.seed, args.group)
     paths = write_split(args.root, split, args.force)
     sizes = {path.stem: len(split[path.stem]) for path in paths}
     if args.json:
         _print_json({"root": str(args.root), "seed": args.seed, "splits": sizes})
     else:
         print("\n".join(f"{path}: {sizes[path.stem]} images" for path in paths))
-    masks = list_images(args.root / "masks", below=True) if (args.root / "masks").is_dir() else {}
-    suffix = common_suffix(images, masks)
-    bare = [str(path) for name, path in images.items() if name + suffix not in masks]
-    if bare:
-        print(
-            f"note: images without a mask: {len(bare)}, such as {bare[0]}; `check` lists them",
-            file=sys.stderr,
-        )
+    drawn = list_images(args.root / "masks", below=True) if (args.root / "masks").is_dir() else ImageFolder()
+    suffix = common_suffix(images, drawn.images)
+    bare = [str(path) for name, path in images.items() if name + suffix not in drawn.images]
+    notes = [f"images without a mask: {len(bare)}, such as {bare[0]}; `check` lists them"] if bare else []
+    for name, files in (("images", found), ("masks", drawn)):
+        notes += [f"files in {name}/ that are not read: {files.ignored_text}"] if files.ignored else []
+        notes += [f"{path.name} and {other.name} have one name" for path, other in files.clashes[:1]]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 

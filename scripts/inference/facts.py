@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs import build
 from datasets import DatasetInfo, Folder
-from datasets.class_table import make_info, read_classes
+from datasets.folder import read_class_table
 
 
 def facts(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
@@ -23,11 +23,11 @@ def facts(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
     if classes is None and kind is Folder:
         own = cfg.dataset.classes
         if OmegaConf.is_config(own):  # the table itself
-            return make_info(name, *read_classes(OmegaConf.to_object(own)))
+            return read_class_table(name, OmegaConf.to_object(own)).info  # type: ignore[arg-type]
         classes = Path(own or Path(cfg.dataset.root) / "classes.yaml").expanduser()
         if not classes.is_file():
             raise FileNotFoundError(f"{classes}, which names the classes, is not there: pass --classes PATH")
     if classes is not None:
-        return make_info(name, *read_classes(classes))
+        return read_class_table(name, classes).info
     known = getattr(kind, "info", None)
     return known or build.dataset(cfg, next(iter(cfg.dataset.splits))).info

@@ -15,27 +15,26 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
+from configs.errors import UserError
 from datasets import DatasetError
 from datasets.base import DatasetInfo
-from datasets.decode import EXIF_ORIENTATION, is_deep, load, open_image
-from datasets.listing import IMAGE_SUFFIXES
+from datasets.decode import (
+    EXIF_ORIENTATION,
+    IMAGE_SUFFIXES,
+    STORED,
+    UPRIGHT,
+    is_deep,
+    list_images,
+    load_image,
+    turned,
+)  # fmt: skip
 
 VOID_COLOUR = (224, 224, 192)
 BAND = 256  # rows of an overlay that are drawn at once
-# From upright back to stored: what undoes ImageOps.exif_transpose for each orientation.
-_BACK = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 
 
 class Picture(NamedTuple):
@@ -48,59 +47,63 @@ class Picture(NamedTuple):
 def read(path: Path) -> Picture:
     """Decode an image file, upright.
 
-    Raises DatasetError naming the path where it is missing, damaged, or deeper than 8 bits a channel.
+    Raises DatasetError that names the path if it is missing, damaged, too large, or deeper than 8 bits a channel.
     """
-    image = load(open_image(path), path)
-    if is_deep(image.mode):
-        raise DatasetError(f"{path} has more than 8 bits a pixel (mode {image.mode}): save it as 8 bits")
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-    return Picture(pixels, orientation if orientation in _BACK else 1)
+    stored = load_image(path)
+    if is_deep(stored.image.mode):
+        raise DatasetError(
+            f"{path} has more than 8 bits per channel (mode {stored.image.mode}). Fix: save it as 8 bits"
+        )
+    try:
+        upright = turned(stored.image, UPRIGHT, stored.orientation).convert("RGB")
+        return Picture(torch.from_numpy(np.array(upright)).permute(2, 0, 1), stored.orientation)
+    except MemoryError as error:
+        raise DatasetError(f"{path} does not fit in memory. Fix: cut it into tiles") from error
 
 
-def find(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
-    """Return name -> image file: of files their stem, of folders the path below them, without the suffix.
+def find(inputs: Sequence[Path], out: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return {name: image file} and notes. The name of a file is its stem, or its path below a given folder.
 
-    What lies in ``out``, inside such a folder, are masks that were written there before: it is left out.
+    Hidden files and folders are skipped, and also ``out`` if it is inside such a folder: it holds masks.
 
     Raises:
-        FileNotFoundError: an input is not there, or a folder holds no image.
-        ValueError: two images would have one name, or the masks would lie among the images.
+        FileNotFoundError: an input does not exist.
+        UserError: a folder has no image, two images have one name, or ``out`` is the folder of the images.
     """
     found: dict[str, Path] = {}
+    notes: list[str] = []
     written = out.resolve()
     for given in inputs:
         if given.is_dir():
-            home = given.resolve()
-            if home == written:
-                raise ValueError(f"--out {out} is the folder of the images: choose another for the masks")
-            masks = given / written.relative_to(home) if home in written.parents else None
-            files = sorted(
-                p
-                for p in given.rglob("*")
-                if p.suffix.lower() in IMAGE_SUFFIXES
-                and p.name[0] != "."
-                and (p.is_file() or (p.is_symlink() and not p.exists()))  # links to nowhere are named later
-                and not (masks and p.is_relative_to(masks))
-            )
-            if not files:
-                raise FileNotFoundError(f"{given} holds no image ({' '.join(IMAGE_SUFFIXES)})")
-            names = {path: path.relative_to(given).with_suffix("").as_posix() for path in files}
+            if given.resolve() == written:
+                raise UserError(f"--out {out} is the folder of the images. Fix: choose another for the masks")
+            listing = list_images(given, below=True, without=written)
+            if listing.ignored:
+                notes.append(f"files in {given} that are not read: {listing.ignored_text}")
+            if not listing.images:
+                raise UserError("; ".join([f"{given} has no image ({' '.join(IMAGE_SUFFIXES)})", *notes]))
+            if listing.clashes:
+                raise UserError(same_name(*listing.clashes[0]))
+            paths = list(listing.images.values())
+            names = {path: path.relative_to(given).with_suffix("").as_posix() for path in paths}
         elif given.is_file():
             names = {given: given.stem}
         else:
-            raise FileNotFoundError(f"{given} does not exist: give image files or folders of them")
+            raise FileNotFoundError(f"{given} does not exist. Fix: give image files or folders of them")
         for path, name in names.items():
             if found.setdefault(name, path) != path:
-                raise ValueError(f"{found[name]} and {path} would both be written as {name}: rename one")
-    return found
+                raise UserError(same_name(found[name], path))
+    return found, notes
+
+
+def same_name(path: Path, other: Path) -> str:
+    """Return the message for two images whose masks would have one name."""
+    return f"{path} and {other} would both be written as {path.stem}. Fix: rename one"
 
 
 def as_stored(labels: np.ndarray, orientation: int) -> Image.Image:
     """Return upright labels (H, W) uint8 or bool as a picture that lies over the stored file."""
-    image = Image.fromarray(labels.astype(np.uint8))
-    return image.transpose(_BACK[orientation]) if orientation in _BACK else image
+    return turned(Image.fromarray(labels.astype(np.uint8)), STORED, orientation)
 
 
 def save_labels(labels: Tensor, orientation: int, info: DatasetInfo, path: Path) -> None:
@@ -129,13 +132,13 @@ def save_overlay(pixels: Tensor, labels: Tensor, info: DatasetInfo, path: Path) 
 
 def save_probabilities(probs: Tensor, orientation: int, path: Path) -> None:
     """Write probabilities (C, H, W) as a float16 .npy file, a class at a time, so that it may exceed the memory."""
-    turned = orientation in (5, 6, 7, 8)
-    shape = (len(probs), probs.shape[2], probs.shape[1]) if turned else tuple(probs.shape)
+    across = orientation in (5, 6, 7, 8)
+    shape = (len(probs), probs.shape[2], probs.shape[1]) if across else tuple(probs.shape)
     with aside(path) as temporary:
         out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
         for c, channel in enumerate(probs):
             image = Image.fromarray(channel.float().numpy())
-            out[c] = np.asarray(image.transpose(_BACK[orientation]) if orientation in _BACK else image)
+            out[c] = np.asarray(turned(image, STORED, orientation))
         out.flush()
 
 

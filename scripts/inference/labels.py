@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import rankseg
+from configs.errors import UserError
 from datasets.base import DatasetInfo
 from rankseg import Predictor
 
@@ -49,7 +50,7 @@ def label_map(
     Raises ValueError where probabilities and classes do not belong together.
     """
     if len(probs) != info.num_classes:
-        raise ValueError(
+        raise UserError(
             f"the network gives {len(probs)} classes and the data set has {info.num_classes}: pass the right --classes"
         )
     labels = torch.full(probs.shape[1:], info.ignore_index, dtype=torch.uint8)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from configs.errors import UserError
 from configs.files import write_json
 from datasets.base import DatasetInfo
 
@@ -52,19 +53,19 @@ def refuse_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]
     for name, files in outputs.items():
         for path in files.all():
             if _real(path) in read:
-                raise ValueError(
+                raise UserError(
                     f"{read[_real(path)]} would be written over: choose another --out than its folder"
                 )
             other = written.setdefault(path, name)
             if other != name:
-                raise ValueError(
+                raise UserError(
                     f"{images[other]} and {images[name]} would both be written to {path}: "
                     "rename one, or segment them into folders of their own"
                 )
     for path, name in written.items():
         for folder in path.parents:
             if folder in written:
-                raise ValueError(
+                raise UserError(
                     f"{images[written[folder]]} would become {folder}, which is a folder for {images[name]}: "
                     "rename one, or segment them into folders of their own"
                 )
@@ -86,7 +87,7 @@ def settle(
     before = _read(path) if path.exists() else {}
     changed = [key for key, value in settings.items() if before and before.get(key) != value]
     if changed and not force:
-        raise ValueError(
+        raise UserError(
             f"{out} holds masks made with another {', '.join(changed)}: choose another --out, or --force"
         )
     known = {} if changed else before.get("images", {})  # what was made otherwise is not done
@@ -94,7 +95,7 @@ def settle(
         there = next((file for file in files.all() if file.exists()), None)
         if there and known.get(name) != sources[name]:
             of = f"is the mask of {known[name]}" if name in known else "was not made by this command"
-            raise ValueError(f"{there} {of}: choose another --out, or --force to write over it")
+            raise UserError(f"{there} {of}: choose another --out, or --force to write over it")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, {**settings, "images": {**known, **sources}})
 
@@ -108,6 +109,4 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise ValueError(
-            f"{path} is not what was written there: remove it, or choose another --out"
-        ) from None
+        raise UserError(f"{path} is not what was written there: remove it, or choose another --out") from None

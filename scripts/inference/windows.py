@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from configs.errors import UserError
 from datasets.transforms import Size, resize_to
 from trainers.forward import at_size
 
@@ -47,13 +48,13 @@ class View:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 16:
-            raise ValueError(f"window={self.window}: give at least 16 pixels")
+            raise UserError(f"window={self.window} is invalid: expected at least 16 pixels")
         if not 0 <= self.overlap <= 0.75:
-            raise ValueError(f"overlap={self.overlap}: give a share from 0 to 0.75")
+            raise UserError(f"overlap={self.overlap} is invalid: expected a share from 0 to 0.75")
         if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
-            raise ValueError(f"scales={self.scales}: give numbers from 0.1 to 10")
+            raise UserError(f"scales={self.scales} is invalid: expected numbers from 0.1 to 10")
         if self.batch < 1:
-            raise ValueError(f"batch={self.batch}: give 1 or more")
+            raise UserError(f"batch={self.batch} is invalid: expected a whole number >= 1")
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The data sets: what they are, their terms, where they come from, and how to open them."""
+"""The catalogue of data sets: names, terms, addresses, and how to open them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from omegaconf import OmegaConf
 
 import datasets
 from configs.compose import CONFIGS
-from datasets import DatasetError, layouts
+from configs.errors import UserError
+from datasets import DatasetError
 
 if TYPE_CHECKING:
-    from datasets.files import PairedDataset
+    from datasets.paired import PairedDataset
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that may be downloaded without an account.
+    """An archive that can be downloaded without an account.
 
-    ``checksum`` is ``algorithm:hexdigest``, or None where the owner publishes none; ``size`` in bytes.
+    ``checksum`` is ``algorithm:hexdigest``, or None if the owner publishes none; ``size`` is in bytes.
     ``inside`` is the folder of the archive that becomes the data set's root.
     """
 
@@ -36,13 +37,11 @@ class Archive:
 class Entry:
     """One data set.
 
-    ``kind``: the name of its class, which is imported where a split is opened. ``tree``: the files that are
-    expected. ``holds``: what lies directly in its root once it is there.
+    ``kind``: the name of its class. ``holds``: the entries of its root once it is there.
     """
 
     name: str
     kind: str
-    tree: str
     about: str
     size: str
     licence: str
@@ -52,35 +51,40 @@ class Entry:
     steps: tuple[str, ...] = ()
 
     @property
+    def tree(self) -> str:
+        """The expected files."""
+        return getattr(datasets, self.kind).help_tree
+
+    @property
     def root(self) -> Path:
-        """The folder that the configuration looks in unless dataset.root says otherwise."""
+        """The default of dataset.root."""
         return Path(str(OmegaConf.load(CONFIGS / "dataset" / f"{self.name}.yaml")["root"]))
 
     def complete(self, root: Path) -> bool:
-        """Whether all of it is there."""
+        """Whether all parts are there."""
         return all((root / name).exists() for name in self.holds)
 
     def refuse_half(self, root: Path) -> None:
-        """Raise ValueError where a part of it is there: nothing is unpacked over that."""
+        """Raise UserError if only some parts are there: nothing is unpacked over them."""
         lacking = [name for name in self.holds if not (root / name).exists()]
         there = [name for name in self.holds if name not in lacking]
         if there and lacking:
-            raise ValueError(
-                f"{root} holds {', '.join(there)} without {', '.join(lacking)}: remove it, or give another --root"
+            raise UserError(
+                f"{root} has {', '.join(there)} without {', '.join(lacking)}. Fix: remove it, or give another --root"
             )
 
     def open(self, root: Path, split: str, classes: Path | None = None) -> PairedDataset:
         """Return one split.
 
-        Raises DatasetError where it is not there.
+        Raises DatasetError if it is not there.
         """
         own = {"classes": classes} if self.kind == "Folder" else {}
         return getattr(datasets, self.kind)(root, split, **own)
 
     def splits(self, root: Path, chosen: list[str], classes: Path | None = None) -> dict[str, PairedDataset]:
-        """Return the splits asked for, or else train and val, and test where there is one.
+        """Return the chosen splits, or else train and val, and test if it exists.
 
-        Raises DatasetError where one is not there.
+        Raises DatasetError if one is not there.
         """
         found = {split: self.open(root, split, classes) for split in chosen or ("train", "val")}
         if not chosen and self.kind in ("Folder", "KvasirSEG"):
@@ -93,7 +97,6 @@ _ENTRIES = (
     Entry(
         "voc2012",
         "VOC2012",
-        layouts.VOC2012,
         "PASCAL VOC 2012: 20 kinds of objects; 1464 training and 1449 validation images",
         "2.0 GB to download, 2 GB unpacked",
         "images from Flickr under its terms of use; for research",
@@ -112,7 +115,6 @@ _ENTRIES = (
     Entry(
         "kvasir_seg",
         "KvasirSEG",
-        layouts.KVASIR_SEG,
         "Kvasir-SEG: polyps in 1000 colonoscopy images; 880 for training, 120 for validation",
         "46 MB",
         "for research and education, citing Jha et al., MMM 2020",
@@ -125,7 +127,6 @@ _ENTRIES = (
     Entry(
         "cityscapes",
         "Cityscapes",
-        layouts.CITYSCAPES,
         "Cityscapes, fine annotations: 19 classes of street scenes; 2975 training and 500 validation images",
         "11.6 GB to download (11 GB images, 241 MB annotations)",
         "free for non-commercial research after registration",
@@ -142,7 +143,6 @@ _ENTRIES = (
     Entry(
         "folder",
         "Folder",
-        layouts.FOLDER,
         "your own images: see docs/own-data.md",
         "yours",
         "yours",

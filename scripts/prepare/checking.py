@@ -1,28 +1,32 @@
-"""Every fault of a data set, found in parallel, each with its path.
+"""Find every fault of a data set, each with its path, and count its pixels; both read files in parallel.
 
-Pairs are checked by the data set's own `check`, which decodes image and mask; what can only be seen by
-looking at several files (duplicates, images in two splits) is checked here.
+The data set's own `check` decodes single pairs. Faults that show only in several files (duplicates, images in two
+splits) are found here.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from datasets.files import PairedDataset, file_size
-from datasets.listing import image_files
+from datasets import SegmentationDataset
+from datasets.base import DatasetInfo
+from datasets.decode import list_images
+from datasets.paired import PairedDataset, file_size
 from scripts.parallel import ahead
 from trainers.results import file_sha256
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing to mend. ``kind`` is pair, partner, duplicate, leak or set."""
+    """One fault. ``kind`` is pair, partner, duplicate, leak or set."""
 
     kind: str
     split: str
@@ -32,7 +36,7 @@ class Fault:
 
 @dataclass
 class Report:
-    """What a check found: ``splits`` holds the number of images of each split; ``notes`` are no faults."""
+    """The result of a check. ``splits`` has the number of images of each split; ``notes`` are not faults."""
 
     dataset: str
     root: str
@@ -50,9 +54,8 @@ def check(name: str, root: Path, splits: Mapping[str, PairedDataset], workers: i
     report = Report(name, str(root), {split: len(data) for split, data in splits.items()})
     report.faults = [
         *pair_faults(splits, workers, progress),
-        *partner_faults(splits),
+        *file_faults(splits),
         *shared_names(splits),
-        *shared_stems(splits),
         *shared_content(splits, workers),
         *(
             Fault("set", split, str(root), text)
@@ -63,11 +66,12 @@ def check(name: str, root: Path, splits: Mapping[str, PairedDataset], workers: i
     unused = unused_images(splits)
     if unused:
         report.notes.append(f"images in none of these splits: {len(unused)}, such as {unused[0]}")
+    report.notes += dict.fromkeys(note for data in splits.values() for note in data.notes())
     return report
 
 
 def pair_faults(splits: Mapping[str, PairedDataset], workers: int, progress: bool) -> list[Fault]:
-    """Return what is wrong with single pairs: unreadable, missing, unlike sizes, labels outside the table."""
+    """Return the faults of single pairs: unreadable, missing, different sizes, labels that are not in the table."""
     work = [(split, data, index) for split, data in splits.items() for index in range(len(data))]
 
     def examine(item: tuple[str, PairedDataset, int]) -> list[Fault]:
@@ -90,14 +94,18 @@ def pair_faults(splits: Mapping[str, PairedDataset], workers: int, progress: boo
     return found
 
 
-def partner_faults(splits: Mapping[str, PairedDataset]) -> list[Fault]:
-    """Return the masks without an image, each once."""
-    texts = {text: split for split, data in splits.items() for text in data.orphans}
-    return [Fault("partner", split, text.split(" is a mask ")[0], text) for text, split in texts.items()]
+def file_faults(splits: Mapping[str, PairedDataset]) -> list[Fault]:
+    """Return masks without an image, and files that share a name so that only one is read; each once."""
+    orphans = {text: split for split, data in splits.items() for text in data.orphans}
+    clashes = {text: split for split, data in splits.items() for text in data.clashes}
+    return [
+        *(Fault("partner", split, text.split(" is a mask ")[0], text) for text, split in orphans.items()),
+        *(Fault("duplicate", split, text.split(" and ")[0], text) for text, split in clashes.items()),
+    ]
 
 
 def shared_names(splits: Mapping[str, PairedDataset]) -> list[Fault]:
-    """Return images that are listed twice, or in two splits."""
+    """Return images that are listed twice or in two splits."""
     listed: dict[Path, list[str]] = defaultdict(list)
     for split, data in splits.items():
         for pair in data.pairs:
@@ -105,31 +113,16 @@ def shared_names(splits: Mapping[str, PairedDataset]) -> list[Fault]:
     found = []
     for path, where in listed.items():
         if len(set(where)) > 1:
-            text = f"{path} is in {' and '.join(dict.fromkeys(where))}: keep it in one split"
+            text = f"{path} is in {' and '.join(dict.fromkeys(where))}. Fix: keep it in one split"
             found.append(Fault("leak", where[-1], str(path), text))
         elif len(where) > 1:
-            text = f"{path} is listed {len(where)} times in {where[0]}: list it once"
+            text = f"{path} is listed {len(where)} times in {where[0]}. Fix: list it once"
             found.append(Fault("duplicate", where[0], str(path), text))
     return found
 
 
-def shared_stems(splits: Mapping[str, PairedDataset]) -> list[Fault]:
-    """Return images that share a name but for the suffix: only one of them would be read."""
-    found = []
-    for split, folder in _folders(splits):
-        stems: dict[str, list[Path]] = defaultdict(list)
-        for path in image_files(folder):
-            stems[path.stem].append(path)
-        for paths in stems.values():
-            if len(paths) > 1:
-                names = " and ".join(path.name for path in paths)
-                text = f"{paths[0]}: {names} share a name, and one mask: rename or remove one"
-                found.append(Fault("duplicate", split, str(paths[0]), text))
-    return found
-
-
 def shared_content(splits: Mapping[str, PairedDataset], workers: int) -> list[Fault]:
-    """Return images whose files are equal byte for byte; only files of equal size are read."""
+    """Return images whose files are equal byte by byte; only files of equal size are read."""
     sizes: dict[int, dict[Path, str]] = defaultdict(dict)
     for split, data in splits.items():
         for pair in data.pairs:
@@ -143,27 +136,25 @@ def shared_content(splits: Mapping[str, PairedDataset], workers: int) -> list[Fa
         candidates, ahead(lambda item: _digest(item[0]), candidates, workers), strict=True
     ):
         if not digest:
-            continue  # unreadable, and named already
+            continue  # unreadable; pair_faults names it
         first, first_split = same.setdefault(digest, (path, split))
         if first == path:
             continue
         if split == first_split:
-            text = f"{path} is the same picture as {first}: keep one"
+            text = f"{path} is the same picture as {first}. Fix: keep one"
         else:
-            text = f"{path} ({split}) is the same picture as {first} ({first_split}): keep it in one split"
+            text = (
+                f"{path} ({split}) is the same picture as {first} ({first_split}). Fix: keep it in one split"
+            )
         found.append(Fault("duplicate" if split == first_split else "leak", split, str(path), text))
     return found
 
 
 def unused_images(splits: Mapping[str, PairedDataset]) -> list[Path]:
-    """Return images that lie in the folders of the splits but belong to none."""
+    """Return images in the folders of the splits that belong to no split."""
     used = {pair.image for data in splits.values() for pair in data.pairs}
-    return [path for _, folder in _folders(splits) for path in image_files(folder) if path not in used]
-
-
-def _folders(splits: Mapping[str, PairedDataset]) -> Iterable[tuple[str, Path]]:
-    seen = {pair.image.parent: split for split, data in splits.items() for pair in data.pairs}
-    return [(split, folder) for folder, split in seen.items() if folder.is_dir()]
+    folders = {path.parent for path in used if path.parent.is_dir()}
+    return sorted(path for folder in folders for path in set(list_images(folder).images.values()) - used)
 
 
 def _digest(path: Path) -> str:
@@ -171,3 +162,86 @@ def _digest(path: Path) -> str:
         return file_sha256(path)
     except OSError:
         return ""
+
+
+@dataclass
+class Totals:
+    """Histograms over images; they suffice for exact means, standard deviations and class frequencies.
+
+    pixels: (3, 256) int64, how often each value occurs in R, G and B. labels: (256,) int64, pixels of each
+    label. present: (256,) int64, images that have it. sizes: (height, width) -> images.
+    """
+
+    pixels: Tensor = field(default_factory=lambda: torch.zeros(3, 256, dtype=torch.int64))
+    labels: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.int64))
+    present: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.int64))
+    sizes: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, image: Tensor, mask: Tensor) -> Totals:
+        """Return the totals of one pair: image (3, H, W) uint8, mask (H, W) uint8."""
+        pixels = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in image])
+        labels = torch.bincount(mask.flatten(), minlength=256)
+        return cls(pixels, labels, (labels > 0).long(), {(image.shape[-2], image.shape[-1]): 1})
+
+    def add(self, other: Totals) -> None:
+        """Add the counts of other images."""
+        self.pixels += other.pixels
+        self.labels += other.labels
+        self.present += other.present
+        for size, count in other.sizes.items():
+            self.sizes[size] = self.sizes.get(size, 0) + count
+
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation of R, G and B over all pixels, in [0, 1]."""
+        values = torch.arange(256, dtype=torch.float64)
+        count = self.pixels.sum(1)
+        mean = (self.pixels * values).sum(1) / count
+        square = (self.pixels * (values - mean[:, None]) ** 2).sum(1) / count
+        return (mean / 255).tolist(), (square.sqrt() / 255).tolist()
+
+    def as_json(self, info: DatasetInfo) -> dict[str, Any]:
+        """Return the summary as plain containers; shares are of the pixels that are not void."""
+        mean, std = self.mean_std()
+        labelled = int(self.labels[: info.num_classes].sum())
+        images = sum(self.sizes.values())
+        heights, widths = zip(*self.sizes, strict=True)
+        return {
+            "images": images,
+            "height": [min(heights), max(heights)],
+            "width": [min(widths), max(widths)],
+            "mean": [round(value, 8) for value in mean],
+            "std": [round(value, 8) for value in std],
+            "void": int(self.labels[info.ignore_index]) / int(self.labels.sum()),
+            "classes": [
+                {
+                    "index": index,
+                    "name": name,
+                    "pixels": int(self.labels[index]),
+                    "share": int(self.labels[index]) / labelled if labelled else None,
+                    "images": int(self.present[index]),
+                }
+                for index, name in enumerate(info.classes)
+            ],
+        }
+
+
+def count(data: SegmentationDataset, workers: int, progress: bool) -> Totals:
+    """Read every pair once.
+
+    Raises DatasetError for the first that cannot be read.
+    """
+    totals = Totals()
+    bar = tqdm(
+        total=len(data), desc="counting", unit="image", disable=None if progress else True, leave=False
+    )
+    with bar:
+        for one in ahead(lambda index: _of(data, index), range(len(data)), workers):
+            totals.add(one)
+            bar.update()
+    return totals
+
+
+def _of(data: SegmentationDataset, index: int) -> Totals:
+    image, mask = (part.as_subclass(Tensor) for part in data.read(index))
+    return Totals.of(image, mask)

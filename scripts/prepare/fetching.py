@@ -1,43 +1,37 @@
-"""Downloads that survive a broken line: resumed where they stopped, checked, unpacked aside, then renamed.
-
-A transfer lies in FILE.part until its size and checksum are right. FILE.part.json remembers which version of
-the file it is (ETag or Last-Modified), so that two versions are never glued together.
-"""
+"""Download an archive and unpack it. pooch transfers and verifies; this module adds limits, messages and unpacking."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import http.client
-import json
 import lzma
 import os
 import shutil
 import tarfile
+import threading
 import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-BLOCK = 1 << 20
-SCHEMES = ("https://", "http://", "ftp://", "file://")
-FOR_NOW = (408, 429, 500, 502, 503, 504)  # answers worth another try
-BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+from configs.errors import UserError
+
+BLOCK = 1 << 16
+TIMEOUT = 30.0  # seconds without an answer
+PATIENCE, MIN_RATE = 60.0, 10_000  # after so many seconds, fewer bytes per second on average are too slow
+MAX_BYTES = 20 << 30  # of an archive whose size is not known
+WORTH_A_RETRY = (408, 429, 500, 502, 503, 504)
 BAD_ARCHIVE = (
     zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError,
-    RuntimeError,  # what zipfile says of encryption and of methods that it does not know
+    RuntimeError,  # zipfile raises it for encryption and for unknown methods
 )  # fmt: skip
 
 
 class FetchError(OSError):
-    """A file could not be fetched; the message names it and what to do."""
+    """A file could not be fetched. The message names it and the fix."""
 
 
 def download(
@@ -47,226 +41,229 @@ def download(
     size: int | None = None,
     checksum: str | None = None,
     attempts: int = 5,
-    pause: float = 1.0,
-    timeout: float = 30.0,
     progress: bool = True,
 ) -> str:
-    """Fetch a file into ``path`` and return its ``sha256:...``; a file that is there and right is kept.
+    """Fetch a file into ``path`` and return its ``sha256:...``. A file that is there is only verified.
 
     Args:
         urls: the same file at several places, tried in this order.
-        size, checksum: bytes and ``algorithm:hexdigest``, where known.
-        attempts: how many tries without a single new byte, per place, before giving up.
-        pause: seconds before the second try, doubled with each, at most 30.
+        size, checksum: bytes and ``algorithm:hexdigest``, if known.
+        attempts: how often each place is tried.
 
     Raises:
-        FetchError: no place gave the file; what arrived stays for the next call, unless it was wrong.
-        ValueError: one of the addresses is none.
+        FetchError: no place gave the file, or it is not the expected one.
+        UserError: an argument is invalid.
     """
     for url in urls:
-        if not url.startswith(SCHEMES):
-            raise ValueError(f"{url} is no address: give one that begins with {' or '.join(SCHEMES)}")
+        if not url.startswith(("https://", "http://")):
+            raise UserError(
+                f"--url {url} is invalid: expected an address that begins with https:// or http://"
+            )
+    if attempts < 1:
+        raise UserError(f"--attempts {attempts} is invalid: expected a whole number >= 1")
+    _algorithm(checksum)
     if path.exists():
-        return verified(path, size, checksum)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+        return verify(path, size, checksum)
     problems = []
     for url in urls:
         try:
-            _persist(url, part, size, attempts, pause, timeout, progress)
-            digest = verified(part, size, checksum)
-            os.replace(part, path)
-            _note(part).unlink(missing_ok=True)
-            return digest
+            _fetch(url, path, size, checksum, attempts, progress)
+            return verify(path, size, checksum)
         except FetchError as error:
             problems.append(str(error))
     raise FetchError("; ".join(problems))
 
 
-def _persist(
-    url: str, part: Path, size: int | None, attempts: int, pause: float, timeout: float, progress: bool
+def _fetch(
+    url: str, path: Path, size: int | None, checksum: str | None, attempts: int, progress: bool
 ) -> None:
-    """Try again until the file is complete, or until it grows no longer."""
-    if attempts < 1:
-        raise ValueError(f"attempts={attempts}: give 1 or more")
-    failed, longest = 0, _length(part)
-    while failed < attempts:
+    """Run the transfer in a thread and watch its rate: a server that sends a byte now and then defeats timeouts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_name(f".{path.name}.fetching")
+    shutil.rmtree(folder, ignore_errors=True)
+    watch = _Watch(path, size, progress)
+    outcome: list[Exception | None] = []
+
+    def transfer() -> None:
         try:
-            if _transfer(url, part, size, timeout, progress):
-                return
-            problem = "the connection ended early"
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code} {error.reason}"
-            if error.code not in FOR_NOW:
-                raise FetchError(f"{url}: {problem}; is there a newer address? pass it with --url") from error
-        except BROKEN as error:
-            problem = str(getattr(error, "reason", "")) or str(error) or type(error).__name__
-        # Longer than ever, not than before: a server that cannot resume may break off here and there for ever.
-        failed, longest = (1, _length(part)) if _length(part) > longest else (failed + 1, longest)
-        if failed < attempts:
-            time.sleep(min(pause * 2 ** (failed - 1), 30))
-    have = _length(part) if _version(part, url) else 0
-    kept = f"; {have} bytes are kept, the same command goes on from there" if have else ""
-    raise FetchError(f"{url}: {problem}, {attempts} times{kept}")
+            _transfer(url, folder, path.name, checksum, attempts, watch)
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
 
-
-def _transfer(url: str, part: Path, size: int | None, timeout: float, progress: bool) -> bool:
-    """One request; append what arrives. Return whether the file is complete."""
-    have, version = _length(part), _version(part, url)
-    if size is not None and have == size:
-        return True
-    if have and not version:
-        have = 0  # unknown what was begun: start over
-    headers = {"User-Agent": "rankseg-repro", "Accept-Encoding": "identity"}
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": version}
+    thread = threading.Thread(target=transfer, daemon=True)  # the process does not wait for a stuck one
+    thread.start()
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        part.unlink()  # longer than the file there is: another version
-        return False
-    with answer:
-        resumed = answer.status == 206 and (answer.headers.get("Content-Range") or "").startswith(
-            f"bytes {have}-"
+        while not outcome:
+            thread.join(0.2)
+            watch.require_rate()
+        if outcome[0] is not None:
+            raise outcome[0]
+        os.replace(folder / path.name, path)
+    finally:
+        watch.stopped = True
+        watch.bar.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _transfer(url: str, folder: Path, name: str, checksum: str | None, attempts: int, watch: _Watch) -> None:
+    import pooch
+    import requests
+
+    def once(url: str, output: str, _: Any) -> None:
+        watch.restart()
+        try:
+            pooch.HTTPDownloader(progressbar=watch, chunk_size=BLOCK, timeout=TIMEOUT)(url, output, None)
+        except requests.HTTPError as error:
+            if error.response.status_code in WORTH_A_RETRY:
+                raise
+            raise FetchError(
+                f"{url}: HTTP {error.response.status_code} {error.response.reason}. Fix: pass a newer --url"
+            ) from error
+
+    pooch.get_logger().setLevel("ERROR")
+    store = pooch.create(
+        folder, url, registry={name: checksum}, urls={name: url}, retry_if_failed=attempts - 1
+    )
+    try:
+        store.fetch(name, downloader=once)
+    except FetchError:
+        raise
+    except (requests.RequestException, ValueError) as error:  # ValueError: another checksum, or a bad header
+        text = " ".join(str(error).split())
+        raise FetchError(
+            f"{url}: {text}, after {attempts} attempts. Fix: try again later, or pass --url"
+        ) from error
+
+
+class _Watch:
+    """A progress bar, as pooch calls it, that ends transfers which are too large or too slow."""
+
+    def __init__(self, path: Path, size: int | None, progress: bool) -> None:
+        self.name, self.folder, self.limit = path.name, path.parent, size or MAX_BYTES
+        self.bar = tqdm(
+            desc=path.name, unit="B", unit_scale=True, disable=None if progress else True, leave=False
         )
-        if answer.status == 206 and not resumed:
-            raise FetchError(f"{url}: the server sent another part than was asked for; remove {part}")
-        start = have if resumed else 0
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else size
-        _note(part).write_text(json.dumps({"url": url, "version": _tag(answer.headers)}))
-        _require_space(part, (total or 0) - start)
-        bar = tqdm(
-            desc=part.name.removesuffix(".part"), total=total, initial=start, unit="B", unit_scale=True,
-            disable=None if progress else True, leave=False,
-        )  # fmt: skip
-        with bar, part.open("ab" if resumed else "wb") as file:
-            while block := answer.read(BLOCK):
-                file.write(block)
-                bar.update(len(block))
-        return total is None or _length(part) == total
+        self.stopped = False
+        self.restart()
+
+    def restart(self) -> None:
+        self.begin, self.count = time.monotonic(), 0
+        self.bar.reset()
+
+    @property
+    def total(self) -> int:
+        return self.bar.total or 0
+
+    @total.setter
+    def total(self, value: int) -> None:
+        self._require_size(value)
+        require_space(self.folder, value)
+        self.bar.total = value
+
+    def update(self, count: int) -> None:
+        self.count += count
+        self._require_size(self.count - BLOCK)  # pooch counts a part of a block as a block
+        if self.stopped:
+            raise FetchError(f"{self.name}: stopped")
+        self.bar.update(count)
+
+    def reset(self) -> None:
+        self.count = 0
+
+    def close(self) -> None:
+        """Keep the bar: the next attempt uses it."""
+
+    def _require_size(self, size: int) -> None:
+        if size > self.limit:
+            raise FetchError(
+                f"{self.name} has more than the expected {self.limit} bytes. Fix: pass a newer --url"
+            )
+
+    def require_rate(self) -> None:
+        seconds = time.monotonic() - self.begin
+        if seconds > PATIENCE and self.count < MIN_RATE * seconds:
+            raise FetchError(
+                f"{self.name} arrives with less than {MIN_RATE // 1000} kB/s. Fix: try again later, or pass --url"
+            )
 
 
-def _tag(headers: http.client.HTTPMessage) -> str:
-    """What tells versions of a file apart; a weak ETag does not."""
-    tag = headers.get("ETag") or ""
-    return headers.get("Last-Modified") or "" if not tag or tag.startswith("W/") else tag
-
-
-def _note(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
-
-
-def _version(part: Path, url: str) -> str:
-    try:
-        noted = json.loads(_note(part).read_text())
-        return str(noted["version"]) if noted["url"] == url else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _length(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _require_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
+def require_space(folder: Path, needed: int) -> None:
+    """Raise FetchError if the disk of a folder has too little space."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise FetchError(
-            f"{path.parent} has {free >> 20} MiB free and {needed >> 20} MiB are needed: make room"
+            f"{folder} has {free >> 20} MiB free, but {needed >> 20} MiB are needed. Fix: make room"
         )
 
 
-def verified(path: Path, size: int | None, checksum: str | None) -> str:
-    """Return ``sha256:...`` of a file that is what it should be.
-
-    Raises:
-        FetchError: size or checksum differ; the file is removed, because resuming would not mend it.
-        ValueError: the checksum is not ``algorithm:hexdigest``.
-    """
+def _algorithm(checksum: str | None) -> tuple[str, str]:
     algorithm, _, expected = (checksum or "sha256:").partition(":")
     if algorithm not in hashlib.algorithms_guaranteed or (checksum and not expected):
-        raise ValueError(f"checksum {checksum!r} is not algorithm:hexdigest, such as sha256:0f3a...")
-    named, sha256 = hashlib.new(algorithm), hashlib.sha256()
+        raise UserError(
+            f"--checksum {checksum} is invalid: expected algorithm:hexdigest, such as sha256:0f3a..."
+        )
+    return algorithm, expected.lower()
+
+
+def verify(path: Path, size: int | None, checksum: str | None) -> str:
+    """Return ``sha256:...`` of a file. Raises FetchError if its size or checksum is not the expected one."""
+    algorithm, expected = _algorithm(checksum)
+    named, sha256, length = hashlib.new(algorithm), hashlib.sha256(), 0
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(1 << 20):
             named.update(block)
             sha256.update(block)
-    length = _length(path)
+            length += len(block)
     if size is not None and length != size:
-        path.unlink()
-        raise FetchError(f"{path} had {length} bytes instead of {size} and was removed: fetch it again")
-    if checksum and named.hexdigest() != expected.lower():
-        path.unlink()
+        raise FetchError(f"{path} has {length} bytes, not {size}. Fix: remove it and fetch it again")
+    if checksum and named.hexdigest() != expected:
         raise FetchError(
-            f"{path} had {algorithm} {named.hexdigest()}, not {expected}, and was removed: fetch it again"
+            f"{path} has {algorithm} {named.hexdigest()}, not {expected}. Fix: remove it and fetch it again"
         )
     return f"sha256:{sha256.hexdigest()}"
 
 
-def unpack(archive: Path, root: Path, inside: str = "", progress: bool = True) -> None:
+def unpack(archive: Path, root: Path, inside: str = "") -> None:
     """Unpack a zip or tar file so that the content of its folder ``inside`` becomes ``root``.
 
-    It is unpacked beside ``root`` and moved when complete, so an interruption leaves no half of a data set.
+    It is unpacked into a temporary folder and moved when complete, so an interruption leaves no half of a data set.
 
     Raises:
-        FetchError: the file is no archive, is damaged, or lacks ``inside``.
-        ValueError: something of the same name lies in ``root`` already.
+        FetchError: the file is not an archive, is damaged, or lacks ``inside``.
+        UserError: ``root`` has an entry of the same name.
     """
-    aside = root.with_name(f".{root.name}.unpacking")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = root.with_name(f".{root.name}.unpacking")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        with _opener(archive)(archive) as (members, size, extract):
-            _require_space(aside, size)
-            bar = tqdm(members, "unpacking", unit="file", disable=None if progress else True, leave=False)
-            for member in bar:
-                extract(member, aside)
-        source = aside / inside
-        if not source.is_dir():
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(temporary)  # strips .. and absolute paths, makes no links, and checks the CRC
+        elif tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as file:
+                file.extractall(
+                    temporary, filter="data"
+                )  # rejects paths, links and devices that leave the folder
+        else:
+            with archive.open("rb") as file:
+                start = file.read(40)
             raise FetchError(
-                f"{archive} holds no folder {inside}: the archive has changed; unpack it by hand"
+                f"{archive} is not an archive (it starts with {start!r}). Fix: remove it and fetch it again"
             )
+        source = temporary / inside
+        if not source.is_dir():
+            raise FetchError(f"{archive} has no folder {inside}: it has changed. Fix: unpack it by hand")
         root.mkdir(parents=True, exist_ok=True)
         entries = sorted(source.iterdir())
         taken = [entry.name for entry in entries if (root / entry.name).exists()]
         if taken:
-            raise ValueError(f"{root} holds {', '.join(taken)} already: remove it, or choose another --root")
+            raise UserError(
+                f"{root} has {', '.join(taken)} already. Fix: remove it, or choose another --root"
+            )
         for entry in entries:
             os.replace(entry, root / entry.name)
     except BAD_ARCHIVE as error:
-        raise FetchError(f"{archive} is damaged ({error}): remove it and fetch it again") from error
+        raise FetchError(f"{archive} is damaged ({error}). Fix: remove it and fetch it again") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-Opened = tuple[Sequence[Any], int, Callable[[Any, Path], Any]]  # members, their bytes, and how to unpack one
-
-
-def _opener(archive: Path) -> Callable[[Path], contextlib.AbstractContextManager[Opened]]:
-    if zipfile.is_zipfile(archive):
-        return _zip
-    if tarfile.is_tarfile(archive):
-        return _tar
-    with archive.open("rb") as file:
-        start = file.read(40)
-    raise FetchError(f"{archive} is no archive (it starts with {start!r}): remove it and fetch it again")
-
-
-@contextlib.contextmanager
-def _zip(archive: Path) -> Iterator[Opened]:
-    with zipfile.ZipFile(archive) as file:
-        members = file.infolist()
-        # extract() strips .. and absolute paths, makes no links, and checks the CRC.
-        yield members, sum(member.file_size for member in members), file.extract
-
-
-@contextlib.contextmanager
-def _tar(archive: Path) -> Iterator[Opened]:
-    if not hasattr(tarfile, "data_filter"):  # Python before 3.10.12 and 3.11.4
-        raise FetchError(f"this Python cannot unpack {archive} safely: update it, or unpack by hand")
-    with tarfile.open(archive) as file:
-        members = file.getmembers()  # the filter refuses paths, links and devices that leave the folder
-        yield members, sum(member.size for member in members), partial(file.extract, filter="data")
+        shutil.rmtree(temporary, ignore_errors=True)

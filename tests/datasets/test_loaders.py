@@ -225,23 +225,32 @@ class Failing(Numbered):
 @pytest.mark.parametrize("how", ["dies", "stalls"])
 def test_a_dead_or_stalled_worker_is_named(how):
     loader = train_loader(Failing(how), num_workers=1, timeout=1)
-    with pytest.raises(
-        ChildProcessError, match=r"a loader process died, or gave nothing for 1 s.*num_workers=0"
-    ):
+    with pytest.raises(ChildProcessError, match=r"a loader process died.*1 s.*num_workers=0"):
         list(loader.epoch(0))
 
 
-def test_a_death_is_told_with_the_next_batch_and_not_before():
-    """torch raises at any line of the parent; here a whole second of them passes undisturbed."""
+def test_a_worker_that_is_frozen_while_it_hands_over_a_batch_is_named(monkeypatch):
+    """torch's own timeout does not cover that moment, which is too short to aim at."""
+    monkeypatch.setattr("datasets.loaders.PATIENCE", 0.2)
+    monkeypatch.setattr(
+        "torch.utils.data.dataloader._BaseDataLoaderIter.__next__", lambda _self: time.sleep(3)
+    )
+    loader = train_loader(numbered(8), batch_size=4, num_workers=1, timeout=0.3)
+    begin = time.monotonic()
+    with pytest.raises(ChildProcessError, match=r"gave no batch for 0.3 s"):
+        list(loader.epoch(0))
+    assert time.monotonic() - begin < 2.5
+
+
+def test_the_death_of_an_idle_worker_ends_the_epoch():
+    """torch raises in the main thread as soon as it learns of it, or with the next batch."""
     others = multiprocessing.active_children()
     batches = train_loader(numbered(8), batch_size=4, num_workers=1).epoch(0)
     next(batches)
     (worker,) = (process for process in multiprocessing.active_children() if process not in others)
-    worker.kill()
-    end = time.monotonic() + 1
-    while time.monotonic() < end:
-        time.sleep(0.01)
-    with pytest.raises(ChildProcessError, match=r"a loader process died.*is killed by signal"):
+    with pytest.raises((ChildProcessError, RuntimeError), match=r"DataLoader worker"):
+        worker.kill()
+        time.sleep(1)
         next(batches)
     assert len(list(train_loader(numbered(8), batch_size=4, num_workers=1).epoch(0))) == 2
 
@@ -265,7 +274,7 @@ def test_a_death_is_told_while_the_next_epoch_begins():
 def test_images_of_unlike_sizes_cannot_be_trained_on_without_a_crop():
     data = Numbered([(9, 9), (9, 7), (9, 9), (5, 5)])
     loader = TrainLoader(data, TrainTransform(INFO.mean, INFO.std), 4, seed=0)
-    with pytest.raises(DatasetError, match=r"unlike sizes .* set dataset\.crop"):
+    with pytest.raises(DatasetError, match=r"sizes.*set dataset\.crop"):
         list(loader.epoch(0))
 
 

@@ -11,8 +11,7 @@ import torch
 from torchvision import tv_tensors
 
 from datasets import VOC2012, Cityscapes, EvalTransform, KvasirSEG, TrainTransform
-from datasets.legacy import centre_crop
-from datasets.transforms import resize_to
+from datasets.transforms import centre_crop, resize_to
 
 PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and std that leave [0, 1]
 

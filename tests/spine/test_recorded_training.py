@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 from configs import build
 from configs.compose import compose
 from datasets import EvalTransform
-from datasets.batches import Batch
+from datasets.loaders import Batch
 from datasets.voc2012 import INFO
 from models import PSPNet, read_checkpoint
 from models.published import is_published, load_published, translate_config, translate_state

@@ -1,0 +1,228 @@
+"""Data sets that consist of pairs of files: pairing, reading and checking them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+
+from .base import DatasetError, SegmentationDataset, digest, spread
+from .decode import ImageFolder, decode_image, decode_mask, is_deep, open_image, orientation_of
+
+
+class Pair(NamedTuple):
+    """An image and its mask on disk."""
+
+    name: str
+    image: Path
+    mask: Path
+
+
+class LabelTable:
+    """The class index of each raw label in a mask file; other labels are invalid."""
+
+    def __init__(self, mapping: Mapping[int, int]) -> None:
+        self.mapping = dict(mapping)
+        self.invalid = next(k for k in range(255, -1, -1) if k not in self.mapping.values())
+        self._bytes = bytes(self.mapping.get(raw, self.invalid) for raw in range(256))
+
+    def encode(self, raw: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """Return the class indices (H, W) uint8 of raw labels, and the labels that are not in the table."""
+        encoded = bytearray(raw.tobytes().translate(self._bytes))
+        unknown = [] if self.invalid not in encoded else np.setdiff1d(raw, list(self.mapping)).tolist()
+        return np.frombuffer(encoded, dtype=np.uint8).reshape(raw.shape), unknown
+
+
+def index_table(num_classes: int, ignore_index: int = 255) -> LabelTable:
+    """Return the table of masks that already hold class indices."""
+    return LabelTable({**{k: k for k in range(num_classes)}, ignore_index: ignore_index})
+
+
+class PairedDataset(SegmentationDataset):
+    """Pairs of files. A subclass finds them and defines how raw labels become class indices."""
+
+    table: LabelTable
+
+    def __init__(self, root: str | Path, split: str) -> None:
+        self.root = Path(root).expanduser()
+        self.split = split
+        if not self.root.is_dir():
+            raise self.missing(f"the folder {self.root} does not exist")
+        self.orphans: list[str] = []
+        self.clashes: list[str] = []
+        self.ignored: list[str] = []
+        self.pairs = self.find_pairs()
+        if not self.pairs:
+            more = f" ({self.ignored[0]})" if self.ignored else ""
+            raise self.missing(f"no image of split {split!r} was found under {self.root}{more}")
+        self.names = [pair.name for pair in self.pairs]
+        self._labels_seen: set[int] | None = None
+
+    def find_pairs(self) -> list[Pair]:
+        """Return the pairs of this split in a fixed order, from `match` if folders are listed."""
+        raise NotImplementedError(f"{type(self).__name__} must implement find_pairs()")
+
+    def missing(self, reason: str) -> DatasetError:
+        """Return the error for a data set that is not there, with the expected tree."""
+        return DatasetError(
+            f"{type(self).__name__}: {reason}. Fix: dataset.root or --root must be a folder like\n{self.help_tree}"
+        )
+
+    def match_folders(
+        self, images: ImageFolder, masks: ImageFolder, masks_at: Path, ending: str = ""
+    ) -> list[Pair]:
+        """Pair the files of two folders by name; `ending` is what mask names have in addition."""
+        for folder in (images, masks):
+            self.clashes += [
+                f"{path} and {other.name} have one name, so only {path.name} is used. Fix: rename or remove one"
+                for path, other in folder.clashes
+            ]
+            if folder.ignored:
+                self.ignored.append(
+                    f"files that are not read: {folder.ignored_text}, such as {folder.ignored[0]}"
+                )
+        return self.match(
+            images.images,
+            {name.removesuffix(ending): path for name, path in masks.images.items()},
+            masks_at,
+            ending,
+        )
+
+    def match(
+        self, images: Mapping[str, Path], masks: Mapping[str, Path], masks_at: Path, ending: str = ""
+    ) -> list[Pair]:
+        """Pair files by name. An image without a mask is kept, so that reading it names the fault."""
+        self.orphans += [
+            f"{path} is a mask without an image. Fix: add the image, or remove the mask"
+            for name, path in masks.items()
+            if name not in images
+        ]
+        suffix = next(iter(masks.values())).suffix if masks else ".png"
+        return [Pair(n, path, masks.get(n, masks_at / f"{n}{ending}{suffix}")) for n, path in images.items()]
+
+    def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Return the raw image (3, H, W) uint8 and the mask (H, W) uint8 of class indices.
+
+        Raises DatasetError, which names the path and the fix, if the pair cannot be used.
+        """
+        pair = self.pairs[index]
+        mask = self.read_mask(pair.mask)
+        height, width = mask.shape
+        image = decode_image(pair.image, (width, height), pair.mask)
+        if image.shape[:2] != mask.shape:
+            sizes = [f"{w}x{h}" for h, w in (image.shape[:2], mask.shape)]
+            raise DatasetError(
+                f"{pair.image} is {sizes[0]} but its mask {pair.mask} is {sizes[1]}. Fix: bring both to one size"
+            )
+        # A view of the decoder's memory, channels last: a crop of it is copied later, never the whole frame.
+        return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(
+            torch.from_numpy(mask)
+        )
+
+    def read_mask(self, path: Path) -> np.ndarray:
+        """Return the mask (H, W) uint8 as class indices.
+
+        Raises DatasetError that names the labels that are not in the table.
+        """
+        return self.encode(decode_mask(path), path)
+
+    def encode(self, raw: np.ndarray, path: Path) -> np.ndarray:
+        """Translate raw labels (H, W) uint8 to class indices."""
+        encoded, unknown = self.table.encode(raw)
+        if unknown:
+            raise DatasetError(
+                f"{path} holds labels {preview(unknown)}, which are not in the table. Fix: {self.remedy(unknown)}"
+            )
+        return encoded
+
+    def remedy(self, unknown: list[int]) -> str:
+        """Return how to fix labels that are not in the table."""
+        last, void = self.info.num_classes - 1, self.info.ignore_index
+        return f"use 0..{last}, and {void} for void"
+
+    def check(self, index: int, decode: bool = True) -> list[str]:
+        """Return the faults of one pair: from the file headers if they suffice, else by decoding it in full."""
+        if decode:
+            return super().check(index)
+        pair = self.pairs[index]
+        try:
+            with open_image(pair.image) as image, open_image(pair.mask) as mask:
+                plain = orientation_of(image) == orientation_of(mask) == 1 and not is_deep(image.mode)
+                sound = plain and image.size == mask.size
+        except DatasetError:
+            sound = False
+        return [] if sound else super().check(index)
+
+    def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
+        """Return the faults of single pairs, and of files that belong to no pair."""
+        return self.orphans + self.clashes + super().faults(progress, sample)
+
+    def faults_as_a_whole(self) -> list[str]:
+        """Return that there is nothing to learn or to score: void or one class everywhere, or no scored class."""
+        if not self.labels_seen():  # no mask can be read
+            return []
+        seen = self.labels_seen() - {self.info.ignore_index}
+        needed = min(2, self.info.num_classes) if self.split.startswith("train") else 1
+        if len(seen) >= needed and seen & set(self.info.scored):
+            return []
+        shown = " and ".join(self.info.classes[k] for k in sorted(seen)) or "void"
+        return [
+            f"the {len(self)} masks of split {self.split} hold only {shown}, such as {self.pairs[0].mask}: there is "
+            "nothing to learn or to score. Fix: check the masks and the table of classes"
+        ]
+
+    def notes(self) -> list[str]:
+        """Return the classes that occur in no mask, and the files that were ignored."""
+        seen = self.labels_seen()
+        absent = [name for k, name in enumerate(self.info.classes) if k not in seen]
+        text = f"classes that occur in no mask of split {self.split}: {', '.join(absent)}"
+        return [text] * bool(seen and absent) + self.ignored
+
+    def labels_seen(self) -> set[int]:
+        """Return the class indices that occur in the masks, void included. Stops when all classes were seen.
+
+        Masks that cannot be read are skipped.
+        """
+        if self._labels_seen is None:
+            self._labels_seen = set()
+            classes = set(range(self.info.num_classes))
+            first = spread(len(self), 16)  # one patient's images often follow each other
+            order = dict.fromkeys([*first, *range(len(self))])
+            for mask in readable((self.pairs[k].mask for k in order), self.read_mask):
+                self._labels_seen |= set(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
+                if classes <= self._labels_seen:
+                    break
+        return self._labels_seen
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names and file sizes of every pair."""
+        parts: list[object] = [self.info.name]
+        for pair in self.pairs:
+            parts += [pair.name, file_size(pair.image), file_size(pair.mask)]
+        return digest(parts)
+
+
+def readable(paths: Iterable[Path], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the arrays read from the files; files with faults are skipped."""
+    for path in paths:
+        with contextlib.suppress(DatasetError):
+            yield read(path)
+
+
+def file_size(path: Path) -> int:
+    """Return a file's size in bytes, or -1 if it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def preview(values: list[int], shown: int = 8) -> str:
+    """Return the first few values as text."""
+    rest = ", ..." if len(values) > shown else ""
+    return ", ".join(map(str, values[:shown])) + rest
