@@ -58,7 +58,7 @@ class Entry:
     @property
     def root(self) -> Path:
         """The default of dataset.root."""
-        return Path(str(OmegaConf.load(CONFIGS / "dataset" / f"{self.name}.yaml")["root"]))
+        return Path(str(OmegaConf.load(CONFIGS / "dataset" / f"{self.name}.yaml").root))
 
     def complete(self, root: Path) -> bool:
         """Whether all parts are there."""
