@@ -206,11 +206,11 @@ def _missing(path: Path) -> str:
 
 def _damaged(path: Path, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return f"{path} is damaged ({text}). Fix: fetch it again, or save it anew without metadata"
+    return f"{path} is damaged ({text}). Fix: download it again, or save it again without metadata"
 
 
 def _require_one_page(image: Image.Image, path: Path) -> None:
-    """Reject animations and documents: nobody says which page is meant. Small copies of a page do not count."""
+    """Reject files with several pages, because the page is ambiguous. Small copies of a page do not count."""
     if image.format == "MPO":  # a camera's JPEG with a preview or a depth map behind the picture
         return
     frames = getattr(image, "n_frames", 1)
@@ -277,7 +277,7 @@ def load_image(path: Path) -> Stored:
 
 
 def turned(image: Image.Image, table: dict[int, Image.Transpose], orientation: int) -> Image.Image:
-    """Return the image turned as UPRIGHT or STORED says for an EXIF orientation."""
+    """Return the image rotated according to UPRIGHT or STORED and its EXIF orientation."""
     return image.transpose(table[orientation]) if orientation in table else image
 
 

@@ -111,7 +111,9 @@ class Folder(PairedDataset):
         listed = []
         for line in read_split(path):
             bare = line.removesuffix(Path(line).suffix)
-            name = bare if line not in known and bare in known else line  # the end of "case.1" is no suffix
+            name = (
+                bare if line not in known and bare in known else line
+            )  # the end of "case.1" is not a suffix
             missing = Pair(name, images / f"{name}.jpg", masks / f"{name}{ending}.png")
             listed.append(known.get(name, missing))
         return listed

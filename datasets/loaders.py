@@ -51,7 +51,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The answer of a worker to a key: a sample, or the reasons why there is none."""
+    """The answer of a worker to a key: a sample, or the reasons for a missing sample."""
 
     index: int
     sample: Sample | None
@@ -365,7 +365,7 @@ def _hide_lost_connections(_worker: int) -> None:
 
 
 def _is_lost_worker(error: Exception) -> bool:
-    """Whether an error says that a worker is dead or silent.
+    """Return whether an error reports a dead or silent worker.
 
     A worker can be killed while the parent fetches a tensor from it over a connection. An error inside a worker is
     different: its message begins with "Caught ... in DataLoader worker process".

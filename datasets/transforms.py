@@ -195,7 +195,7 @@ class EvalTransform:
     bounded, and the target at its native resolution; the logits are resized to the target afterwards.
 
     Paper (`legacy=True`): the short side goes to `crop`, image bilinear without antialiasing and truncated to
-    uint8, label nearest as Pillow has it, then the centre `crop` x `crop`; what lies outside is not scored.
+    uint8, label nearest as in Pillow, then the centre `crop` x `crop`. Pixels outside are not scored.
     """
 
     def __init__(

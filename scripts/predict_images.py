@@ -4,7 +4,7 @@
     python scripts/predict_images.py -r RUN/best_model.pth a.jpg b.jpg -p rankdice --overlay --out masks/
     python scripts/predict_images.py -r RUN/best_model.pth slides/ --window 512 --scales 0.75,1,1.25 --flip --out masks/
 
-NAME.jpg becomes masks/NAME.png, a palette PNG: index = class. It lies pixel upon pixel over the image's stored
+NAME.jpg becomes masks/NAME.png, a palette PNG: index = class. It has the pixel grid of the stored image
 pixels and carries its EXIF orientation. On request:
     --overlay        masks/overlay/NAME.png          the mask over the image, upright, to look at
     --per-class      masks/classes/NAME/CLASS.png    each class's mask (0 and 255), overlaps kept
@@ -20,7 +20,7 @@ to several classes: in the palette PNG the most probable of them has it; a pixel
 or 255 (void) where the data set has no background. Without -p the rule is rankdice where one class is scored,
 rankdice_nonoverlap where several are.
 
-The same command again goes on where it was stopped; another checkpoint, rule or view into the same folder is refused,
+The same command resumes. Another checkpoint, rule or view for the same folder is rejected,
 and so is what would take the place of an image, of another image's mask, or of a file that was not made here.
 Exit codes: 0 done, 1 some images could not be read (each is named), 2 bad input, 3 the disk failed.
 """
@@ -222,7 +222,7 @@ def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]
             scratch=args.out,
         )
 
-    view(torch.empty(1, 1))  # refuse impossible options before work begins
+    view(torch.empty(1, 1))  # reject impossible options before the work starts
     return view
 
 

@@ -135,7 +135,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Read every file of the splits; the exit code says whether they are sound."""
+    """Read every file of the splits and return 0 if there is no fault."""
     from scripts.prepare.checking import check
 
     entry = CATALOG[args.name]
@@ -254,7 +254,7 @@ def _split(args: argparse.Namespace) -> int:
     folder = args.root / "images"
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} does not exist: give the folder that holds images/ and masks/; where both lie in one, "
+            f"{folder} does not exist: give the folder that contains images/ and masks/; if both are in one folder, "
             "move them: mkdir images masks; mv *_mask.* masks; mv *.png images"
         )
     shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}

@@ -1,6 +1,6 @@
 """Image files in and out: orientation, palettes, and writing so that a file is whole or absent.
 
-Everything written lies pixel upon pixel over the stored image and carries its EXIF orientation, so readers that
+Every written picture has the pixel grid and the EXIF orientation of the stored image, so readers that
 honour it and readers that do not both see a mask where its object is. Only overlays, which are to be looked at, are
 written upright.
 """
@@ -102,7 +102,7 @@ def same_name(path: Path, other: Path) -> str:
 
 
 def as_stored(labels: np.ndarray, orientation: int) -> Image.Image:
-    """Return upright labels (H, W) uint8 or bool as a picture that lies over the stored file."""
+    """Return upright labels (H, W) uint8 or bool as a picture on the pixel grid of the stored file."""
     return turned(Image.fromarray(labels.astype(np.uint8)), STORED, orientation)
 
 
@@ -122,7 +122,7 @@ def save_overlay(pixels: Tensor, labels: Tensor, info: DatasetInfo, path: Path) 
     """Write the image (3, H, W) uint8, upright, with the labels' colours over it; unscored classes stay clear."""
     colours = [tuple(info.palette[c]) for c in info.scored]
     picture = Image.new("RGB", (labels.shape[1], labels.shape[0]))
-    for top in range(0, len(labels), BAND):  # drawing takes 24 bytes a pixel, and one a class
+    for top in range(0, len(labels), BAND):  # drawing needs 24 bytes per pixel, and one per class
         masks = torch.stack([labels[top : top + BAND] == c for c in info.scored])
         band = pixels[:, top : top + BAND].contiguous()
         drawn = draw_segmentation_masks(band, masks, alpha=0.5, colors=colours)
@@ -160,7 +160,7 @@ def save_png(image: Image.Image, path: Path, orientation: int = 1) -> None:
 
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its place when all went well, and is gone if not."""
+    """Yield a temporary path next to ``path``. It replaces ``path`` on success and is deleted on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

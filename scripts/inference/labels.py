@@ -1,4 +1,4 @@
-"""From probabilities and a rule to one label a pixel, as a palette picture needs, a class at a time where possible.
+"""Compute one label per pixel from probabilities and a rule, for palette pictures; one class at a time if possible.
 
 A rule may give a pixel to several classes, or to none. The label is then
   - of the scored classes that have the pixel, the one of the highest probability;
@@ -64,6 +64,6 @@ def label_map(
         better = rank > best
         if scored:
             better &= mask
-        torch.where(better, rank, best, out=best)  # indexing by a mask takes 16 bytes a pixel
+        torch.where(better, rank, best, out=best)  # indexing by a mask takes 16 bytes per pixel
         labels.masked_fill_(better, c)
     return labels

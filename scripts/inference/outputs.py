@@ -15,7 +15,7 @@ from datasets.base import DatasetInfo
 
 
 class Outputs:
-    """The files that an image becomes; the palette PNG is written last and says that all are there.
+    """The output files of an image. The palette PNG is written last and marks them as complete.
 
     Args:
         args: the command line: ``out``, and which of ``overlay``, ``per_class`` and ``probabilities`` are wanted.
@@ -78,7 +78,7 @@ def settle(
     images: Mapping[str, Path],
     force: bool,
 ) -> None:
-    """Note in the folder how its masks are made, and of which images; refuse to mix them with others.
+    """Record in the folder how its masks are made and from which images; reject other masks.
 
     Raises ValueError, naming what differs.
     """
@@ -101,7 +101,7 @@ def settle(
 
 
 def _real(path: Path) -> str:
-    """Return where a path leads; unlike resolve(), of links in a circle too, which reading names."""
+    """Return the target of a path. In contrast to resolve(), accept circular links, which reading reports."""
     return os.path.realpath(path)
 
 
