@@ -29,13 +29,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+import torch
 from tqdm import tqdm
 
 from configs import build
 from configs.cli import guarded
 from configs.compose import options
 from configs.errors import UserError
-from configs.files import read_json, require_writable, write_json
+from configs.files import read_json, require_writable, write_json, write_text
 from rankseg import Predictor
 from rankseg.calibration import Reliability
 from scripts import ROOT
@@ -55,9 +56,10 @@ from trainers.evaluator import Scoring
 from trainers.metrics import Counts
 from trainers.reproducibility import provenance
 from trainers.results import EvalResult, comparison, fingerprint
+from trainers.text import csv_text
 
 SOME_FAILED = 1
-VERSION = 1  # of the records; another one decodes again
+VERSION = 2  # of the records; another one decodes again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = len(cases) - len(todo)
     parts = [f"{len(todo) - len(failed)} cases decoded with {', '.join(job.rules)}"]
     parts += [f"{before} done before"] * bool(before) + [f"{len(failed)} failed"] * bool(failed)
+    if args.confidence and done:
+        job.write_confidence(done)
     if args.labels and done:
         print(comparison(job.score(done, failed)))
         print(f"results: {args.out / 'results'}")
@@ -113,6 +117,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--foreground-only", action="store_true", help="label 0 is background and has no channel")
     add("--scored", metavar="1,2,…", help="labels that the means run over (default: all with a channel)")
     add("--names", metavar="A,B,…", help="names of the labels 0, 1, … for reports")
+    add("--confidence", action="store_true", help="write the expected Dice of every mask, without labels too")
     add("--workers", type=int, default=1, help="cases decoded at the same time (default: 1)")
     add("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: cpu)")
     add("--force", action="store_true", help="decode again what is done")
@@ -146,7 +151,8 @@ class Job:
         self.valid = find_cases(args.valid, LABEL_SUFFIXES) if args.valid else None
         self.device = pick_device(args.device)
         self.reading = Reading(args.out, args.link, args.temperature, args.classes_axis, args.key, args.void)
-        self.output = Output(args.write, args.unassigned, args.foreground_only or None, args.void)
+        only = args.foreground_only or None
+        self.output = Output(args.write, args.unassigned, only, args.void, args.confidence, args.link)
         settings = {"version": VERSION, "rules": args.predictor, **dataclasses.asdict(self.output)}
         settings |= {k: v for k, v in dataclasses.asdict(self.reading).items() if k != "scratch"}
         self.settings = fingerprint(settings | {"labels": bool(args.labels), "valid": bool(args.valid)})
@@ -224,6 +230,7 @@ class Job:
             "written": written,
             "classes": classes,
             "seconds": {rule: found.seconds for rule, found in result.rules.items()},
+            "confidence": {rule: found.confidence for rule, found in result.rules.items()},
         }
         if label is not None:
             record["counts"] = {
@@ -231,6 +238,7 @@ class Job:
                 for rule, found in result.rules.items()
                 if found.counts is not None
             }
+            record["likelihood"] = result.likelihood
             record["reliability"] = reliability_to_plain(result.reliability)
         write_json(self.record(name), record)
 
@@ -252,6 +260,13 @@ class Job:
         scoring = Scoring(classes, scored, self.args.void)
         curves = (reliability_from_plain(record["reliability"]) for record in records.values())
         reliability = functools.reduce(Reliability.merge, curves)
+        ratios = reliability.volume_ratio().tolist()
+        likelihoods = [
+            record["likelihood"] for record in records.values() if None not in record["likelihood"]
+        ]
+        log_loss, brier = (
+            torch.tensor(likelihoods or [[float("nan")] * 2], dtype=torch.float64).mean(0).tolist()
+        )
         details = self._details(list(records), classes, failed)
         results = {}
         for rule in self.rules:
@@ -266,11 +281,30 @@ class Job:
                     **scoring.summary(counts),
                     "ece": reliability.ece(),
                     "classwise_ece": float(reliability.classwise_ece().nanmean()),
+                    "log_loss": log_loss,
+                    "brier": brier,
+                    "volume_ratio": {str(c + first): v for c, v in enumerate(ratios)},
                 },
                 seconds=sum(record["seconds"][rule] for record in records.values()),
+                confidence=self._confidence([record["confidence"][rule] for record in records.values()]),
             )
             results[rule].save(self.args.out / "results", details)
         return results
+
+    @staticmethod
+    def _confidence(rows: list[list[float | None] | None]) -> torch.Tensor | None:
+        """Return the confidences (N, C) of the records; null, which is NaN in JSON, becomes NaN again."""
+        plain = [[float("nan") if x is None else x for x in row] for row in rows if row is not None]
+        return torch.tensor(plain, dtype=torch.float64) if plain else None
+
+    def write_confidence(self, names: list[str]) -> None:
+        """Write OUT/confidence.csv: case, rule, label and the expected Dice of the mask."""
+        rows: list[tuple[Any, ...]] = [("case", "rule", "class", "confidence")]
+        for name in names:
+            record = read_json(self.record(name))
+            for rule, values in record["confidence"].items():
+                rows += [(name, rule, c, f"{x:.6f}") for c, x in enumerate(values) if x is not None]
+        write_text(self.args.out / "confidence.csv", csv_text(rows))
 
     def _details(self, names: list[str], classes: int, failed: dict[str, str]) -> dict[str, Any]:
         """What a result file reports of the origin of its numbers."""

@@ -24,7 +24,8 @@ from rankseg.label_map import VOID
 from scripts.decoding.arrays import scratch
 from scripts.decoding.cases import Case, slabs
 from scripts.inference.labels import one_by_one
-from trainers.metrics import Counts, count, encode
+from trainers.evaluator import proper_scores
+from trainers.metrics import Counts, Truth, count, encode
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class Output:
         foreground_only: channels are the labels 1, 2, …; label 0, the background, has no channel. None: if there is
             one channel.
         void: label value of pixels that are not scored.
+        confidence: whether to compute the expected Dice of every mask.
+        link: of the network, if known; decides which log-loss is reported.
     """
 
     write: str = "auto"
     unassigned: str | int = "void"
     foreground_only: bool | None = None
     void: int = 255
+    confidence: bool = False
+    link: str | None = None
 
     def first(self, classes: int) -> int:
         """Return the label of the first channel."""
@@ -58,20 +63,22 @@ class Output:
 
 @dataclass
 class Decoded:
-    """The result of one rule on one case: an array to write, seconds, and counts (1, C) if there are labels."""
+    """The result of one rule on one case: an array to write, seconds, counts (1, C) if there are labels, confidence."""
 
     array: np.ndarray
     key: str
     seconds: float
     counts: Counts | None = None
+    confidence: list[float] | None = None
 
 
 @dataclass
 class Scored:
-    """The results of one case by rule, and the reliability of its probabilities."""
+    """The results of one case by rule, the reliability of its probabilities, their log-loss and Brier score."""
 
     rules: dict[str, Decoded] = field(default_factory=dict)
     reliability: Reliability = field(default_factory=Reliability)
+    likelihood: list[float] = field(default_factory=list)
 
 
 def decode(
@@ -95,10 +102,24 @@ def decode(
             found = Decoded(masks, "masks", seconds)
         if labels is not None:
             found.counts = _counts(found, labels, classes, first, output.void)
+        if output.confidence:
+            found.confidence = _confidence(found, case.probs, first)
         result.rules[name] = found
     if labels is not None:
-        _observe(result.reliability, case.probs, labels, first, output.void)
+        _observe(result, case.probs, labels, first, output.void, output.link)
     return result
+
+
+def _confidence(found: Decoded, probs: Tensor, first: int) -> list[float]:
+    """Return `rankseg.confidence` of every mask that is written; NaN for a background without a channel."""
+    values = [float("nan")] * first
+    for c, channel in enumerate(probs):
+        mask = found.array[c] if found.key == "masks" else found.array == c + first
+        part = rankseg.confidence(
+            channel[None, None], torch.from_numpy(np.ascontiguousarray(mask))[None, None]
+        )
+        values.append(float(part))
+    return values
 
 
 def _check_labels(labels: np.ndarray, count: int, void: int) -> None:
@@ -170,12 +191,18 @@ def _counts(found: Decoded, labels: np.ndarray, classes: int, first: int, void: 
     return total
 
 
-def _observe(reliability: Reliability, probs: Tensor, labels: np.ndarray, first: int, void: int) -> None:
-    """Add the case's probabilities at the pixels that `trainers.evaluator.observe` would take."""
+def _observe(
+    result: Scored, probs: Tensor, labels: np.ndarray, first: int, void: int, link: str | None
+) -> None:
+    """Measure the probabilities at the pixels that `trainers.evaluator.observe` takes."""
     flat = labels.reshape(-1)
     step = max(1, flat.size // (1 << 14))
     truth = encode(_long(flat[::step])[None], len(probs) + first, void)
-    reliability.update(probs.flatten(1)[None, :, ::step].contiguous(), truth.onehot[:, first:], truth.valid)
+    truth = Truth(truth.onehot[:, first:], truth.valid, truth.actual[:, first:], truth.pixels)
+    sample = probs.flatten(1)[None, :, ::step].contiguous()
+    result.reliability.update(sample, truth.onehot, truth.valid)
+    link = link or ("sigmoid" if first else "softmax")
+    result.likelihood = proper_scores(sample, truth, link)[0].tolist()
 
 
 def _long(labels: np.ndarray) -> Tensor:

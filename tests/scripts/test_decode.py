@@ -90,7 +90,7 @@ class TestScores:
             assert table == (tmp_path / "expected" / f"{rule}.csv").read_bytes()
             for key, value in expected[rule].scores.items():
                 if key != "test_loss":
-                    assert result(out, rule)["scores"][key] == pytest.approx(value, rel=1e-9), key
+                    assert result(out, rule)["scores"][key] == pytest.approx(value, rel=1e-6), key
 
     def test_are_those_of_the_label_map_that_is_written(self, tmp_path: Path) -> None:
         maps = softmax_maps(2, (30, 30))
@@ -133,6 +133,21 @@ class TestScores:
         assert np.array_equal(labels, np.where(view, p.argmax(0), 255))
         rows = (tmp_path / "o" / "results" / "max.csv").read_text().splitlines()[1:]
         assert sum(int(row.split(",")[4]) for row in rows) == view.sum()
+
+    def test_confidence(self, tmp_path: Path) -> None:
+        """The expected Dice of what is written, next to the scores and without labels."""
+        p = softmax_maps(1, (24, 20))[0]
+        folder, truth = save_all(tmp_path / "p", [p]), save_all(tmp_path / "l", [drawn(p, 0)])
+        rules = ["-p", "rankdice", "-p", "max", "--confidence"]
+        assert run(folder, "--labels", truth, *rules, "--out", tmp_path / "o") == 0
+        assert run(folder, *rules, "--out", tmp_path / "o2") == 0
+        table = (tmp_path / "o2" / "confidence.csv").read_text()
+        assert table == (tmp_path / "o" / "confidence.csv").read_text()
+        rows = [line.split(",") for line in table.splitlines()[1:]]
+        for rule, masks in (("rankdice", rankseg.rankdice(p[None])), ("max", rankseg.argmax(p[None]))):
+            got = [float(row[3]) for row in rows if row[1] == rule]
+            assert got == pytest.approx(rankseg.confidence(p[None], masks)[0].tolist(), abs=1e-6)
+            assert result(tmp_path / "o", rule)["image_confidence"] == pytest.approx([np.mean(got)], abs=1e-5)
 
 
 class _Identity(torch.nn.Module):
