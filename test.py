@@ -9,16 +9,16 @@ import argparse
 from pathlib import Path
 
 from configs import build
-from configs.checkpoint import load
-from configs.cli import guarded, list_skipped
+from configs.checkpoint import check_classes, load
+from configs.cli import list_skipped, run_cli
 from configs.compose import options
 from configs.files import require_writable
 from configs.fitting import Fitter, is_calibrated
-from trainers.distributed import World, world
-from trainers.errors import explained
+from trainers.distributed import World, join_world
+from trainers.errors import as_training_error
 from trainers.evaluator import evaluate
 from trainers.reproducibility import provenance
-from trainers.results import comparison, file_sha256, fingerprint, variant_folder
+from trainers.results import comparison, file_sha256, fingerprint, results_folder
 
 ROOT = Path(__file__).resolve().parent
 ALL = ("T", "T_fit", "max", "rankdice", "rankiou", "pooled_dice")
@@ -28,8 +28,9 @@ examples:
   python test.py -r RUN/best_model.pth -p rankdice -p T protocol=paper dataset.root=/data/Kvasir-SEG
   python test.py -r checkpoint-epoch300.pth -p rankdice dataset.root=/data/cityscapes      (the authors' files)
 
-Everything else comes from the configuration stored in the checkpoint. Results are written to results/ beside it
-(results/paper/ under protocol=paper), in there to calibrated/ with calibrate=temperature (or temperature=),
+Everything else comes from the configuration stored in the checkpoint. Results of best_model.pth are written to
+results/ next to it (results/paper/ under protocol=paper), those of last.pth to results/of_last/; in there to
+calibrated/ with calibrate=temperature (or temperature=),
 calibrated_class/ with calibrate=class, focal_corrected/ with correct_focal=true, gate_fit/ with gate=fit, and
 threshold_0.3/ if T cuts at 0.3. T_fit, auto, calibrate and gate=fit are fitted on the validation split, pooled_dice and
 pooled_iou on the scored split without labels; the values are kept in CHECKPOINT.fitted.json. Exit codes: 0 done, 2 bad
@@ -55,7 +56,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="RULE",
         help=f"may be repeated; `all` is {', '.join(ALL)}. One of: {', '.join(options('predictor'))}",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--out", type=Path, help="folder for the results instead of the checkpoint's")
     parser.add_argument("--quiet", action="store_true", help="print the comparison only")
     parser.add_argument(
@@ -67,40 +68,49 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def score(args: argparse.Namespace, where: World) -> None:
+def score(args: argparse.Namespace, world: World) -> None:
     """Load, score, print and write."""
     network, cfg, checkpoint = load(args.resume, args.overrides)
-    network = network.to(where.device)
+    network = network.to(world.device)
     names = [rule for name in args.predictor or ["rankdice"] for rule in (ALL if name == "all" else (name,))]
     for name in names:
         build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
     threshold = build.threshold(cfg)
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
-    variant = variant_folder(threshold, is_calibrated(cfg), cfg.correct_focal, cfg.gate)
-    folder = args.out or args.resume.resolve().parent / cfg.protocol.results / variant
-    if where.is_main:
+    check_classes(checkpoint, data.info.classes, args.resume)
+    folder = args.out or args.resume.resolve().parent / results_folder(
+        args.resume.name,
+        cfg.protocol.results,
+        threshold=threshold,
+        calibrated=is_calibrated(cfg),
+        focal_corrected=cfg.correct_focal,
+        gate=cfg.gate,
+    )
+    if world.is_main:
         require_writable(folder)
     criterion = build.loss(cfg)
-    with explained("scoring", "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"):
-        fitter = Fitter(cfg, network, args.resume, where)
+    with as_training_error(
+        "scoring", "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
+    ):
+        fitter = Fitter(cfg, network, args.resume, world)
         to_probs = fitter.to_probs()
         rules, fitted = fitter.rules(dict.fromkeys(names), data)
         fitter.save()
-        loader = build.eval_loader(cfg, data, where)
+        loader = build.eval_loader(cfg, data, world)
         results = evaluate(
             network,
             loader,
             rules,
             criterion,
             build.scoring(cfg, data.info),
-            where,
+            world,
             to_probs=to_probs,
             confidences=True,
             precision=cfg.trainer.precision,
             progress=f"{cfg.dataset.name} {cfg.split}",
         )
-    if not where.is_main:
+    if not world.is_main:
         return
     list_skipped(loader.skipped)
     details = {
@@ -139,11 +149,11 @@ def score(args: argparse.Namespace, where: World) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     args = arguments()
-    with world(args.device) as where:
-        score(args, where)
+    with join_world(args.device) as world:
+        score(args, world)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

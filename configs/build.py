@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -17,10 +17,11 @@ from configs.compose import CONFIGS, options, unknown_option
 from configs.errors import ConfigError
 from datasets import DatasetInfo, EvalLoader, SegmentationDataset, TrainLoader
 from rankseg import Predictor
-from trainers.distributed import World
+from trainers.distributed import World, wrap
 from trainers.evaluator import Scoring
 from trainers.losses import SegmentationLoss
 from trainers.schedules import Schedule
+from trainers.update import Update
 
 
 def locate(target: str) -> Any:
@@ -95,6 +96,7 @@ def rule_node(name: str, cfg: DictConfig | None) -> Any:
         raise ConfigError(unknown_option("predictor", name))
     if cfg is not None and cfg.predictor.name == actual:
         node: Any = cfg.predictor.copy()
+        OmegaConf.set_struct(node, False)
     else:
         node = OmegaConf.load(CONFIGS / "predictor" / f"{actual}.yaml")
     if actual == "T" and cfg is not None and cfg.get("threshold") is not None:
@@ -133,13 +135,13 @@ def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
     return data
 
 
-def train_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> TrainLoader:
-    """Augmented batches. A last batch too small for BatchNorm (under two images a device) is left out."""
+def train_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> TrainLoader:
+    """Build the augmented batches. A last batch too small for BatchNorm (under two images per device) is left out."""
     from datasets import TrainTransform  # slow to import
 
     batch = cfg.batch_size
-    if batch < where.size:
-        raise ConfigError(f"batch_size={batch} is smaller than the number of processes, {where.size}")
+    if batch < world.size:
+        raise ConfigError(f"batch_size={batch} is smaller than the number of processes, {world.size}")
     transform = TrainTransform(
         data.info.mean,
         data.info.std,
@@ -155,17 +157,17 @@ def train_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> Tr
         batch,
         seed=cfg.seed,
         num_workers=cfg.num_workers,
-        drop_last=len(data) > batch and 0 < len(data) % batch < 2 * where.size,
-        rank=where.rank,
-        world_size=where.size,
-        pin_memory=where.device.type == "cuda",
+        drop_last=len(data) > batch and 0 < len(data) % batch < 2 * world.size,
+        rank=world.rank,
+        world_size=world.size,
+        pin_memory=world.device.type == "cuda",
         on_error=cfg.on_error,
         timeout=cfg.loader_timeout,
     )
 
 
-def eval_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> EvalLoader:
-    """Images as the protocol evaluates them."""
+def eval_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> EvalLoader:
+    """Build the batches of images as the protocol evaluates them."""
     from datasets import EvalTransform  # slow to import
 
     if cfg.protocol.legacy_preprocessing:
@@ -177,9 +179,9 @@ def eval_loader(cfg: DictConfig, data: SegmentationDataset, where: World) -> Eva
         transform,
         cfg.batch_size,
         num_workers=cfg.num_workers,
-        rank=where.rank,
-        world_size=where.size,
-        pin_memory=where.device.type == "cuda",
+        rank=world.rank,
+        world_size=world.size,
+        pin_memory=world.device.type == "cuda",
         on_error=cfg.on_error,
         timeout=cfg.loader_timeout,
     )
@@ -190,17 +192,50 @@ def _size(value: Any) -> Any:
 
 
 def model(cfg: DictConfig) -> nn.Module:
-    """The network."""
+    """Build the network."""
     return _make(cfg.model)
 
 
 def loss(cfg: DictConfig) -> SegmentationLoss:
-    """The training criterion; it names its link."""
+    """Build the training criterion, which names its link."""
     return _make(cfg.loss)
 
 
+def check_outputs(cfg: DictConfig, network: nn.Module, info: DatasetInfo) -> None:
+    """Raise ConfigError if network or loss do not fit the classes and the void label of the data set."""
+    outputs = getattr(network, "num_classes", info.num_classes)
+    if outputs != info.num_classes:
+        raise ConfigError(
+            f"the network has {outputs} classes and the data set {info.name} has {info.num_classes} "
+            f"({', '.join(info.classes[:30])}). Fix: pass dataset.num_classes={info.num_classes}."
+        )
+    if cfg.loss.get("ignore_index", info.ignore_index) != info.ignore_index:
+        raise ConfigError(
+            f"loss.ignore_index={cfg.loss.ignore_index} and the data set marks void by {info.ignore_index}. "
+            f"Fix: pass dataset.ignore_index={info.ignore_index}."
+        )
+
+
+def update(cfg: DictConfig, network: nn.Module, criterion: nn.Module, world: World) -> Update:
+    """Build what makes one update: the network, wrapped and compiled as configured, and its optimizer."""
+    if cfg.trainer.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    model = wrap(network, world)
+    return Update(
+        cast(nn.Module, torch.compile(model)) if cfg.trainer.compile else model,
+        criterion,
+        optimizer(cfg, network),
+        world,
+        precision=cfg.trainer.precision,
+        accumulate=cfg.trainer.accumulate,
+        clip_norm=cfg.trainer.clip_norm,
+        channels_last=cfg.trainer.channels_last,
+        second_forward=cfg.trainer.second_forward,
+    )
+
+
 def optimizer(cfg: DictConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer: everything new at the full rate, the backbone at ``backbone_lr_ratio`` of it."""
+    """Build the optimizer: new layers at the full rate, the backbone at ``backbone_lr_ratio`` of it."""
     backbone = {id(p) for p in network.backbone_parameters()}  # type: ignore[operator]
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [
@@ -211,12 +246,12 @@ def optimizer(cfg: DictConfig, network: nn.Module) -> torch.optim.Optimizer:
 
 
 def schedule(cfg: DictConfig) -> Schedule:
-    """The learning-rate factor as a function of (update, updates in all)."""
+    """Build the learning-rate factor as a function of (update, updates in all)."""
     return _make(cfg.schedule)
 
 
 def scoring(cfg: DictConfig, info: DatasetInfo) -> Scoring:
-    """The conventions of the protocol, for this data set."""
+    """Build the conventions of the protocol for this data set."""
     protocol = cfg.protocol
     return Scoring(
         num_classes=info.num_classes,
@@ -230,7 +265,7 @@ def scoring(cfg: DictConfig, info: DatasetInfo) -> Scoring:
 
 
 def describe(cfg: DictConfig, data: SegmentationDataset, split: str) -> dict[str, Any]:
-    """What a result file says of the experiment."""
+    """Return what a result file says about the experiment."""
     return {
         "protocol": cfg.protocol.name,
         "dataset": {
@@ -249,6 +284,6 @@ def describe(cfg: DictConfig, data: SegmentationDataset, split: str) -> dict[str
 
 
 def absolute_root(cfg: DictConfig) -> None:
-    """Make the data set's path independent of the working directory, so that a checkpoint tests from anywhere."""
+    """Make the data set's path independent of the working directory, so that a checkpoint can be tested anywhere."""
     if cfg.dataset.get("root"):
         cfg.dataset.root = str(Path(cfg.dataset.root).expanduser().resolve())

@@ -1,7 +1,11 @@
-"""Command lines that answer bad input with one line and an exit code, never with a traceback."""
+"""Run a command: one line and an exit code for bad input, a traceback for a bug.
+
+Exit codes are in ``configs/errors.py``. ``--traceback`` (or RANKSEG_TRACEBACK=1) shows the traceback of every error.
+"""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import re
@@ -15,87 +19,151 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.compose import unknown_key, unknown_option
 from configs.errors import (
     EXIT_BAD_INPUT,
+    EXIT_BROKEN_PIPE,
     EXIT_BUSY,
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_RESUME,
     BusyError,
     Interrupted,
     TrainingError,
+    UserError,
 )
-from configs.remedies import REMEDIES, WRONG_PATH, remedy
-from datasets import DatasetError
+
+# Paths of the wrong kind are bad input; other errors of the system, as of a full disk, are failures.
+WRONG_PATH = (FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError)
+REMEDIES = {
+    errno.ENOSPC: "make room, or choose a folder on another disk",
+    errno.EDQUOT: "make room, or choose a folder on another disk",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose a folder on another disk",
+    errno.EACCES: "choose another folder, or change its permissions",
+    errno.EPERM: "choose another folder, or change its permissions",
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENOENT: "create its folder first, or correct the path",
+    errno.ENOTDIR: "a part of this path is a file; choose another",
+    errno.EEXIST: "it is a file; choose another folder",
+    errno.EISDIR: "it is a folder; give a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "fix the links that lead in a circle",
+}
+# What a terminal that cannot show a character gets instead; a minus sign must not become a question mark.
+_PLAIN = {
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "×": "x",
+    "·": "*",
+    "…": "...",
+    "≥": ">=",
+    "≤": "<=",
+    "±": "+-",
+    "→": "->",
+}
+# Hydra completes in zsh through bash's `complete`, which zsh has only after these lines.
+_ZSH = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
+autoload -Uz bashcompinit && bashcompinit
+"""
 
 
-def guarded(main: Callable[[], Any]) -> None:
-    """Run a command and leave with its exit code: 0, 2 bad input, 3 training failed, 4 busy, 75 interrupted and saved.
+def run_cli(main: Callable[[], Any]) -> None:
+    """Run a command, and exit with a code unless it succeeds.
 
-    Exceptions that are none of these are bugs and keep their traceback.
+    One line is printed for UserError, TrainingError, Interrupted, an error of Hydra or OmegaConf, and OSError. Any
+    other exception is a bug and keeps its traceback.
+
+    Args:
+        main: the command; it may return an exit code.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would print and exit by itself otherwise
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints and exits by itself
+    if "--traceback" in sys.argv:
+        sys.argv.remove("--traceback")
+        os.environ["RANKSEG_TRACEBACK"] = "1"
+    _print_anywhere()
+    if "install=zsh" in sys.argv:
+        print(_ZSH)
     try:
-        main()
+        code = main()
+        sys.stdout.flush()
     except (HydraException, OmegaConfBaseException) as error:
-        _leave(EXIT_BAD_INPUT, explain(error))
+        _leave(EXIT_BAD_INPUT, " ".join(explain(error).split()))
     except TrainingError as error:
         _leave(EXIT_FAILED, str(error))
     except Interrupted as error:
         _leave(
-            EXIT_RESUME,
-            f"interrupted by {error}; the state is saved: run the same command again to go on",
-            "stopped",
+            EXIT_RESUME, f"interrupted by {error}; the state is saved: run the same command again", "stopped"
         )
     except KeyboardInterrupt:
-        _leave(130, "interrupted", "stopped")
+        _leave(EXIT_INTERRUPTED, "interrupted", "stopped")
     except BusyError as error:
         _leave(EXIT_BUSY, str(error))
-    except DatasetError as error:  # one line, and below it the faults or the tree that is expected
-        _leave(EXIT_BAD_INPUT, str(error), flat=False)
-    except (ValueError, *WRONG_PATH, ModuleNotFoundError) as error:
-        _leave(EXIT_BAD_INPUT, remedy(error))
+    except UserError as error:
+        _leave(EXIT_BAD_INPUT, str(error))
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the very end
+        sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
-        _leave(EXIT_FAILED, remedy(error))
+        _leave(EXIT_BAD_INPUT if isinstance(error, WRONG_PATH) else EXIT_FAILED, add_remedy(error))
     except RuntimeError as error:
         if "Symlink loop" not in str(error):  # of pathlib, before Python 3.13
             raise
         _leave(EXIT_BAD_INPUT, f"{error}: {REMEDIES[errno.ELOOP]}")
+    else:
+        if isinstance(code, int) and code:
+            sys.exit(code)
 
 
-def _leave(code: int, message: str, kind: str = "error", flat: bool = True) -> None:
+def _leave(code: int, message: str, kind: str = "error") -> None:
     if os.environ.get("RANKSEG_TRACEBACK") == "1":
         raise
     sys.stdout.flush()
-    print(f"{kind}: {' '.join(message.split()) if flat else message}", file=sys.stderr)
+    print(f"{kind}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
+def _print_anywhere() -> None:
+    """Let output go to terminals and pipes that are not UTF-8, as on Windows."""
+
+    def plain(error: UnicodeError) -> tuple[str | bytes, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        text = error.object[error.start : error.end]
+        return "".join(_PLAIN.get(c, c.encode("ascii", "backslashreplace").decode()) for c in text), error.end
+
+    codecs.register_error("plain", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="plain")
+
+
 def list_skipped(skipped: Mapping[str, str]) -> None:
-    """Say which images ``on_error=skip`` left out, and why."""
+    """Report the images that ``on_error=skip`` left out, and why."""
     if skipped:
         print(f"skipped {len(skipped)} unreadable images:", file=sys.stderr)
     for name, reason in skipped.items():
         print(f"  {name}: {reason}", file=sys.stderr)
 
 
+def add_remedy(error: OSError) -> str:
+    """Return the system's message about a path and what to do; an error with a text of its own keeps it."""
+    if not (error.strerror and error.errno in REMEDIES):
+        return str(error)
+    path = f"{error.filename}: " if error.filename else ""
+    return f"{path}{error.strerror}: {REMEDIES[error.errno]}"
+
+
 def explain(error: BaseException) -> str:
-    """One line about a configuration error: what was wrong and what is allowed."""
+    """Return one line about an error of Hydra or OmegaConf: what was wrong and what is allowed."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read: write key=value, and lists as 'key=[a,b]'"
+        return f"{error.override} cannot be read. Fix: write key=value, and lists as 'key=[a,b]'."
     if "Could not override ''" in text:
-        return "an override names no key: write key=value"
+        return "an override names no key. Fix: write key=value."
     if match := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(match[1])
     if match := re.search(r"Could not find 'hydra/launcher/(?:submitit_)?([^']+)'", text):
         plugin = match[1] if match[1] in ("joblib", "ray") else "submitit"
-        return f"launcher needs a plugin that is not installed: pip install hydra-{plugin}-launcher"
+        return f"launcher needs a plugin that is not installed. Fix: pip install hydra-{plugin}-launcher"
     if match := re.search(r"(?:Could not find|Could not load) '([^']+)/([^'/]*)'", text):
         return unknown_option(match[1], match[2])
-    cause = error.__cause__
-    if isinstance(cause, (ValueError, FileNotFoundError, ModuleNotFoundError, TypeError)):
-        return str(cause)  # instantiate() wraps what a constructor raised
-    if match := re.search(r"Error in call to target '([^']+)':\s*(.*)", text, re.DOTALL):
-        return f"{match[1]}: {match[2]}"
     return text

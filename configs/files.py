@@ -9,12 +9,14 @@ import contextlib
 import json
 import math
 import os
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import BusyError, UserError
 
 MAX_YAML_BYTES = 4 << 20
 MAX_JSON_BYTES = 256 << 20
@@ -150,3 +152,46 @@ def require_writable(folder: Path) -> None:
     except OSError as error:
         error.filename = str(folder)  # not the temporary name
         raise
+
+
+def lock_file(path: Path, doing: str, patience: float = 10.0) -> Any:
+    """Take a lock that only one process holds; the system frees it when that process ends.
+
+    Args:
+        path: the lock's file; the folders above it are created.
+        doing: what only one process may do, read after "another process is", such as "training in RUN".
+        patience: seconds to wait for the process that holds it. One that was killed is not gone at once.
+
+    Returns:
+        The lock. It is held while the object lives; as a context manager, to the end of the block.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=patience, poll_interval=0.05)
+    except Timeout:
+        raise BusyError(f"another process{_holder(path)} is {doing}. Fix: wait for it, or stop it.") from None
+    except (NotImplementedError, PermissionError):
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise
+        print(
+            f"warning: {path.parent} is on a file system without locks: start one process only",
+            file=sys.stderr,
+        )
+    with contextlib.suppress(OSError):  # Windows locks the file against its own process
+        path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
+    return lock
+
+
+def _holder(path: Path) -> str:
+    """Return the process that wrote itself into the file; on a shared disk it may be on another machine."""
+    try:
+        pid, host = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return ""
+    return f" (pid {pid})" if host == socket.gethostname() else f" (pid {pid} on {host})"

@@ -47,7 +47,7 @@ def calibration_kind(cfg: DictConfig) -> str:
 
 
 def is_calibrated(cfg: DictConfig) -> bool | str:
-    """Return what `trainers.results.variant_folder` needs to know: False, True or "class"."""
+    """Return what `trainers.results.results_folder` needs to know: False, True or "class"."""
     kind = calibration_kind(cfg)
     return kind if kind == "class" else kind == "temperature" or cfg.temperature != 1
 

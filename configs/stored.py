@@ -305,3 +305,40 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
                 found += differences(old.get(key), new.get(key), f"{name}.")
         return found
     return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]
+
+
+def check_same_run(folder: Path, cfg: DictConfig) -> None:
+    """Raise ConfigError if a run's folder holds a run of another configuration."""
+    path = folder / "config.yaml"
+    if not cfg.resume or not path.exists():
+        return
+    changed = differences(read_config(path), OmegaConf.to_container(cfg, resolve=True))
+    if changed:
+        raise ConfigError(_another_run(folder, f"another configuration ({'; '.join(changed[:4])})"))
+
+
+def check_same_data(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a run was trained on other classes or images.
+
+    Args:
+        before, now: ``classes`` (names) and ``data`` (fingerprints of splits). What ``before`` lacks, as older
+            checkpoints do, is not compared.
+    """
+    old, new = before.get("classes"), now["classes"]
+    if old and list(old) != list(new):
+        raise ConfigError(_another_run(folder, f"the classes [{', '.join(old)}], not [{', '.join(new)}]"))
+    data = before.get("data")
+    changed = [
+        f"{split}: {data[split]} -> {new}"
+        for split, new in now["data"].items()
+        if isinstance(data, dict) and split in data and data[split] != new
+    ]
+    if changed:
+        raise ConfigError(_another_run(folder, f"other images (fingerprint of {'; '.join(changed)})"))
+
+
+def _another_run(folder: Path, what: str) -> str:
+    return (
+        f"{folder} holds a run with {what}. "
+        "Fix: give this run a name of its own with suffix=-NAME, or replace that one with resume=false."
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
-from configs.cli import guarded
+from configs.cli import run_cli
 from scripts.benchmarks import loader, rules, step, test
 
 MODULES = {"rules": rules, "step": step, "loader": loader, "test": test}
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

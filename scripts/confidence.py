@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 
 from configs import build
-from configs.checkpoint import load
-from configs.cli import guarded
+from configs.checkpoint import check_classes, load
+from configs.cli import run_cli
 from configs.compose import options
 from configs.errors import ConfigError, UserError
 from configs.files import write_json, write_text
 from configs.fitting import Fitter, is_calibrated
 from scripts import ROOT
-from trainers.distributed import World, world
+from trainers.distributed import World, join_world
 from trainers.reproducibility import provenance
-from trainers.results import variant_folder
+from trainers.results import results_folder
 from trainers.selective import (
     MaskRecord,
     aurc,
@@ -83,10 +83,11 @@ def measure(args: argparse.Namespace, here: World) -> Path | None:
         raise ConfigError(
             f"--resplits {args.resplits} is invalid: expected an integer >= 1. Fix: --resplits 200"
         )
-    network, cfg, _ = load(args.resume, [*args.overrides, f"split={args.on}"])
+    network, cfg, checkpoint = load(args.resume, [*args.overrides, f"split={args.on}"])
     network = network.to(here.device)
     build.absolute_root(cfg)
     first, second = build.dataset(cfg, args.fit), build.dataset(cfg, args.on)
+    check_classes(checkpoint, second.info.classes, args.resume)
     if first.fingerprint() == second.fingerprint():
         raise UserError(
             f"--fit {args.fit} and --on {args.on} are the same images, so the bound would not hold for others. "
@@ -111,11 +112,15 @@ def measure(args: argparse.Namespace, here: World) -> Path | None:
     fitter.save()
     if not here.is_main:
         return None
-    variant = variant_folder(build.threshold(cfg), is_calibrated(cfg), cfg.correct_focal, cfg.gate)
-    folder = (
-        args.out
-        or args.resume.resolve().parent / cfg.protocol.results / variant / "confidence" / args.predictor
+    results = results_folder(
+        args.resume.name,
+        cfg.protocol.results,
+        threshold=build.threshold(cfg),
+        calibrated=is_calibrated(cfg),
+        focal_corrected=cfg.correct_focal,
+        gate=cfg.gate,
     )
+    folder = args.out or args.resume.resolve().parent / results / "confidence" / args.predictor
     about = {
         "rule": args.predictor,
         "fitted_on": {"split": args.fit, "fingerprint": first.fingerprint(), "images": fitted.names},
@@ -234,11 +239,11 @@ def draw(record: MaskRecord) -> str:
 def main() -> None:
     """The command."""
     args = arguments()
-    with world(args.device) as here:
+    with join_world(args.device) as here:
         folder = measure(args, here)
         if folder:
             print(f"confidence: {folder}")
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs import stored
 from configs.checkpoint import as_stored
-from configs.cli import guarded
+from configs.cli import run_cli
+from configs.errors import UserError
 from models import CheckpointError, read_checkpoint
 from models.published import is_published, load_published
 from trainers.checkpoint import FORMAT, save
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="overwrite the target")
     args = parser.parse_args()
     if args.target.exists() and not args.force:
-        raise ValueError(f"{args.target} exists; choose another name or give --force")
+        raise UserError(f"{args.target} exists; choose another name or give --force")
     payload = convert(args.source)
     save(payload, args.target)
     names = payload["config"]["choices"]
@@ -69,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

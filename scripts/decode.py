@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from configs import build
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.compose import options
 from configs.errors import UserError
 from configs.files import read_json, require_writable, write_json, write_text
@@ -51,7 +51,7 @@ from scripts.decoding.rules import (
     reliability_to_plain,
 )
 from scripts.parallel import ahead
-from trainers.device import pick_device
+from trainers.distributed import pick_device
 from trainers.evaluator import Scoring
 from trainers.metrics import Counts
 from trainers.reproducibility import provenance
@@ -349,4 +349,4 @@ class _named:
 
 
 if __name__ == "__main__":
-    guarded(lambda: sys.exit(main()))
+    run_cli(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.errors import UserError
 from scripts.analysis.scores import RuleScores, read_rule
 from scripts.analysis.statistics import mean_interval
@@ -125,4 +125,4 @@ def interval(values: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

@@ -24,10 +24,11 @@ from torchvision.transforms.v2.functional import to_pil_image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs import build
-from configs.checkpoint import load
-from configs.cli import guarded
+from configs.checkpoint import check_classes, load
+from configs.cli import run_cli
+from configs.errors import UserError
 from configs.values import check_uncalibrated
-from trainers.distributed import world
+from trainers.distributed import join_world
 from trainers.evaluator import evaluate
 from trainers.metrics import mean_over_classes
 from trainers.panels import panels, tiles, titled
@@ -79,23 +80,29 @@ def main() -> None:
     )
     args = parser.parse_intermixed_args()
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg") or args.out.is_dir():
-        raise ValueError(f"--out {args.out}: give the name of a .png or .jpg file")
+        raise UserError(f"--out {args.out}: give the name of a .png or .jpg file")
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
-    with world(args.device) as where:
-        network, cfg, _ = load(path, args.overrides)
+    with join_world(args.device) as where:
+        network, cfg, checkpoint = load(path, args.overrides)
         check_uncalibrated(cfg, "overview.py")
         network = network.to(where.device).eval()
         data, rules = build.dataset(cfg, cfg.split), build.rules(RULES, cfg)
+        check_classes(checkpoint, data.info.classes, path)
         loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
         scoring = build.scoring(cfg, data.info)
-        results = evaluate(network, loader, rules, criterion, scoring, where, progress="scoring")
+        precision = cfg.trainer.precision
+        results = evaluate(
+            network, loader, rules, criterion, scoring, where, precision=precision, progress="scoring"
+        )
         dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
         gain = dice["rankdice"] - dice["T"]
         order = [i for i in gain.argsort().tolist() if gain[i] == gain[i]]
         if not order:
-            raise ValueError(f"split={cfg.split}: no image has a class that is scored; choose another split")
+            raise UserError(f"split={cfg.split}: no image has a class that is scored; choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
-        drawn = panels(network, data, loader.transform, rules, criterion.link, where, picked, _stacked)
+        drawn = panels(
+            network, data, loader.transform, rules, criterion.link, where, picked, _stacked, precision
+        )
         rows: list[Tensor] = []
         for quantile, index, (_, stack) in zip(QUANTILES, picked, drawn, strict=True):
             enlarged = stack.repeat_interleave(args.scale, 2).repeat_interleave(args.scale, 3)
@@ -112,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

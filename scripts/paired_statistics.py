@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from configs.cli import run_cli
 from configs.errors import UserError
 from configs.files import finite_or_none
 from scripts.analysis import charts
@@ -37,7 +38,6 @@ from scripts.analysis.scores import (
     rules_in,
 )
 from scripts.analysis.statistics import HARM, RESAMPLES
-from scripts.command import leave, refused
 from trainers.text import markdown_cell, markdown_text
 
 
@@ -157,36 +157,29 @@ def plot(found: Sequence[dict[str, Any]], sweeps: Sequence[Sweep | None], path: 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
-    try:
-        _check(args)
-        pairs = []
-        for run in args.runs:
-            folder = result_folder(run, args.protocol)
-            baseline = read_rule(folder, args.baseline, args.metric)
-            if args.protocol == "paper" and baseline.record.get("protocol") != "paper":
-                raise UserError(f"{folder}: no scores of protocol=paper. Fix: test.py -r ... protocol=paper")
-            for name in args.rule or [r for r in rules_in(folder) if r != args.baseline]:
-                pairs.append((baseline, read_rule(folder, name, args.metric)))
-        if not pairs:
-            raise UserError(
-                f"{args.runs[0]}: no rule but {args.baseline}. Fix: score more with test.py -p all."
-            )
-        found = [compare(*pair, args.confidence, args.resamples, args.seed, args.group) for pair in pairs]
-        seeds = over_seeds(found, [rule for _, rule in pairs]) if len(args.runs) > 1 else []
-        if args.json:
-            print(json.dumps(finite_or_none({"comparisons": found, "seeds": seeds}), indent=1))
-        else:
-            print(markdown(found, seeds), end="")
-        if args.plot:
-            sweeps = [read_sweep(*pair) for pair in pairs]
-            plot(found, [one for one, _ in sweeps], args.plot)
-            for reason in dict.fromkeys(why for _, why in sweeps if why):
-                print(f"no panel of thresholds: {reason}", file=sys.stderr)
-            print(f"written: {args.plot}", file=sys.stderr)
-    except BrokenPipeError:
-        raise
-    except (UserError, OSError) as error:
-        return refused(error)
+    _check(args)
+    pairs = []
+    for run in args.runs:
+        folder = result_folder(run, args.protocol)
+        baseline = read_rule(folder, args.baseline, args.metric)
+        if args.protocol == "paper" and baseline.record.get("protocol") != "paper":
+            raise UserError(f"{folder}: no scores of protocol=paper. Fix: test.py -r ... protocol=paper")
+        for name in args.rule or [r for r in rules_in(folder) if r != args.baseline]:
+            pairs.append((baseline, read_rule(folder, name, args.metric)))
+    if not pairs:
+        raise UserError(f"{args.runs[0]}: no rule but {args.baseline}. Fix: score more with test.py -p all.")
+    found = [compare(*pair, args.confidence, args.resamples, args.seed, args.group) for pair in pairs]
+    seeds = over_seeds(found, [rule for _, rule in pairs]) if len(args.runs) > 1 else []
+    if args.json:
+        print(json.dumps(finite_or_none({"comparisons": found, "seeds": seeds}), indent=1))
+    else:
+        print(markdown(found, seeds), end="")
+    if args.plot:
+        sweeps = [read_sweep(*pair) for pair in pairs]
+        plot(found, [one for one, _ in sweeps], args.plot)
+        for reason in dict.fromkeys(why for _, why in sweeps if why):
+            print(f"no panel of thresholds: {reason}", file=sys.stderr)
+        print(f"written: {args.plot}", file=sys.stderr)
     return 0
 
 
@@ -238,4 +231,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    leave(main)
+    run_cli(main)

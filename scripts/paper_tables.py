@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from configs.cli import run_cli
 from configs.errors import UserError
 from scripts import ROOT
-from scripts.command import leave, refused
 from scripts.tables.compare import read_expected, violations
 from scripts.tables.generated import (
     FORMATS,
@@ -44,18 +44,13 @@ from scripts.tables.results import Problem, group_seeds, read_results
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
-    try:
-        if args.write:
-            return _write(root)
-        if args.check:
-            return _check(root)
-        if args.verify:
-            return _report(verify(root), "records and tables")
-        return _show(args, root)
-    except BrokenPipeError:
-        raise
-    except (UserError, OSError) as error:
-        return refused(error)
+    if args.write:
+        return _write(root)
+    if args.check:
+        return _check(root)
+    if args.verify:
+        return _report(verify(root), "records and tables")
+    return _show(args, root)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,4 +144,4 @@ def _report(faults: Sequence[str], checked: str) -> int:
 
 
 if __name__ == "__main__":
-    leave(main)
+    run_cli(main)

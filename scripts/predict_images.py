@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.checkpoint import load
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.compose import options
 from configs.errors import UserError
 from configs.fitting import Fitter
@@ -60,8 +60,7 @@ from scripts.inference.outputs import Outputs, refuse_collisions, settle
 from scripts.inference.review import Review
 from scripts.inference.windows import View, probabilities
 from scripts.parallel import ahead, default_workers
-from trainers.device import pick_device
-from trainers.distributed import World
+from trainers.distributed import World, pick_device
 from trainers.results import file_sha256
 from trainers.update import PRECISIONS
 
@@ -320,4 +319,4 @@ class Segmenter:
 
 if __name__ == "__main__":
     Image.MAX_IMAGE_PIXELS = 2**31  # one's own large images are no attack
-    guarded(lambda: sys.exit(main()))
+    run_cli(main)

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.errors import UserError
+from configs.files import lock_file
 from datasets import DatasetError
 from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images
 from scripts.parallel import default_workers
 from scripts.prepare.catalog import CATALOG, Archive, Entry
 from scripts.prepare.fetching import download, unpack
 from scripts.prepare.splitting import PUBLISHED, make_split, published_split, write_split
-from trainers.lock import Lock
 
 if TYPE_CHECKING:
     from datasets import DatasetInfo
@@ -214,7 +214,7 @@ def _fetch(args: argparse.Namespace) -> int:
         return 0
     print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
     path = root.parent / entry.archive.file
-    with Lock(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
+    with lock_file(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
         if entry.complete(root):  # by the process that was waited for
             return _fetched(args, entry, root, "there already")
         entry.refuse_half(root)
@@ -300,4 +300,4 @@ def _print_json(content: dict) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: sys.exit(main()))
+    run_cli(main)

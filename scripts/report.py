@@ -18,8 +18,8 @@ from typing import Any, cast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs import build
-from configs.checkpoint import load
-from configs.cli import guarded
+from configs.checkpoint import check_classes, load
+from configs.cli import run_cli
 from configs.files import read_json, write_json, write_text
 from configs.fitting import Fitter
 from configs.values import check_uncalibrated
@@ -35,7 +35,7 @@ from scripts.analysis.measure import (
     variants,
 )
 from scripts.analysis.pictures import draw_strips, pick
-from trainers.distributed import World, world
+from trainers.distributed import World, join_world
 from trainers.journal import read_rows
 from trainers.losses import Link
 from trainers.reproducibility import provenance
@@ -67,6 +67,7 @@ def report(args: argparse.Namespace, world: World) -> Path:
     network = network.to(world.device).eval()
     build.absolute_root(cfg)
     data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)
+    check_classes(checkpoint, data.info.classes, path)
     scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, cfg)
     loader = build.eval_loader(cfg, data, world)
     held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), world)
@@ -89,7 +90,7 @@ def report(args: argparse.Namespace, world: World) -> Path:
     groups = pick(findings, args.images)
     indices = [index for picked in groups.values() for index in picked]
     strips = draw_strips(
-        network, data, loader.transform, rules, link, world, findings, indices, folder / "images"
+        network, data, loader.transform, rules, link, world, findings, indices, folder / "images", precision
     )
     scores, gains = page.score_rules(findings, RULES), page.compare_rules(findings, RULES)
     confidence = page.assess_confidence(findings, known)
@@ -177,9 +178,9 @@ def facts(cfg: Any, path: Path, checkpoint: dict[str, Any], data: Any) -> dict[s
 def main() -> None:
     """Run the command."""
     args = arguments()
-    with world(args.device) as here:
+    with join_world(args.device) as here:
         print(f"report: {report(args, here)}")
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from omegaconf import OmegaConf
 
 from configs import build
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.compose import CONFIGS, options, unknown_option
 from configs.errors import (
     EXIT_BUSY,
@@ -44,7 +44,7 @@ from configs.errors import (
 from scripts import ROOT
 from scripts.grid.running import Display, call, format_time
 from scripts.grid.runs import Run, load_runs
-from trainers.results import variant_folder
+from trainers.results import results_folder
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -95,14 +95,15 @@ class ScoringPlan:
     def evaluations(self, run: Run) -> Iterator[tuple[str, str, list[str]]]:
         """Yield the calls of test.py that a run needs: name, result folder, overrides."""
         at = build.threshold(run.cfg)
-        variants: list[tuple[str, str, list[str]]] = [("", variant_folder(at), [])]
+        variants: list[tuple[str, dict[str, bool], list[str]]] = [("", {}, [])]
         if self.calibrate:
-            variants.append((", calibrated", variant_folder(at, calibrated=True), ["temperature=fit"]))
+            variants.append((", calibrated", {"calibrated": True}, ["temperature=fit"]))
         if self.calibrate and run.cfg.loss.name == "focal":
-            variants.append((", corrected", variant_folder(at, focal_corrected=True), ["correct_focal=true"]))
-        for protocol, folder in self.folders.items():
-            for name, variant, overrides in variants:
-                yield protocol + name, str(Path(folder, variant)), [f"protocol={protocol}", *overrides]
+            variants.append((", corrected", {"focal_corrected": True}, ["correct_focal=true"]))
+        for protocol, results in self.folders.items():
+            for name, changed, overrides in variants:
+                folder = results_folder(self.checkpoint, results, threshold=at, **changed)
+                yield protocol + name, str(folder), [f"protocol={protocol}", *overrides]
 
     def is_scored(self, run: Run, folder: str) -> bool:
         """Return whether the evaluation with this result folder is done."""
@@ -251,4 +252,4 @@ def print_table(grid: Sequence[Run]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_cli(main)

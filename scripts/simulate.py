@@ -35,10 +35,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from configs.cli import run_cli
+from configs.errors import UserError
 from rankseg import rank_dice
 from rankseg.rules import threshold
 from scripts.analysis.charts import load_pyplot
-from scripts.command import leave, refused
 
 EXAMPLES = ("exponential", "linear", "step", "thresholds")
 SIZES = (28, 64, 128, 256)
@@ -163,7 +164,7 @@ def simulate(
         ValueError: fewer than two images or draws, which have no standard error.
     """
     if images < 2 or draws < 2:
-        raise ValueError(f"a standard error needs at least 2 images and 2 draws, got {images} and {draws}")
+        raise UserError(f"a standard error needs at least 2 images and 2 draws, got {images} and {draws}")
     fixed = THRESHOLDS if example == "thresholds" else (0.5,)
     return [
         _row(
@@ -301,26 +302,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--heatmaps", type=Path, metavar="FOLDER", help="draw the patterns (needs matplotlib)"
     )
     args = parser.parse_args(arguments)
-    try:
-        unknown = [name for name in args.examples if name not in EXAMPLES]
-        if unknown:
-            raise ValueError(f"{unknown[0]} is not an example: expected one of {', '.join(EXAMPLES)}")
-        if min(args.sizes) < 2:
-            raise ValueError(f"--sizes {min(args.sizes)}: a pattern is at least 2 pixels wide")
-        rows = []
-        for example in args.examples or EXAMPLES:
-            rows += simulate(example, args.sizes, args.images, args.draws, args.seed)
-            if args.heatmaps:
-                print(f"written: {draw_heatmaps(example, args.heatmaps, seed=args.seed)}", file=sys.stderr)
-        print(markdown(rows), end="")
-        if args.csv:
-            write_csv(rows, args.csv)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        return refused(error)
+    unknown = [name for name in args.examples if name not in EXAMPLES]
+    if unknown:
+        raise UserError(f"{unknown[0]} is not an example: expected one of {', '.join(EXAMPLES)}")
+    if min(args.sizes) < 2:
+        raise UserError(f"--sizes {min(args.sizes)}: a pattern is at least 2 pixels wide")
+    rows = []
+    for example in args.examples or EXAMPLES:
+        rows += simulate(example, args.sizes, args.images, args.draws, args.seed)
+        if args.heatmaps:
+            print(f"written: {draw_heatmaps(example, args.heatmaps, seed=args.seed)}", file=sys.stderr)
+    print(markdown(rows), end="")
+    if args.csv:
+        write_csv(rows, args.csv)
     return 0
 
 
 if __name__ == "__main__":
-    leave(main)
+    run_cli(main)

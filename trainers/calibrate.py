@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
-from trainers.distributed import World, gather
+from trainers.distributed import World, gather_objects
 from trainers.forward import forward
 
 _PIXELS = 4096  # of an image, at a regular stride: neighbouring pixels hold nearly the same information
@@ -65,7 +65,7 @@ def _held_out_pixels(
         stride = max(1, targets[0].numel() // _PIXELS)
         some, labels = logits.flatten(2)[..., ::stride].cpu(), targets.flatten(1)[:, ::stride].cpu()
         kept += zip(batch.indices, some, labels, strict=True)
-    shares = sorted((row for share in gather(kept, world) for row in share), key=lambda row: row[0])
+    shares = sorted((row for share in gather_objects(kept, world) for row in share), key=lambda row: row[0])
     if not any((row[2] != ignore_index).any() for row in shares):
         raise UserError(
             f"images={len(shares)} of the validation split have no labelled pixel to fit the calibration on. "

@@ -1,19 +1,23 @@
-"""Checkpoints that survive a crash: written aside, flushed to the disk, then renamed.
+"""Checkpoints that survive a crash: written to a temporary file, flushed to the disk, then renamed.
 
 A checkpoint is a dict of plain containers and tensors, so that ``torch.load(weights_only=True)`` reads it:
 
     format     1
     model      state dict
-    config     {"choices": {group: name}, "values": {...}}   how it was made
+    config     {"choices": {group: name}, "values": {...}}: how it was made
     epoch      epochs finished
     score      the monitored score of the last validation, or None
+    classes    names of the classes, in the order of the network's outputs
+    data       fingerprints of the training and validation images
     training   optimizer, scaler, progress, random generators: what resuming needs
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,43 +25,72 @@ from typing import Any
 
 import torch
 
-from trainers.lock import PATIENCE, Lock
+from configs.errors import UserError
+from configs.files import lock_file
 
 FORMAT = 1
 Reader = Callable[[Path], dict[str, Any]]
 
 
-def save(payload: dict[str, Any], path: Path) -> None:
+def save(payload: dict[str, Any], path: Path, keep_as: Path | None = None) -> None:
     """Write a checkpoint so that ``path`` holds, at any moment, either the old file or the whole new one.
 
+    Args:
+        keep_as: the name that the old file gets.
+
     Raises:
-        OSError: the disk is full or not writable; the file that was there before is untouched.
+        OSError: the disk is full or not writable; the old file is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is written over
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        if keep_as is not None and path.exists():
+            _copy(path, keep_as)
+        os.replace(temporary, path)
     except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into a RuntimeError
         reason = str(error).splitlines()[0]
         raise OSError(
-            f"{path} could not be written ({reason}): is the disk full? The one before is kept"
+            f"{path} could not be written ({reason}): is the disk full? The file before it is kept."
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
 
 
-def _sync_directory(folder: Path) -> None:
-    """Make the rename itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _copy(source: Path, target: Path) -> None:
+    """Give a file a second name, so that it is never without one; copy it if the disk has no hard links."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        os.fsync(descriptor)
+        try:
+            os.link(source, temporary)
+        except (OSError, NotImplementedError, AttributeError):
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
     finally:
-        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make the rename itself durable; Windows cannot open a folder."""
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def epoch_of(path: Path) -> int:
+    """Return how many epochs a checkpoint has finished without reading its tensors; -1 if it cannot be read."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    except Exception:  # missing, damaged, or of another kind
+        return -1
 
 
 class Checkpoints:
@@ -65,7 +98,7 @@ class Checkpoints:
 
     Args:
         folder: the run's directory.
-        reader: reads and checks one file, raising ValueError or OSError where it cannot.
+        reader: reads and checks one file; raises UserError or OSError if it cannot.
         keep: how many ``checkpoint-epochN.pth`` to keep (0: all).
     """
 
@@ -74,41 +107,33 @@ class Checkpoints:
         self.last, self.previous = self.folder / "last.pth", self.folder / "previous.pth"
         self.best = self.folder / "best_model.pth"
 
-    def claim(self, patience: float = PATIENCE) -> None:
-        """Make this process the only one that writes here, until it ends, however it ends.
-
-        Raises:
-            ValueError: another process is training here, and still is after `patience` seconds.
-        """
-        self._lock = Lock(self.folder / ".lock", f"training in {self.folder}", patience)
+    def claim(self, patience: float = 10.0) -> None:
+        """Make this process the only one that writes here until it ends; raise BusyError if another does."""
+        self._lock = lock_file(self.folder / ".lock", f"training in {self.folder}", patience)
 
     def save_last(self, payload: dict[str, Any]) -> None:
-        """Write ``last.pth``; the one that was there becomes ``previous.pth``."""
-        fresh = self.folder / "next.pth"
-        save(payload, fresh)
-        if self.last.exists():
-            os.replace(self.last, self.previous)
-        os.replace(fresh, self.last)
+        """Write ``last.pth``; the file that was there becomes ``previous.pth`` as well before it is replaced."""
+        save(payload, self.last, keep_as=self.previous)
 
     def save_best(self, payload: dict[str, Any]) -> None:
         """Write ``best_model.pth``, without what only resuming needs."""
         save({key: value for key, value in payload.items() if key != "training"}, self.best)
 
     def save_epoch(self, payload: dict[str, Any]) -> None:
-        """Write ``checkpoint-epochN.pth`` and remove the oldest beyond the number to keep."""
-        save(payload, self.folder / f"checkpoint-epoch{payload['epoch']}.pth")
+        """Write ``checkpoint-epochN.pth`` and remove the oldest ones beyond the number to keep."""
+        save(payload, self.epoch_file(payload["epoch"]))
         if self.keep:
             for old in self.epochs()[self.keep :]:
                 old.unlink(missing_ok=True)
 
+    def epoch_file(self, epoch: int) -> Path:
+        """Return the path of ``checkpoint-epochN.pth``."""
+        return self.folder / f"checkpoint-epoch{epoch}.pth"
+
     def epochs(self) -> list[Path]:
-        """The ``checkpoint-epochN.pth`` that are there, newest first."""
+        """List the ``checkpoint-epochN.pth``, newest first."""
         found = [(re.search(r"(\d+)\.pth$", p.name), p) for p in self.folder.glob("checkpoint-epoch*.pth")]
         return [path for _, path in sorted(((int(m[1]), p) for m, p in found if m), reverse=True)]
-
-    def finished(self, epochs: int) -> bool:
-        """Whether a training of so many epochs has ended here."""
-        return (self.folder / f"checkpoint-epoch{epochs}.pth").exists()
 
     def clear(self) -> None:
         """Remove every checkpoint, to start over."""
@@ -116,14 +141,15 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint that training can go on from, or None; broken ones are named."""
+        """Read the newest whole checkpoint that training can resume from, or None; broken ones are reported."""
+        # next.pth: a run that was killed before version 0.2 may have left it.
         for path in (self.last, self.folder / "next.pth", self.previous, *self.epochs()):
             if not path.exists():
                 continue
             try:
                 payload = self.reader(path)
-            except (ValueError, OSError) as error:
-                print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+            except (UserError, OSError) as error:
+                print(f"warning: {error} The checkpoint before it is tried.", file=sys.stderr)
                 continue
             if "training" in payload:
                 return payload

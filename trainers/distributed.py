@@ -1,4 +1,4 @@
-"""One process, or the many that ``torchrun`` starts: the calls that trainer and evaluator need."""
+"""The device of a process, and the calls that processes started by ``torchrun`` need of each other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainers.device import pick_device
+from configs.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all: its rank, how many there are, and its device. Rank 0 alone writes."""
+    """This process among all of a job: its rank, how many there are, and its device. Rank 0 alone writes."""
 
     rank: int
     size: int
@@ -29,16 +29,53 @@ class World:
         return self.rank == 0
 
 
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` into a device.
+
+    ``cuda`` is the GPU of this local rank. ``auto`` is ``cuda`` if there is one, else ``cpu``.
+
+    Raises:
+        ConfigError: the device is unknown, or this machine does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(
+            f"device={name} is not supported. Fix: choose one of auto, cpu, cuda, cuda:N or mps."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(
+            f"device={name}: this machine has no Apple GPU that torch can use. Fix: pass device=cpu."
+        )
+    if device.type != "cuda":
+        return torch.device(device.type)
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device={name}: no CUDA device was found. Fix: pass device=cpu or device=auto.")
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device=cuda:{index}: there are only {torch.cuda.device_count()} CUDA devices. "
+            "Fix: choose another, or start fewer processes."
+        )
+    return torch.device("cuda", index)
+
+
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun started (or stay alone) and leave them at the end."""
+def join_world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started, if it did, and leave them at the end."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # one waits for another that long
+        dist.init_process_group(
+            backend, timeout=timedelta(minutes=30)
+        )  # the longest that one waits for another
     try:
         yield World(rank, size, chosen)
     finally:
@@ -47,52 +84,52 @@ def world(device: str = "auto") -> Iterator[World]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network itself, without torch.compile and DistributedDataParallel around it."""
+    """Return the network inside torch.compile and DistributedDataParallel."""
     model = getattr(model, "_orig_mod", model)
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def wrap(model: nn.Module, where: World) -> nn.Module:
-    """Make gradients agree between processes; BatchNorm statistics too where the device can (not on CPU)."""
-    if where.size == 1:
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """Make gradients agree between processes, and on GPUs BatchNorm statistics too."""
+    if world.size == 1:
         return model
-    torch.manual_seed(torch.initial_seed() + where.rank)  # dropout differs between ranks
-    if where.device.type == "cpu":
+    torch.manual_seed(torch.initial_seed() + world.rank)  # dropout differs between ranks
+    if world.device.type == "cpu":
         return nn.parallel.DistributedDataParallel(model)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return nn.parallel.DistributedDataParallel(synchronised, device_ids=[where.device.index])
+    return nn.parallel.DistributedDataParallel(synchronised, device_ids=[world.device.index])
 
 
-def share_buffers(model: nn.Module, where: World) -> None:
-    """Give every process rank 0's buffers: on CPU each has moved BatchNorm's statistics by its own images."""
-    for buffer in model.buffers() if where.size > 1 else ():
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Give every process rank 0's buffers: on CPU, each has BatchNorm statistics of its own images."""
+    for buffer in model.buffers() if world.size > 1 else ():
         dist.broadcast(buffer, 0)
 
 
-def highest(value: int, where: World) -> int:
-    """The largest of all processes' values: ranks see a signal at different steps and must stop at one."""
-    if where.size == 1:
+def max_over_ranks(value: int, world: World) -> int:
+    """Return the largest value of all processes: ranks see a signal at different steps and must stop at one."""
+    if world.size == 1:
         return value
-    votes = torch.tensor(value, device=where.device)
+    votes = torch.tensor(value, device=world.device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return int(votes.item())
 
 
-def sum_over_ranks(value: Tensor, where: World) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
-    if where.size > 1:
+def sum_over_ranks(value: Tensor, world: World) -> Tensor:
+    """Add a tensor up over all processes, in place."""
+    if world.size > 1:
         dist.all_reduce(value)
     return value
 
 
-def gather(value: Any, where: World) -> list[Any]:
-    """Every process's object, in the order of ranks, at every process."""
-    values = [value] * where.size
-    if where.size > 1:
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Return every process's object, in the order of ranks, at every process."""
+    values = [value] * world.size
+    if world.size > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def barrier(where: World) -> None:
+def barrier(world: World) -> None:
     """Wait until every process is here."""
-    highest(0, where)
+    max_over_ranks(0, world)

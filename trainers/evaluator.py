@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from rankseg import Predictor, confidence
 from rankseg.calibration import Reliability
-from trainers.distributed import World, gather
+from trainers.distributed import World, gather_objects
 from trainers.forward import ToProbs, forward
 from trainers.losses import SegmentationLoss
 from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, summary
@@ -188,7 +188,7 @@ def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
 
 def _collect(local: _Share, scoring: Scoring, where: World) -> dict[str, EvalResult]:
     """Join the shares of all ranks by image index, so that no number depends on how the images were distributed."""
-    shares = [share for share in gather(local, where) if share.rows]
+    shares = [share for share in gather_objects(local, where) if share.rows]
     rows = [row for share in shares for row in share.rows]
     if not rows:
         raise UserError("there is no image to score. Fix: check split, dataset.splits and dataset.root.")

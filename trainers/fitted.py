@@ -18,7 +18,7 @@ from configs.files import read_json, write_json
 from rankseg import Predictor
 from rankseg.confidence import gate_by_score
 from rankseg.pooled import ProbabilityHistogram
-from trainers.distributed import World, gather
+from trainers.distributed import World, gather_objects
 from trainers.evaluator import Scoring
 from trainers.forward import forward
 from trainers.results import file_sha256
@@ -81,7 +81,7 @@ def threshold_table(
         parts.append(
             (list(batch.indices), ThresholdTable.of_batch(to_probs(logits), scoring.encode(targets)))
         )
-    shares = [part for share in gather(parts, world) for part in share]
+    shares = [part for share in gather_objects(parts, world) for part in share]
     if not shares:
         raise UserError("images=0 in the validation split: nothing to fit on. Fix: check dataset.splits.")
     indices = [index for part, _ in shares for index in part]
@@ -102,7 +102,7 @@ def probability_histogram(
     for _, _, logits in forward(model, batches, world, precision=precision, progress=title):
         histogram.update(to_probs(logits).cpu())
     merged = ProbabilityHistogram()
-    for share in gather(histogram, world):
+    for share in gather_objects(histogram, world):
         merged.merge(share)
     if merged.count is None:
         raise UserError("images=0 in the split: no cut-off can be fitted. Fix: check split and dataset.root.")
@@ -128,7 +128,7 @@ class FittedFile:
         self.path = checkpoint.with_name(f"{checkpoint.stem}.fitted.json")
         self.sha256 = file_sha256(checkpoint)
         content = self._read(replace)
-        self.entries: list[dict[str, Any]] = gather(content, world)[0] if world else content
+        self.entries: list[dict[str, Any]] = gather_objects(content, world)[0] if world else content
         self.changed = False
 
     def _read(self, replace: bool) -> list[dict[str, Any]]:

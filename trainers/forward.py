@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from configs.errors import ConfigError
 from rankseg.calibration import Calibration, focal_correction
 from trainers.distributed import World
 from trainers.losses import Link, link_probs
-from trainers.update import PRECISIONS
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,39 @@ def forward(
         unneeded: targets of a batch -> whether it is left out.
     """
     model.eval()
-    cast = torch.autocast(
-        world.device.type, PRECISIONS[precision] or torch.bfloat16, enabled=precision != "fp32"
-    )
     hidden = None if progress and world.is_main else True  # None: hidden if stderr is not a terminal
     total = getattr(batches, "num_images", None)  # this process's share
     with tqdm(total=total, unit="img", desc=progress, disable=hidden, leave=False) as bar:
         for batch in batches:
             targets = batch.targets.to(world.device, non_blocking=True)
             if not unneeded(targets):
-                images = batch.images.to(world.device, non_blocking=True)
-                with cast:
-                    logits = model(images).logits
-                yield batch, targets, at_size(logits, targets.shape[-2:])
+                logits = logits_of(model, batch.images, targets.shape[-2:], world, precision)
+                yield batch, targets.to(logits.device), logits
             bar.update(len(batch.names))
+
+
+@torch.inference_mode()
+def logits_of(
+    model: Callable[[Tensor], Any], images: Tensor, size: Sequence[int] | None, world: World, precision: str
+) -> Tensor:
+    """Return the logits of images (N, 3, H, W) as float32 (N, C, *size), or as the network makes them (None).
+
+    They are on the world's device, or on the CPU if that device has no float64, which rules need (MPS).
+    """
+    with autocast(world.device, precision):
+        logits = model(images.to(world.device, non_blocking=True)).logits
+    logits = logits.float() if size is None else at_size(logits, size)
+    return logits.cpu() if world.device.type == "mps" else logits
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a network computes in ``fp32``, ``bf16`` or ``fp16``."""
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision={precision} is invalid: expected one of {', '.join(PRECISIONS)}"
+        )
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
-"""What a run writes while it goes: ``metrics.jsonl`` and TensorBoard events.
+"""Log a run while it trains: ``metrics.jsonl`` and TensorBoard events.
 
-TensorBoard's tags put what is to be compared side by side: ``val/mean_dice/RULE``, ``val_class_dice/CLASS/RULE``.
+TensorBoard's tags put what is to be compared next to each other: ``val/mean_dice/RULE``, ``val_class_dice/CLASS/RULE``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import math
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Journal:
 
     Args:
         folder: the run's directory; None writes nothing (ranks other than 0).
-        step: the global step to go on from; rows of later steps, left by an interrupted run, are dropped.
+        step: the global step to resume from; rows of later steps, left by an interrupted run, are dropped.
         tensorboard: whether to write TensorBoard events as well.
         classes: their names, for TensorBoard.
     """
@@ -51,6 +52,7 @@ class Journal:
             _quieten_writers()
             self.folder = self.path.parent / "tensorboard"
             with name_file_in_errors(self.folder):
+                _date_back(self.folder)
                 self.events = SummaryWriter(str(self.folder), purge_step=step + 1)
                 self.events.add_custom_scalars(_charts(self.classes))
 
@@ -72,7 +74,7 @@ class Journal:
                 self.events.add_image(name, picture, step)
 
     def hparams(self, settings: dict[str, Any], best: float) -> None:
-        """Say what the run was and how it ended, for TensorBoard's table of runs: best score, last of each rule."""
+        """Write TensorBoard's row of the run: its settings, best score, and the last score of each rule."""
         if self.path is not None and self.events is not None:
             last = {row["kind"]: row for row in read_rows(self.path) if "mean_dice" in row}
             scores = {f"hparam/{kind}_mean_dice": row["mean_dice"] or 0.0 for kind, row in last.items()}
@@ -86,8 +88,26 @@ class Journal:
                 self.events.close()
 
 
+def _date_back(folder: Path) -> None:
+    """Rename event files that are dated now or later, because a clock was set back.
+
+    TensorBoard reads files in the order of the dates in their names. A file that begins later but is dated earlier
+    would be read first, and its steps dropped.
+    """
+    now, prefix = int(time.time()), "events.out.tfevents."
+    files = sorted(folder.glob(f"{prefix}*")) if folder.is_dir() else []
+    if any(_dated(path) >= now for path in files):
+        for number, path in enumerate(files, now - len(files)):
+            path.rename(folder / f"{prefix}{number:010d}.{path.name.split('.', 4)[-1]}")
+
+
+def _dated(path: Path) -> int:
+    match = re.match(r"events\.out\.tfevents\.(\d+)", path.name)
+    return int(match[1]) if match else 0
+
+
 def _quieten_writers() -> None:
-    """Have TensorBoard's threads print no traceback: what stopped one is raised where the next event is added."""
+    """Let TensorBoard's threads print no traceback: what stopped one is raised when the next event is added."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -99,7 +119,7 @@ def _quieten_writers() -> None:
 
 
 def _scalars(kind: str, values: dict[str, Any], classes: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """Yield the tags and numbers of a row; one that is not finite has no place in a chart."""
+    """Yield the tags and numbers of a row; numbers that are not finite are left out."""
     group, _, rule = kind.partition("_")
     for name, value in values.items():
         if isinstance(value, dict):
@@ -129,14 +149,14 @@ def _clean(name: str) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``, up to a line that is none, as a crash cuts off the last."""
+    """Return the rows of a ``metrics.jsonl`` up to the first invalid line: a crash cuts off the last one."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
-        if not (isinstance(row, dict) and {"step", "kind"} <= set(row)):
+        if not (isinstance(row, dict) and {"step", "kind"} <= set(row) and type(row["step"]) is int):
             break
         rows.append(row)
     return rows

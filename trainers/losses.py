@@ -6,7 +6,9 @@ inside. A loss computes in float32 also under autocast, is 0 with zero gradients
 and never modifies the targets.
 
 Void pixels (`ignore_index`) never count. With `legacy=True` they are treated as in the experiments of Dai &
-Li (JMLR 24(224), 2023), each loss in its own way, told in its docstring.
+Li (JMLR 24(224), 2023), each loss in its own way; see the docstrings. On a batch that is all void, the losses that
+count void as a negative of every class have the value of the original. The others are 0, and the original's are NaN
+(cross-entropy), 0 (focal) or an error.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainers.labels import valid_pixels
-from trainers.lovasz import lovasz_softmax
+from configs.errors import ConfigError
+from trainers.metrics import valid_pixels
 
 Link = Literal["softmax", "sigmoid"]
 
@@ -34,7 +36,7 @@ def link_probs(logits: Tensor, link: Link) -> Tensor:
         return logits.softmax(1)
     if link == "sigmoid":
         return logits.sigmoid()
-    raise ValueError(f"link is {link!r}: choose 'softmax' or 'sigmoid'")
+    raise ConfigError(f"link={link!r} is invalid: expected 'softmax' or 'sigmoid'")
 
 
 class SegmentationLoss(nn.Module, ABC):
@@ -46,6 +48,7 @@ class SegmentationLoss(nn.Module, ABC):
 
     link: ClassVar[Link]
     strictly_proper: ClassVar[bool]
+    void_is_negative: ClassVar[bool] = False  # whether `legacy` counts void as a negative of every class
 
     def __init__(self, ignore_index: int = 255, legacy: bool = False) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class SegmentationLoss(nn.Module, ABC):
         valid = valid_pixels(targets, logits.shape[1], self.ignore_index)
         with torch.autocast(logits.device.type, enabled=False):
             logits = _at_least_float32(logits)
-            if not valid.any():
+            if not valid.any() and not (self.legacy and self.void_is_negative):
                 return logits[:0].sum()  # 0, and still connected to the graph
             return self.of_labelled(logits, targets.long().masked_fill(~valid, 0), valid)
 
@@ -75,6 +78,8 @@ class SegmentationLoss(nn.Module, ABC):
 
         Means over parts of a batch, weighted by it, make the mean over the whole.
         """
+        if self.legacy and self.void_is_negative:
+            return torch.tensor(targets.numel())
         return (targets != self.ignore_index).sum()
 
     @abstractmethod
@@ -131,14 +136,12 @@ class BCE(SegmentationLoss):
 
     link = "sigmoid"
     strictly_proper = True
+    void_is_negative = True
 
     def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         onehot = _onehot(labels, valid, logits)
         per_class = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
         return per_class.mean() if self.legacy else _mean_where(per_class.mean(1), valid)
-
-    def weight_of(self, targets: Tensor) -> Tensor:
-        return torch.tensor(targets.numel()) if self.legacy else super().weight_of(targets)
 
 
 class BCEFocal(BCE):
@@ -188,6 +191,7 @@ class BSoftDice(SegmentationLoss):
 
     link = "sigmoid"
     strictly_proper = False
+    void_is_negative = True
 
     def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         onehot = _onehot(labels, valid, logits)
@@ -257,3 +261,33 @@ def _onehot(labels: Tensor, valid: Tensor, like: Tensor) -> Tensor:
 def _mean_where(values: Tensor, valid: Tensor) -> Tensor:
     """Return the mean of the (N, *S) values at valid pixels, of which there is at least one."""
     return values.where(valid, 0).sum() / valid.sum()
+
+
+def lovasz_softmax(probs: Tensor, labels: Tensor) -> Tensor:
+    """Return the Lovász extension of 1 - IoU, averaged over the classes present in the labels.
+
+    probs: (C, P) in [0, 1]. labels: (P,) int64 in [0, C), at least one pixel. One ratio is taken over all the
+    pixels together, whatever images they come from.
+    """
+    losses = []
+    for index in labels.unique().tolist():
+        actual = labels == index
+        errors = (actual.to(probs.dtype) - probs[index]).abs()
+        errors, order = errors.sort(descending=True)
+        losses.append((errors * jaccard_steps(actual[order], probs.dtype)).sum())
+    return torch.stack(losses).mean()
+
+
+def jaccard_steps(actual: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return by how much each further mistake raises the Jaccard loss (algorithm 1 of the paper).
+
+    actual: (P,) bool, the true pixels of a class in the order in which they are got wrong, at least one True.
+    Returns (P,), summing to 1. The steps are written in closed form, as differences of neighbouring losses
+    cancel in float32 once there are many pixels.
+    """
+    missed = actual.cumsum(0)
+    total = missed[-1]
+    intersection = total - missed
+    union = (total + (~actual).cumsum(0)).to(dtype)
+    # A missed pixel takes 1 from the intersection: 1/U. A false one adds 1 to the union: I/(U-1) - I/U.
+    return torch.where(actual, 1 / union, intersection / (union * (union - 1)))

@@ -5,7 +5,7 @@ masks may overlap or leave pixels empty. Scores are fractions; where a class is 
 truth alike the score is 0/0, which is NaN and left out of every mean (never 0, never 1).
 
 Two conventions are supported. The corrected one is the default: void pixels are left out of all counts. The
-paper's is spelled out by arguments: `void="counted"` (whatever is predicted on void is a false positive),
+paper's is given by arguments: `void="counted"` (a prediction on void is a false positive),
 `epsilon=PAPER_EPSILON`, three `decimals`, and the two `legacy_` faults that some published rows carry.
 """
 
@@ -19,10 +19,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.labels import valid_pixels
+from configs.errors import UserError
 
 PAPER_EPSILON = 1e-5
 """Added to the denominators by the experiments of Dai & Li (JMLR 24(224), 2023)."""
+
+
+def valid_pixels(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Return the mask of labelled pixels, and reject labels that are not classes.
+
+    targets: (N, *S) integer labels; `ignore_index` marks void. Returns (N, *S) bool, False on void.
+    Raises TypeError if the labels are not integers, and UserError if one is neither in [0, num_classes) nor
+    `ignore_index`.
+    """
+    if targets.is_floating_point() or targets.is_complex():
+        raise TypeError(f"targets are {targets.dtype}: pass integer class labels, not one-hot ones")
+    targets = targets.long()  # comparing uint8 with a negative ignore_index would wrap
+    valid = targets != ignore_index
+    wrong = valid & ((targets < 0) | (targets >= num_classes))
+    if wrong.any():
+        values = targets[wrong].unique().tolist()
+        shown = ", ".join(str(int(value)) for value in values[:5]) + (", ..." if len(values) > 5 else "")
+        raise UserError(
+            f"targets hold label {shown}, outside 0..{num_classes - 1} and not ignore_index={ignore_index}. "
+            "Fix: remap the labels of the data set, or correct num_classes or ignore_index."
+        )
+    return valid
 
 
 @dataclass(frozen=True, eq=False)

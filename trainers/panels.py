@@ -18,7 +18,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from rankseg import Predictor
 from trainers.distributed import World
-from trainers.forward import at_size
+from trainers.forward import logits_of
 from trainers.losses import Link, link_probs
 
 Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -31,9 +31,10 @@ def panels(
     transform: Transform,
     rules: Mapping[str, Predictor],
     link: Link,
-    where: World,
+    world: World,
     indices: Iterable[int],
     draw: Callable[..., Any] | None = None,
+    precision: str = "fp32",
 ) -> Iterator[tuple[str, Any]]:
     """Yield for these images of a data set their names and what ``draw`` makes of them, by default a `row`.
 
@@ -42,7 +43,7 @@ def panels(
     for index in indices:
         image, mask = data.read(index)
         pixels, target = transform(image, mask)
-        logits = at_size(model(pixels[None].to(where.device)).logits, target.shape[-2:])
+        logits = logits_of(model, pixels[None], target.shape[-2:], world, precision)
         probs = link_probs(logits, link)
         masks = {name: rule(probs)[0].cpu() for name, rule in rules.items()}
         image = shown(pixels, data.info, target.shape)

@@ -112,23 +112,33 @@ class EvalResult:
         return "\n".join(lines)
 
 
-def variant_folder(
-    threshold: float,
+def results_folder(
+    checkpoint: str,
+    results: str,
+    *,
+    threshold: float = 0.5,
     calibrated: bool | str = False,
     focal_corrected: bool = False,
     gate: float | str = 0.5,
-) -> str:
-    """Return the folder of unusual results inside the usual one, so that none replaces another.
+) -> Path:
+    """Return the folder of results below a run's, so that no variant and no other checkpoint replaces them.
 
-    ``calibrated`` is whether a temperature was applied, or "class" for a calibration of each class.
+    Args:
+        checkpoint: the file's name. Results of ``best_model.pth`` are in ``results`` itself, those of ``last.pth`` in
+            ``results/of_last``, and so on.
+        results: of the protocol, such as ``results`` or ``results/paper``.
+        calibrated: whether a temperature was applied, or "class" for a calibration of each class.
+        threshold, focal_corrected, gate: other scores of their own, in a sub-folder.
     """
-    unusual = {
+    variants = {
         "focal_corrected": focal_corrected,
         "calibrated_class" if calibrated == "class" else "calibrated": bool(calibrated),
         f"threshold_{threshold:g}": threshold != 0.5,
         f"gate_{gate}": gate != 0.5,
     }
-    return "_".join(name for name, here in unusual.items() if here)
+    variant = "_".join(name for name, here in variants.items() if here)
+    stem = Path(checkpoint).stem
+    return Path(results, "" if stem == "best_model" else f"of_{stem}", variant)
 
 
 def comparison(results: Mapping[str, EvalResult]) -> str:

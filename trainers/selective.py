@@ -27,7 +27,7 @@ from rankseg.confidence import (
     mean_max_probability,
     soft_dice_confidence,
 )
-from trainers.distributed import World, gather
+from trainers.distributed import World, gather_objects
 from trainers.evaluator import Scoring
 from trainers.forward import forward
 from trainers.metrics import Counts, count, mean_over_classes
@@ -203,7 +203,7 @@ def record_masks(
         found = (exact, approximate, mean_max_probability(probs), mean_entropy(probs))
         values.append(tuple(value.cpu() for value in found))
         rows += zip(batch.indices, batch.names, strict=True)
-    shares = gather((rows, counts, values), world)
+    shares = gather_objects((rows, counts, values), world)
     rows = [row for share in shares for row in share[0]]
     if not rows:
         raise UserError("images=0 in the split. Fix: check split and dataset.root.")

@@ -1,4 +1,4 @@
-"""Fitting a network, from a state out of which every later step can be repeated bit for bit.
+"""Fit a network so that a resumed training repeats every later step bit for bit.
 
 The trainer knows nothing of data sets, rules or plots. It is given a loader whose epochs are reproducible, an
 update, the learning-rate factor as a function of the step, and a function that scores the network.
@@ -14,13 +14,14 @@ from typing import Any, Protocol
 from torch import nn
 from tqdm import tqdm
 
-from configs.errors import Interrupted
-from trainers.checkpoint import FORMAT, Checkpoints
-from trainers.distributed import gather, highest, share_buffers, unwrap
-from trainers.errors import StopSignals, explained
+from configs.errors import Interrupted, UserError
+from trainers.checkpoint import FORMAT, Checkpoints, epoch_of
+from trainers.distributed import gather_objects, max_over_ranks, share_buffers, unwrap
+from trainers.errors import as_training_error
 from trainers.journal import Journal
 from trainers.reproducibility import restore_rng, rng_state
 from trainers.schedules import Schedule
+from trainers.signals import StopSignals
 from trainers.update import Update
 
 Validate = Callable[[nn.Module, int, int], float]
@@ -29,7 +30,7 @@ _LESS = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
 
 
 class EpochLoader(Protocol):
-    """Batches (with ``images``, ``targets``, ``names``) that depend on the epoch and the step alone."""
+    """Batches (with ``images``, ``targets``, ``names``) that depend on the epoch and the step only."""
 
     def __len__(self) -> int: ...
 
@@ -41,16 +42,25 @@ class Progress:
     """How far a training has come."""
 
     epoch: int = 0  # epochs finished
-    step: int = 0  # steps made in the epoch that is under way
+    step: int = 0  # steps made in the current epoch
     updates: int = 0  # steps made in all
     loss_sum: float = 0.0  # over the steps of this epoch
     seconds: float = 0.0  # spent training, over all restarts
     score: float | None = None  # of the last validation
     best: float | None = None
+    best_epoch: int = 0  # the epoch of that score
+
+
+def last_logged_step(checkpoint: dict[str, Any] | None) -> int:
+    """Return the last step whose rows in the journal belong to a checkpoint: rows come when an epoch is finished."""
+    if checkpoint is None:
+        return 0
+    progress = checkpoint["training"]["progress"]
+    return progress["updates"] - (progress["step"] > 0)
 
 
 class Trainer:
-    """Trains with one update a step, and writes what is needed to go on from anywhere.
+    """Train with one update per step, and write what is needed to resume from any step.
 
     Args:
         update: makes one update from one batch.
@@ -59,7 +69,7 @@ class Trainer:
         validate: ``(model, epoch, updates) -> score``, larger is better.
         checkpoints: where states go.
         journal: where losses and rates go.
-        config: stored in every checkpoint, as it is.
+        stored: what every checkpoint holds besides the training's state: ``config``, ``classes``, ``data``.
         epochs: how many in all.
         validate_every, save_every: in epochs; the last one is always validated and saved.
         save_minutes: the longest time between two ``last.pth`` inside an epoch (0: only at its end).
@@ -73,7 +83,7 @@ class Trainer:
         validate: Validate,
         checkpoints: Checkpoints,
         journal: Journal,
-        config: dict[str, Any],
+        stored: dict[str, Any],
         *,
         epochs: int,
         validate_every: int = 1,
@@ -81,35 +91,35 @@ class Trainer:
         save_minutes: float = 10.0,
     ) -> None:
         self.update, self.schedule, self.loader, self.validate = update, schedule, loader, validate
-        self.checkpoints, self.journal, self.config = checkpoints, journal, config
+        self.checkpoints, self.journal, self.stored = checkpoints, journal, stored
         self.epochs, self.validate_every, self.save_every = epochs, validate_every, save_every
         self.save_seconds = save_minutes * 60
-        self.where, self.progress = update.where, Progress()
+        self.world, self.progress = update.world, Progress()
         for group in update.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
     def fit(self) -> None:
-        """Train up to the last epoch, from wherever the state is.
+        """Train up to the last epoch, from the current state.
 
         Raises:
             Interrupted: a signal came; ``last.pth`` holds the state.
             TrainingError: see :class:`trainers.update.Update`; a failure of the loader or of validation.
         """
         now = self.progress
-        with StopSignals() as stop, explained("training", _LESS):
+        with StopSignals() as stop, as_training_error("training", _LESS):
             while now.epoch < self.epochs:
                 self._steps(stop)
                 self._finish_epoch(stop)
-                if now.epoch < self.epochs and highest(stop.name is not None, self.where):
+                if now.epoch < self.epochs and max_over_ranks(stop.name is not None, self.world):
                     raise Interrupted(f"{stop.name or 'a signal at another rank'} after epoch {now.epoch}")
 
     def _steps(self, stop: StopSignals) -> None:
-        """Make the steps of this epoch that are left; none where a run stopped before its validation."""
+        """Make the steps of this epoch that are left: none if a run stopped before its validation."""
         now, steps = self.progress, len(self.loader)
         clock = saved = time.monotonic()
         self.update.model.train()
         batches = self._batches(stop) if now.step < steps else ()
-        title, hidden = f"epoch {now.epoch + 1}/{self.epochs}", None if self.where.is_main else True
+        title, hidden = f"epoch {now.epoch + 1}/{self.epochs}", None if self.world.is_main else True
         with tqdm(total=steps, initial=now.step, desc=title, disable=hidden, leave=False) as bar:
             for batch in batches:
                 self._set_rates(self.schedule(now.updates + 1, self.epochs * steps))
@@ -119,25 +129,25 @@ class Trainer:
                 bar.set_postfix(loss=f"{now.loss_sum / now.step:.4f}", mDice=_shown(now.score), refresh=False)
                 bar.update()
                 overdue = bool(self.save_seconds) and clock - saved > self.save_seconds
-                if vote := highest(_STOP if stop.name else int(overdue), self.where):
+                if vote := max_over_ranks(_STOP if stop.name else int(overdue), self.world):
                     self._write(self.checkpoints.save_last)
                     saved = time.monotonic()
                     if vote == _STOP:
                         raise Interrupted(f"{stop.name or 'a signal at another rank'} at step {now.updates}")
 
     def _batches(self, stop: StopSignals) -> Iterator[Any]:
-        """The batches left of this epoch, up to a signal to the whole job, of which the loader dies as well."""
+        """Yield the batches left of this epoch; end at a signal to the whole job, of which the loader dies too."""
         now = self.progress
         try:
             yield from self.loader.epoch(now.epoch, now.step)
         except ChildProcessError:
-            if stop.name is None or self.where.size > 1:
+            if stop.name is None or self.world.size > 1:
                 raise
             self._write(self.checkpoints.save_last)
             raise Interrupted(f"{stop.name} at step {now.updates}") from None
 
     def _finish_epoch(self, stop: StopSignals) -> None:
-        """Note the epoch, score the network, and save; until then the epoch counts as unfinished."""
+        """Log the epoch, score the network, and save; until then the epoch counts as unfinished."""
         now, epoch = self.progress, self.progress.epoch + 1
         last = epoch == self.epochs
         rates = {
@@ -149,18 +159,33 @@ class Trainer:
         if score is not None:
             now.score = score
             if now.best is None or score > now.best:
-                now.best = score
-                self._write(self.checkpoints.save_best)
-        if last or epoch % self.save_every == 0:
-            self._write(self.checkpoints.save_epoch)
-        self._write(self.checkpoints.save_last)
+                now.best, now.best_epoch = score, epoch
+        state = self.state()
+        if self.world.is_main:
+            self.checkpoints.save_last(state)
+            self.complete(state)
+
+    def complete(self, state: dict[str, Any], missing_only: bool = False) -> None:
+        """Write the files that belong to the end of an epoch: the best, and one of every few.
+
+        ``last.pth`` is written before them. A run that was killed in between writes those that are missing when it
+        is started again.
+        """
+        now, files = Progress(**state["training"]["progress"]), self.checkpoints
+        if now.step or not now.epoch:
+            return
+        if now.best_epoch == now.epoch and not (missing_only and epoch_of(files.best) == now.epoch):
+            files.save_best(state)
+        due = now.epoch == self.epochs or now.epoch % self.save_every == 0
+        if due and not (missing_only and files.epoch_file(now.epoch).exists()):
+            files.save_epoch(state)
 
     def _score(self, epoch: int, stop: StopSignals) -> float:
         """Validate, leaving the random generators as they were; alone, a signal ends it at once."""
         network, random = unwrap(self.update.model), rng_state()
-        share_buffers(network, self.where)
+        share_buffers(network, self.world)
         try:
-            with stop.at_once(self.where.size == 1), explained("validating", _LESS):
+            with stop.at_once(self.world.size == 1), as_training_error("validating", _LESS):
                 return self.validate(network, epoch, self.progress.updates)
         except Interrupted:
             restore_rng(random)
@@ -174,36 +199,44 @@ class Trainer:
             group["lr"] = group["initial_lr"] * factor
 
     def state(self) -> dict[str, Any]:
-        """The checkpoint of this moment (see ``trainers/checkpoint.py``); every rank has to call it."""
+        """Return the checkpoint of this moment (see ``trainers/checkpoint.py``); every rank has to call it."""
         return {
             "format": FORMAT,
             "model": unwrap(self.update.model).state_dict(),
-            "config": self.config,
+            **self.stored,
             "epoch": self.progress.epoch,
             "score": self.progress.score,
             "training": {
                 "optimizer": self.update.optimizer.state_dict(),
                 "scaler": self.update.scaler.state_dict(),
                 "progress": asdict(self.progress),
-                "rng": gather(rng_state(), self.where),
+                "rng": gather_objects(rng_state(), self.world),
             },
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go back to the moment of :meth:`state`."""
+        """Go back to the moment of :meth:`state`, the network's weights excepted, which the caller loads.
+
+        Raises UserError if the state is not that of this training.
+        """
         training = checkpoint["training"]
-        unwrap(self.update.model).load_state_dict(checkpoint["model"])
-        self.update.optimizer.load_state_dict(training["optimizer"])
-        self.update.scaler.load_state_dict(training["scaler"])
-        self.progress = Progress(**training["progress"])
-        states = training["rng"]
-        restore_rng(states[self.where.rank % len(states)])
+        try:
+            self.update.optimizer.load_state_dict(training["optimizer"])
+            self.update.scaler.load_state_dict(training["scaler"])
+            self.progress = Progress(**training["progress"])
+            states = training["rng"]
+            restore_rng(states[self.world.rank % len(states)])
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"the state in the checkpoint is not that of this training: {error}. "
+                "Fix: start over with resume=false, or give this run a name of its own with suffix=-NAME."
+            ) from error
 
     def _write(self, save: Callable[[dict[str, Any]], None]) -> None:
         state = self.state()
-        if self.where.is_main:
+        if self.world.is_main:
             save(state)
 
 
 def _shown(score: float | None) -> str:
-    return "–" if score is None else f"{score:.3f}"
+    return "-" if score is None else f"{score:.3f}"

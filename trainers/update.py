@@ -12,15 +12,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from configs.errors import TrainingError
-from trainers.distributed import World, gather, sum_over_ranks, unwrap
-from trainers.errors import explained
+from configs.errors import ConfigError, TrainingError
+from trainers.distributed import World, gather_objects, sum_over_ranks, unwrap
+from trainers.errors import as_training_error
+from trainers.forward import autocast
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 2.0**-14  # of the loss in fp16; below it, a gradient of 1 is lost
 _REMEDY = (
     "The last checkpoint is good. Try a lower optimizer.lr, trainer.clip_norm=1 or trainer.precision=fp32"
 )
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 class Update:
@@ -31,7 +35,7 @@ class Update:
         criterion: ``(logits (N, C, H, W), targets (N, H, W)) -> scalar``; its ``weight_of(targets)``, if any,
             says over how many terms that is a mean.
         optimizer: its learning rates are set by the caller.
-        where: this process among all.
+        world: this process among all.
         precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling).
         accumulate: parts that a batch is split into to save memory; the update is that of the whole batch.
         clip_norm: bound of the gradient's norm, or None.
@@ -45,7 +49,7 @@ class Update:
         model: nn.Module,
         criterion: nn.Module,
         optimizer: torch.optim.Optimizer,
-        where: World,
+        world: World,
         *,
         precision: str = "fp32",
         accumulate: int = 1,
@@ -53,17 +57,14 @@ class Update:
         channels_last: bool = False,
         second_forward: bool = False,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}"
-            )
+        autocast(world.device, precision)  # rejects an unknown precision
         if accumulate < 1:
-            raise ValueError(f"trainer.accumulate={accumulate} is not a number of parts; use 1 or more")
-        self.model, self.criterion, self.optimizer, self.where = model, criterion, optimizer, where
+            raise ConfigError(f"trainer.accumulate={accumulate} is invalid: expected an integer >= 1")
+        self.model, self.criterion, self.optimizer, self.world = model, criterion, optimizer, world
         self.accumulate, self.clip_norm, self.second_forward = accumulate, clip_norm, second_forward
-        self.dtype = PRECISIONS[precision]
+        self.precision = precision
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.scaler = torch.amp.GradScaler(where.device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
 
     def __call__(self, batch: Any) -> float:
         """Update the weights on a batch with ``images``, ``targets`` and ``names``; return its loss.
@@ -71,20 +72,20 @@ class Update:
         Raises:
             TrainingError: a loss or gradient that is not finite (no update was made), or too little memory.
         """
-        images = batch.images.to(self.where.device, non_blocking=True, memory_format=self.memory_format)
-        targets = batch.targets.to(self.where.device, non_blocking=True)
+        images = batch.images.to(self.world.device, non_blocking=True, memory_format=self.memory_format)
+        targets = batch.targets.to(self.world.device, non_blocking=True)
         remedy = (
             f"{len(images)} images a device did not fit; use a smaller batch_size, "
             f"trainer.accumulate={2 * self.accumulate}, trainer.precision=bf16 or a smaller dataset.crop"
         )
-        with explained(f"training on a batch of {'x'.join(map(str, images.shape))}", remedy):
+        with as_training_error(f"training on a batch of {'x'.join(map(str, images.shape))}", remedy):
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._backward(images, targets).item()
             if not math.isfinite(loss):
                 self._refuse(f"the loss is {loss}", batch.names)
             self._step(batch.names)
             if self.second_forward:
-                with torch.no_grad(), self._autocast():
+                with torch.no_grad(), autocast(self.world.device, self.precision):
                     self.model(images)
         return loss
 
@@ -96,25 +97,27 @@ class Update:
         """
         parts = list(zip(images.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True))
         weights = [self._weight(target) for _, target in parts]
-        whole = sum_over_ranks(torch.stack(weights).sum(), self.where).clamp(min=1)
-        total = torch.zeros((), device=self.where.device)
+        whole = sum_over_ranks(torch.stack(weights).sum(), self.world).clamp(min=1)
+        total = torch.zeros((), device=self.world.device)
         for number, ((image, target), weight) in enumerate(zip(parts, weights, strict=True), 1):
             with self._synchronised(number == len(parts)):
-                with self._autocast():
+                with autocast(self.world.device, self.precision):
                     output = self.model(image)
                 loss = self.criterion(output.logits, target)
                 if output.aux is not None:
                     loss = loss + unwrap(self.model).aux_weight * self.criterion(output.aux, target)
                 share = (weight / whole).float()
                 # DistributedDataParallel averages over ranks, so each rank's share is scaled by their number.
-                self.scaler.scale(loss * (share * self.where.size)).backward()
+                self.scaler.scale(loss * (share * self.world.size)).backward()
             total += loss.detach() * share
-        return sum_over_ranks(total, self.where)
+        return sum_over_ranks(total, self.world)
 
     def _weight(self, targets: Tensor) -> Tensor:
-        """How much a part of a batch counts, float64: what its criterion says, else its number of images."""
+        """Return how much a part of a batch counts: what its criterion says, else its number of images."""
         weight = getattr(self.criterion, "weight_of", None)
-        return torch.as_tensor(weight(targets) if weight else len(targets), device=targets.device).double()
+        return torch.as_tensor(weight(targets) if weight else len(targets), device=targets.device).to(
+            _wide(targets.device)
+        )
 
     def _step(self, names: list[str]) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -134,14 +137,9 @@ class Update:
 
     def _refuse(self, what: str, names: list[str]) -> NoReturn:
         """Every rank ends here together, as losses and gradients are those of all of them."""
-        everyone = ", ".join(name for share in gather(names, self.where) for name in share)
+        everyone = ", ".join(name for share in gather_objects(names, self.world) for name in share)
         raise TrainingError(f"{what} on the batch {everyone}. {_REMEDY}")
 
     def _synchronised(self, yes: bool) -> contextlib.AbstractContextManager[Any]:
         """Exchange gradients between ranks only at the last part of a batch."""
-        return contextlib.nullcontext() if yes or self.where.size == 1 else self.model.no_sync()  # type: ignore[operator]
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(
-            self.where.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
-        )
+        return contextlib.nullcontext() if yes or self.world.size == 1 else self.model.no_sync()  # type: ignore[operator]

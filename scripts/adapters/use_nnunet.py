@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the script runs from anywhere
 
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.files import read_json
 from scripts import decode
 
@@ -47,4 +47,4 @@ def _labels(path: Path) -> dict:
 
 
 if __name__ == "__main__":
-    guarded(lambda: sys.exit(main()))
+    run_cli(main)

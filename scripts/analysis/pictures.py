@@ -56,12 +56,13 @@ def draw_strips(
     findings: Findings,
     indices: Iterable[int],
     folder: Path,
+    precision: str = "fp32",
 ) -> dict[int, Strip]:
     """Draw these images, and write each to ``folder`` as a PNG file."""
     positions = {name: index for index, name in enumerate(data.names)}
     picked = list(dict.fromkeys(indices))
     places = [positions[findings.names[index]] for index in picked]
-    seen = panels(model, data, transform, rules, link, world, places, draw=lambda *parts: parts)
+    seen = panels(model, data, transform, rules, link, world, places, lambda *parts: parts, precision)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for index, (name, parts) in zip(picked, seen, strict=True):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from configs.errors import UserError
 from datasets import Cityscapes, EvalLoader, EvalTransform, TrainLoader, TrainTransform
 from scripts.benchmarks.timing import Stopwatch, add_clock
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print frames a second and process of each way, and the ratio to Pillow's decoding alone; one thread each."""
     if args.clock == "cpu" and args.workers:
-        raise ValueError("--clock cpu does not see the loader's processes; leave out --workers or --clock")
+        raise UserError("--clock cpu does not see the loader's processes; leave out --workers or --clock")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
         root = args.root or make_frames(Path(made), args.frames)

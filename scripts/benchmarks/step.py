@@ -19,9 +19,8 @@ from tqdm import tqdm
 from configs import build
 from configs.compose import compose
 from scripts.benchmarks.timing import Stopwatch, add_clock
-from trainers.device import pick_device
-from trainers.distributed import World
-from trainers.errors import explained
+from trainers.distributed import World, pick_device
+from trainers.errors import as_training_error
 from trainers.evaluator import Scoring
 from trainers.losses import link_probs
 from trainers.metrics import count
@@ -49,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     where = World(0, 1, device)
     data = build.dataset(cfg, "train")
     batches = endless(build.train_loader(cfg, data, where))
-    with explained("measuring", "use a smaller batch_size"):
+    with as_training_error("measuring", "use a smaller batch_size"):
         rows = parts(cfg, where, batches, args)
         steps = compare(cfg, where, batches, args, build.scoring(cfg, data.info))
     total, ours = sum(rows.values()), next(iter(steps.values()))

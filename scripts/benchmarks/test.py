@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from configs import build
 from configs.checkpoint import load
+from configs.errors import UserError
 from scripts import ROOT
 from scripts.benchmarks.timing import Stopwatch, add_clock
 from trainers import evaluator
-from trainers.device import pick_device
-from trainers.distributed import World
+from trainers.distributed import World, pick_device
 
 THREE = ("T", "max", "rankdice")
 WAYS = {"-p max": ("max",), "-p rankdice": ("rankdice",), "-p T -p max -p rankdice": THREE}
@@ -158,5 +158,5 @@ def call(command: str, *arguments: str) -> Spent:
     )
     wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        raise ValueError(f"{command} failed: {done.stderr.strip()}")
+        raise UserError(f"{command} failed: {done.stderr.strip()}")
     return Spent(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

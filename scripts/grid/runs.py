@@ -18,6 +18,7 @@ from configs.build import absolute_root
 from configs.compose import CONFIGS, quote_overrides
 from configs.errors import ConfigError
 from configs.values import check_values
+from trainers.checkpoint import epoch_of
 from trainers.journal import read_rows
 from trainers.results import file_sha256
 
@@ -52,7 +53,7 @@ class Run:
     def is_trained(self) -> bool:
         """Return whether a run of exactly this configuration was trained to its end."""
         config = self.folder / "config.yaml"
-        if not (self.folder / f"checkpoint-epoch{self.cfg.epochs}.pth").exists() or not config.exists():
+        if epoch_of(self.folder / "last.pth") < self.cfg.epochs or not config.exists():
             return False
         try:
             before = stored.read_config(config)

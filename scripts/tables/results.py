@@ -173,7 +173,7 @@ def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
         protocol=str(record["protocol"]),
         model=str(record["model"]),
         loss=str(record["loss"]),
-        variant=variant_of(record),
+        variant=variant_of(record, path.relative_to(run).parts),
         predictor=str(record["predictor"]),
         seed=int(record["seed"]),
         num_images=int(data["num_images"]),
@@ -196,9 +196,11 @@ def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
     )
 
 
-def variant_of(record: dict[str, Any]) -> str:
+def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
     """Describe what was done to the probabilities, and an unusual threshold of T: "WORD: REASON; ..."."""
     parts, temperature = [], record.get("temperature")
+    others = [name.removeprefix("of_") for name in folders if name.startswith("of_")]
+    parts += [f"{name}: scored on {name}.pth, not on the best epoch" for name in others]
     if record.get("correct_focal"):
         parts.append("corrected: the bias of the focal loss undone in closed form")
     if "temperature_fitted_on" in record:

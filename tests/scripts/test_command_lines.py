@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import command
+from configs.cli import run_cli
+from configs.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
+from tests.exits import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
@@ -77,7 +79,7 @@ def test_bad_input_is_one_line_on_stderr(words: tuple[str, ...], call) -> None:
         ("overview.py absent.pth --out new.foo", "--out new.foo: give the name of a .png"),
         (
             "paper_tables.py published --output absent/x",
-            "absent/x: No such file or directory: make its folder",
+            "absent/x: No such file or directory: create its folder",
         ),
         ("paper_tables.py published --output .", ".: Is a directory: it is a folder; give a file"),
         ("reproduce.py --seeds x --dry-run", "seed=x"),
@@ -98,7 +100,10 @@ def test_a_traceback_may_be_asked_for(words: tuple[str, ...], call, monkeypatch:
 
 
 def test_a_disk_that_fails_is_no_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.refused(OSError(errno.EROFS, os.strerror(errno.EROFS), "a.md")) == 3
+    def main() -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a.md")
+
+    assert exit_code(main) == 3
     assert (
         capsys.readouterr().err == "error: a.md: Read-only file system: choose a folder that can be written\n"
     )
@@ -109,8 +114,8 @@ def test_ctrl_c_makes_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as done:
-        command.leave(main)
-    assert done.value.code == command.INTERRUPTED and capsys.readouterr().err == "stopped: interrupted\n"
+        run_cli(main)
+    assert done.value.code == EXIT_INTERRUPTED and capsys.readouterr().err == "stopped: interrupted\n"
 
 
 def test_a_reader_that_has_gone_makes_no_traceback() -> None:
@@ -123,7 +128,7 @@ def test_a_reader_that_has_gone_makes_no_traceback() -> None:
         text=True,
     )
     os.close(writing)
-    assert (done.returncode, done.stderr) == (command.CUT_OFF, "")
+    assert (done.returncode, done.stderr) == (EXIT_BROKEN_PIPE, "")
 
 
 @pytest.mark.parametrize(

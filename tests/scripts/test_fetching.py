@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.errors import UserError
+from configs.files import lock_file
 from scripts.prepare.fetching import FetchError, download, unpack
 from scripts.prepare_data import main
-from trainers.lock import Lock
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
 
@@ -219,9 +219,9 @@ def test_a_second_fetch_is_refused_and_a_dead_one_is_not_in_the_way(
     while not server.asked:
         assert other.poll() is None
         time.sleep(0.01)
-    monkeypatch.setattr(Lock.__init__, "__defaults__", (0.1,))
+    monkeypatch.setattr(lock_file, "__defaults__", (0.1,))
     with pytest.raises(SystemExit) as done:
-        guarded(lambda: main(fetch))
+        run_cli(lambda: main(fetch))
     said = capsys.readouterr().err.splitlines()[-1]
     assert done.value.code == 4 and server.asked == 1
     assert said.startswith(f"error: another process (pid {other.pid}) is fetching {root.parent}")

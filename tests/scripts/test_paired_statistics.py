@@ -17,6 +17,7 @@ from configs.errors import UserError
 from scripts.analysis.scores import compare, pair, read_groups, read_rule, read_sweep
 from scripts.analysis.statistics import describe_differences, mean_interval, signed_rank, standardized_mean
 from scripts.paired_statistics import main
+from tests.exits import exit_code
 from trainers.text import csv_text
 
 
@@ -297,7 +298,7 @@ def test_other_networks_are_other_rows_not_other_seeds(results, tmp_path, capsys
     assert main([str(results), str(results / "calibrated")]) == 0
     text = capsys.readouterr().out
     assert "| tiny, ce, calibrated: rankdice − T, 0 |" in text and "seeds" not in text
-    assert main([str(results), str(results)]) == 2
+    assert exit_code(main, [str(results), str(results)]) == 2
     assert "a run is given twice" in capsys.readouterr().err
 
 
@@ -308,7 +309,7 @@ def test_paper_protocol_reads_its_own_folder(results, capsys):
     assert "max − T" in capsys.readouterr().out
     shutil.rmtree(results / "paper")
     for folder in (results, results.parent):
-        assert main([str(folder), "--protocol", "paper"]) == 2
+        assert exit_code(main, [str(folder), "--protocol", "paper"]) == 2
         error = capsys.readouterr().err
         assert "no scores of protocol=paper" in error or "no per-image scores" in error
 
@@ -318,7 +319,7 @@ def test_paper_protocol_reads_its_own_folder(results, capsys):
     [["nowhere"], ["{}", "--rule", "maxx"], ["{}", "--confidence", "95"], ["{}", "--resamples", "-1"]],
 )
 def test_bad_input_is_one_line_and_exit_code_two(results, capsys, arguments):
-    assert main([a.format(results) for a in arguments]) == 2
+    assert exit_code(main, [a.format(results) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
 

@@ -17,6 +17,7 @@ from scripts.tables.layout import csv_tables, latex, markdown
 from scripts.tables.ours import our_tables
 from scripts.tables.published import COLUMNS, load_published, published_tables
 from scripts.tables.results import group_seeds, read_results
+from tests.exits import exit_code
 from trainers.text import csv_text
 
 DATASETS = {"CityScapes": "cityscapes", "VOC": "voc2012", "kvasirSEG": "kvasir_seg"}
@@ -380,7 +381,7 @@ def test_plain_call_writes_the_csv_too(saved, capsys):
 
 
 def test_a_folder_that_is_none_is_bad_input(tmp_path, capsys):
-    assert main(["--saved", str(tmp_path / "none")]) == 2
+    assert exit_code(main, ["--saved", str(tmp_path / "none")]) == 2
     assert "--saved=" in capsys.readouterr().err
 
 

@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 import rankseg
 from configs import build, stored
 from configs.checkpoint import load
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.compose import GROUPS, compose
 from configs.errors import UserError
 from configs.fitting import Fitter
@@ -450,7 +450,7 @@ def test_what_cannot_be_meant_is_one_line(
     (tmp_path / "loop").symlink_to("loop")
     more = words.replace("LOOP", str(tmp_path / "loop")).split()
     with pytest.raises(SystemExit) as done:
-        guarded(lambda: main(["-r", str(checkpoint), str(photos), "--out", str(tmp_path / "out"), *more]))
+        run_cli(lambda: main(["-r", str(checkpoint), str(photos), "--out", str(tmp_path / "out"), *more]))
     err = capsys.readouterr().err
     assert done.value.code == 2 and said in err.splitlines()[-1] and "Traceback" not in err
 

@@ -21,7 +21,7 @@ from configs.errors import EXIT_BUSY
 from scripts.grid import running
 from scripts.grid.running import Display, format_time, remaining_epochs
 from scripts.grid.runs import Run, load_runs
-from trainers.results import variant_folder
+from trainers.results import results_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +63,7 @@ def train(cell: Run) -> tuple[int, str]:
     cell.folder.mkdir(parents=True)
     (cell.folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "epoch": 1, "loss": 1.0}\n')
     OmegaConf.save(cell.cfg, cell.folder / "config.yaml", resolve=True)
+    torch.save({"epoch": cell.cfg.epochs}, cell.folder / "last.pth")
     for name in (f"checkpoint-epoch{cell.cfg.epochs}.pth", "best_model.pth"):
         (cell.folder / name).write_text(f"weights of {cell}")
     return 0, ""
@@ -70,9 +71,13 @@ def train(cell: Run) -> tuple[int, str]:
 
 def score(checkpoint: Path, rules: list[str], overrides: list[str]) -> None:
     """What test.py leaves behind."""
-    folder = checkpoint.parent / ("results/paper" if "protocol=paper" in overrides else "results")
-    at = build.threshold(OmegaConf.create(OmegaConf.load(checkpoint.parent / "config.yaml")))
-    folder /= variant_folder(at, "temperature=fit" in overrides, "correct_focal=true" in overrides)
+    folder = checkpoint.parent / results_folder(
+        checkpoint.name,
+        "results/paper" if "protocol=paper" in overrides else "results",
+        threshold=build.threshold(OmegaConf.create(OmegaConf.load(checkpoint.parent / "config.yaml"))),
+        calibrated="temperature=fit" in overrides,
+        focal_corrected="correct_focal=true" in overrides,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     for rule in rules:
@@ -348,7 +353,7 @@ def test_killed_half_way_and_resumed(
     out, err = (again := command("scripts/reproduce.py", saved, "--protocols", "corrected")).communicate()
     assert again.returncode == 0, err
     assert "2 runs, 1 finished before, 1 to do" in out
-    assert "going on after epoch" in (second / "reproduce.log").read_text()
+    assert "resuming after epoch" in (second / "reproduce.log").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
     assert out[out.index("**Our results") :] == table
     for run in (first, second):

@@ -21,6 +21,7 @@ from scripts.simulate import (
     simulate,
     truncated_normal,
 )
+from tests.exits import exit_code
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -114,7 +115,7 @@ def test_csv_holds_a_line_for_each_setting_and_rule(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [["steps"], ["step", "--draws", "1"], ["linear", "--sizes", "0"]])
 def test_bad_input_is_one_line_and_exit_code_two(arguments, capsys):
-    assert main(arguments) == 2
+    assert exit_code(main, arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
 
@@ -129,5 +130,5 @@ def test_heat_maps_are_drawn(tmp_path, capsys):
 
 def test_missing_matplotlib_names_the_remedy(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["linear", "--sizes", "28", "--draws", "2", "--heatmaps", str(tmp_path)]) == 2
+    assert exit_code(main, ["linear", "--sizes", "28", "--draws", "2", "--heatmaps", str(tmp_path)]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 
 from configs import build, stored
 from configs.checkpoint import load, read_state
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.compose import compose
 from tests.trainers.forked import begin
 from trainers.checkpoint import save
@@ -126,5 +126,5 @@ def test_a_path_of_the_wrong_kind_is_bad_input(error: OSError, capsys: pytest.Ca
         raise error
 
     with pytest.raises(SystemExit) as done:
-        guarded(main)
+        run_cli(main)
     assert done.value.code == 2 and capsys.readouterr().err.startswith("error: a: ")

@@ -172,7 +172,7 @@ def test_confidence_of_two_splits(run: Path, tmp_path: Path) -> None:
     assert "AURC" in done.stdout and "coverage" in done.stdout
     found = json.loads((tmp_path / "confidence.json").read_text())
     aurc = {name: one["aurc"] for name, one in found["aurc"].items()}
-    assert min(aurc, key=aurc.__getitem__) == "oracle" and 0 <= found["coverage"] <= 1
+    assert min(aurc.values()) == aurc["oracle"] and 0 <= found["coverage"] <= 1
     assert (tmp_path / "confidence.svg").read_text().lstrip().startswith("<?xml")
     kinds = [entry["kind"] for entry in json.loads((run / "last.fitted.json").read_text())["entries"]]
     assert "margin 0.5" in kinds
@@ -236,7 +236,6 @@ def test_help_is_worth_reading_and_imports_nothing_slow(
     assert "--multirun" in train.stdout and "rankdice" in test.stdout and "examples:" in test.stdout
     for done in (train, test):
         modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-        assert "torch" in modules
         assert not modules & {"torch._dynamo", "torchvision", "timm", "segmentation_models_pytorch"}
 
 

@@ -15,7 +15,7 @@ import torch
 
 from models import read_checkpoint
 from tests.trainers.forked import run_dir, start, train, wait_for
-from trainers.checkpoint import Checkpoints, save
+from trainers.checkpoint import Checkpoints, epoch_of, save
 
 
 def payload(number: int) -> dict[str, Any]:
@@ -49,12 +49,38 @@ def test_the_newest_whole_one_is_found(tmp_path: Path, capsys: pytest.CaptureFix
     assert number(these.newest()) == 1
 
 
-def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+def test_what_an_older_version_left_is_found(tmp_path: Path) -> None:
+    """It renamed last.pth away before the next one took its place, and could be killed in between."""
     these = manage(tmp_path)
     these.save_last(payload(1))
     save(payload(2), tmp_path / "next.pth")
     os.replace(these.last, these.previous)
     assert number(these.newest()) == 2
+
+
+def test_there_is_always_a_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    these, replace, seen = manage(tmp_path), os.replace, list[bool]()
+    these.save_last(payload(1))
+
+    def watched(source: Path, target: Path) -> None:
+        seen.append(these.last.exists())
+        replace(source, target)
+        seen.append(these.last.exists())
+
+    monkeypatch.setattr(os, "replace", watched)
+    these.save_last(payload(2))
+    assert seen and all(seen) and epoch_of(these.last) == 2 and epoch_of(these.previous) == 1
+
+
+def test_without_hard_links_there_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    these = manage(tmp_path)
+    for n in (1, 2):
+        these.save_last(payload(n))
+    assert epoch_of(these.last) == 2 and epoch_of(these.previous) == 1
 
 
 @pytest.mark.parametrize("moment", ["write", "flush", "rename"])
@@ -70,7 +96,7 @@ def test_a_full_disk_keeps_the_one_before(
     where = {"write": (torch, "save"), "flush": (os, "fsync"), "rename": (os, "replace")}[moment]
     with monkeypatch.context() as patch:
         patch.setattr(*where, full)
-        with pytest.raises(OSError, match=r"next\.pth could not be written .*disk full"):
+        with pytest.raises(OSError, match=r"last\.pth could not be written .*disk full"):
             these.save_last(payload(2))
     assert number(these.newest()) == 1 and not list(tmp_path.glob(".*.tmp"))
     these.save_last(payload(3))
@@ -84,7 +110,7 @@ def test_the_kernel_refuses_to_write_more(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (these.last.stat().st_size // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"next\.pth could not be written"):
+        with pytest.raises(OSError, match=r"last\.pth could not be written"):
             these.save_last(payload(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -115,7 +141,6 @@ def test_so_many_are_kept(tmp_path: Path) -> None:
     for n in (1, 2, 9, 10, 11):
         these.save_epoch(payload(n))
     assert [path.name for path in these.epochs()] == ["checkpoint-epoch11.pth", "checkpoint-epoch10.pth"]
-    assert these.finished(11) and not these.finished(12)
     these.clear()
     assert not list(tmp_path.glob("*.pth"))
 
@@ -137,7 +162,7 @@ def test_one_process_a_run(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     other = start(hold, tmp_path / "run", ready)
     assert wait_for(ready.exists, other)
-    with pytest.raises(ValueError, match=rf"another process \(pid {other.pid}\) is training in .*run: wait"):
+    with pytest.raises(ValueError, match=rf"another process \(pid {other.pid}\) is training in .*run"):
         manage(tmp_path / "run").claim(patience=0.1)
     other.kill()
     manage(tmp_path / "run").claim()  # at once, though it takes a moment to be gone
@@ -173,6 +198,6 @@ def test_nothing_is_loaded_that_could_run_code(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_writer_are_written_over(tmp_path: Path) -> None:
-    (tmp_path / ".next.pth.tmp").write_bytes(b"half")
+    (tmp_path / ".last.pth.tmp").write_bytes(b"half")
     manage(tmp_path).save_last(payload(1))
     assert not list(tmp_path.glob(".*.tmp"))

@@ -34,7 +34,15 @@ from tests.trainers.forked import (
     wait_for,
 )
 from tests.trainers.test_update import Net, batch
-from trainers.distributed import World, gather, highest, share_buffers, unwrap, world, wrap
+from trainers.distributed import (
+    World,
+    gather_objects,
+    join_world,
+    max_over_ranks,
+    share_buffers,
+    unwrap,
+    wrap,
+)
 from trainers.losses import CrossEntropy
 from trainers.update import Update
 
@@ -70,8 +78,11 @@ def two_processes(environment: dict[str, str], folder: Path) -> None:
     """What each of two ranks does; it writes down what it saw."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with world("cpu") as where:
-        seen: dict[str, Any] = {"gathered": gather(where.rank, where), "highest": highest(where.rank, where)}
+    with join_world("cpu") as where:
+        seen: dict[str, Any] = {
+            "gathered": gather_objects(where.rank, where),
+            "highest": max_over_ranks(where.rank, where),
+        }
         seen["parts"] = {parts: steps(where, parts) for parts in (1, 2)}
         net = nn.BatchNorm2d(2)
         net.running_mean += where.rank
@@ -148,7 +159,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_stops_together_goes_on_and_rank_0_alone_speaks(pair: Path) -> None:
     first, second = ((pair / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert "interrupted by a signal at another rank" in first and "interrupted by SIGUSR2" in second
-    assert "going on after epoch" in first and "batch 2 on 2 x cpu, BatchNorm over 1 images" in first
+    assert "resuming after epoch" in first and "batch 2 on 2 x cpu, BatchNorm over 1 images" in first
     assert "done. Score it" in first and "done" not in second and "val loss" not in second
     whole = pair / "whole"
     join(both("train.py", (*SMALL, f"save_dir={whole}"), whole))
@@ -227,7 +238,7 @@ def test_torchrun_itself_and_a_signal_to_it(tmp_path: Path) -> None:
     printed, _ = process.communicate(timeout=120)
     assert process.returncode not in (0, None) and "the state is saved" in printed, printed
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "going on after epoch" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after epoch" in done.stdout, done.stderr
     test = [*torchrun, str(ROOT / "test.py"), "-r", str(run / "best_model.pth"), "-p", "T", "--device", "cpu"]
     done = subprocess.run(test, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and (run / "results" / "T.json").exists(), done.stderr

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from configs.cli import guarded
+from configs.cli import run_cli
 from configs.files import write_text
 from datasets import DatasetInfo
 from tests.trainers.forked import start
@@ -103,7 +103,7 @@ def fill(folder: Path, log: Path) -> None:
             journal.image(step, "val/a", torch.randint(256, (3, 64, 64), dtype=torch.uint8))
             time.sleep(0.01)
 
-    guarded(write)
+    run_cli(write)
 
 
 def test_a_full_disk_is_one_line_though_a_thread_writes(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_job_that_is_pre_empted_is_put_back_and_goes_on(tmp_path: Path) -> Non
     printed, _ = process.communicate(timeout=300)
     logs = "".join(path.read_text() for path in (tmp_path / ".submitit").rglob("*_log.*"))
     assert process.returncode == 0, printed + logs
-    assert "Requeued" in logs and "going on after epoch" in logs
+    assert "Requeued" in logs and "resuming after epoch" in logs
     train(tmp_path / "whole", "epochs=6")
     name = "checkpoint-epoch6.pth"
     same(state(run_dir(tmp_path) / name), state(run_dir(tmp_path / "whole") / name))

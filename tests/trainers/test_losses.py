@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from trainers import losses
-from trainers.losses import SegmentationLoss, link_probs
-from trainers.lovasz import jaccard_steps, lovasz_softmax
+from trainers.losses import SegmentationLoss, jaccard_steps, link_probs, lovasz_softmax
 
 VOID = 255
 LOSSES: dict[str, type[SegmentationLoss]] = {

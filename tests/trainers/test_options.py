@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train as command
+from configs import build
 from configs.compose import GROUPS, compose
 from models import read_checkpoint
 from tests.trainers.forked import SMALL, begin, rows, run_dir, same, state, train, wait_for
@@ -31,7 +32,7 @@ def update(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         def update(model: Any, *_: Any, **options: Any) -> None:
             raise Made(model, options)
 
-        monkeypatch.setattr(command, "Update", update)
+        monkeypatch.setattr(build, "Update", update)
         cfg = compose("train", [*SMALL, f"save_dir={tmp_path}", *overrides])
         try:
             with pytest.raises(Made) as caught:
@@ -104,6 +105,6 @@ def test_all_options_together_go_on_bit_for_bit(tmp_path: Path) -> None:
     os.kill(process.pid or 0, signal.SIGUSR2)
     process.join()
     assert process.exitcode == 75
-    assert "going on after epoch" in train(tmp_path, *options)
+    assert "resuming after epoch" in train(tmp_path, *options)
     same(state(run / "last.pth"), state(whole / "last.pth"))
     assert rows(run) == rows(whole)

@@ -70,7 +70,7 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
     train(tmp_path / "whole", "epochs=6")
     kill_and_resume(tmp_path / "killed", kills=20, seed=1)
     log = (tmp_path / "killed" / "killed.txt").read_text()
-    assert log.count("going on after epoch") >= 15
+    assert log.count("resuming after epoch") >= 15
     whole, run = run_dir(tmp_path / "whole"), run_dir(tmp_path / "killed")
     same(state(run / "checkpoint-epoch6.pth"), state(whole / "checkpoint-epoch6.pth"))
     assert rows(run) == rows(whole)
@@ -93,5 +93,5 @@ def test_a_signal_saves_and_says_how_to_go_on(name: str, whole: Path, tmp_path: 
     assert process.exitcode == 75, printed
     assert f"stopped: interrupted by {name}" in printed and "run the same command again" in printed
     assert "Traceback" not in printed
-    assert "going on after epoch" in train(tmp_path)
+    assert "resuming after epoch" in train(tmp_path)
     assert_same_run(run, whole)

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from configs.errors import Interrupted, TrainingError
-from trainers.checkpoint import Checkpoints
+from tests.trainers.forked import start
+from trainers.checkpoint import Checkpoints, epoch_of
 from trainers.distributed import World
-from trainers.errors import StopSignals
 from trainers.journal import Journal, read_rows
+from trainers.signals import StopSignals
 from trainers.trainer import Trainer
 from trainers.update import Update
 
@@ -82,7 +83,9 @@ def trainer(folder: Path, loader: Loader, signal_in_validation: int = -1, **opti
         update, lambda k, n: 1 - k / n, loader, validate, checkpoints, journal, {}, epochs=EPOCHS, **options
     )
     if found:
+        net.load_state_dict(found["model"])
         made.restore(found)
+        made.complete(found, missing_only=True)
     return made
 
 
@@ -108,6 +111,48 @@ def test_stopped_at_every_single_step_the_end_is_the_same(whole: tuple[Any, ...]
         assert resumed.progress.updates == at + 1
         resumed.fit()
         assert result(resumed, folder) == whole, f"stopped at step {at}"
+
+
+def die_at(folder: Path, call: int, after: bool) -> None:
+    """Train, and end without a trace at a rename of a file, before or after it."""
+    replace, calls = os.replace, 0
+
+    def dying(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            os._exit(9)
+        replace(source, target)
+        if calls == call:
+            os._exit(9)
+
+    os.replace = dying
+    trainer(folder, Loader(), save_every=1).fit()
+    os._exit(0)
+
+
+def test_killed_between_any_two_files_the_end_is_the_same(tmp_path: Path) -> None:
+    """After every rename there is a last.pth; a run that counts as finished has all its files."""
+
+    def files(folder: Path) -> dict[str, int]:
+        return {path.name: epoch_of(path) for path in folder.glob("*.pth")}
+
+    made = trainer(tmp_path / "whole", Loader(), save_every=1)
+    made.fit()
+    whole, expected = result(made, tmp_path / "whole"), files(tmp_path / "whole")
+    for call in range(1, 100):
+        for after in (False, True):
+            folder = tmp_path / f"{call}{after}"
+            process = start(die_at, folder, call, after)
+            process.join()
+            resumed = trainer(folder, Loader(), save_every=1)
+            resumed.fit()
+            found = files(folder)
+            assert result(resumed, folder) == whole, (call, after)
+            assert {**found, "previous.pth": 2} == expected, (call, after)
+        if process.exitcode == 0:
+            break
+    assert call > 10 and expected["last.pth"] == EPOCHS
 
 
 @pytest.mark.parametrize("epoch", range(1, EPOCHS + 1))
@@ -156,7 +201,7 @@ def test_failures_of_the_surroundings_are_one_line(error: Exception, words: str,
 
 def test_a_batch_of_one_value_says_what_to_enlarge(tmp_path: Path) -> None:
     error = ValueError("Expected more than 1 value per channel when training, got input size [1, 4, 1, 1]")
-    with pytest.raises(ValueError, match=r"BatchNorm sees a single value .*: use a larger dataset\.crop"):
+    with pytest.raises(ValueError, match=r"BatchNorm sees a single value .*dataset\.crop"):
         trainer(tmp_path, Loader(5, error)).fit()
     with pytest.raises(ValueError, match="another"):
         trainer(tmp_path, Loader(5, ValueError("another"))).fit()

@@ -1,0 +1,87 @@
+"""What happens after an epoch: score every rule, log, draw pictures, and judge the network by a neutral score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from rankseg import Predictor
+from trainers.distributed import World
+from trainers.evaluator import Scoring, evaluate
+from trainers.journal import Journal
+from trainers.losses import SegmentationLoss
+
+NEUTRAL = "T"  # the rule whose mDice picks the best epoch: the threshold, which favours no ranking rule
+
+
+class Validation:
+    """Score a network on the validation images.
+
+    Args:
+        data, loader: the images, and their batches with the ``transform`` that made them.
+        rules: what is scored; the rule ``T`` among them picks the best epoch.
+        epochs: how many in all, for the printed line.
+        panels: how many images are drawn for TensorBoard.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        loader: Any,
+        rules: Mapping[str, Predictor],
+        criterion: SegmentationLoss,
+        scoring: Scoring,
+        journal: Journal,
+        world: World,
+        *,
+        epochs: int,
+        precision: str = "fp32",
+        panels: int = 0,
+    ) -> None:
+        self.data, self.loader, self.rules, self.criterion = data, loader, dict(rules), criterion
+        self.scoring, self.journal, self.world = scoring, journal, world
+        self.epochs, self.precision, self.panels = epochs, precision, panels
+
+    def __call__(self, network: nn.Module, epoch: int, step: int) -> float:
+        """Return the mDice of rule T, 0 if no image defines it."""
+        results = evaluate(
+            network,
+            self.loader,
+            self.rules,
+            self.criterion,
+            self.scoring,
+            self.world,
+            precision=self.precision,
+            progress="validating",
+        )
+        for name, result in results.items():
+            self.journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
+        if self.journal.events is not None:
+            self._draw(network, step)
+        dice = {name: result.scores["mean_dice"] for name, result in results.items()}
+        if self.world.is_main:
+            shown = "  ".join(f"{name} {100 * score:.2f}" for name, score in dice.items())
+            loss = results[NEUTRAL].scores["test_loss"]
+            print(f"epoch {epoch:>3}/{self.epochs}  val loss {loss:.4f}  mDice: {shown}", flush=True)
+        return dice[NEUTRAL] if math.isfinite(dice[NEUTRAL]) else 0.0
+
+    def _draw(self, network: nn.Module, step: int) -> None:
+        from trainers.panels import panels, sheet  # slow to import
+
+        first = range(min(self.panels, len(self.data)))
+        drawn = panels(
+            network,
+            self.data,
+            self.loader.transform,
+            self.rules,
+            self.criterion.link,
+            self.world,
+            first,
+            draw=sheet,
+            precision=self.precision,
+        )
+        for name, picture in drawn:
+            self.journal.image(step, f"val/{name}", picture)
