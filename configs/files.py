@@ -171,7 +171,7 @@ def lock_file(path: Path, doing: str, patience: float = 10.0) -> Any:
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, thread_local=False)
+    lock = FileLock(path, thread_local=False, is_singleton=True)  # this process may take it again
     try:
         lock.acquire(timeout=patience, poll_interval=0.05)
     except Timeout:

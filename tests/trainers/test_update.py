@@ -212,5 +212,5 @@ def test_compiled_computes_the_same() -> None:
 
 @pytest.mark.parametrize("options", [{"precision": "fp8"}, {"accumulate": 0}])
 def test_unknown_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"trainer.{next(iter(options))}=.*use"):
+    with pytest.raises(ValueError, match=f"trainer.{next(iter(options))}=.*expected"):
         make(network(), **options)
