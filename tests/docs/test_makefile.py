@@ -1,4 +1,4 @@
-"""What the Makefile's own targets do: `make demo` on less data, for fewer epochs; `make tables` as it stands."""
+"""What the Makefile's own targets do: `make demo` on less data, for fewer epochs; `make tables` unchanged."""
 
 from __future__ import annotations
 

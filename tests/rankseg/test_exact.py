@@ -343,7 +343,7 @@ def test_one_label_a_pixel(score: str, smooth: float) -> None:
 
 @pytest.mark.parametrize("score", ["dice", "iou"])
 def test_one_label_with_ties_in_tiles(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps full of equal probabilities: one label a pixel, never below the argmax, and tiles change nothing."""
+    """Maps full of equal probabilities: one label per pixel, never below the argmax, and tiles change nothing."""
     generator = torch.Generator().manual_seed(11)
     probs = (torch.rand(3, 5, 33, 31, generator=generator) * 4).round()
     probs = probs / probs.sum(1, keepdim=True).clamp(min=1)
