@@ -265,7 +265,7 @@ def scoring(cfg: DictConfig, info: DatasetInfo) -> Scoring:
 
 
 def describe(cfg: DictConfig, data: SegmentationDataset, split: str) -> dict[str, Any]:
-    """Return what a result file says about the experiment."""
+    """Return the description of the experiment for a result file."""
     return {
         "protocol": cfg.protocol.name,
         "dataset": {

@@ -75,7 +75,7 @@ def run_cli(main: Callable[[], Any]) -> None:
     Args:
         main: the command; it may return an exit code.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints and exits by itself
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints the error and exits
     if "--traceback" in sys.argv:
         sys.argv.remove("--traceback")
         os.environ["RANKSEG_TRACEBACK"] = "1"

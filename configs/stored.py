@@ -173,7 +173,7 @@ def _accepted(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]) -> 
                 yield name, value
 
     def _is_reference(raw: Any, value: Any) -> bool:
-        """Whether ours refers to another key, and the stored value says the same."""
+        """Return whether our value refers to another key and the stored value is equal to it."""
         if not isinstance(raw, str) or "${" not in raw:
             return False
         if value == raw:  # of checkpoints written before references were resolved

@@ -27,7 +27,7 @@ WRAPPERS = ("_orig_mod.", "module.")  # prefixes of torch.compile and Distribute
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the message says which, why and how to fix it."""
+    """A checkpoint that cannot be used. The message names it, the reason and a remedy."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def convert(source: Path) -> dict[str, Any]:
     """A released checkpoint as the dictionary that ``trainers.checkpoint`` describes.
 
     Raises:
-        CheckpointError: the file cannot be read, or is none of the released ones.
+        CheckpointError: the file cannot be read, or is not a released checkpoint.
     """
     checkpoint = read_checkpoint(source)
     if checkpoint.get("format") == FORMAT and not is_published(checkpoint):

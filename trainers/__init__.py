@@ -1,1 +1,1 @@
-"""Training and evaluation: what turns logits and labels into a loss, a step, and a score."""
+"""Training and evaluation: losses, updates and scores from logits and labels."""

@@ -1,4 +1,4 @@
-"""The device of a process, and the calls that processes started by ``torchrun`` need of each other."""
+"""The device of a process, and the communication between processes that ``torchrun`` started."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from configs.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of a job: its rank, how many there are, and its device. Rank 0 alone writes."""
+    """This process: its rank, the number of processes, and its device. Only rank 0 writes files."""
 
     rank: int
     size: int
@@ -75,7 +75,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, timeout=timedelta(minutes=30)
-        )  # the longest that one waits for another
+        )  # the longest wait for another process
     try:
         yield World(rank, size, chosen)
     finally:

@@ -1,4 +1,4 @@
-"""Failures that torch reports as RuntimeError, turned into one line that says what to do."""
+"""Convert failures that torch reports as RuntimeError into one line with a remedy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Losses on logits and label maps, each naming its link and whether it is strictly proper.
 
 Shapes: N images, C classes, *S spatial axes (two or three). Every loss is called as
-`loss(logits (N, C, *S), targets (N, *S) integer) -> scalar`, whatever its link: one-hot targets are made
+`loss(logits (N, C, *S), targets (N, *S) integer) -> scalar` with any link: one-hot targets are made
 inside. A loss computes in float32 also under autocast, is 0 with zero gradients on a batch that is all void,
 and never modifies the targets.
 
@@ -267,7 +267,7 @@ def lovasz_softmax(probs: Tensor, labels: Tensor) -> Tensor:
     """Return the Lovász extension of 1 - IoU, averaged over the classes present in the labels.
 
     probs: (C, P) in [0, 1]. labels: (P,) int64 in [0, C), at least one pixel. One ratio is taken over all the
-    pixels together, whatever images they come from.
+    pixels together, from all images.
     """
     losses = []
     for index in labels.unique().tolist():

@@ -80,7 +80,7 @@ class Counts:
 
     @staticmethod
     def cat(parts: Sequence[Counts]) -> Counts:
-        """Join the counts of several batches, in order. Raises ValueError where there are none."""
+        """Join the counts of several batches, in order. Raises ValueError for an empty list."""
         if not parts:
             raise ValueError("no counts to join: the evaluation saw no batch")
         return Counts(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Counts)))
@@ -114,7 +114,7 @@ class Counts:
     def pixel_accuracy(self, epsilon: float = 0.0) -> Tensor:
         """Return the share of (pixel, class) pairs on which prediction and truth agree, (N,) float64.
 
-        Over all classes, one against the rest, as in the paper: with many classes it is near 1 whatever is
+        Over all classes, one against the rest, as in the paper: with many classes it is close to 1 for any
         predicted. NaN where no pixel counts.
         """
         pairs = self.pixels * self.actual.shape[1]
@@ -133,7 +133,7 @@ def encode(
     """Encode a batch of label maps for `count`.
 
     targets: (N, *S) integer labels, never modified. With `void="masked"` void pixels are in no count; with
-    "counted" they belong to no class, and whatever is predicted on them is false. `legacy_soft_dice_void`
+    "counted" they have no class, and every prediction on them is false. `legacy_soft_dice_void`
     (only with "counted") relabels them to the smallest class of the batch, as happened to the published rows
     of Soft-Dice. Raises TypeError or ValueError where the labels or the convention are not valid.
     """
@@ -220,7 +220,7 @@ def summary(
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, epsilon: float) -> Tensor:
-    """Divide integers in float64, 0/0 being NaN whatever epsilon is."""
+    """Divide integers in float64, 0/0 is NaN for any epsilon."""
     quotient = numerator.double() / (denominator.double() + epsilon)
     return quotient.masked_fill(denominator == 0, float("nan"))
 

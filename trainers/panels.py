@@ -90,7 +90,7 @@ def sheet(
     columns: int = 3,
     width: int = 320,
 ) -> Tensor:
-    """What `row` shows, in rows of ``columns`` tiles that are ``width`` wide, whatever the size of the image.
+    """What `row` shows, in rows of ``columns`` tiles of width ``width``, for any size of the image.
 
     Viewers shrink a picture to a thumbnail: headings are large enough to be read there.
     """

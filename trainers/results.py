@@ -55,7 +55,7 @@ class EvalResult:
     def save(self, folder: Path, details: Mapping[str, Any]) -> Path:
         """Write ``<predictor>.json`` and ``<predictor>.csv`` into the folder; return the JSON's path.
 
-        ``details`` says where the numbers came from: protocol, dataset, model, loss, seed, checkpoint, provenance.
+        ``details`` describes the origin of the numbers: protocol, dataset, model, loss, seed, checkpoint, provenance.
         """
         path = Path(folder) / f"{self.predictor}.json"
         by_image = self.image_confidence()
@@ -171,7 +171,7 @@ def comparison(results: Mapping[str, EvalResult]) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """A short hash of anything that JSON can hold, whatever the order of its keys."""
+    """Return a short hash of a JSON value. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -33,7 +33,7 @@ class Update:
     Args:
         model: the network, possibly wrapped; returns an object with ``logits`` and ``aux`` (or None).
         criterion: ``(logits (N, C, H, W), targets (N, H, W)) -> scalar``; its ``weight_of(targets)``, if any,
-            says over how many terms that is a mean.
+            returns the number of terms in that mean.
         optimizer: its learning rates are set by the caller.
         world: this process among all.
         precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling).
@@ -75,7 +75,7 @@ class Update:
         images = batch.images.to(self.world.device, non_blocking=True, memory_format=self.memory_format)
         targets = batch.targets.to(self.world.device, non_blocking=True)
         remedy = (
-            f"{len(images)} images a device did not fit; use a smaller batch_size, "
+            f"{len(images)} images per device did not fit; use a smaller batch_size, "
             f"trainer.accumulate={2 * self.accumulate}, trainer.precision=bf16 or a smaller dataset.crop"
         )
         with as_training_error(f"training on a batch of {'x'.join(map(str, images.shape))}", remedy):
@@ -113,7 +113,7 @@ class Update:
         return sum_over_ranks(total, self.world)
 
     def _weight(self, targets: Tensor) -> Tensor:
-        """Return how much a part of a batch counts: what its criterion says, else its number of images."""
+        """Return the weight of a part of a batch: the weight of its criterion, or else its number of images."""
         weight = getattr(self.criterion, "weight_of", None)
         return torch.as_tensor(weight(targets) if weight else len(targets), device=targets.device).to(
             _wide(targets.device)
@@ -125,7 +125,7 @@ class Update:
             p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        # Under loss scaling an overflow is expected now and then: the scaler skips that update by itself.
+        # With loss scaling an overflow occurs now and then, and the scaler skips that update.
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
             self._refuse("a gradient is not finite", names)
         if self.clip_norm:

@@ -28,7 +28,7 @@ from trainers.update import Update
 
 PARTS = ("data", "forward", "loss", "backward", "check of the gradient", "optimizer")
 WARM_UP = 2  # steps that do not count
-SHOWN = "a second forward pass a step, and the metrics it was for: the original's step"
+SHOWN = "a second forward pass per step with its metrics: the step of the original"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def make(cfg: Any, where: World, second_forward: bool = False) -> Update:
 
 
 def parts(cfg: Any, where: World, batches: Iterator[Any], args: argparse.Namespace) -> dict[str, float]:
-    """The median seconds of each part of an ordinary step; what is none of the others is the backward pass."""
+    """Return the median seconds of each part of an ordinary step. The backward pass is the remainder."""
     update, watch = make(cfg, where), Stopwatch(where.device, args.clock)
     watch.watch(update.model, "forward", "forward")
     watch.watch(update.criterion, "forward", "loss")
@@ -122,7 +122,7 @@ def compare(
     shown = make(cfg, where, second_forward=True)
     ways: dict[str, Callable[[Any], Any]] = {
         "ours: one forward pass": make(cfg, where),
-        "a second forward pass a step: trainer.second_forward=true": make(cfg, where, second_forward=True),
+        "a second forward pass per step: trainer.second_forward=true": make(cfg, where, second_forward=True),
         SHOWN: lambda batch: with_metrics(shown, scoring, batch),
     }
     watch = Stopwatch(where.device, args.clock)
