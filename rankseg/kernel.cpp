@@ -850,8 +850,9 @@ template <class F> struct Row {
         for (const Excess& part : parts) all.excess += part.excess, all.count += part.count;
         return all;
     }
-    // Power sums outside of (low, high], and the pixels inside in runs; false if these are more than `most`.
-    bool split_at(F low, F high, int64_t most, Window& w) const {
+    // Power sums outside of (low, high], and the pixels inside in runs; false if these are more than `most`. With
+    // `unsorted`, the pixels are left there instead, unless so many are equal that runs are shorter.
+    bool split_at(F low, F high, int64_t most, Window& w, std::vector<F>* unsorted) const {
         struct Piece {
             Split sums;
             std::vector<F> found;
@@ -886,6 +887,10 @@ template <class F> struct Row {
             found.insert(found.end(), piece.found.begin(), piece.found.end());
             runs.insert(runs.end(), piece.runs.begin(), piece.runs.end());
             std::vector<F>().swap(piece.found);
+        }
+        if (unsorted && runs.empty()) {
+            unsorted->swap(found);
+            return true;
         }
         w.runs = runs_of(found);
         if (!runs.empty()) {
@@ -1006,6 +1011,40 @@ Interval possible(const Problem& problem, const Window& w) {
     return result;
 }
 
+// A guess of the bracket (low, high) around the cut-off `cut`, from the density of a sample there: surrogate.bracket.
+struct Bracket {
+    double low, high;
+    template <class F> Bracket(const std::vector<F>& sample, double scale, double cut) {
+        Excess near, far;
+        excess(sample.data(), int64_t(sample.size()), F(cut - 0.05), near);
+        excess(sample.data(), int64_t(sample.size()), F(cut + 0.05), far);
+        const double density = double(near.count - far.count + 1) * scale / 0.1;
+        const double half = 2.5 * std::sqrt(cut / density) + 0.001 * cut;
+        low = std::max(cut - half, 1e-3), high = std::min(cut + half, 1.0);
+    }
+};
+
+// Keep in the window only the pixels near the cut-off: those alone are sorted.
+template <class F> void narrow(const Problem& problem, const std::vector<F>& found, Window& w) {
+    double cut = 0.35;
+    for (int i = 0; i < 6; ++i) {
+        Excess e;
+        excess(found.data(), int64_t(found.size()), F(cut), e);
+        cut = problem.root(double(F(cut)), e.excess, double(e.count), w.mean);
+    }
+    const Bracket bracket(found, 1, cut);
+    std::vector<F> near;
+    for (const F v : found) {
+        if (double(v) > bracket.high)
+            w.above.runs.push_back({double(v), 1});
+        else if (double(v) > bracket.low)
+            near.push_back(v);
+        else
+            w.below.runs.push_back({double(v), 1});
+    }
+    w.runs = runs_of(near);
+}
+
 struct Answer {
     int64_t tau = 0, tied = 0;
     double cut = 0, value = 0;
@@ -1049,32 +1088,43 @@ template <class F> Answer solve_row(const Problem& problem, const Row<F>& row) {
             sample.resize(size_t(pixels));
             row.visit([&](int64_t, const F* x, int64_t start, int64_t n) { std::copy(x, x + n, sample.data() + start); });
         }
-        Excess near, far;
-        excess(sample.data(), int64_t(sample.size()), F(cut - 0.05), near);
-        excess(sample.data(), int64_t(sample.size()), F(cut + 0.05), far);
-        const double density = double(near.count - far.count + 1) * scale / 0.1;
-        const double half = 2.5 * std::sqrt(cut / density) + 0.001 * cut;  // see surrogate.bracket
-        low = std::max(cut - half, 1e-3), high = std::min(cut + half, 1.0);
+        const Bracket bracket(sample, scale, cut);
+        low = bracket.low, high = bracket.high;
     }
     const int64_t most = std::max<int64_t>(1 << 16, pixels / 64);
     Window w;
     Interval interval;
+    bool narrowed = small;
     for (int shrinks = 0;;) {
         w = Window();
         w.mean = mean;
         const F below = F(low), above = F(high);
-        if (!row.split_at(below, above, shrinks < SHRINKS ? most : pixels, w)) {
+        std::vector<F> found;
+        if (!row.split_at(below, above, shrinks < SHRINKS ? most : pixels, w, narrowed ? &found : nullptr)) {
             ++shrinks;
             low = cut - (cut - low) / 8, high = cut + (high - cut) / 8;
             continue;
         }
-        w.below.sums[1] = std::max(mean - w.above.sums[1] - mass_of(w.runs), 0.0);
+        if (found.size() > 256)
+            narrow(problem, found, w);
+        else if (narrowed && !found.empty())
+            w.runs = runs_of(found);
+        const double single = mass_of(w.runs) + mass_of(w.above.runs) + mass_of(w.below.runs);
+        w.below.sums[1] = std::max(mean - w.above.sums[1] - single, 0.0);
         interval = possible(problem, w);
-        auto is_left_open = [&] { return w.above.sums[0] > 0 && interval.first == 0; };
+        auto is_left_open = [&] {
+            return (w.above.sums[0] > 0 || !w.above.runs.empty()) && interval.first == 0;
+        };
         auto is_right_open = [&] {
-            const int64_t end = std::llround(w.above.sums[0]) + interval.length;
+            const int64_t end = std::llround(w.above.sums[0]) + count_runs(w.above.runs) + interval.length;
             return end < pixels && interval.last == interval.length;
         };
+        if ((is_left_open() && !w.above.runs.empty()) || (is_right_open() && !w.below.runs.empty())) {
+            w.above.runs.clear(), w.below.runs.clear();  // too narrow: sort all
+            w.runs = runs_of(found);
+            interval = possible(problem, w);
+        }
+        narrowed = false;
         // The next pixel outwards lowers g by at least `fall`: so many can matter.
         if (is_left_open() && double(above) < 1) {
             const double fall = problem.step(double(above), interval.loss);
