@@ -1,8 +1,9 @@
-"""The prediction rules: exact RankDice against argmax, the published approximations and PyPI `rankseg`.
+"""The prediction rules: exact RankDice with each backend against argmax, the approximations and PyPI `rankseg`.
 
-Every row is a median of `--rounds` rounds in which all candidates take turns, so that a drifting machine meets
-all alike. On a machine that others use too, `--threads 1 --clock cpu` counts processor seconds instead of the
-wall clock's. `--peer PYTHON` names the interpreter of an environment with `rankseg==0.0.8` (the names clash).
+Every row is a median of `--rounds` rounds in which all candidates take turns, so that a drifting machine affects
+all alike. Each table has two ratios: of processor time, which other users of the machine hardly change, and of wall
+time. `--busy N` repeats the main table while N processes, started and ended here, keep the processor busy.
+`--peer PYTHON` names the interpreter of an environment with `rankseg==0.0.8` (the names clash).
 """
 
 from __future__ import annotations
@@ -11,38 +12,45 @@ import argparse
 import ctypes
 import json
 import math
+import os
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import rankseg
 from rankseg.nonoverlap import surrogate_objective
-from scripts.benchmarks.timing import CLOCKS, add_clock
 
 PEER = """
 import json, sys, time, torch
 from rankseg import RankSEG
 torch.set_num_threads(int(sys.argv[3]))
 probs, options = torch.load(sys.argv[1]), json.loads(sys.argv[2])
-clock = {"wall": time.perf_counter, "cpu": time.process_time}[sys.argv[6]]
 rule, seconds = RankSEG(**options), []
 for _ in range(int(sys.argv[4])):
-    begin = clock(); found = rule.predict(probs); seconds.append(clock() - begin)
+    begin = time.process_time(), time.perf_counter(); found = rule.predict(probs)
+    seconds.append((time.process_time() - begin[0], time.perf_counter() - begin[1]))
 torch.save(found, sys.argv[5])
-print(json.dumps(sorted(seconds)[len(seconds) // 2]))
+print(json.dumps([sorted(column)[len(column) // 2] for column in zip(*seconds)]))
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--rounds", type=int, default=5, help="rounds a median is of (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="processor threads (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
+    parser.add_argument(
+        "--busy", type=int, default=0, help="busy processes next to the main table (default 0)"
+    )
     parser.add_argument("--size", type=int, default=512, help="pixels a side of the main row (default 512)")
     parser.add_argument(
         "--largest", type=int, default=2048, help="largest side of the scaling rows (default 2048)"
@@ -51,19 +59,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-trna", action="store_true", help="the peer's T-RNA too (two minutes a round)")
     parser.add_argument("--volume", action="store_true", help="a 1x2x256x256x256 volume too (1 GiB)")
     parser.add_argument("--plot", type=Path, help="write the scaling plot to this file (needs matplotlib)")
-    add_clock(parser)
+    parser.add_argument("--main-only", action="store_true", help="print the main table alone")
+
+
+class Seconds(NamedTuple):
+    """Seconds of the processor, all threads together, and of the wall clock."""
+
+    processor: float
+    wall: float
+
+    def over(self, other: Seconds) -> str:
+        """Return both ratios as two cells of a table."""
+        return f"{self.processor / other.processor:.2f} | {self.wall / other.wall:.2f}"
+
+
+def now() -> Seconds:
+    """Return both clocks."""
+    return Seconds(time.process_time(), time.perf_counter())
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Keep the processor busy with so many other processes."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def with_backend(name: str, rule: Callable[..., object], probs: Tensor, **options: object) -> object:
+    """Call a rule with the backend `name`."""
+    before = os.environ.get("RANKSEG_BACKEND")
+    os.environ["RANKSEG_BACKEND"] = name
+    try:
+        return rule(probs, **options)
+    finally:
+        if before is None:
+            del os.environ["RANKSEG_BACKEND"]
+        else:
+            os.environ["RANKSEG_BACKEND"] = before
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the rows."""
     torch.set_num_threads(args.threads)
+    beside = f", {args.busy} busy processes" if args.busy else ""
     print(
-        f"torch {torch.__version__}, {args.threads} threads, median of {args.rounds}, {args.clock} seconds\n"
+        f"torch {torch.__version__}, threads: {args.threads}, median of {args.rounds}, backend "
+        f"{rankseg.backend()}{beside}\n"
     )
-    speed(args, "cpu")
-    if torch.cuda.is_available():
-        print(f"\non {torch.cuda.get_device_name()}")
-        speed(args, "cuda")
+    with busy(args.busy):
+        speed(args, "cpu")
+        if torch.cuda.is_available():
+            print(f"\non {torch.cuda.get_device_name()}")
+            speed(args, "cuda")
+        if not args.main_only:
+            shapes(args)
+    if args.main_only:
+        return
     trna(args)
     memory(args)
     if args.peer:
@@ -86,22 +142,25 @@ def fields(size: int, images: int = 6, classes: int = 19) -> dict[str, Tensor]:
 
 def timed(
     candidates: dict[str, Callable[[], object]], args: argparse.Namespace, device: str = "cpu"
-) -> dict[str, float]:
+) -> dict[str, Seconds]:
     """Median seconds of each candidate, all in turn each round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    clock = CLOCKS[args.clock] if device == "cpu" else time.perf_counter
+    seconds: dict[str, list[Seconds]] = {name: [] for name in candidates}
     for number in range(args.rounds + 1):
         for name, run in candidates.items():
-            begin = clock()
+            begin = now()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
+            end = now()
             if number:
-                seconds[name].append(clock() - begin)
-    return {name: median(values) for name, values in seconds.items()}
+                seconds[name].append(Seconds(end.processor - begin.processor, end.wall - begin.wall))
+    return {
+        name: Seconds(*(median(column) for column in zip(*values, strict=True)))
+        for name, values in seconds.items()
+    }
 
 
-def peer(args: argparse.Namespace, probs: Tensor, rounds: int, **options: object) -> tuple[float, Tensor]:
+def peer(args: argparse.Namespace, probs: Tensor, rounds: int, **options: object) -> tuple[Seconds, Tensor]:
     """Median seconds and the prediction of PyPI `rankseg` on `probs`, in its own environment."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "probs.pt", Path(folder) / "found.pt"
@@ -115,32 +174,78 @@ def peer(args: argparse.Namespace, probs: Tensor, rounds: int, **options: object
             str(args.threads),
             str(rounds),
             target,
-            args.clock,
         ]
         out = subprocess.run(map(str, command), cwd=folder, check=True, capture_output=True, text=True).stdout
-        return json.loads(out.splitlines()[-1]), torch.load(target)
+        return Seconds(*json.loads(out.splitlines()[-1])), torch.load(target)
+
+
+def candidates_for(probs: Tensor, device: str = "cpu") -> dict[str, Callable[[], object]]:
+    """The rules to compare on `probs`, each with every backend that is installed."""
+    backends = ["python"] + (["native"] if device == "cpu" and rankseg.backend() == "native" else [])
+    rules: dict[str, Callable[[], object]] = {
+        "argmax + one-hot": lambda: rankseg.argmax(probs),
+        "p == amax (ties overlap)": lambda: probs == probs.amax(1, keepdim=True),
+    }
+    for name in backends[::-1]:
+        rules |= {
+            f"rank_dice, {name}": lambda n=name: with_backend(n, rankseg.rank_dice, probs),
+            f"rank_iou, {name}": lambda n=name: with_backend(n, rankseg.rank_iou, probs),
+            f"rank_dice, non-overlapping, {name}": lambda n=name: with_backend(
+                n, rankseg.rank_dice, probs, allow_overlap=False
+            ),
+        }
+    return rules
 
 
 def speed(args: argparse.Namespace, device: str) -> None:
     """Exact rules against argmax + one-hot, and against the peer's RMA."""
     print(
-        f"| 6x19x{args.size}x{args.size} float32 | rule | seconds | against argmax + one-hot |\n|---|---|---|---|"
+        f"| 6x19x{args.size}x{args.size} float32 | rule | processor s | wall s | against argmax: processor | wall |"
     )
+    print("|---|---|---|---|---|---|")
     for kind, probs in fields(args.size).items():
         probs = probs.to(device)
-        candidates: dict[str, Callable[[], object]] = {
-            "argmax + one-hot": lambda p=probs: rankseg.argmax(p),
-            "p == amax (ties overlap)": lambda p=probs: p == p.amax(1, keepdim=True),
-            "rank_dice, exact": lambda p=probs: rankseg.rank_dice(p),
-            "rank_iou, exact": lambda p=probs: rankseg.rank_iou(p),
-            "rank_dice, one label per pixel": lambda p=probs: rankseg.rank_dice(p, allow_overlap=False),
-        }
-        rows = timed(candidates, args, device)
+        rows = timed(candidates_for(probs, device), args, device)
         if args.peer and device == "cpu":
             options = {"metric": "dice", "solver": "RMA", "output_mode": "multilabel"}
             rows["peer, RMA, screening"] = peer(args, probs, args.rounds, safe_screening="auto", **options)[0]
         for name, value in rows.items():
-            print(f"| {kind} | {name} | {value:.3f} | {value / rows['argmax + one-hot']:.2f} |")
+            ratio = value.over(rows["argmax + one-hot"])
+            print(f"| {kind} | {name} | {value.processor:.3f} | {value.wall:.3f} | {ratio} |")
+
+
+def calls(run: Callable[[], object], number: int) -> None:
+    """Call `run` several times."""
+    for _ in range(number):
+        run()
+
+
+def shapes(args: argparse.Namespace) -> None:
+    """Other sizes, numbers of classes and half precision, on saturated maps."""
+    print("\n| saturated | backend | rank_dice, processor ms | against argmax: processor | wall |")
+    print("|---|---|---|---|---|")
+    for size, images, classes, dtype in (
+        (64, 1, 2, torch.float32),
+        (256, 1, 2, torch.float32),
+        (512, 1, 2, torch.float32),
+        (args.largest, 1, 2, torch.float32),
+        (512, 1, 19, torch.float32),
+        (512, 1, 150, torch.float32),
+        (512, 6, 19, torch.float16),
+    ):
+        probs = fields(size, images, classes)["saturated"].to(dtype)
+        # Small maps: one sample is many calls, so that the clock can see it.
+        repeat = max(1, (1 << 17) // probs[0, 0].numel())
+        rules = candidates_for(probs)
+        kept = ["argmax + one-hot", *(f"rank_dice, {name}" for name in ("native", "python"))]
+        rows = timed({name: partial(calls, rules[name], repeat) for name in kept if name in rules}, args)
+        for name, value in rows.items():
+            if name != "argmax + one-hot":
+                shape = f"{images}x{classes}x{size}x{size} {str(dtype).removeprefix('torch.')}"
+                ratio = value.over(rows["argmax + one-hot"])
+                print(
+                    f"| {shape} | {name.split(', ')[1]} | {1000 * value.processor / repeat:.3f} | {ratio} |"
+                )
 
 
 def trna(args: argparse.Namespace) -> None:
@@ -158,7 +263,8 @@ def trna(args: argparse.Namespace) -> None:
     if args.peer and args.peer_trna:
         rows["peer, TRNA"] = peer(args, probs, 1, metric="dice", solver="TRNA", output_mode="multilabel")[0]
     for name, value in rows.items():
-        print(f"| {name} | {value:.4f} | {value / rows['T-RNA (app=1)']:.1f} |")
+        ratio = value.processor / rows["T-RNA (app=1)"].processor
+        print(f"| {name} | {value.processor:.4f} | {ratio:.1f} |")
 
 
 def peak_extra(run: Callable[[], object]) -> int:
@@ -220,7 +326,7 @@ def scaling(args: argparse.Namespace) -> None:
     for exponent in range(6, int(math.log2(args.largest)) + 1):
         size = 2**exponent
         probs = fields(size, images=1, classes=2)["smooth"]
-        value = timed({"": lambda p=probs: rankseg.rank_dice(p)}, args)[""]
+        value = timed({"": lambda p=probs: rankseg.rank_dice(p)}, args)[""].processor
         points.append((size * size, value))
         print(f"| {size}x{size} | {value:.4f} | {value / probs.numel() * 1e9:.2f} |")
     (first, fast), (last, slow) = points[0], points[-1]
@@ -229,7 +335,7 @@ def scaling(args: argparse.Namespace) -> None:
     print("\n| classes (1xCx256x256, smooth) | seconds | ns per pixel |\n|---|---|---|")
     for classes in (2, 19, 150):
         probs = fields(256, images=1, classes=classes)["smooth"]
-        value = timed({"": lambda p=probs: rankseg.rank_dice(p)}, args)[""]
+        value = timed({"": lambda p=probs: rankseg.rank_dice(p)}, args)[""].processor
         print(f"| {classes} | {value:.4f} | {value / probs.numel() * 1e9:.2f} |")
     if args.plot:
         plot(points, args.plot)
