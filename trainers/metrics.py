@@ -115,7 +115,7 @@ class Counts:
         """Return the share of (pixel, class) pairs on which prediction and truth agree, (N,) float64.
 
         Over all classes, one against the rest, as in the paper: with many classes it is close to 1 for any
-        predicted. NaN where no pixel counts.
+        prediction. NaN if no pixel counts.
         """
         pairs = self.pixels * self.actual.shape[1]
         differ = (self.predicted + self.actual - 2 * self.intersection).sum(1)
@@ -220,7 +220,7 @@ def summary(
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, epsilon: float) -> Tensor:
-    """Divide integers in float64, 0/0 is NaN for any epsilon."""
+    """Divide integers in float64; 0/0 is NaN for any epsilon."""
     quotient = numerator.double() / (denominator.double() + epsilon)
     return quotient.masked_fill(denominator == 0, float("nan"))
 
