@@ -4,25 +4,26 @@
     python scripts/predict_images.py -r RUN/best_model.pth a.jpg b.jpg -p rankdice --overlay --out masks/
     python scripts/predict_images.py -r RUN/best_model.pth slides/ --window 512 --scales 0.75,1,1.25 --flip --out masks/
 
-NAME.jpg becomes masks/NAME.png, a palette PNG: index = class. It has the pixel grid of the stored image
-pixels and carries its EXIF orientation. On request:
-    --overlay        masks/overlay/NAME.png          the mask over the image, upright, to look at
-    --per-class      masks/classes/NAME/CLASS.png    each class's mask (0 and 255), overlaps kept
-    --probabilities  masks/probabilities/NAME.npy    (classes, height, width) float16
+NAME.jpg becomes masks/NAME.png, a palette PNG whose indices are the classes. It has the layout of the stored pixels and
+carries the EXIF orientation of the image, so that it can be used as a label again. Options add files:
+    --overlay        masks/overlay/NAME.png          the mask over the image, upright
+    --per-class      masks/classes/NAME/CLASS.png    the mask of each class (0 and 255); masks may overlap
+    --probabilities  masks/probabilities/NAME.npy    (classes, height, width) float16, layout as stored
     --review         masks/review.csv                image, class, area, confidence, lower bound, least sure first
 
 Overrides are those of test.py. calibrate=temperature, calibrate=class, gate=fit and the rules T_fit, pooled_dice and
 auto use what test.py fitted and stored in CHECKPOINT.fitted.json; scripts/confidence.py stores the margin of the lower
 bound.
 
-Windows blend probabilities, and the rule then decides on the whole image. A rule such as rankdice may give a pixel
-to several classes: in the palette PNG the most probable of them has it; a pixel that no class has is background,
-or 255 (void) where the data set has no background. Without -p the rule is rankdice where one class is scored,
-rankdice_nonoverlap where several are.
+Probabilities of windows are averaged, and the rule then decides on the whole image. A rule such as rankdice may give a
+pixel to several classes: in the palette PNG the most probable of them has it. A pixel of no class is background, or 255
+(void) if the data set has no background. Without -p the rule is rankdice if one class is scored, else
+rankdice_nonoverlap.
 
-The same command resumes. Another checkpoint, rule or view for the same folder is rejected,
-and so is what would take the place of an image, of another image's mask, or of a file that was not made here.
-Exit codes: 0 done, 1 some images could not be read (each is named), 2 bad input, 3 the disk failed.
+The same command resumes an interrupted one. Another checkpoint, rule or view needs another folder. No image, no mask of
+another image and no other file is replaced. In folders, hidden files are skipped, and files of other formats are
+counted. An image that cannot be read, or does not fit in memory, is named, and the others are segmented.
+Exit codes: 0 done, 1 some images failed (each is named), 2 bad input, 3 the disk failed.
 """
 
 from __future__ import annotations
@@ -54,11 +55,9 @@ from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
 from rankseg import Predictor
 from scripts.inference import files
-from scripts.inference.facts import facts
-from scripts.inference.labels import label_map
-from scripts.inference.outputs import Outputs, refuse_collisions, settle
+from scripts.inference.files import Outputs, dataset_info, refuse_collisions, settle
 from scripts.inference.review import Review
-from scripts.inference.windows import View, probabilities
+from scripts.inference.windows import View, label_map, probabilities
 from scripts.parallel import ahead, default_workers
 from trainers.distributed import World, pick_device
 from trainers.results import file_sha256
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     network, cfg, _ = load(args.resume, args.overrides)
-    info = facts(cfg, args.classes)
+    info = dataset_info(cfg, args.classes)
     default = "rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap"
     (name,) = args.predictor or [default]
     device = pick_device(args.device)
@@ -110,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"error: {found[image]} does not fit in memory. Fix: a smaller --window", file=sys.stderr
                 )
                 failed += 1
-            picture = None  # free it before the next one is made
+            del picture  # free it before the next one is read
             bar.update()
     if review:
         review.save()
@@ -136,9 +135,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"one of: {', '.join(options('predictor'))}",
     )
     add("--out", type=Path, required=True, metavar="FOLDER")
-    add("--overlay", action="store_true", help="the mask over the image too")
-    add("--per-class", action="store_true", help="a mask for each class too")
-    add("--probabilities", action="store_true", help="the probabilities too")
+    add("--overlay", action="store_true", help="also write the mask over the image")
+    add("--per-class", action="store_true", help="also write a mask for each class")
+    add("--probabilities", action="store_true", help="also write the probabilities")
     add("--review", action="store_true", help="review.csv too: how sure each mask is, the least sure first")
     add(
         "--alpha",
@@ -153,18 +152,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--overlap",
         type=float,
         default=0.25,
-        help="share of a window that the next one sees too (default: 0.25)",
+        help="share of a window that the next one repeats (default: 0.25)",
     )
-    add("--scales", default="1", help="sizes that the image is looked at, such as 0.75,1,1.25")
-    add("--flip", action="store_true", help="look at the mirror image too")
-    add("--batch", type=int, default=1, help="windows that go through the network at once (default: 1)")
-    add(
-        "--memory",
-        type=float,
-        default=2,
-        metavar="GIB",
-        help="probabilities beyond this go to a file in --out",
-    )
+    add("--scales", default="1", help="relative sizes of the image, such as 0.75,1,1.25")
+    add("--flip", action="store_true", help="average with the mirror image")
+    add("--batch", type=int, default=1, help="windows per forward pass (default: 1)")
     add(
         "--classes",
         type=Path,
@@ -173,13 +165,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--workers", type=int, default=default_workers(), help="threads that read ahead (default: all cores)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--force", action="store_true", help="segment again what is there")
+    add("--force", action="store_true", help="replace existing masks")
     add("--quiet", action="store_true", help="no progress bar")
     add(
         "images",
         nargs="+",
         metavar="IMAGE | FOLDER | key=value",
-        help="what to segment; overrides as of test.py",
+        help="images to segment; overrides as for test.py",
     )
     args = parser.parse_intermixed_args(argv)
     is_override = [("=" in given and not Path(given).exists()) for given in args.images]
@@ -196,12 +188,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]:
     """Return how to look at an image of a given size."""
-    if not args.memory >= 0:
-        raise UserError(f"--memory {args.memory:g}: give GiB, 0 or more")
     try:
         scales = tuple(float(scale) for scale in args.scales.split(","))
     except ValueError:
-        raise UserError(f"--scales {args.scales}: give numbers, such as 0.75,1,1.25") from None
+        raise UserError(f"--scales {args.scales} is invalid: expected numbers, such as 0.75,1,1.25") from None
     resize = OmegaConf.to_container(cfg.dataset)["resize"]  # type: ignore[index,call-overload]
     if cfg.protocol.legacy_preprocessing:
         resize = cfg.dataset.eval_crop  # the paper's networks are scored on images of this shorter side
@@ -217,7 +207,6 @@ def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]
             flip=args.flip,
             resize=resize,
             batch=args.batch,
-            memory=int(args.memory * 2**30),
             scratch=args.out,
         )
 

@@ -1,14 +1,14 @@
-"""Get data ready for training: what there is, whether it is sound, where it comes from.
+"""Prepare data for training: list, fetch, check, split and measure data sets.
 
     python scripts/prepare_data.py list                                  the data sets, their terms and sizes
     python scripts/prepare_data.py fetch kvasir_seg                      download, verify, unpack
     python scripts/prepare_data.py check kvasir_seg                      every fault, with its path
     python scripts/prepare_data.py check folder --root mine --json       the same for a program
-    python scripts/prepare_data.py split mine --val 0.15 --test 0.15     pinned split files
+    python scripts/prepare_data.py split mine --val 0.15 --test 0.15     reproducible split files
     python scripts/prepare_data.py stats folder --root mine              mean, std and class frequencies
 
 Results go to stdout, progress and errors to stderr.
-Exit codes: 0 done and sound, 1 `check` found faults, 2 bad input, 3 a transfer or the disk failed.
+Exit codes: 0 done without faults, 1 `check` found faults, 2 bad input, 3 a transfer or the disk failed.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=_stats)
     _data_arguments(one)
 
-    one = commands.add_parser("fetch", help="download, verify and unpack; or say how to get it")
+    one = commands.add_parser("fetch", help="download, verify and unpack, or print how to get it")
     one.set_defaults(run=_fetch)
     one.add_argument("name", choices=CATALOG)
     one.add_argument("--root", type=Path, help="where to put it (default: as configured, below data/)")
-    one.add_argument("--url", action="append", help="another place of the same archive; may be repeated")
-    one.add_argument("--checksum", help="ALGORITHM:HEX of the archive, instead of the one known")
+    one.add_argument("--url", action="append", help="another address of the same archive; may be repeated")
+    one.add_argument("--checksum", help="ALGORITHM:HEX of the archive, instead of the known one")
     one.add_argument("--attempts", type=int, default=5, help="tries per address (default: 5)")
     one.add_argument("--keep", action="store_true", help="keep the archive after unpacking")
 
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=_split)
     one.add_argument("root", type=Path)
     one.add_argument("--val", type=float, default=0.12, help="share for validation (default: 0.12)")
-    one.add_argument("--test", type=float, default=0.0, help="share for the test (default: none)")
-    one.add_argument("--seed", type=int, default=0, help="another split of the same names")
+    one.add_argument("--test", type=float, default=0.0, help="share for testing (default: none)")
+    one.add_argument("--seed", type=int, default=0, help="another number gives another split")
     one.add_argument(
         "--group", metavar="REGEX", help="keep images together by a part of their name: '^patient\\d+'"
     )
@@ -97,17 +97,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=CATALOG, help="one that `list` shows; your own is `folder`")
+    parser.add_argument("name", choices=CATALOG, help="a name that `list` prints; `folder` is your own data")
     parser.add_argument("--root", type=Path, help="the data set's folder (default: as configured)")
     parser.add_argument(
-        "--split", action="append", default=[], help="may be repeated (default: all there are)"
+        "--split", action="append", default=[], help="may be repeated (default: all that exist)"
     )
     parser.add_argument("--classes", type=Path, help="folder only: another classes.yaml")
     parser.add_argument("--workers", type=int, default=default_workers(), help="threads (default: all cores)")
 
 
 def _list(args: argparse.Namespace) -> int:
-    """What there is."""
+    """Print the catalogue."""
     if args.json:
         _print_json(
             {
@@ -135,7 +135,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Read every file of the splits and return 0 if there is no fault."""
+    """Read every file of the splits; the exit code is 0 only without faults."""
     from scripts.prepare.checking import check
 
     entry = CATALOG[args.name]
@@ -174,7 +174,7 @@ def _print_report(
 
 
 def _stats(args: argparse.Namespace) -> int:
-    """Count one split: train, unless another was chosen."""
+    """Measure the train split, or the chosen ones."""
     from scripts.prepare.checking import count
 
     entry = CATALOG[args.name]
@@ -199,7 +199,7 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    """Download, or say what to do."""
+    """Download, or print what to do."""
     entry = CATALOG[args.name]
     root = (args.root or entry.root).expanduser()
     if entry.complete(root):
@@ -253,14 +253,14 @@ def _split(args: argparse.Namespace) -> int:
     """Write split files."""
     folder = args.root / "images"
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} does not exist: give the folder that contains images/ and masks/; if both are in one folder, "
-            "move them: mkdir images masks; mv *_mask.* masks; mv *.png images"
+        raise UserError(
+            f"{folder} does not exist. Fix: give the folder that has images/ and masks/; if both are in one folder, "
+            "separate them: mkdir images masks; mv *_mask.* masks; mv *.png images"
         )
     shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
     done = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
     if done:
-        raise UserError(f"{folder} is split by folders already ({', '.join(done)}): nothing to do")
+        raise UserError(f"{folder} is already split by folders ({', '.join(done)})")
     found = list_images(folder, below=True)
     images = found.images
     if not images:

@@ -23,7 +23,7 @@ from rankseg.calibration import Reliability
 from rankseg.label_map import VOID
 from scripts.decoding.arrays import scratch
 from scripts.decoding.cases import Case, slabs
-from scripts.inference.labels import one_by_one
+from scripts.inference.windows import one_by_one
 from trainers.evaluator import proper_scores
 from trainers.metrics import Counts, Truth, count, encode
 

@@ -1,26 +1,31 @@
-"""Image files in and out: orientation, palettes, and writing so that a file is whole or absent.
+"""Find and read images, write masks, and prevent that a file replaces another.
 
-Every written picture has the pixel grid and the EXIF orientation of the stored image, so readers that
-honour it and readers that do not both see a mask where its object is. Only overlays, which are to be looked at, are
-written upright.
+Masks and probabilities have the layout of the stored pixels, and masks carry the EXIF orientation of the image. Readers
+that apply it and readers that ignore it both see a mask over its object. Only overlays, for people, are upright.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
+from configs import build
 from configs.errors import UserError
-from datasets import DatasetError
+from configs.files import write_json
+from datasets import DatasetError, Folder
 from datasets.base import DatasetInfo
 from datasets.decode import (
     EXIF_ORIENTATION,
@@ -32,13 +37,14 @@ from datasets.decode import (
     load_image,
     turned,
 )  # fmt: skip
+from datasets.folder import read_class_table
 
 VOID_COLOUR = (224, 224, 192)
 BAND = 256  # rows of an overlay that are drawn at once
 
 
 class Picture(NamedTuple):
-    """An image as it is shown: upright pixels (3, H, W) uint8, and the EXIF orientation of its file (1: none)."""
+    """Upright pixels (3, H, W) uint8 of an image, and the EXIF orientation of its file (1: none)."""
 
     pixels: Tensor
     orientation: int
@@ -102,7 +108,7 @@ def same_name(path: Path, other: Path) -> str:
 
 
 def as_stored(labels: np.ndarray, orientation: int) -> Image.Image:
-    """Return upright labels (H, W) uint8 or bool as a picture on the pixel grid of the stored file."""
+    """Return upright labels (H, W) uint8 or bool in the layout of the stored pixels."""
     return turned(Image.fromarray(labels.astype(np.uint8)), STORED, orientation)
 
 
@@ -119,7 +125,7 @@ def save_mask(mask: Tensor, orientation: int, path: Path) -> None:
 
 
 def save_overlay(pixels: Tensor, labels: Tensor, info: DatasetInfo, path: Path) -> None:
-    """Write the image (3, H, W) uint8, upright, with the labels' colours over it; unscored classes stay clear."""
+    """Write the upright image (3, H, W) uint8 under the colours of the labels; unscored classes are transparent."""
     colours = [tuple(info.palette[c]) for c in info.scored]
     picture = Image.new("RGB", (labels.shape[1], labels.shape[0]))
     for top in range(0, len(labels), BAND):  # drawing needs 24 bytes per pixel, and one per class
@@ -131,10 +137,10 @@ def save_overlay(pixels: Tensor, labels: Tensor, info: DatasetInfo, path: Path) 
 
 
 def save_probabilities(probs: Tensor, orientation: int, path: Path) -> None:
-    """Write probabilities (C, H, W) as a float16 .npy file, a class at a time, so that it may exceed the memory."""
+    """Write probabilities (C, H, W) as a float16 .npy file, one class at a time to save memory."""
     across = orientation in (5, 6, 7, 8)
     shape = (len(probs), probs.shape[2], probs.shape[1]) if across else tuple(probs.shape)
-    with aside(path) as temporary:
+    with temporary_file(path) as temporary:
         out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
         for c, channel in enumerate(probs):
             image = Image.fromarray(channel.float().numpy())
@@ -150,17 +156,17 @@ def palette(info: DatasetInfo) -> list[int]:
 
 
 def save_png(image: Image.Image, path: Path, orientation: int = 1) -> None:
-    """Write a PNG whole or not at all, with the EXIF orientation if there is one."""
+    """Write a PNG, with the EXIF orientation if there is one."""
     exif = Image.Exif()
     if orientation != 1:
         exif[EXIF_ORIENTATION] = orientation
-    with aside(path) as temporary:
+    with temporary_file(path) as temporary:
         image.save(temporary, format="PNG", exif=exif if orientation != 1 else None)
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``. It replaces ``path`` on success and is deleted on an error."""
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to ``path``. It replaces ``path`` on success, and is removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -168,3 +174,125 @@ def aside(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+class Outputs:
+    """The files made from one image. The palette PNG is written last, so that it shows that all are there.
+
+    Args:
+        args: the command line: ``out``, and which of ``overlay``, ``per_class`` and ``probabilities`` are requested.
+        image: the image's name, a path below ``out`` without suffix.
+        info: the classes.
+    """
+
+    def __init__(self, args: Namespace, image: str, info: DatasetInfo) -> None:
+        out: Path = args.out
+        self.labels = out / f"{image}.png"
+        self.overlay = out / "overlay" / f"{image}.png" if args.overlay else None
+        self.probabilities = out / "probabilities" / f"{image}.npy" if args.probabilities else None
+        names = file_names(info.classes) if args.per_class else []
+        self.masks = [out / "classes" / image / f"{name}.png" for name in names]
+
+    def all(self) -> list[Path]:
+        """Return every file that is written."""
+        return [self.labels, *self.masks, *(p for p in (self.overlay, self.probabilities) if p is not None)]
+
+    def done(self) -> bool:
+        """Whether every file is there."""
+        return all(path.exists() for path in self.all())
+
+
+def file_names(classes: tuple[str, ...]) -> list[str]:
+    """Return a different file name for each class."""
+    safe = [name.replace("/", "_") for name in classes]
+    return [name if safe.count(name) == 1 else f"{name}_{c}" for c, name in enumerate(safe)]
+
+
+def refuse_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]) -> None:
+    """Raise UserError if two files have one path, or if a file would replace an image."""
+    read = {_real_path(path): path for path in images.values()}
+    written: dict[Path, str] = {}
+    for name, files in outputs.items():
+        for path in files.all():
+            if _real_path(path) in read:
+                raise UserError(
+                    f"{read[_real_path(path)]} would be written over. Fix: choose another --out than its folder"
+                )
+            other = written.setdefault(path, name)
+            if other != name:
+                raise UserError(
+                    f"{images[other]} and {images[name]} would both be written to {path}: "
+                    "rename one, or segment them into folders of their own"
+                )
+    for path, name in written.items():
+        for folder in path.parents:
+            if folder in written:
+                raise UserError(
+                    f"{images[written[folder]]} would become {folder}, which is a folder for {images[name]}: "
+                    "rename one, or segment them into folders of their own"
+                )
+
+
+def settle(
+    out: Path,
+    settings: dict[str, Any],
+    outputs: Mapping[str, Outputs],
+    images: Mapping[str, Path],
+    force: bool,
+) -> None:
+    """Store in the folder how its masks are made, and from which images.
+
+    Raises UserError if it holds masks that were made in another way, or files of another origin.
+    """
+    path = out / "predict.json"
+    sources = {name: _real_path(image) for name, image in images.items()}
+    before = _read(path) if path.exists() else {}
+    changed = [key for key, value in settings.items() if before and before.get(key) != value]
+    if changed and not force:
+        raise UserError(
+            f"{out} holds masks made with another {', '.join(changed)}: choose another --out, or --force"
+        )
+    known = {} if changed else before.get("images", {})  # what was made otherwise is not done
+    for name, files in outputs.items() if not force else ():
+        there = next((file for file in files.all() if file.exists()), None)
+        if there and known.get(name) != sources[name]:
+            of = f"is the mask of {known[name]}" if name in known else "was not made by this command"
+            raise UserError(f"{there} {of}: choose another --out, or --force to write over it")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**settings, "images": {**known, **sources}})
+
+
+def _real_path(path: Path) -> str:
+    """Resolve links. Unlike Path.resolve(), accept cyclic links, which reading reports."""
+    return os.path.realpath(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is not what was written there: remove it, or choose another --out") from None
+
+
+def dataset_info(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
+    """Return classes, colours and normalisation of a network's data set, without its images, or of a classes.yaml.
+
+    Raises UserError if the network was trained on a folder whose classes.yaml is missing.
+    """
+    kind = get_class(cfg.dataset.source._target_)
+    name = str(cfg.dataset.name)
+    if classes is None and kind is Folder:
+        own = cfg.dataset.classes
+        if OmegaConf.is_config(own):  # the table itself
+            return read_class_table(name, OmegaConf.to_object(own)).info  # type: ignore[arg-type]
+        classes = Path(own or Path(cfg.dataset.root) / "classes.yaml").expanduser()
+        if not classes.is_file():
+            raise UserError(f"{classes}, which names the classes, does not exist. Fix: pass --classes PATH")
+    if classes is not None:
+        return read_class_table(name, classes).info
+    known = getattr(kind, "info", None)
+    return known or build.dataset(cfg, next(iter(cfg.dataset.splits))).info

@@ -1,7 +1,7 @@
-"""Class probabilities of one image of any size: sliding windows, several scales, mirror images.
+"""Class probabilities of one image of any size, and the label map that a rule makes of them.
 
-Windows blend PROBABILITIES; a rule that ranks pixels, such as RankDice, then sees the whole map. Deciding window
-by window would give another mask, because the best cut-off depends on all pixels of a class.
+Windows, scales and mirror images are averaged as PROBABILITIES, and the rule then decides on the whole map. Deciding
+window by window would give another mask, because the best cut-off of a rule such as RankDice depends on all pixels.
 
 Shapes: C classes, H × W pixels of the image, B windows in a batch, h × w of a window.
 """
@@ -12,14 +12,18 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+import rankseg
 from configs.errors import UserError
+from datasets.base import DatasetInfo
 from datasets.transforms import Size, resize_to
+from rankseg import Predictor
 from trainers.forward import at_size
 
 Network = Callable[[Tensor], Tensor]  # normalised (B, 3, h, w) -> logits (B, C, h', w')
@@ -28,7 +32,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 @dataclass(frozen=True)
 class View:
-    """How an image is looked at.
+    """Windows, scales and mirror images that an image is seen in.
 
     window: side, in pixels of the network's input, of the largest part that goes through it at once; None: the
         whole image. overlap: the share of a window that the next one sees too. scales: sizes relative to
@@ -66,7 +70,7 @@ def probabilities(
     view: View,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return the probabilities (C, H, W) float32 of an image (3, H, W) uint8, the mean over all that looked at it.
+    """Return the probabilities (C, H, W) float32 of an image (3, H, W) uint8, the mean over all views of it.
 
     A whole image at one scale is computed exactly as in testing: resized, passed through the network, the logits
     resized back, and then turned into probabilities by `to_probs`.
@@ -158,3 +162,59 @@ def _ramp(size: Sequence[int], overlap: float) -> Tensor:
 def _slope(side: int, overlap: float) -> Tensor:
     from_edge = torch.minimum(torch.arange(1, side + 1), torch.arange(side, 0, -1)).float()
     return (from_edge / max(1.0, side * overlap)).clamp(max=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Label maps
+
+SEPARABLE = (rankseg.threshold, rankseg.rankdice, rankseg.rankiou)
+
+
+def one_by_one(rule: Predictor) -> bool:
+    """Whether the rule decides each class by itself, so that classes can be passed one by one to save memory."""
+    if not isinstance(rule, partial):
+        return rule in SEPARABLE
+    return rule.func in SEPARABLE and rule.keywords.get("allow_overlap", True)
+
+
+def masks_of(probs: Tensor, rule: Predictor) -> Iterator[Tensor]:
+    """Yield each class's mask (H, W) bool of probabilities (C, H, W)."""
+    if one_by_one(rule):
+        for channel in probs:
+            yield rule(channel[None, None])[0, 0]
+    else:
+        yield from rule(probs[None])[0]
+
+
+def label_map(
+    probs: Tensor, rule: Predictor, info: DatasetInfo, each: Callable[[int, Tensor], None] | None = None
+) -> Tensor:
+    """Return the labels (H, W) uint8 that a rule makes of probabilities (C, H, W).
+
+    A rule can give a pixel to several classes or to none. The label is then
+      - of the scored classes that have the pixel, the one with the highest probability;
+      - else the most probable class that is not scored (the background), whether or not it has the pixel;
+      - else, if every class is scored, void.
+
+    ``each(c, mask)`` is called with the mask of every class, overlaps and all.
+
+    Raises ValueError where probabilities and classes do not belong together.
+    """
+    if len(probs) != info.num_classes:
+        raise UserError(
+            f"the network gives {len(probs)} classes and the data set has {info.num_classes}: pass the right --classes"
+        )
+    labels = torch.full(probs.shape[1:], info.ignore_index, dtype=torch.uint8)
+    best = torch.full(probs.shape[1:], -2.0)
+    for c, mask in enumerate(masks_of(probs, rule)):
+        if each is not None:
+            each(c, mask)
+        scored = c in info.scored
+        # What is not scored ranks in (-2, -1]: behind a scored class that has the pixel.
+        rank = probs[c] if scored else probs[c] - 2 + 1e-6
+        better = rank > best
+        if scored:
+            better &= mask
+        torch.where(better, rank, best, out=best)  # indexing by a mask takes 16 bytes a pixel
+        labels.masked_fill_(better, c)
+    return labels

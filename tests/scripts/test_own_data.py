@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.errors import UserError
+
 LESS = ("epochs=2", "trainer.tensorboard=false")  # what the test adds to training, so that it takes seconds
 
 
@@ -91,15 +93,15 @@ def test_the_tutorial(
 
 def test_prediction_needs_the_classes_and_not_the_images(here: Path, root: Path) -> None:
     from configs.compose import compose
-    from scripts.inference.facts import facts
+    from scripts.inference.files import dataset_info
 
     (here / "classes.yaml").write_text("classes: [background, cell]\nmean: [0.1, 0.2, 0.3]\n")
     cfg = compose("train", ["dataset=folder", "dataset.root=gone"])
-    with pytest.raises(FileNotFoundError, match=r"gone/classes\.yaml.*--classes"):
-        facts(cfg)
-    info = facts(cfg, here / "classes.yaml")
+    with pytest.raises(UserError, match=r"gone/classes\.yaml.*--classes"):
+        dataset_info(cfg)
+    info = dataset_info(cfg, here / "classes.yaml")
     assert info.classes == ("background", "cell") and info.mean == (0.1, 0.2, 0.3) and info.scored == (1,)
     inline = compose("train", ["dataset=folder", "dataset.classes=[background,nucleus]"])
-    assert facts(inline).classes == ("background", "nucleus")
-    assert facts(compose("train", ["dataset=cityscapes"])).num_classes == 19
-    assert facts(compose("train", ["dataset.num_classes=4"])).num_classes == 4
+    assert dataset_info(inline).classes == ("background", "nucleus")
+    assert dataset_info(compose("train", ["dataset=cityscapes"])).num_classes == 19
+    assert dataset_info(compose("train", ["dataset.num_classes=4"])).num_classes == 4

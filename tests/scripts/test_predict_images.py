@@ -25,9 +25,8 @@ from datasets.decode import EXIF_ORIENTATION
 from datasets.transforms import EvalTransform, Normalise
 from rankseg import argmax, expected_dice, rankdice, threshold
 from scripts.inference import files
-from scripts.inference.labels import label_map, masks_of, one_by_one
-from scripts.inference.outputs import file_names
-from scripts.inference.windows import View, probabilities, starts, zeros
+from scripts.inference.files import file_names
+from scripts.inference.windows import View, label_map, masks_of, one_by_one, probabilities, starts, zeros
 from scripts.predict_images import main
 from tests.trees import bomb
 from trainers.checkpoint import save
@@ -191,7 +190,7 @@ def test_an_overlay_in_bands_is_the_overlay_at_once(tmp_path: Path, monkeypatch:
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_text("before")
-    with pytest.raises(KeyboardInterrupt), files.aside(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), files.temporary_file(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["x.png"]
@@ -439,7 +438,6 @@ def test_whatever_lies_in_a_folder_the_images_are_segmented(
     ("words", "said"),
     [
         ("-p max -p T", "one rule makes the masks; call again with another --out"),
-        ("--memory nan", "--memory nan: give GiB, 0 or more"),
         ("trainer.precision=fp8", "trainer.precision=fp8"),
         ("--out LOOP/x", "mend the links that lead in a circle"),
     ],

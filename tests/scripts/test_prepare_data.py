@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from configs.compose import compose
+from configs.errors import UserError
 from datasets import DatasetError, Folder
 from datasets.kvasir_seg import default_split
 from scripts.parallel import ahead
@@ -317,7 +318,7 @@ def test_split_counts_the_images_without_a_mask(mine: Path, capsys: pytest.Captu
 
 
 def test_split_says_where_images_are_not(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"mkdir images masks"):
+    with pytest.raises(UserError, match=r"images does not exist.*mkdir images masks"):
         main(["split", str(tmp_path)])
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match="images has no image"):
