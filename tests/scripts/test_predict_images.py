@@ -403,6 +403,33 @@ def test_overrides_reach_the_rule(checkpoint: Path, photos: Path, tmp_path: Path
         assert bool(np.asarray(Image.open(out / "classes" / "one" / f"{name}.png")).any()) is (at == 0)
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("bug")]
+)
+def test_an_image_that_does_not_fit_in_memory_does_not_stop_the_others(
+    error: Exception,
+    checkpoint: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def limited(pixels: Tensor, *rest: object) -> Tensor:
+        if pixels.shape[-2:] == (48, 64):
+            raise error
+        return probabilities(pixels, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("scripts.predict_images.probabilities", limited)
+    command = ["-r", str(checkpoint), str(photos), "--out", str(tmp_path / "out"), "--quiet"]
+    if str(error) == "bug":
+        with pytest.raises(RuntimeError, match="bug"):
+            main(command)
+        return
+    assert main(command) == 1
+    assert "one.png does not fit in memory" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 2
+
+
 def test_whatever_lies_in_a_folder_the_images_are_segmented(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
