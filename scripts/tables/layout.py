@@ -22,6 +22,7 @@ LOSSES = {
 }
 RULES = {
     "T": "Threshold (at 0.5)",
+    "T_fit": "Threshold (fitted)",
     "max": "Argmax",
     "rankdice": "mRankDice",
     "rankdice_paper": "mRankDice (the paper's)",
@@ -30,6 +31,9 @@ RULES = {
     "rankiou_nonoverlap": "mRankIoU, one label per pixel",
     "rankdice_trna": "mRankDice, T-RNA",
     "rankdice_ba": "mRankDice, BA",
+    "pooled_dice": "Pooled Dice",
+    "pooled_iou": "Pooled IoU",
+    "auto": "Chosen on validation images",
 }
 
 
