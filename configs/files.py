@@ -133,7 +133,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with name_file_in_errors(path):
-            temporary.write_text(text, encoding="utf-8", newline="\n")
+            # Names of files that are not UTF-8 are written with the bytes that they have.
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -87,7 +87,7 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
     try:
         record = read_json(sidecar)
         stated = record["scores"]["mean_dice"]
-        with open(table, newline="", encoding="utf-8") as file:
+        with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
             for row in read_csv(file.read()):
                 key = (row["image"], int(row["class"]))
                 if key in scores:
@@ -132,7 +132,7 @@ def read_groups(text: str, images: Sequence[str]) -> dict[str, str]:
     """
     path = Path(text)
     if path.is_file():
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = list(read_csv(file.read()))
         if rows and not {"image", "group"} <= rows[0].keys():
             raise UserError(

@@ -137,7 +137,7 @@ def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
     paper = record["protocol"] == "paper"
     epsilon = PAPER_EPSILON if paper else 0.0
     images: dict[str, dict[int, tuple[float, float]]] = {}
-    with open(table, newline="", encoding="utf-8") as file:
+    with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
         for row in read_csv(file.read()):
             inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
             scores = images.setdefault(row["image"], {})

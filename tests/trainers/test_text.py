@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 import re
 
 import pytest
@@ -84,8 +86,10 @@ def test_latex_prints_every_character(name: str) -> None:
 
 
 def test_results_with_hostile_image_names_are_read_back(tmp_path) -> None:
-    ones = torch.ones(len(HOSTILE), 1, dtype=torch.int64)
-    result = EvalResult("T", HOSTILE, Counts(ones, ones, ones, ones[:, 0]), (0,), {}, 0.0)
+    names = [*HOSTILE, os.fsdecode(b"Latin-1 \xe9.png")]  # not UTF-8
+    ones = torch.ones(len(names), 1, dtype=torch.int64)
+    result = EvalResult("T", names, Counts(ones, ones, ones, ones[:, 0]), (0,), {}, 0.0)
     path = result.save(tmp_path, {})
-    with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
-        assert [row["image"] for row in read_csv(file.read())] == HOSTILE
+    with open(path.with_suffix(".csv"), newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert [row["image"] for row in read_csv(file.read())] == names
+    assert json.loads(path.read_text())["images"] == names
