@@ -76,7 +76,7 @@ def test_bad_input_is_one_line_on_stderr(words: tuple[str, ...], call) -> None:
         ("paired_statistics.py absent --confidence 2", "--confidence=2"),
         ("paired_statistics.py absent --resamples 0", "--resamples=0"),
         ("paired_statistics.py absent --seed -1", "--seed=-1"),
-        ("overview.py absent.pth --out new.foo", "--out=new.foo"),
+        ("overview.py absent.pth --out new.foo", "--out new.foo"),
         (
             "paper_tables.py published --output absent/x",
             "absent/x: No such file or directory: create its folder",
