@@ -60,7 +60,7 @@ def nodes(band: int, smooth: float) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=16)
-def _node_table(device: torch.device, power: float) -> tuple[Tensor, Tensor]:
+def node_table(device: torch.device, power: float) -> tuple[Tensor, Tensor]:
     """Nodes and logarithmic weights of all bands on `device`, (bands, 64) each; unused weights are -inf."""
     times = torch.zeros(_BANDS, 64, dtype=torch.float64, device="cpu")
     weights = torch.full_like(times, -torch.inf)
@@ -138,7 +138,7 @@ def window_scores(
     # On devices all rows together, each with its own nodes: once for the first band of each row, once for the next...
     lowest = band.where(wanted, _BANDS - 1).amin(1, keepdim=True)
     first, most = band_span(band, wanted).tolist() if span is None else span
-    times, weights = (x[:, : 64 if first == 0 else 16] for x in _node_table(values.device, smooth % 1))
+    times, weights = (x[:, : 64 if first == 0 else 16] for x in node_table(values.device, smooth % 1))
     for step in range(most):
         number = (lowest + step).clamp(max=_BANDS - 1)
         t, w = (table.index_select(0, number[:, 0]) for table in (times, weights))

@@ -1,0 +1,95 @@
+"""The Triton path: interpreted against the Python solver, and compiled for a card that is not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_with_the_interpreter(tier: str) -> None:
+    """The tests of interpreted.py."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", tier, "tests/rankseg/interpreted.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "RANKSEG_BACKEND": "python"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+def test_chosen_by_the_environment() -> None:
+    """In a process of its own; invalid values get the words of the Python solver."""
+    program = """
+import torch, rankseg
+probs = torch.rand(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+print(rankseg.rank_dice(probs).tau.tolist(), rankseg.rank_dice(probs, smooth=1.0).tau.tolist())
+try:
+    rankseg.rank_dice(probs * 2)
+except ValueError as error:
+    print(error)
+"""
+    printed = []
+    for backend in ("python", "triton"):
+        environment = {**os.environ, "RANKSEG_BACKEND": backend, "TRITON_INTERPRET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0] == printed[1] and "probs must lie in [0, 1]" in printed[0]
+
+
+SIGNATURES = """
+_statistics flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 total=*fp64 peak=*fp32 bad=*i32
+_guess flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 step=i64 mean=*fp64 cut=*fp64 volume=*fp64 density=*fp64
+_excess flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 cut=*fp64 excess=*fp64
+_bracket mean=*fp64 peak=*fp32 cut=*fp64 volume=*fp64 density=*fp64 excess=*fp64 low=*fp32 high=*fp32 least=fp32 chunks=i32
+_gather flat=*fp16 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 low=*fp32 high=*fp32 sums=*fp64 window=*fp32 cursor=*i32 capacity=i32
+_equal flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 cutpoint=*fp32 tied=*i64 equal=*i32
+_select flat=*bf16 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 tau=*i64 cutpoint=*fp32 tied=*i64 before=*i64 masks=*i8
+_solve window=*fp32 cursor=*i32 sums=*fp64 low=*fp32 high=*fp32 table=*fp64 scores=*fp64 tau=*i64 cutpoint=*fp32 tied=*i64 failed=*i32 capacity=i32 pixels=i64 least=fp32 peak=*fp32 chunks=i32
+"""  # noqa: E501
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", SIGNATURES.strip().splitlines(), ids=lambda line: line.split()[0])
+def test_kernels_compile_for_a_card(line: str) -> None:
+    """Down to machine code for an H100, with the types that `best_masks` passes; no card is needed."""
+    program = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from rankseg import triton_solver
+line = {line!r}.split()
+kernel, types = getattr(triton_solver, line[0]), dict(word.split("=") for word in line[1:])
+values = {{"BLOCK": 512 if line[0] == "_solve" else 1024, "SAMPLE": 8192, "CHUNKS": 64}}
+values["DTYPE"] = triton_solver.tl.float32
+for dice in (True, False) if "DICE" in kernel.arg_names else (True,):
+    constants = {{name: value for name, value in (values | {{"DICE": dice}}).items() if name in kernel.arg_names}}
+    signature = {{name: types.get(name, "constexpr") for name in kernel.arg_names}}
+    places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    options = {{"num_warps": 8}} if line[0] == "_solve" else {{}}
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
