@@ -7,7 +7,7 @@ With m = E of the denominator, Jensen's inequality and 1 - pu <= e^{-pu} enclose
 
 for every volume τ >= 1, where C = C(τ) is the sum of the τ largest probabilities and μ that of all. The lower
 bound is the surrogate of Wang & Dai (NeurIPS 2025). A volume whose upper bound is below the best lower bound
-cannot be optimal; see `possible` for why checking the two ends of a bracket settles all volumes outside.
+cannot be optimal; `margin` explains why it is enough to check the two ends of a bracket.
 
 Shapes: R rows, D pixels of a row, W + 1 volumes of a bracket.
 """
@@ -92,7 +92,7 @@ def from_sample(score: str, sample: Tensor, stride: int, mean: Tensor, smooth: f
 
 
 def bracket(cut: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
-    """Bracket (low, high) of cut-offs around `cut` that will most likely hold all volumes `possible` admits.
+    """Bracket (low, high) of cut-offs around `cut` that most likely holds all volumes that `margin` does not exclude.
 
     Leaving out k pixels at distance x from the cut-off costs about 2kx, and 4·cut is the gap of the bounds.
     The width is only a guess: the exact pass proves it or widens it.
