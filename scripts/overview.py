@@ -27,7 +27,7 @@ from configs import build
 from configs.checkpoint import check_classes, load
 from configs.cli import run_cli
 from configs.errors import UserError
-from configs.values import check_uncalibrated
+from configs.fitting import Fitter
 from trainers.distributed import join_world
 from trainers.evaluator import evaluate
 from trainers.metrics import mean_over_classes
@@ -76,7 +76,10 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="as for test.py: split=val, protocol=paper"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="as for test.py: split=val, protocol=paper, calibrate=temperature",
     )
     args = parser.parse_intermixed_args()
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg") or args.out.is_dir():
@@ -84,15 +87,26 @@ def main() -> None:
     path = args.run / "best_model.pth" if args.run.is_dir() else args.run
     with join_world(args.device) as where:
         network, cfg, checkpoint = load(path, args.overrides)
-        check_uncalibrated(cfg, "overview.py")
         network = network.to(where.device).eval()
+        build.absolute_root(cfg)
+        fitter = Fitter(cfg, network, path, where)
+        to_probs = fitter.to_probs()
+        fitter.save()
         data, rules = build.dataset(cfg, cfg.split), build.rules(RULES, cfg)
         check_classes(checkpoint, data.info.classes, path)
         loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
         scoring = build.scoring(cfg, data.info)
         precision = cfg.trainer.precision
         results = evaluate(
-            network, loader, rules, criterion, scoring, where, precision=precision, progress="scoring"
+            network,
+            loader,
+            rules,
+            criterion,
+            scoring,
+            where,
+            to_probs=to_probs,
+            precision=precision,
+            progress="scoring",
         )
         dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
         gain = dice["rankdice"] - dice["T"]
@@ -101,7 +115,16 @@ def main() -> None:
             raise UserError(f"split={cfg.split}: no image has a class that is scored; choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
         drawn = panels(
-            network, data, loader.transform, rules, criterion.link, where, picked, _stacked, precision
+            network,
+            data,
+            loader.transform,
+            rules,
+            criterion.link,
+            where,
+            picked,
+            _stacked,
+            precision,
+            to_probs,
         )
         rows: list[Tensor] = []
         for quantile, index, (_, stack) in zip(QUANTILES, picked, drawn, strict=True):

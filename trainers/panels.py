@@ -35,16 +35,18 @@ def panels(
     indices: Iterable[int],
     draw: Callable[..., Any] | None = None,
     precision: str = "fp32",
+    to_probs: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Yield for these images of a data set their names and what ``draw`` makes of them, by default a `row`.
 
-    ``draw`` is called with image, target, probs, masks and info; see `row`.
+    ``draw`` is called with image, target, probs, masks and info; see `row`. ``to_probs`` turns logits into
+    probabilities; default: the link.
     """
     for index in indices:
         image, mask = data.read(index)
         pixels, target = transform(image, mask)
         logits = logits_of(model, pixels[None], target.shape[-2:], world, precision)
-        probs = link_probs(logits, link)
+        probs = to_probs(logits) if to_probs else link_probs(logits, link)
         masks = {name: rule(probs)[0].cpu() for name, rule in rules.items()}
         image = shown(pixels, data.info, target.shape)
         yield data.names[index], (draw or row)(image, target, probs[0].cpu(), masks, data.info)
