@@ -1,6 +1,6 @@
 """Every command of README.md and docs/ runs as typed, in a copy of the repository with small data and few steps.
 
-docs/own-data.md and CONTRIBUTING.md have their own tests, which run each of their commands.
+docs/own-data.md, docs/anywhere.md and CONTRIBUTING.md have their own tests, which run each of their commands.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.trees import make_cityscapes, make_folder, make_kvasir, make_voc
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
-    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem != "own-data"),
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem not in ("own-data", "anywhere")),
 )
 BEFORE = "python train.py loss=focal"  # leaves a checkpoint for the commands that name none
 CHECKPOINT = "saved/synthetic/tiny/focal/seed0/best_model.pth"
