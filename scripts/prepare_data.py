@@ -29,6 +29,7 @@ from configs.files import lock_file
 from datasets import DatasetError
 from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images
 from scripts.parallel import default_workers
+from scripts.prepare import cityscapes
 from scripts.prepare.catalog import CATALOG, Archive, Entry
 from scripts.prepare.fetching import download, unpack
 from scripts.prepare.splitting import PUBLISHED, make_split, published_split, write_split
@@ -204,6 +205,10 @@ def _fetch(args: argparse.Namespace) -> int:
     root = (args.root or entry.root).expanduser()
     if entry.complete(root):
         return _fetched(args, entry, root, "there already")
+    downloader = cityscapes.find_downloader() if entry.name == "cityscapes" else None
+    if downloader is not None:
+        cityscapes.fetch(downloader, root, args.keep)
+        return _fetched(args, entry, root, "fetched")
     if entry.archive is None:
         steps = [step.format(root=shlex.quote(str(root))) for step in entry.steps]
         if args.json:

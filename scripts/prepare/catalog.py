@@ -137,6 +137,8 @@ _ENTRIES = (
             "log in, open https://www.cityscapes-dataset.com/downloads/ and fetch"
             " gtFine_trainvaltest.zip (241 MB) and leftImg8bit_trainvaltest.zip (11 GB)",
             "unzip both into {root}: it then holds gtFine/ and leftImg8bit/",
+            "or let a program do both: pip install cityscapesscripts, csDownload -l (stores your account), and this"
+            " command again",
             "python scripts/prepare_data.py check cityscapes --root {root}",
         ),
     ),
