@@ -18,7 +18,11 @@ from tests.trees import make_cityscapes, make_folder, make_kvasir, make_voc
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
-    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem not in ("own-data", "anywhere")),
+    *(
+        f"docs/{path.name}"
+        for path in (ROOT / "docs").glob("*.md")
+        if path.stem not in ("own-data", "anywhere")
+    ),
 )
 BEFORE = "python train.py loss=focal"  # leaves a checkpoint for the commands that name none
 CHECKPOINT = "saved/synthetic/tiny/focal/seed0/best_model.pth"
