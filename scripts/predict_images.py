@@ -60,8 +60,8 @@ from scripts.inference.review import Review
 from scripts.inference.windows import View, label_map, probabilities
 from scripts.parallel import ahead, default_workers
 from trainers.distributed import World, pick_device
+from trainers.forward import PRECISIONS
 from trainers.results import file_sha256
-from trainers.update import PRECISIONS
 
 WHOLE = 4 << 20  # pixels up to which an image goes through the network at once
 WINDOW = 1024  # side of the windows of larger ones

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import sys
 
 import pytest
 import torch
@@ -126,9 +125,3 @@ def test_heat_maps_are_drawn(tmp_path, capsys):
         main(["exponential", "--sizes", "28", "--draws", "2", "--heatmaps", str(tmp_path / "figures")]) == 0
     )
     assert (tmp_path / "figures" / "simulate_exponential.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_missing_matplotlib_names_the_remedy(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert exit_code(main, ["linear", "--sizes", "28", "--draws", "2", "--heatmaps", str(tmp_path)]) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
