@@ -60,7 +60,7 @@ from scripts.inference.review import Review
 from scripts.inference.windows import View, label_map, probabilities
 from scripts.parallel import ahead, default_workers
 from trainers.distributed import World, pick_device
-from trainers.forward import PRECISIONS
+from trainers.forward import logits_of
 from trainers.results import file_sha256
 
 WHOLE = 4 << 20  # pixels up to which an image goes through the network at once
@@ -270,22 +270,19 @@ class Segmenter:
         review: Review | None = None,
     ) -> None:
         self.network, self.cfg, self.info = network.to(device).eval(), cfg, info
-        self.rule, self.view, self.device = rule, view, device
+        self.rule, self.view, self.world = rule, view, World(0, 1, device)
         self.to_probs, self.review = to_probs, review
         self.normalise = Normalise(info.mean, info.std)
-        precision = PRECISIONS[cfg.trainer.precision]
-        self.cast = torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the logits (N, C, h, w) of normalised images (N, 3, h, w)."""
-        with self.cast:
-            return self.network(pixels).logits
+        return logits_of(self.network, pixels, None, self.world, self.cfg.trainer.precision)
 
     def __call__(self, picture: files.Picture, outputs: Outputs, image: str) -> None:
         """Segment one picture, whose name is `image`, and write its files."""
         pixels, orientation = picture
         probs = probabilities(
-            pixels, self.forward, self.to_probs, self.normalise, self.view(pixels), self.device
+            pixels, self.forward, self.to_probs, self.normalise, self.view(pixels), self.world.device
         )
 
         def save_mask(index: int, mask: Tensor) -> None:
