@@ -1,13 +1,13 @@
 """The exact rules on a GPU in a fixed number of Triton launches, with one synchronisation at the end.
 
-The steps are those of `solver`; every step is one kernel over all rows:
+The steps are those of `solver`; every step is one kernel of `triton_kernels` over all rows:
 
-1. `_statistics`: sum, maximum, and a check of the values.
-2. `_guess`: Dinkelbach's iteration on a sample of each row; `_excess`: one step on all pixels.
-3. `_gather`: power sums, and the pixels inside the bracket, which an atomic cursor places in a window of fixed
+1. `statistics_kernel`: sum, maximum, and a check of the values.
+2. `guess_kernel`: Dinkelbach's iteration on a sample of each row; `excess_kernel`: one step on all pixels.
+3. `gather_kernel`: power sums, and the pixels inside the bracket, which an atomic cursor places in a window of fixed
    capacity.
-4. `_solve`: bounds, proof and quadrature over the sorted window of one row.
-5. `_equal`, `_select`: the masks, tied pixels in the order of their position.
+4. `solve_kernel`: bounds, proof and quadrature over the sorted window of one row.
+5. `equal_kernel`, `select_kernel`: the masks, tied pixels in the order of their position.
 
 The host reads two flags in the end: invalid values, and rows that are not proved or whose window overflowed. `solver`
 solves such rows. Overlapping masks with `smooth=0` are supported; everything else is left to the torch path.
@@ -27,448 +27,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankseg.exact import _BANDS, NEGLIGIBLE, node_table
+from rankseg.exact import node_table
 from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.solver import _TIE as TIE
 from rankseg.solver import solve
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:  # for example on macOS, or with torch for the CPU
-    raise RuntimeError(
-        "RANKSEG_BACKEND=triton: triton is not installed. Fix: pip install triton, or unset RANKSEG_BACKEND."
-    ) from error
+from rankseg.triton_kernels import (
+    bracket_kernel,
+    equal_kernel,
+    excess_kernel,
+    gather_kernel,
+    guess_kernel,
+    select_kernel,
+    solve_kernel,
+    statistics_kernel,
+    tl,
+    triton,
+)
 
 _BLOCK = 1024  # pixels that one program reads at once
 _CHUNKS = 64  # programs of a row at most
 _SAMPLE = 8192  # at least the length of the sample of a row
 _SMALLEST_WINDOW = 8192
-
-_BANDS_ = tl.constexpr(_BANDS)
-_NEGLIGIBLE = tl.constexpr(NEGLIGIBLE)
-_TIE = tl.constexpr(TIE)
-_FEW = tl.constexpr(48.0)
-
-
-@triton.jit
-def _pixels(flat, row, start, end, stride_row, stride_pixel, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Pixels start..start + BLOCK of a row, and which of them lie before `end`."""
-    place = start + tl.arange(0, BLOCK).to(tl.int64)
-    inside = place < end
-    at = flat + row * stride_row + place * stride_pixel
-    return tl.load(at, mask=inside, other=0.0).to(DTYPE), inside, place
-
-
-@triton.jit
-def _statistics(
-    flat, stride_row, stride_pixel, pixels, span, total, peak, bad, BLOCK: tl.constexpr, DTYPE: tl.constexpr
-):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    sums = tl.zeros([BLOCK], tl.float64)
-    most = tl.zeros([BLOCK], DTYPE)
-    wrong = tl.zeros([BLOCK], tl.int32)
-    begin = chunk.to(tl.int64) * span
-    end = tl.minimum(begin + span, pixels)
-    for start in range(begin, end, BLOCK):
-        p, inside, _ = _pixels(flat, row, start, end, stride_row, stride_pixel, BLOCK, DTYPE)
-        valid = (p >= 0) & (p <= 1)  # false for NaN
-        wrong += tl.where(inside & (valid == 0), 1, 0)
-        p = tl.where(valid, p, 0.0)
-        sums += p
-        most = tl.maximum(most, p)
-    out = row * tl.num_programs(1) + chunk
-    tl.store(total + out, tl.sum(sums, 0))
-    tl.store(peak + out, tl.max(most, 0))
-    tl.store(bad + out, tl.sum(wrong, 0))
-
-
-@triton.jit
-def _root(cut, excess, volume, mean, DICE: tl.constexpr):
-    """See `surrogate.excess_root`."""
-    slope = mean + 1 if DICE else mean
-    return tl.minimum(tl.maximum(cut + (excess - cut * slope) / (volume + slope), 0.001), 0.999)
-
-
-@triton.jit
-def _guess(
-    flat,
-    stride_row,
-    stride_pixel,
-    pixels,
-    step,
-    mean,
-    cut,
-    volume,
-    density,
-    SAMPLE: tl.constexpr,
-    DICE: tl.constexpr,
-):
-    """See `surrogate.from_sample`."""
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, SAMPLE).to(tl.int64) * step
-    inside = place < pixels
-    p = tl.load(flat + row * stride_row + place * stride_pixel, mask=inside, other=0.0).to(tl.float64)
-    mu = tl.load(mean + row)
-    at = mu * 0 + 0.35
-    count = mu * 0
-    for _ in range(4):
-        above = tl.maximum(p - at, 0.0)
-        count = tl.sum(tl.where(above > 0, 1.0, 0.0), 0).to(tl.float64) * step
-        at = _root(at, tl.sum(above, 0) * step, count, mu, DICE)
-    near = tl.where(inside & (tl.abs(p - at) < 0.05), 1.0, 0.0)
-    tl.store(cut + row, at)
-    tl.store(volume + row, count)
-    tl.store(density + row, (tl.sum(near, 0) + 1) * (step / 0.1))
-
-
-@triton.jit
-def _excess(
-    flat, stride_row, stride_pixel, pixels, span, cut, excess, BLOCK: tl.constexpr, DTYPE: tl.constexpr
-):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = tl.load(cut + row)
-    sums = tl.zeros([BLOCK], tl.float64)
-    begin = chunk.to(tl.int64) * span
-    end = tl.minimum(begin + span, pixels)
-    for start in range(begin, end, BLOCK):
-        p, _, _ = _pixels(flat, row, start, end, stride_row, stride_pixel, BLOCK, DTYPE)
-        sums += tl.maximum(p.to(tl.float64) - at, 0.0)
-    tl.store(excess + row * tl.num_programs(1) + chunk, tl.sum(sums, 0))
-
-
-@triton.jit
-def _bracket(
-    mean,
-    peak,
-    cut,
-    volume,
-    density,
-    excess,
-    low,
-    high,
-    least,
-    chunks,
-    DICE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """See `surrogate.bracket`; small objects are taken whole, and rows whose peak is at most `least` not at all."""
-    row = tl.program_id(0)
-    part = tl.arange(0, CHUNKS)
-    total = tl.sum(tl.load(excess + row * chunks + part, mask=part < chunks, other=0.0), 0)
-    mu = tl.load(mean + row)
-    at = _root(tl.load(cut + row), total, tl.load(volume + row), mu, DICE)
-    half = 3 * tl.sqrt(at / tl.load(density + row)) + 0.005 * at
-    large = mu * _NEGLIGIBLE > 1.01
-    bottom = tl.where(large, tl.maximum(at - half, 1e-3), tl.minimum(mu * _NEGLIGIBLE * 0.99, 0.1))
-    top = tl.where(large, at + half, 1.0)
-    kept = tl.load(peak + row) > least
-    tl.store(low + row, tl.where(kept, bottom, 2.0).to(low.dtype.element_ty))
-    tl.store(high + row, tl.where(kept, top, 2.0).to(high.dtype.element_ty))
-
-
-@triton.jit
-def _gather(
-    flat, stride_row, stride_pixel, pixels, span, low, high, sums, window, cursor, capacity,
-    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Power sums above (0..4) and below (5..9) the bracket; the pixels inside it go to the window."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    bottom, top = tl.load(low + row), tl.load(high + row)
-    n = tl.zeros([BLOCK], tl.float64)
-    a1 = tl.zeros([BLOCK], tl.float64)
-    a2 = tl.zeros([BLOCK], tl.float64)
-    a3 = tl.zeros([BLOCK], tl.float64)
-    a4 = tl.zeros([BLOCK], tl.float64)
-    b1 = tl.zeros([BLOCK], tl.float64)
-    b2 = tl.zeros([BLOCK], tl.float64)
-    b3 = tl.zeros([BLOCK], tl.float64)
-    b4 = tl.zeros([BLOCK], tl.float64)
-    begin = chunk.to(tl.int64) * span
-    end = tl.minimum(begin + span, pixels)
-    for start in range(begin, end, BLOCK):
-        p, inside, _ = _pixels(flat, row, start, end, stride_row, stride_pixel, BLOCK, DTYPE)
-        above = p > top
-        within = inside & (p > bottom) & (above == 0)
-        n += tl.where(above, 1.0, 0.0)
-        wide = p.to(tl.float64)
-        x = tl.where(above, wide, 0.0)
-        y = tl.where(p <= bottom, wide, 0.0)
-        a1 += x
-        b1 += y
-        a2 += x * x
-        b2 += y * y
-        a3 += x * x * x
-        b3 += y * y * y
-        a4 += x * x * x * x
-        b4 += y * y * y * y
-        ones = tl.where(within, 1, 0)
-        first = tl.atomic_add(cursor + row, tl.sum(ones, 0))
-        place = first + tl.cumsum(ones, 0) - 1
-        tl.store(window + row * capacity + place, p, mask=within & (place < capacity))
-    out = sums + (row * tl.num_programs(1) + chunk) * 10
-    tl.store(out + 0, tl.sum(n, 0))
-    tl.store(out + 1, tl.sum(a1, 0))
-    tl.store(out + 2, tl.sum(a2, 0))
-    tl.store(out + 3, tl.sum(a3, 0))
-    tl.store(out + 4, tl.sum(a4, 0))
-    tl.store(out + 6, tl.sum(b1, 0))
-    tl.store(out + 7, tl.sum(b2, 0))
-    tl.store(out + 8, tl.sum(b3, 0))
-    tl.store(out + 9, tl.sum(b4, 0))
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x), accurate for small x."""
-    y = 1 + x
-    return tl.where(y == 1, x, tl.log(y) * (x / tl.where(y == 1, 1.0, y - 1)))
-
-
-@triton.jit
-def _band(scale):
-    """See `exact.octave`."""
-    return (tl.maximum(tl.floor(tl.log2(scale / _FEW)), -1.0) + 1).to(tl.int32)
-
-
-@triton.jit
-def _values(window, start, width, BLOCK: tl.constexpr):
-    step = start + tl.arange(0, BLOCK)
-    return step, tl.load(window + step, mask=step < width, other=0.0).to(tl.float64)
-
-
-@triton.jit
-def _loss_bound(total, captured, DICE: tl.constexpr):
-    """See `surrogate.loss_bound`; `total` is volume + mean."""
-    if DICE:
-        return (total + 1 - 2 * captured) / (total + 1)
-    denominator = total - captured
-    return tl.where(denominator > 0, (total - 2 * captured) / tl.maximum(denominator, 1e-300), 1.0)
-
-
-@triton.jit
-def _series(u, p1, p2, p3, p4):
-    """See `exact.log_series`."""
-    return -u * (p1 + u * (p2 / 2 + u * (p3 / 3 + u * p4 / 4)))
-
-
-@triton.jit
-def _integrate(
-    window, scores, table, band, width, n0, c0, mean, kept, first, last, stop, c1, c2, c3, c4, r1, r2, r3, r4,
-    DICE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scores of the volumes first..last that are of this band; see `exact._integrate`."""
-    node = tl.arange(0, K)
-    t = tl.load(table + band * 64 + node)[:, None]
-    w = tl.load(table + (band + _BANDS_) * 64 + node)[:, None]
-    u = tl.load(table + (band + _BANDS_ * 2) * 64 + node)[:, None]
-    log_all = _series(u, r1, r2, r3, r4)
-    log_window = tl.zeros([K], tl.float64)
-    for start in range(0, width, BLOCK):
-        step, v = _values(window, start, width, BLOCK)
-        v = tl.where((step < kept) | ((step >= first) & (step < stop)), v, 0.0)
-        log_window += tl.sum(_log1p(-(v[None, :] * u)), 1)
-    log_all += log_window[:, None] + w
-    base = tl.zeros([K, 1], tl.float64)
-    if DICE:
-        log_all += _series(u, c1, c2, c3, c4)
-        base += (1 - u) * (c1 + u * (c2 + u * (c3 + u * c4)))
-    captured = c0
-    for start in range(0, last + 1, BLOCK):
-        step, v = _values(window, start, width, BLOCK)
-        before = captured + tl.cumsum(v, 0) - v
-        captured += tl.sum(v, 0)
-        volume = n0 + step
-        scale = volume + mean if DICE else volume + mean - before
-        single = tl.where((step < kept) | ((step >= first) & (step < stop)), v, 0.0)[None, :]
-        if DICE:
-            part = single * (1 - u) / (1 - single * u)
-            sums = base + tl.cumsum(part, 1) - part
-            found = tl.sum(tl.exp(log_all - volume[None, :] * t) * 2 * sums, 0)
-        else:
-            part = _log1p(-(single * u))
-            sums = base + tl.cumsum(part, 1) - part
-            found = tl.sum(tl.exp(log_all - sums - volume[None, :] * t), 0) * before
-        base += tl.sum(part, 1)[:, None]
-        wanted = (step >= first) & (step <= last) & (_band(scale) == band)
-        tl.store(scores + step, found, mask=wanted)
-
-
-@triton.jit
-def _solve(
-    window, cursor, sums, low, high, table, scores, tau, cutpoint, tied, failed, capacity, pixels, least, peak, chunks,
-    DICE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The best volume of one row: bounds and proof as in `solver._attempt`, then quadrature."""
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, CHUNKS)
-    at = sums + (row * chunks + part) * 10
-    some = part < chunks
-    n0 = tl.sum(tl.load(at + 0, mask=some, other=0.0), 0)
-    c1 = tl.sum(tl.load(at + 1, mask=some, other=0.0), 0)
-    c2 = tl.sum(tl.load(at + 2, mask=some, other=0.0), 0)
-    c3 = tl.sum(tl.load(at + 3, mask=some, other=0.0), 0)
-    c4 = tl.sum(tl.load(at + 4, mask=some, other=0.0), 0)
-    r1 = tl.sum(tl.load(at + 6, mask=some, other=0.0), 0)
-    r2 = tl.sum(tl.load(at + 7, mask=some, other=0.0), 0)
-    r3 = tl.sum(tl.load(at + 8, mask=some, other=0.0), 0)
-    r4 = tl.sum(tl.load(at + 9, mask=some, other=0.0), 0)
-    c0 = c1
-    count = tl.load(cursor + row)
-    width = tl.minimum(count, capacity)
-    top = tl.load(peak + row)
-    if top > least:
-        window += row * capacity
-        scores += row * (capacity + 1)
-        mean = c1 + r1
-        for start in range(0, width, BLOCK):
-            _, v = _values(window, start, width, BLOCK)
-            mean += tl.sum(v, 0)
-        loss = mean * 0 + float("inf")
-        captured = c0
-        for start in range(0, width + 1, BLOCK):
-            step, v = _values(window, start, width, BLOCK)
-            before = captured + tl.cumsum(v, 0) - v
-            captured += tl.sum(v, 0)
-            bound = _loss_bound(n0 + step + mean, before, DICE)
-            loss = tl.minimum(loss, tl.min(tl.where(step <= width, bound, float("inf")), 0))
-        weight = mean * 0 + 2 if DICE else 2 - loss
-        first, last = width + 1, width * 0 - 1
-        left = mean * 0
-        right = mean * 0
-        captured = c0
-        for start in range(0, width + 1, BLOCK):
-            step, v = _values(window, start, width, BLOCK)
-            before = captured + tl.cumsum(v, 0) - v
-            captured += tl.sum(v, 0)
-            total = n0 + step + mean
-            margin = weight * before - (total - 1) + loss * (total - 1) + 1e-12 * total
-            wanted = ((margin >= 0) | (_loss_bound(total, before, DICE) == loss)) & (step <= width)
-            first = tl.minimum(first, tl.min(tl.where(wanted, step, width + 1), 0))
-            last = tl.maximum(last, tl.max(tl.where(wanted, step, -1), 0))
-            left += tl.sum(tl.where(step == 0, margin, 0.0), 0)
-            right += tl.sum(tl.where(step == width, margin, 0.0), 0)
-        largest = tl.where(n0 > 0, 1.0, tl.load(low + row).to(tl.float64))
-        proved = (n0 == 0) | ((left < 0) & ((1 - loss) * mean > 1))
-        proved = proved & ((right < 0) | (n0 + width == pixels)) & (largest <= mean * _NEGLIGIBLE)
-        proved = proved & (count <= capacity)
-        # Pixels before the first and behind the last wanted volume join the power sums if they are small enough.
-        inside = mean * 0
-        for start in range(0, width, BLOCK):
-            step, v = _values(window, start, width, BLOCK)
-            inside += tl.sum(tl.where(step < first, v, 0.0), 0)
-        begin = n0 + first + mean
-        if not DICE:
-            begin -= c0 + inside
-        confident = width * 0
-        for start in range(0, width, BLOCK):
-            _, v = _values(window, start, width, BLOCK)
-            confident += tl.sum(tl.where(v > begin * _NEGLIGIBLE, 1, 0), 0)
-        kept = tl.minimum(confident, first)
-        stop = tl.maximum(last, confident)
-        for start in range(0, width, BLOCK):
-            step, v = _values(window, start, width, BLOCK)
-            x = tl.where((step >= kept) & (step < first), v, 0.0)
-            y = tl.where(step >= stop, v, 0.0)
-            c1 += tl.sum(x, 0)
-            c2 += tl.sum(x * x, 0)
-            c3 += tl.sum(x * x * x, 0)
-            c4 += tl.sum(x * x * x * x, 0)
-            r1 += tl.sum(y, 0)
-            r2 += tl.sum(y * y, 0)
-            r3 += tl.sum(y * y * y, 0)
-            r4 += tl.sum(y * y * y * y, 0)
-        inside = mean * 0
-        for start in range(0, width, BLOCK):
-            step, v = _values(window, start, width, BLOCK)
-            inside += tl.sum(tl.where(step < last, v, 0.0), 0)
-        end = n0 + last + mean
-        if not DICE:
-            end -= c0 + inside
-        for band in range(_band(begin), _band(end) + 1):
-            if band == 0:
-                _integrate(
-                    window, scores, table, band, width, n0, c0, mean, kept, first, last, stop,
-                    c1, c2, c3, c4, r1, r2, r3, r4, DICE, 64, 16,
-                )  # fmt: skip
-            else:
-                _integrate(
-                    window, scores, table, band, width, n0, c0, mean, kept, first, last, stop,
-                    c1, c2, c3, c4, r1, r2, r3, r4, DICE, 16, 64,
-                )  # fmt: skip
-        tl.debug_barrier()
-        best = mean * 0 - 1
-        for start in range(0, width + 1, BLOCK):
-            step = start + tl.arange(0, BLOCK)
-            found = tl.load(scores + step, mask=(step >= first) & (step <= last), other=-1.0)
-            best = tl.maximum(best, tl.max(found, 0))
-        chosen = width + 1
-        for start in range(0, width + 1, BLOCK):
-            step = start + tl.arange(0, BLOCK)
-            found = tl.load(scores + step, mask=(step >= first) & (step <= last), other=-1.0)
-            chosen = tl.minimum(chosen, tl.min(tl.where(found >= best - best * _TIE, step, width + 1), 0))
-        cut = tl.load(window + chosen, mask=chosen < width, other=0.0)
-        equal = width * 0
-        for start in range(0, width, BLOCK):
-            step = start + tl.arange(0, BLOCK)
-            v = tl.load(window + step, mask=step < width, other=-1.0)
-            equal += tl.sum(tl.where((step < chosen) & (v == cut), 1, 0), 0)
-        tl.store(tau + row, (n0 + 0.5).to(tl.int64) + chosen)
-        tl.store(cutpoint + row, cut)
-        tl.store(tied + row, equal.to(tl.int64))
-        tl.store(failed + row, tl.where(proved, 0, 1))
-    else:
-        tl.store(tau + row, width.to(tl.int64) * 0)
-        tl.store(cutpoint + row, top)
-        tl.store(tied + row, width.to(tl.int64) * 0)
-        tl.store(failed + row, width * 0)
-
-
-@triton.jit
-def _equal(
-    flat,
-    stride_row,
-    stride_pixel,
-    pixels,
-    span,
-    cutpoint,
-    tied,
-    equal,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Number of pixels of each chunk that equal the cut-off, for rows with tied pixels."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    count = tl.zeros([BLOCK], tl.int32)
-    if tl.load(tied + row) > 0:
-        cut = tl.load(cutpoint + row)
-        begin = chunk.to(tl.int64) * span
-        end = tl.minimum(begin + span, pixels)
-        for start in range(begin, end, BLOCK):
-            p, inside, _ = _pixels(flat, row, start, end, stride_row, stride_pixel, BLOCK, DTYPE)
-            count += tl.where(inside & (p == cut), 1, 0)
-    tl.store(equal + row * tl.num_programs(1) + chunk, tl.sum(count, 0))
-
-
-@triton.jit
-def _select(
-    flat, stride_row, stride_pixel, pixels, span, tau, cutpoint, tied, before, masks,
-    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The masks; `before` counts the pixels of earlier chunks that equal the cut-off."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    cut, missing = tl.load(cutpoint + row), tl.load(tied + row)
-    everything = tl.load(tau + row) == pixels
-    seen = tl.load(before + row * tl.num_programs(1) + chunk)
-    begin = chunk.to(tl.int64) * span
-    end = tl.minimum(begin + span, pixels)
-    for start in range(begin, end, BLOCK):
-        p, inside, place = _pixels(flat, row, start, end, stride_row, stride_pixel, BLOCK, DTYPE)
-        same = tl.where(inside & (p == cut), 1, 0)
-        rank = seen + tl.cumsum(same, 0)
-        seen += tl.sum(same, 0)
-        chosen = (p > cut) | ((same == 1) & (rank <= missing)) | everything
-        tl.store(masks + row * pixels + place, chosen.to(tl.int8), mask=inside)
 
 
 @lru_cache(maxsize=4)
@@ -506,33 +84,33 @@ def best_masks(
         return torch.empty(shape, dtype=dtype, device=device)
 
     total, peaks, bad = empty(*grid), empty(*grid, dtype=dtype), empty(*grid, dtype=torch.int32)
-    _statistics[grid](*source, span, total, peaks, bad, **read)
+    statistics_kernel[grid](*source, span, total, peaks, bad, **read)
     mean, peak = total.sum(1), peaks.amax(1)
     cut, volume, density, excess = empty(rows), empty(rows), empty(rows), empty(*grid)
-    _guess[(rows,)](*source, pixels // 4096 | 1, mean, cut, volume, density, SAMPLE=_SAMPLE, DICE=dice)
-    _excess[grid](*source, span, cut, excess, **read)
+    guess_kernel[(rows,)](*source, pixels // 4096 | 1, mean, cut, volume, density, SAMPLE=_SAMPLE, DICE=dice)
+    excess_kernel[grid](*source, span, cut, excess, **read)
     low, high = empty(rows, dtype=dtype), empty(rows, dtype=dtype)
     guess = (mean, peak, cut, volume, density, excess, low, high)
-    _bracket[(rows,)](*guess, least, chunks, DICE=dice, CHUNKS=_CHUNKS)
+    bracket_kernel[(rows,)](*guess, least, chunks, DICE=dice, CHUNKS=_CHUNKS)
     capacity = min(
         triton.next_power_of_2(pixels), max(_SMALLEST_WINDOW, triton.next_power_of_2(pixels // 64))
     )
     window = torch.zeros(rows, capacity, dtype=dtype, device=device)
     cursor = torch.zeros(rows, dtype=torch.int32, device=device)
     sums = empty(*grid, 10)
-    _gather[grid](*source, span, low, high, sums, window, cursor, capacity, **read)
+    gather_kernel[grid](*source, span, low, high, sums, window, cursor, capacity, **read)
     window = window.sort(dim=1, descending=True).values
     tau, tied = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.int64)
     cutpoint, failed = empty(rows, dtype=dtype), empty(rows, dtype=torch.int32)
     scores = empty(rows, capacity + 1)
     solution = (tau, cutpoint, tied, failed, capacity, pixels, least, peak, chunks)
     state = (window, cursor, sums, low, high, _table(device), scores)
-    _solve[(rows,)](*state, *solution, DICE=dice, CHUNKS=_CHUNKS, BLOCK=512, num_warps=8)
+    solve_kernel[(rows,)](*state, *solution, DICE=dice, CHUNKS=_CHUNKS, BLOCK=512, num_warps=8)
     equal = empty(*grid, dtype=torch.int32)
-    _equal[grid](*source, span, cutpoint, tied, equal, **read)
+    equal_kernel[grid](*source, span, cutpoint, tied, equal, **read)
     before = equal.cumsum(1) - equal
     masks = empty(rows, pixels, dtype=torch.bool)
-    _select[grid](*source, span, tau, cutpoint, tied, before, masks.view(torch.int8), **read)
+    select_kernel[grid](*source, span, tau, cutpoint, tied, before, masks.view(torch.int8), **read)
     cutpoint = cutpoint.to(flat.dtype).masked_fill(tau == pixels, 0)
 
     invalid, unproved = torch.stack([bad.any(), failed.any()]).tolist()  # the synchronisation

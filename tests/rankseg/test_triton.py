@@ -51,14 +51,14 @@ except ValueError as error:
 
 
 SIGNATURES = """
-_statistics flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 total=*fp64 peak=*fp32 bad=*i32
-_guess flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 step=i64 mean=*fp64 cut=*fp64 volume=*fp64 density=*fp64
-_excess flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 cut=*fp64 excess=*fp64
-_bracket mean=*fp64 peak=*fp32 cut=*fp64 volume=*fp64 density=*fp64 excess=*fp64 low=*fp32 high=*fp32 least=fp32 chunks=i32
-_gather flat=*fp16 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 low=*fp32 high=*fp32 sums=*fp64 window=*fp32 cursor=*i32 capacity=i32
-_equal flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 cutpoint=*fp32 tied=*i64 equal=*i32
-_select flat=*bf16 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 tau=*i64 cutpoint=*fp32 tied=*i64 before=*i64 masks=*i8
-_solve window=*fp32 cursor=*i32 sums=*fp64 low=*fp32 high=*fp32 table=*fp64 scores=*fp64 tau=*i64 cutpoint=*fp32 tied=*i64 failed=*i32 capacity=i32 pixels=i64 least=fp32 peak=*fp32 chunks=i32
+statistics_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 total=*fp64 peak=*fp32 bad=*i32
+guess_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 step=i64 mean=*fp64 cut=*fp64 volume=*fp64 density=*fp64
+excess_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 cut=*fp64 excess=*fp64
+bracket_kernel mean=*fp64 peak=*fp32 cut=*fp64 volume=*fp64 density=*fp64 excess=*fp64 low=*fp32 high=*fp32 least=fp32 chunks=i32
+gather_kernel flat=*fp16 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 low=*fp32 high=*fp32 sums=*fp64 window=*fp32 cursor=*i32 capacity=i32
+equal_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 cutpoint=*fp32 tied=*i64 equal=*i32
+select_kernel flat=*bf16 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 tau=*i64 cutpoint=*fp32 tied=*i64 before=*i64 masks=*i8
+solve_kernel window=*fp32 cursor=*i32 sums=*fp64 low=*fp32 high=*fp32 table=*fp64 scores=*fp64 tau=*i64 cutpoint=*fp32 tied=*i64 failed=*i32 capacity=i32 pixels=i64 least=fp32 peak=*fp32 chunks=i32
 """  # noqa: E501
 
 
@@ -70,17 +70,17 @@ def test_kernels_compile_for_a_card(line: str) -> None:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rankseg import triton_solver
+from rankseg import triton_kernels
 line = {line!r}.split()
-kernel, types = getattr(triton_solver, line[0]), dict(word.split("=") for word in line[1:])
-values = {{"BLOCK": 512 if line[0] == "_solve" else 1024, "SAMPLE": 8192, "CHUNKS": 64}}
-values["DTYPE"] = triton_solver.tl.float32
+kernel, types = getattr(triton_kernels, line[0]), dict(word.split("=") for word in line[1:])
+values = {{"BLOCK": 512 if line[0] == "solve_kernel" else 1024, "SAMPLE": 8192, "CHUNKS": 64}}
+values["DTYPE"] = triton_kernels.tl.float32
 for dice in (True, False) if "DICE" in kernel.arg_names else (True,):
     constants = {{name: value for name, value in (values | {{"DICE": dice}}).items() if name in kernel.arg_names}}
     signature = {{name: types.get(name, "constexpr") for name in kernel.arg_names}}
     places = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    options = {{"num_warps": 8}} if line[0] == "_solve" else {{}}
+    options = {{"num_warps": 8}} if line[0] == "solve_kernel" else {{}}
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
