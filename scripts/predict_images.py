@@ -46,7 +46,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.checkpoint import load
+from configs.checkpoint import check_classes, load
 from configs.cli import run_cli
 from configs.compose import options
 from configs.errors import UserError
@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found, notes = files.find(args.images, args.out)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    network, cfg, _ = load(args.resume, args.overrides)
+    network, cfg, checkpoint = load(args.resume, args.overrides)
     info = dataset_info(cfg, args.classes)
+    check_classes(checkpoint, info.classes, args.resume)
     default = "rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap"
     (name,) = args.predictor or [default]
     device = pick_device(args.device)

@@ -147,7 +147,7 @@ def test_fitted_rules_are_scored_stored_and_used_again(run: Path, tmp_path: Path
     )
     call(*score, cwd=tmp_path)
     assert json.loads((run / "last.fitted.json").read_text()) == fitted
-    folder = run / "results" / "calibrated_class_gate_fit"
+    folder = run / "results" / "of_last" / "calibrated_class_gate_fit"
     rules = ("T", "T_fit", "max", "rankdice", "rankiou", "pooled_dice", "auto")
     read = {rule: json.loads((folder / f"{rule}.json").read_text()) for rule in rules}
     for rule, record in read.items():
