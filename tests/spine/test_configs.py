@@ -12,7 +12,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from configs import build, stored
-from configs.cli import explain, remedy
+from configs.cli import add_remedy, explain
 from configs.compose import CONFIGS, GROUPS, compose, options, quote_overrides, unknown_key, unknown_option
 
 CHOICES = list(chain.from_iterable([(group, name) for name in options(group)] for group in GROUPS))
@@ -97,18 +97,23 @@ def test_what_hydra_reads_stays_as_it_is() -> None:
     assert quote_overrides(words) == words
     with pytest.raises(OverrideParseException) as caught:
         compose("train", ["validation=[T,"])
-    assert explain(caught.value) == "validation=[T, cannot be read: write key=value, and lists as 'key=[a,b]'"
+    assert (
+        explain(caught.value)
+        == "validation=[T, cannot be read. Fix: write key=value, and lists as 'key=[a,b]'."
+    )
 
 
 def test_what_the_system_says_comes_with_a_remedy() -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/last.pth")
-    assert remedy(full).startswith("/disk/last.pth: No space left on device: make room")
-    assert "change its rights" in remedy(PermissionError(errno.EACCES, "Permission denied", "/root/x"))
-    assert remedy(OSError(errno.ENOSPC, "No space left on device")).startswith(
+    assert add_remedy(full).startswith("/disk/last.pth: No space left on device: make room")
+    assert "change its permissions" in add_remedy(
+        PermissionError(errno.EACCES, "Permission denied", "/root/x")
+    )
+    assert add_remedy(OSError(errno.ENOSPC, "No space left on device")).startswith(
         "No space left on device: make"
     )
-    assert remedy(OSError("the line is broken")) == "the line is broken"
-    assert remedy(FileNotFoundError("x does not exist: mend it")) == "x does not exist: mend it"
+    assert add_remedy(OSError("the line is broken")) == "the line is broken"
+    assert add_remedy(FileNotFoundError("x does not exist: mend it")) == "x does not exist: mend it"
 
 
 def test_unknown_names_are_explained_in_one_line() -> None:
