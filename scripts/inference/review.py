@@ -81,6 +81,9 @@ def _read(path: Path) -> list[Row]:
     from trainers.text import read_csv
 
     try:
+        text = path.read_text(encoding="utf-8")
+        if text.partition("\n")[0] != ",".join(COLUMNS):
+            raise ValueError("another header")
         return [
             (
                 row["image"],
@@ -89,7 +92,7 @@ def _read(path: Path) -> list[Row]:
                 float(row["confidence"]),
                 float(row["lower_bound"]) if row["lower_bound"] else None,
             )
-            for row in read_csv(path.read_text(encoding="utf-8"))
+            for row in read_csv(text)
         ]
     except (ValueError, KeyError, TypeError, OSError, csv.Error):
         raise UserError(
