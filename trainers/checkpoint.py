@@ -52,6 +52,8 @@ def save(payload: dict[str, Any], path: Path, keep_as: Path | None = None) -> No
             _copy(path, keep_as)
         os.replace(temporary, path)
     except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into a RuntimeError
+        if "DataLoader worker" in str(error):  # torch raises it wherever the process is when a worker dies
+            raise
         reason = str(error).splitlines()[0]
         raise OSError(
             f"{path} could not be written ({reason}): is the disk full? The file before it is kept."

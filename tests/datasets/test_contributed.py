@@ -34,5 +34,5 @@ def test_the_data_set_of_the_instructions(root: Path, tmp_path: Path) -> None:
         ],
         copy,
     )
-    result = json.loads((copy / "saved/arrays/tiny/ce/seed0/results/T.json").read_text())
+    result = json.loads((copy / "saved/arrays/tiny/ce/seed0/results/of_last/T.json").read_text())
     assert result["images"] == ["0", "1"] and result["classes"] == ["background", "cell"]

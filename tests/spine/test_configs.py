@@ -42,7 +42,8 @@ def test_every_loss_is_built_with_its_protocol(name: str) -> None:
 
 
 def test_every_rule_is_built() -> None:
-    rules = build.rules(options("predictor"))
+    fitted = {"T_fit", "pooled_dice", "pooled_iou", "auto"}  # need the values of a checkpoint
+    rules = build.rules([name for name in options("predictor") if name not in fitted])
     assert set(rules) >= {"T", "max", "rankdice"}
 
 

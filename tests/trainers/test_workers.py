@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +14,6 @@ import pytest
 
 from models import read_checkpoint
 from tests.trainers.forked import SMALL, ForkServerProcess, begin, run_dir, wait_for
-from tests.trees import make_kvasir
 from trainers.checkpoint import Checkpoints
 
 ENDLESS = (*SMALL, "epochs=1000", "num_workers=2", "trainer.keep=1")
@@ -65,13 +66,21 @@ def test_a_worker_that_is_killed_ends_the_training(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
-    """A pipe that nobody writes to, in the place of an image, stands for a disk that stopped answering."""
-    root = make_kvasir(tmp_path, count=10)
-    data = ("dataset=kvasir_seg", f"dataset.root={root}", "dataset.crop=32", "dataset.num_images=null")
-    process = start(tmp_path / "saved", *data, "loader_timeout=2")
-    os.mkfifo(tmp_path / "pipe")
-    os.replace(tmp_path / "pipe", root / "images" / "cju000abc.jpg")
-    assert "gave nothing for 2 s" in ended(process, tmp_path / "saved")
+    """Stopped processes stand for a disk that does not answer; later they go on, so that they can end."""
+    process = start(tmp_path, "loader_timeout=2")
+    workers = workers_of(process)
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+
+    def proceed() -> None:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    timer = threading.Timer(15, proceed)
+    timer.start()
+    assert "2 s" in ended(process, tmp_path)
+    timer.cancel()
 
 
 @pytest.mark.slow
