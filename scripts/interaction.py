@@ -23,7 +23,7 @@ from configs.errors import UserError
 from scripts.analysis.scores import RuleScores, read_rule
 from scripts.analysis.statistics import mean_interval
 
-PROBABILITIES = {"raw": "results", "temperature": "results/calibrated"}
+PROBABILITIES = {"raw": "", "temperature": "calibrated"}
 MEASURES = (("NLL", "log_loss"), ("Brier", "brier"), ("ECE, %", "ece"))
 
 
@@ -56,7 +56,7 @@ def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[
                 f"{folder} holds no seed0, seed1, ... Fix: give the folder of a loss, with its seeds in it."
             )
         for kind, inner in PROBABILITIES.items():
-            read = {rule: [read_rule(seed / inner, rule) for seed in seeds] for rule in rules}
+            read = {rule: [read_rule(results_of(seed) / inner, rule) for seed in seeds] for rule in rules}
             cells = [spread([100 * mean(one.by_image().values()) for one in read[rule]]) for rule in rules]
             for name, key in MEASURES:
                 scale = 100 if "%" in name else 1
@@ -93,6 +93,12 @@ def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[
                     both = {image: one[image] - other[image] for image in one if image in other}
                     lines.append(f"| {rule}, {kind} | {interval(both)} |")
     return lines
+
+
+def results_of(run: Path) -> Path:
+    """Return the folder of the results of last.pth, or of best_model.pth if last.pth was not scored."""
+    last = run / "results" / "of_last"
+    return last if last.is_dir() else run / "results"
 
 
 def difference(baseline: RuleScores, rule: RuleScores) -> dict[str, float]:
