@@ -151,3 +151,25 @@ def test_a_sheet_has_the_tiles_of_a_row_at_a_readable_size(height: int, width: i
     first = picture[:, heading - 2 : heading - 2 + tall, 1:321].float()
     same = torch.nn.functional.interpolate(image[None].float(), (tall, 320), mode="area")[0]
     assert (first - same).abs().mean() < 12
+
+
+def test_a_clock_that_was_set_back_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads event files in the order of the dates in their names."""
+    first = Journal(tmp_path)
+    for step in (1, 2, 3):
+        first.log(step, "train", loss=1.0)
+    first.close()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    resumed = Journal(tmp_path, step=2)
+    for step in (3, 4):
+        resumed.log(step, "train", loss=2.0)
+    resumed.close()
+    seen = EventAccumulator(str(tmp_path / "tensorboard"))
+    seen.Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+        (4, 2.0),
+    ]
