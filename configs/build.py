@@ -108,12 +108,12 @@ def rule_node(name: str, cfg: DictConfig | None) -> Any:
 
 def is_ranking(node: Any) -> bool:
     """Return whether a rule's node is of a rule that maximises an expected score per image."""
-    return node._target_ in ("rankseg.rules.rankdice", "rankseg.rules.rankiou")
+    return node.get("_target_") in ("rankseg.rules.rankdice", "rankseg.rules.rankiou")
 
 
 def needs_fit(node: Any) -> bool:
-    """Return whether a rule's node lacks values that are fitted to a checkpoint."""
-    return str(node._target_).startswith("trainers.fitted.")
+    """Return whether a rule's node lacks values that are fitted to a checkpoint, or a function (rule auto)."""
+    return str(node.get("_target_", "trainers.fitted.")).startswith("trainers.fitted.")
 
 
 def threshold(cfg: DictConfig) -> float:

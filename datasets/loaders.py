@@ -28,7 +28,7 @@ from configs.errors import UserError
 from .base import DatasetError, Sample, SegmentationDataset
 
 NO_EPOCH = -1  # evaluation draws nothing at random
-PATIENCE = 10.0  # seconds after `timeout` for a batch that a worker has begun to hand over
+PATIENCE = 10.0  # seconds after `timeout` for a batch that a worker has started to hand over
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -193,7 +193,7 @@ class Loader:
                 self._note(faults)
                 yield from batches
             return
-        # A thread waits for the workers: one that is frozen while it hands over a tensor blocks whoever waits.
+        # A thread waits for the workers: one that is frozen while it hands over a tensor blocks the waiting thread.
         waiting, limit = ThreadPoolExecutor(1, "batches"), self.timeout + PATIENCE if self.timeout else None
         try:
             # The first time in the main thread: otherwise torch does not watch its workers.

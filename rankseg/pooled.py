@@ -97,7 +97,7 @@ class ProbabilityHistogram:
     def cutoffs(self, score: str = "dice", pruning: bool = True) -> Tensor:
         """Return the cut-off of each class, (C,) float64: `rankseg.threshold(probs, at=cutoffs)` makes the masks.
 
-        With `pruning`, a class whose probability exceeds 1/2 nowhere in the split is never selected: its cut-off is 1.
+        With `pruning`, a class whose probabilities never exceed 1/2 in the split is not selected: its cut-off is 1.
         As for `rankseg.rank_dice`, such a class is probably absent, and one pixel of it costs the whole score.
         """
         best = self.best(score)

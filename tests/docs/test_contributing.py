@@ -54,7 +54,8 @@ def test_model_and_loss_are_trained_and_scored(followed: tuple[Path, str]) -> No
     state = torch.load(smoke / "brier/seed0/last.pth", weights_only=True)
     assert state["config"]["choices"] | {"model": "plain", "loss": "brier"} == state["config"]["choices"]
     assert any(key.startswith("body.") for key in state["model"])
-    assert {path.stem for path in (smoke / "brier/seed0/results").glob("*.json")} >= {"T", "max", "rankdice"}
+    rules = {"T", "T_fit", "max", "rankdice", "rankiou", "pooled_dice"}
+    assert {path.stem for path in (smoke / "brier/seed0/results").glob("*.json")} == rules
     assert (smoke / "ce/seed0/best_model.pth").is_file()
 
 

@@ -41,6 +41,6 @@ def test_make_demo(root: Path, tmp_path: Path) -> None:
     said = follow(lines, copy_code(root, tmp_path))
     results = tmp_path / "saved/demo/synthetic/tiny/ce/seed0/results"
     dice = {path.stem: json.loads(path.read_text())["scores"]["mean_dice"] for path in results.glob("*.json")}
-    assert set(dice) >= {"T", "max", "rankdice"}
+    assert set(dice) == {"T", "T_fit", "max", "rankdice", "rankiou", "pooled_dice"}
     assert Image.open(tmp_path / "saved/demo/overview.png").width == 6 * (2 * 96 + 2)
     assert f"({100 * dice['T']:.2f}, " in said.replace("*", "")

@@ -221,7 +221,7 @@ def test_bad_files_are_named(results):
     with pytest.raises(ValueError, match="impossible counts 9, 8, 8"):
         read_rule(results, "T")
     (results / "T.csv").write_text(text.replace("b,0,6,8,8", "b,0,1,8,8"))
-    with pytest.raises(ValueError, match=r"mean Dice .*T.json"):
+    with pytest.raises(ValueError, match=r"T\.csv: .*mean Dice is 0\.5417.* T\.json has 0\.7500"):
         read_rule(results, "T")
     (results / "T.csv").write_text("image,class\na,0\n")
     with pytest.raises(ValueError, match="no column or key"):
@@ -267,7 +267,7 @@ def test_seeds_are_summed_up_by_mean_and_range_not_pooled(results, tmp_path, cap
             "data fingerprint f against g",
         ),
         ({"config_hash": "d"}, "configuration c against d"),
-        ({"seed": 0}, "seed 0"),
+        ({"seed": 0}, "seed 0 occurs twice"),
     ],
 )
 def test_runs_that_differ_in_more_than_the_seed_have_no_mean(results, tmp_path, capsys, change, words):

@@ -7,6 +7,7 @@ import os
 from itertools import chain
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from configs import build, stored
 from configs.cli import add_remedy, explain
 from configs.compose import CONFIGS, GROUPS, compose, options, quote_overrides, unknown_key, unknown_option
+from configs.errors import ConfigError
 
 CHOICES = list(chain.from_iterable([(group, name) for name in options(group)] for group in GROUPS))
 
@@ -42,8 +44,12 @@ def test_every_loss_is_built_with_its_protocol(name: str) -> None:
 
 
 def test_every_rule_is_built() -> None:
-    fitted = {"T_fit", "pooled_dice", "pooled_iou", "auto"}  # need the values of a checkpoint
-    rules = build.rules([name for name in options("predictor") if name not in fitted])
+    fitted = {"T_fit": {"at": 0.4, "gated": False}, "pooled_dice": {"at": [0.4]}, "pooled_iou": {"at": [0.4]}}
+    with pytest.raises(ConfigError, match="auto"):  # chooses among rules, so test.py has to score them first
+        build.rules(["auto"], fitted=fitted)
+    rules = build.rules([name for name in options("predictor") if name != "auto"], fitted=fitted)
+    masks = {name: rule(torch.full((1, 1, 2, 2), 0.45)) for name, rule in rules.items()}
+    assert all(masks[name].all() for name in fitted) and not masks["T"].any()
     assert set(rules) >= {"T", "max", "rankdice"}
 
 
@@ -114,7 +120,7 @@ def test_what_the_system_says_comes_with_a_remedy() -> None:
         "No space left on device: make"
     )
     assert add_remedy(OSError("the line is broken")) == "the line is broken"
-    assert add_remedy(FileNotFoundError("x does not exist: mend it")) == "x does not exist: mend it"
+    assert add_remedy(FileNotFoundError("x does not exist: fix it")) == "x does not exist: fix it"
 
 
 def test_unknown_names_are_explained_in_one_line() -> None:

@@ -79,7 +79,7 @@ def test_a_worker_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> No
 
     timer = threading.Timer(15, proceed)
     timer.start()
-    assert "2 s" in ended(process, tmp_path)
+    assert "gave no batch for 2 s" in ended(process, tmp_path)
     timer.cancel()
 
 
