@@ -127,17 +127,27 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a temporary file and rename it, so that no reader and no restart sees half of it."""
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``, with its suffix. It replaces ``path`` on success only.
+
+    No reader and no restart sees half of a file. An OSError that lacks a path gets that of the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         with name_file_in_errors(path):
-            # Names of files that are not UTF-8 are written with the bytes that they have.
-            temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
+            yield temporary
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file through a temporary one."""
+    with temporary_file(path) as temporary:
+        # Names of files that are not UTF-8 are written with the bytes that they have.
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -266,6 +266,19 @@ def _integrate(
 
 
 @triton.jit
+def _denominator(window, width, n0, c0, mean, volume, BLOCK: tl.constexpr, DICE: tl.constexpr):
+    """The mean denominator of the score at n0 + `volume` pixels."""
+    value = n0 + volume + mean
+    if not DICE:
+        inside = mean * 0
+        for start in range(0, width, BLOCK):
+            step, v = _values(window, start, width, BLOCK)
+            inside += tl.sum(tl.where(step < volume, v, 0.0), 0)
+        value -= c0 + inside
+    return value
+
+
+@triton.jit
 def solve_kernel(
     window, cursor, sums, low, high, table, scores, tau, cutpoint, tied, failed, capacity, pixels, least, peak, chunks,
     DICE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -324,13 +337,7 @@ def solve_kernel(
         proved = proved & ((right < 0) | (n0 + width == pixels)) & (largest <= mean * _NEGLIGIBLE)
         proved = proved & (count <= capacity)
         # Pixels before the first and behind the last wanted volume join the power sums if they are small enough.
-        inside = mean * 0
-        for start in range(0, width, BLOCK):
-            step, v = _values(window, start, width, BLOCK)
-            inside += tl.sum(tl.where(step < first, v, 0.0), 0)
-        begin = n0 + first + mean
-        if not DICE:
-            begin -= c0 + inside
+        begin = _denominator(window, width, n0, c0, mean, first, BLOCK, DICE)
         confident = width * 0
         for start in range(0, width, BLOCK):
             _, v = _values(window, start, width, BLOCK)
@@ -349,13 +356,7 @@ def solve_kernel(
             r2 += tl.sum(y * y, 0)
             r3 += tl.sum(y * y * y, 0)
             r4 += tl.sum(y * y * y * y, 0)
-        inside = mean * 0
-        for start in range(0, width, BLOCK):
-            step, v = _values(window, start, width, BLOCK)
-            inside += tl.sum(tl.where(step < last, v, 0.0), 0)
-        end = n0 + last + mean
-        if not DICE:
-            end -= c0 + inside
+        end = _denominator(window, width, n0, c0, mean, last, BLOCK, DICE)
         for band in range(_band(begin), _band(end) + 1):
             if band == 0:
                 _integrate(

@@ -30,7 +30,6 @@ from scripts.analysis.measure import (
     Key,
     by_size,
     chosen_cutoffs,
-    held_out_confidence,
     measure,
     variants,
 )
@@ -40,6 +39,7 @@ from trainers.journal import read_rows
 from trainers.losses import Link
 from trainers.reproducibility import provenance
 from trainers.results import file_sha256
+from trainers.selective import record_masks
 
 RULES = ("T", "max", "rankdice")
 
@@ -82,9 +82,11 @@ def report(args: argparse.Namespace, world: World) -> Path:
     on_validation = cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]
     known = None
     if not on_validation:
-        known = held_out_confidence(
-            network, held_out, rules["rankdice"], kinds["raw"], scoring, world, precision
+        record = record_masks(
+            network, held_out, rules["rankdice"], kinds["raw"], scoring, world, precision, "validation images"
         )
+        has_dice = ~record.dice().isnan()
+        known = record.signals()["expected Dice"][has_dice], record.dice()[has_dice]
 
     folder = args.out or path.resolve().parent / "report"
     groups = pick(findings, args.images)

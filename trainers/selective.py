@@ -195,7 +195,10 @@ def record_masks(
     rows: list[tuple[int, str]] = []
     counts: list[Counts] = []
     values: list[tuple[Tensor, ...]] = []
-    for batch, targets, logits in forward(model, batches, world, precision=precision, progress=progress):
+    passes = forward(
+        model, batches, world, precision=precision, progress=progress, unneeded=scoring.is_unneeded
+    )
+    for batch, targets, logits in passes:
         probs = getattr(rule, "to_probs", to_probs)(logits)
         masks = rule(probs)
         counts.append(count(masks, scoring.encode(targets)).to("cpu"))

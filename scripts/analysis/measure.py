@@ -152,32 +152,6 @@ def measure(
     )
 
 
-@torch.inference_mode()
-def held_out_confidence(
-    model: nn.Module,
-    batches: Iterable[Any],
-    rule: Predictor,
-    probabilities: Callable[[Tensor], Tensor],
-    scoring: Scoring,
-    world: World,
-    precision: str = "fp32",
-) -> tuple[Tensor, Tensor]:
-    """Return the expected Dice and the achieved Dice of validation images with a score, (N,) each."""
-    expected, achieved = [], []
-    unneeded = scoring.is_unneeded
-    passes = forward(
-        model, batches, world, precision=precision, progress="validation images", unneeded=unneeded
-    )
-    for _, targets, logits in passes:
-        probs = probabilities(logits)
-        masks = rule(probs)
-        expected.append(batch_confidences(probs, masks, scoring)[EXPECTED])
-        dice = count(masks, scoring.encode(targets)).dice()
-        achieved.append(mean_over_classes(dice, scoring.scored).cpu())
-    found, dice = torch.cat(expected), torch.cat(achieved)
-    return found[~dice.isnan()], dice[~dice.isnan()]
-
-
 def batch_confidences(probs: Tensor, masks: Tensor, scoring: Scoring) -> dict[str, Tensor]:
     """Return each of `CONFIDENCES` for the images of a batch, (N,) float64; higher is surer."""
     scored = list(scoring.scored)

@@ -5,19 +5,18 @@ Shapes: C classes, *S spatial axes.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from configs.errors import UserError
+from configs.files import temporary_file
 
 SUFFIXES = (".npy", ".npz", ".nii.gz", ".nii", ".tif", ".tiff")
 LABEL_SUFFIXES = (*SUFFIXES, ".png")
@@ -156,25 +155,10 @@ def _read_nifti(path: Path, folder: Path, classes_last: bool) -> np.ndarray:
     return array
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path with the same suffix; on success it becomes ``path``, on failure it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_array(array: np.ndarray, path: Path, geometry: Any, key: str) -> None:
     """Write labels (*S) or masks (C, *S) in the format of the path's suffix; ``key`` names them in an .npz."""
     suffix = suffix_of(path)
-    with replacing(path) as temporary:
+    with temporary_file(path) as temporary:
         if suffix == ".npy":
             with temporary.open("wb") as file:
                 np.save(file, array)

@@ -6,11 +6,10 @@ that apply it and readers that ignore it both see a mask over its object. Only o
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from configs import build
 from configs.errors import UserError
-from configs.files import write_json
+from configs.files import temporary_file, write_json
 from datasets import DatasetError, Folder
 from datasets.base import DatasetInfo
 from datasets.decode import (
@@ -162,18 +161,6 @@ def save_png(image: Image.Image, path: Path, orientation: int = 1) -> None:
         exif[EXIF_ORIENTATION] = orientation
     with temporary_file(path) as temporary:
         image.save(temporary, format="PNG", exif=exif if orientation != 1 else None)
-
-
-@contextlib.contextmanager
-def temporary_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``. It replaces ``path`` on success, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from configs.checkpoint import load
 from configs.cli import run_cli
 from configs.compose import GROUPS, compose
 from configs.errors import UserError
+from configs.files import temporary_file
 from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
 from datasets.decode import EXIF_ORIENTATION
@@ -190,7 +191,7 @@ def test_an_overlay_in_bands_is_the_overlay_at_once(tmp_path: Path, monkeypatch:
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_text("before")
-    with pytest.raises(KeyboardInterrupt), files.temporary_file(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), temporary_file(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["x.png"]
