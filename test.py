@@ -115,6 +115,7 @@ def score(args: argparse.Namespace, world: World) -> None:
     list_skipped(loader.skipped)
     details = {
         **build.describe(cfg, data, cfg.split),
+        "contents": data.checksum(),
         "link": criterion.link,
         **fitter.describe_calibration(),
         "correct_focal": cfg.correct_focal,
@@ -127,8 +128,8 @@ def score(args: argparse.Namespace, world: World) -> None:
         },
         "provenance": provenance(ROOT),
     }
-    # Values that differ between the seeds of one experiment.
-    free = {"seed", "checkpoint", "provenance"}
+    # Values that differ between the seeds of one experiment, or that records of an earlier version lack.
+    free = {"seed", "checkpoint", "provenance", "contents"}
     free |= {"temperature", "calibration"} if fitter.kind != "none" else set()
     details["config_hash"] = fingerprint({k: v for k, v in details.items() if k not in free})
     for name, result in results.items():

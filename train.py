@@ -45,7 +45,8 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
     seed_everything(cfg.seed, cfg.trainer.deterministic)
     train_set, val_set = build.dataset(cfg, "train"), build.dataset(cfg, "val")
     prints = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
-    identity = {"classes": list(train_set.info.classes), "data": prints}
+    contents = {"train": train_set.checksum(), "val": val_set.checksum()}
+    identity = {"classes": list(train_set.info.classes), "data": prints, "contents": contents}
     checkpoint = newest_of_same_data(checkpoints, identity)
 
     network = build.model(cfg).to(world.device)  # before the images are verified, as weights may be missing

@@ -1,4 +1,4 @@
-"""Read and write small files: YAML and JSON within bounds, and writes that never leave half a file.
+"""Read and write small files: text, YAML and JSON within bounds, and writes that never leave half a file.
 
 Every package may import this module. It imports nothing of the project but the errors.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from configs.errors import BusyError, UserError
 
 MAX_YAML_BYTES = 4 << 20
-MAX_JSON_BYTES = 256 << 20
+MAX_TEXT_BYTES = 256 << 20  # of JSON, CSV and split files
 MAX_DEPTH = 24
 MAX_ITEMS = 5_000_000
 
@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> Any:
             expand to billions of items).
         OSError: the file cannot be read.
     """
-    return parse_yaml(_read_text(path, MAX_YAML_BYTES), str(path))
+    return parse_yaml(read_text(path, MAX_YAML_BYTES), str(path))
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -60,29 +60,65 @@ def read_json(path: Path) -> Any:
     """Read a JSON file that may come from anywhere.
 
     Raises:
-        UserError: the file is not JSON, too large or too deeply nested.
+        UserError: the file is not JSON, too large, too deeply nested, or holds NaN or infinity, which JSON has not.
         OSError: the file cannot be read.
     """
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, source: str) -> Any:
+    """Parse JSON within the same bounds; ``source`` names it in messages."""
     try:
-        content = json.loads(_read_text(path, MAX_JSON_BYTES))
+        content = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}. Fix: remove the file or restore it.") from error
-    check_plain(content, str(path))
+        raise UserError(
+            f"{source} is not valid JSON: {error}. Fix: remove the file or restore it."
+        ) from error
+    check_plain(content, source)
     return content
 
 
-def _read_text(path: Path, max_bytes: int) -> str:
-    """Read a regular UTF-8 file, with or without a byte-order mark."""
+def _not_finite(text: str) -> float:
+    raise ValueError(f"{text[:20]} is not a finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_finite(text)
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
+    """Read a regular UTF-8 file within bounds, with or without a byte-order mark; line ends stay as they are.
+
+    Args:
+        path: the file.
+        max_bytes: the largest size that is read.
+        errors: ``surrogateescape`` also reads names of files that are not UTF-8; see ``bytes.decode``.
+
+    Raises:
+        UserError: the file is not a regular one, too large or not UTF-8.
+        OSError: the file cannot be read.
+    """
+    try:
+        return read_bytes(path, max_bytes).decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}). Fix: save it as UTF-8.") from error
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """Read a regular file within bounds. A pipe, which could make the reader wait for ever, is rejected.
+
+    Raises:
+        UserError: the file is not a regular one, or larger than ``max_bytes``.
+        OSError: the file cannot be read.
+    """
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file. Fix: give the path of a file.")
     if path.stat().st_size > max_bytes:
         raise UserError(f"{path} has {path.stat().st_size} bytes, more than {max_bytes}. Fix: shorten it.")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}). Fix: save it as UTF-8.") from error
+    return path.read_bytes()
 
 
 def check_plain(value: Any, source: str, max_items: int = MAX_ITEMS, max_depth: int = MAX_DEPTH) -> None:
@@ -202,7 +238,7 @@ def lock_file(path: Path, doing: str, patience: float = 10.0) -> Any:
 def _holder(path: Path) -> str:
     """Return the process that wrote itself into the file; on a shared disk it may be on another machine."""
     try:
-        pid, host = path.read_text(encoding="utf-8").split()
+        pid, host = read_text(path, 1000).split()
     except (OSError, ValueError):
         return ""
     return f" (pid {pid})" if host == socket.gethostname() else f" (pid {pid} on {host})"

@@ -240,6 +240,7 @@ class Fitter:
         return {
             "split": self.cfg.dataset.splits[split],
             "fingerprint": data.fingerprint(),
+            "contents": data.checksum(),
             "num_images": len(data),
         }
 

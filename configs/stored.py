@@ -321,20 +321,21 @@ def check_same_data(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
     """Raise ConfigError if a run was trained on other classes or images.
 
     Args:
-        before, now: ``classes`` (names) and ``data`` (fingerprints of splits). What ``before`` lacks, as older
-            checkpoints do, is not compared.
+        before, now: ``classes`` (names), ``data`` (fingerprints of splits) and ``contents`` (checksums of splits).
+            What ``before`` lacks, as older checkpoints do, is not compared.
     """
     old, new = before.get("classes"), now["classes"]
     if old and list(old) != list(new):
         raise ConfigError(_another_run(folder, f"the classes [{', '.join(old)}], not [{', '.join(new)}]"))
-    data = before.get("data")
-    changed = [
-        f"{split}: {data[split]} -> {new}"
-        for split, new in now["data"].items()
-        if isinstance(data, dict) and split in data and data[split] != new
-    ]
-    if changed:
-        raise ConfigError(_another_run(folder, f"other images (fingerprint of {'; '.join(changed)})"))
+    for key, what in (("data", "other images (fingerprint"), ("contents", "other masks or images (checksum")):
+        known = before.get(key)
+        changed = [
+            f"{split}: {known[split]} -> {new}"
+            for split, new in now[key].items()
+            if isinstance(known, dict) and split in known and known[split] != new
+        ]
+        if changed:
+            raise ConfigError(_another_run(folder, f"{what} of {'; '.join(changed)})"))
 
 
 def _another_run(folder: Path, what: str) -> str:

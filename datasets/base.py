@@ -139,6 +139,13 @@ class SegmentationDataset(Dataset):
         """Return a short hash of the data set, cheap enough to store with every run."""
         return digest([self.info.name, *self.names])
 
+    def checksum(self) -> str:
+        """Return a short hash of the contents: it changes with any label, also under the same names and sizes.
+
+        A data set that is made from its settings need not override this.
+        """
+        return digest([self.fingerprint(), self.info])
+
 
 def spread(total: int, sample: int | None) -> list[int]:
     """Return `sample` indices spread evenly over range(total), or all of them."""

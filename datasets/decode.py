@@ -21,6 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from configs.errors import UserError
+from configs.files import read_bytes
+
 from . import DatasetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -136,7 +139,10 @@ def read_split(path: Path) -> list[str]:
 
     The text may be UTF-8 with or without a byte-order mark, UTF-16 with one, or Latin-1.
     """
-    raw = path.read_bytes()
+    try:
+        raw = read_bytes(path)
+    except UserError as error:
+        raise DatasetError(str(error)) from error
     try:
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             text = raw.decode("utf-16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from torchvision import tv_tensors
 
 from .base import DatasetError, SegmentationDataset, digest, spread
 from .decode import ImageFolder, decode_image, decode_mask, is_deep, open_image, orientation_of
+
+END_BYTES = 32 << 10  # of a large image that enter the checksum, at each end
 
 
 class Pair(NamedTuple):
@@ -62,6 +65,7 @@ class PairedDataset(SegmentationDataset):
             raise self.missing(f"no image of split {split!r} was found under {self.root}{more}")
         self.names = [pair.name for pair in self.pairs]
         self._labels_seen: set[int] | None = None
+        self._checksum: str | None = None
 
     def find_pairs(self) -> list[Pair]:
         """Return the pairs of this split in a fixed order, from `match` if folders are listed."""
@@ -205,6 +209,36 @@ class PairedDataset(SegmentationDataset):
         for pair in self.pairs:
             parts += [pair.name, file_size(pair.image), file_size(pair.mask)]
         return digest(parts)
+
+    def checksum(self) -> str:
+        """Return a hash of the bytes of every mask, of samples of every image, and of the meaning of raw labels.
+
+        Masks are small: 3 000 of Cityscapes are read in seconds. Images are read at both ends (see `file_checksum`).
+        """
+        if self._checksum is None:
+            parts = [self.fingerprint(), self.info, sorted(self.table.mapping.items())]
+            for pair in self.pairs:
+                parts += [file_checksum(pair.image, END_BYTES), file_checksum(pair.mask)]
+            self._checksum = digest(parts)
+        return self._checksum
+
+
+def file_checksum(path: Path, end: int | None = None) -> int:
+    """Return the CRC-32 of a file, or of its first and last `end` bytes; -1 if it cannot be read.
+
+    The checksums that end a PNG, and the entropy code of a JPEG, carry a change of any pixel to the file's end.
+    """
+    try:
+        if not path.is_file():  # opening a pipe could wait for ever
+            return -1
+        with path.open("rb") as file:
+            if end is None or path.stat().st_size <= 2 * end:
+                return zlib.crc32(file.read())
+            start = zlib.crc32(file.read(end))
+            file.seek(-end, 2)
+            return zlib.crc32(file.read(end), start)
+    except OSError:
+        return -1
 
 
 def readable(paths: Iterable[Path], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:

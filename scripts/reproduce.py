@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from configs.errors import (
     Interrupted,
     TrainingError,
 )
+from configs.files import read_json
 from scripts import ROOT
 from scripts.grid.running import Display, call, format_time
 from scripts.grid.runs import Run, load_runs
@@ -237,7 +237,7 @@ def _format_scores(run: Run, plan: ScoringPlan) -> str:
     _, folder, _ = next(plan.evaluations(run))
     parts = []
     for rule in plan.rules:
-        record = json.loads((run.folder / folder / f"{rule}.json").read_text(encoding="utf-8"))
+        record = read_json(run.folder / folder / f"{rule}.json")
         parts.append(f"{rule} {100 * (record['scores']['mean_dice'] or 0):.2f}")
     return "mDice " + "  ".join(parts)
 

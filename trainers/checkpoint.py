@@ -8,7 +8,8 @@ A checkpoint is a dict of plain containers and tensors, so that ``torch.load(wei
     epoch      epochs finished
     score      the monitored score of the last validation, or None
     classes    names of the classes, in the order of the network's outputs
-    data       fingerprints of the training and validation images
+    data       fingerprints of the training and validation images: names and sizes
+    contents   checksums of their contents
     training   optimizer, scaler, progress, random generators: what resuming needs
 """
 
@@ -89,9 +90,11 @@ def _sync_directory(folder: Path) -> None:
 
 def epoch_of(path: Path) -> int:
     """Return how many epochs a checkpoint has finished without reading its tensors; -1 if it cannot be read."""
+    if not path.is_file():
+        return -1
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
-    except Exception:  # missing, damaged, or of another kind
+    except Exception:  # damaged, or of another kind
         return -1
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.files import finite_or_none, name_file_in_errors, write_text
+from configs.errors import UserError
+from configs.files import finite_or_none, name_file_in_errors, parse_json, read_text, write_text
 
 
 class Journal:
@@ -151,10 +152,10 @@ def _clean(name: str) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a ``metrics.jsonl`` up to the first invalid line: a crash cuts off the last one."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in read_text(path, errors="replace").splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line, str(path))
+        except UserError:
             break
         if not (isinstance(row, dict) and {"step", "kind"} <= set(row) and type(row["step"]) is int):
             break

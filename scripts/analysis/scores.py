@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.files import read_json
+from configs.files import read_json, read_text
 from scripts.analysis.statistics import RESAMPLES, describe_differences, mean_interval
 from scripts.tables.results import group_seeds, parse_result, short_variant, variant_of
 from trainers.text import read_csv
@@ -87,12 +87,11 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
     try:
         record = read_json(sidecar)
         stated = record["scores"]["mean_dice"]
-        with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for row in read_csv(file.read()):
-                key = (row["image"], int(row["class"]))
-                if key in scores:
-                    raise UserError(f"image {key[0]}, class {key[1]} occurs twice")
-                scores[key] = _score(row, metric)
+        for row in read_csv(read_text(table, errors="surrogateescape")):
+            key = (row["image"], int(row["class"]))
+            if key in scores:
+                raise UserError(f"image {key[0]}, class {key[1]} occurs twice")
+            scores[key] = _score(row, metric)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         detail = f"no column or key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{table} and {sidecar.name} cannot be read: {detail}. Fix: score again.") from None
@@ -132,8 +131,7 @@ def read_groups(text: str, images: Sequence[str]) -> dict[str, str]:
     """
     path = Path(text)
     if path.is_file():
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = list(read_csv(file.read()))
+        rows = list(read_csv(read_text(path, errors="surrogateescape")))
         if rows and not {"image", "group"} <= rows[0].keys():
             raise UserError(
                 f"--group {path}: expected the columns image and group, found {', '.join(rows[0])}."

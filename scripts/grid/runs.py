@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from configs import stored
 from configs.build import absolute_root
 from configs.compose import CONFIGS, quote_overrides
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
+from configs.files import read_text
 from configs.values import check_values
 from trainers.checkpoint import epoch_of
 from trainers.journal import read_rows
@@ -68,7 +69,10 @@ class Run:
         if not path.exists() or not all(file.exists() for file in files):
             return False
         digest = file_sha256(path)
-        return all(digest in file.read_text(encoding="utf-8") for file in files)
+        try:
+            return all(digest in read_text(file) for file in files)
+        except UserError:  # damaged: it is written again
+            return False
 
     def record(self, target: Path, root: Path) -> int:
         """Copy the run's small files to ``target/<dataset>/<model>/<loss>/seed<k>``; return how many.
@@ -80,12 +84,12 @@ class Run:
             paths.add(str(Path(self.cfg.dataset.root).expanduser().resolve()))
         sources = sorted(path for pattern in RECORDED for path in self.folder.glob(pattern))
         for path in sources:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, errors="surrogateescape")
             for absolute in sorted(paths, key=len, reverse=True):
                 text = text.replace(absolute, os.path.relpath(absolute, root))
             copy = target / str(self) / path.relative_to(self.folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(text, encoding="utf-8")
+            copy.write_text(text, encoding="utf-8", errors="surrogateescape")
         return len(sources)
 
 

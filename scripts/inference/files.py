@@ -6,7 +6,6 @@ that apply it and readers that ignore it both see a mask over its object. Only o
 
 from __future__ import annotations
 
-import json
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from configs import build
 from configs.errors import UserError
-from configs.files import temporary_file, write_json
+from configs.files import read_json, temporary_file, write_json
 from datasets import DatasetError, Folder
 from datasets.base import DatasetInfo
 from datasets.decode import (
@@ -260,7 +259,7 @@ def _real_path(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (ValueError, TypeError):
         raise UserError(f"{path} is not what was written there: remove it, or choose another --out") from None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.files import write_text
+from configs.files import read_text, write_text
 from rankseg.confidence import absence, confidence
 from trainers.text import csv_text
 
@@ -81,8 +81,8 @@ def _read(path: Path) -> list[Row]:
     from trainers.text import read_csv
 
     try:
-        text = path.read_text(encoding="utf-8")
-        if text.partition("\n")[0] != ",".join(COLUMNS):
+        text = read_text(path)
+        if text.partition("\n")[0].rstrip("\r") != ",".join(COLUMNS):
             raise ValueError("another header")
         return [
             (

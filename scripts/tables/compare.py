@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from configs.errors import UserError
+from configs.files import read_yaml
 from scripts.tables.layout import DATASETS, Cell, Table, missing
 from scripts.tables.ours import Groups, Notes, our_cell
 from scripts.tables.published import COLUMNS, Published, PublishedCell, heads, marks, notes, row_labels
@@ -116,7 +115,7 @@ def read_expected(configs: Path) -> list[Expected]:
     """Return the `expected:` blocks of all experiments."""
     found = []
     for path in sorted((configs / "experiment").rglob("*.yaml")):
-        block = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("expected")
+        block = (read_yaml(path) or {}).get("expected")
         if block:
             try:
                 found.append(Expected(path=path, **block))

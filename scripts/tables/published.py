@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.files import read_json
 from scripts import ROOT
 from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Note, Table, label
 
@@ -78,7 +78,7 @@ def load_published(folder: Path = FOLDER) -> Published:
     """Read cells, logs and errata."""
     with open(folder / "cells.csv", newline="", encoding="utf-8") as file:
         cells = tuple(_cell(row) for row in csv.DictReader(file))
-    logs = {log["id"]: log for log in json.loads((folder / "logs.json").read_text(encoding="utf-8"))}
+    logs = {log["id"]: log for log in read_json(folder / "logs.json")}
     errata = tuple(
         Erratum(
             item["mark"],
@@ -88,7 +88,7 @@ def load_published(folder: Path = FOLDER) -> Published:
             tuple(item.get("spoils", ())),
             tuple(item["select"]),
         )
-        for item in json.loads((folder / "errata.json").read_text(encoding="utf-8"))
+        for item in read_json(folder / "errata.json")
     )
     return Published(cells, logs, errata)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.files import read_json, read_yaml
+from configs.files import read_json, read_text, read_yaml
 from configs.stored import NON_RESULT_KEYS
 from trainers.metrics import PAPER_EPSILON
 from trainers.text import read_csv
@@ -137,17 +137,16 @@ def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
     paper = record["protocol"] == "paper"
     epsilon = PAPER_EPSILON if paper else 0.0
     images: dict[str, dict[int, tuple[float, float]]] = {}
-    with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        for row in read_csv(file.read()):
-            inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
-            scores = images.setdefault(row["image"], {})
-            if not 0 <= inter <= min(predicted, actual) or not predicted + actual:
-                raise UserError(f"{table}: impossible counts for image {row['image']}.")
-            if int(row["class"]) in scores:
-                raise UserError(f"{table}: image {row['image']}, class {row['class']} occurs twice.")
-            total = predicted + actual
-            union = total if record.get("legacy_bce_iou") else total - inter
-            scores[int(row["class"])] = 2 * inter / (total + epsilon), inter / (union + epsilon)
+    for row in read_csv(read_text(table, errors="surrogateescape")):
+        inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
+        scores = images.setdefault(row["image"], {})
+        if not 0 <= inter <= min(predicted, actual) or not predicted + actual:
+            raise UserError(f"{table}: impossible counts for image {row['image']}.")
+        if int(row["class"]) in scores:
+            raise UserError(f"{table}: image {row['image']}, class {row['class']} occurs twice.")
+        total = predicted + actual
+        union = total if record.get("legacy_bce_iou") else total - inter
+        scores[int(row["class"])] = 2 * inter / (total + epsilon), inter / (union + epsilon)
     unknown = images.keys() - set(record["images"])
     if unknown:
         raise UserError(f"{table}: image {min(unknown)} is not in the record.")
@@ -182,6 +181,7 @@ def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
         iou=_percent(scores, "mean_iou"),
         identity={
             "data fingerprint": data["fingerprint"],
+            "data contents": record.get("contents"),
             "number of images": data["num_images"],
             "link": record.get("link"),
             "scored classes": record.get("scored"),
@@ -283,6 +283,8 @@ def group_seeds(results: Iterable[Result]) -> dict[tuple[str, ...], Group]:
 def difference(one: Result, other: Result) -> str:
     """Return the differences, other than the seed, that forbid a common average; "" if there are none."""
     unlike = [key for key, value in one.identity.items() if value != other.identity[key]]
+    if None in (one.identity["data contents"], other.identity["data contents"]):  # of an earlier version
+        unlike = [key for key in unlike if key != "data contents"]
     keys = []
     if one.config and other.config:  # its keys say more than its hash
         keys = [key for key in one.config | other.config if one.config.get(key) != other.config.get(key)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,48 @@ def test_the_fingerprint_tells_data_apart(tmp_path):
     path = KvasirSEG(root, "train").pairs[0].mask
     path.write_bytes(path.read_bytes() + b"\0")
     assert before != KvasirSEG(root, "train").fingerprint()
+
+
+def swap(one: Path, other: Path) -> None:
+    """Exchange the contents of two files of one size."""
+    contents = one.read_bytes(), other.read_bytes()
+    assert len(contents[0]) == len(contents[1]) and contents[0] != contents[1]
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+
+
+def test_the_checksum_tells_contents_apart(tmp_path):
+    """Masks under the same names with the same sizes, another meaning of labels, and pixels of an image."""
+    root = make_folder(tmp_path)
+    for path in [*(root / "masks").iterdir()]:  # without compression, all have one size
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".bmp"))
+        path.unlink()
+    noise = np.random.default_rng(0)
+    for pair in Folder(root, "train").pairs[:2]:
+        big = noise.integers(0, 256, (200, 300, 3), dtype=np.uint8)  # larger than both ends that are read
+        Image.fromarray(big).save(pair.image.with_suffix(".png"))
+        pair.image.unlink()
+
+    def checksum() -> str:
+        return Folder(root, "train").checksum()
+
+    first, second = Folder(root, "train").pairs[:2]
+    names_and_sizes, seen = Folder(root, "train").fingerprint(), [checksum()]
+    assert checksum() == seen[0] != Folder(root, "val").checksum()
+    swap(first.mask, second.mask)
+    seen.append(checksum())
+    swap(first.image, second.image)
+    seen.append(checksum())
+    assert Folder(root, "train").fingerprint() == names_and_sizes
+    table = "classes: [{name: background, value: 1}, {name: lesion, value: 0}]\n"
+    (root / "classes.yaml").write_text(table)  # the same names
+    seen.append(checksum())
+    (root / "classes.yaml").write_text(table + "mean: [0.5, 0.5, 0.5]\n")
+    seen.append(checksum())
+    first.mask.unlink()
+    seen.append(checksum())
+    assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.parametrize("layout", ["released", "files", "split"])

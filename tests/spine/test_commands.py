@@ -12,10 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.trainers.forked import ROOT, begin
+from tests.trees import make_folder
 
 SMALL = ("experiment=smoke", "trainer.panels=1")
 
@@ -87,6 +90,31 @@ def test_the_same_command_again_does_nothing(trained: Path, run: Path) -> None:
 def test_another_configuration_in_the_same_place_is_refused(trained: Path) -> None:
     done = call("train.py", *SMALL, f"save_dir={trained}", "optimizer.lr=0.5", cwd=trained, expect=2)
     assert "optimizer.lr: 0.002 -> 0.5" in done.stderr and "suffix=" in done.stderr
+
+
+def test_other_masks_under_the_same_names_are_another_run(tmp_path: Path) -> None:
+    """Masks of the same names and sizes; then another meaning of the values in them."""
+    root = make_folder(tmp_path)
+    table, mask = root / "classes.yaml", root / "masks" / "case0.png"
+    with Image.open(mask) as image:
+        before = np.array(image)
+    Image.fromarray(before).save(mask, compress_level=0)  # one size, whatever it holds
+    train = [
+        "train.py",
+        "dataset=folder",
+        f"dataset.root={root}",
+        "dataset.num_classes=2",
+        "model=tiny",
+        "epochs=1",
+    ]
+    train += ["dataset.crop=32", "trainer.panels=0", f"save_dir={tmp_path}/saved"]
+    call(*train, cwd=tmp_path)
+    Image.fromarray(1 - before).save(mask, compress_level=0)
+    assert "checksum of train" in call(*train, cwd=tmp_path, expect=2).stderr
+    Image.fromarray(before).save(mask, compress_level=0)
+    assert "finished before" in call(*train, cwd=tmp_path).stdout
+    table.write_text("classes: [{name: background, value: 1}, {name: lesion, value: 0}]\n")
+    assert "checksum of train" in call(*train, cwd=tmp_path, expect=2).stderr
 
 
 def test_testing_equals_the_validation_inside_training(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,14 @@ from configs.checkpoint import load, read_state
 from configs.compose import compose
 from configs.errors import UserError
 from configs.files import read_json, read_yaml
+from datasets.decode import read_split
+from datasets.folder import read_class_table
 from models import CheckpointError, TinyUNet, load_state, read_checkpoint
+from scripts.inference.files import settle
+from scripts.inference.review import Review
+from scripts.tables.results import scores_from_counts
 from trainers.checkpoint import save
+from trainers.journal import read_rows
 
 CHOICES = {
     "dataset": "folder", "model": "tiny", "loss": "focal", "optimizer": "adamw", "schedule": "poly",
@@ -224,11 +231,42 @@ def test_yaml_is_bounded(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "{", '"\ud800'])
+BAD_JSON = [
+    "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "{", '"\ud800', "NaN", '{"a": [-Infinity]}', "1e999", "9" * 6000, ""
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_JSON, ids=range(len(BAD_JSON)))
 def test_json_is_bounded(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text, errors="surrogatepass")
     with pytest.raises(UserError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "config.yaml": stored.read_config,
+    "a.json": read_json,
+    "classes.yaml": lambda path: read_class_table("mine", path),
+    "train.txt": read_split,
+    "metrics.jsonl": read_rows,
+    "predict.json": lambda path: settle(path.parent, {"rule": "T"}, {}, {}, force=False),
+    "review.csv": lambda path: Review(path, ["a"], [0], {}),
+    "T.csv": lambda path: scores_from_counts(path, {"protocol": "paper", "images": []}),
+    "last.pth": read_checkpoint,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_reader_waits_for_a_pipe_or_reads_without_end(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        READERS[name](path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(300 << 20)  # sparse: it takes no room
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        READERS[name](path)
 
 
 @pytest.fixture(scope="module")

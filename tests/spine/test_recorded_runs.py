@@ -6,6 +6,7 @@ and 5 are all void and make a batch of their own (which is skipped); image 2 is 
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ from tests import recipe
 from trainers.distributed import World
 from trainers.evaluator import evaluate
 from trainers.forward import ToProbs
-from trainers.metrics import PAPER_EPSILON, mean_over_classes
+from trainers.metrics import PAPER_EPSILON, Counts, mean_over_classes
 from trainers.results import EvalResult
 
 pytestmark = pytest.mark.golden
@@ -120,12 +121,17 @@ def network(checkpoint: Path) -> Iterator[Remembering]:
         yield remembering
 
 
-def run(checkpoint: Path, voc: Path, case: tuple[str, float, float]) -> dict[str, EvalResult]:
-    """What test.py does between reading its arguments and writing results."""
+def overrides(voc: Path, case: tuple[str, float, float]) -> list[str]:
+    """The command line of a recorded run, without checkpoint and rules."""
     loss, temperature, threshold = case
     settings = {"loss": LOSSES[loss], "dataset.root": voc, "temperature": temperature, "threshold": threshold}
     settings |= {f"protocol.{fault}": "true" for fault in FAULTS.get(loss, ())}
-    network, cfg, _ = load(checkpoint, [f"{key}={value}" for key, value in settings.items()])
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def run(checkpoint: Path, voc: Path, case: tuple[str, float, float]) -> dict[str, EvalResult]:
+    """What test.py does between reading its arguments and writing results."""
+    network, cfg, _ = load(checkpoint, overrides(voc, case))
     assert (cfg.protocol.name, cfg.batch_size, cfg.dataset.eval_crop) == ("paper", 2, 64)
     data = build.dataset(cfg, cfg.split)
     rules = build.rules(RUNS[case], cfg)
@@ -156,6 +162,24 @@ def same_scores(ours: dict[str, Any], theirs: dict[str, Any], atol: float) -> No
         assert got == pytest.approx(wanted, abs=atol, nan_ok=True), key
 
 
+def same_images(
+    counts: Counts, scored: tuple[int, ...], theirs: dict[str, Any], loss: str, rule: str
+) -> None:
+    """Every recorded value of every image. Rules that compare single pixels may differ by a few (see PAIRS)."""
+    halved = "legacy_bce_iou" in FAULTS.get(loss, ())
+    images = {
+        "mDice": mean_over_classes(counts.dice(PAPER_EPSILON), scored),
+        "mIoU": mean_over_classes(counts.iou(PAPER_EPSILON, legacy_bce_iou=halved), scored),
+    }
+    if counts.pixels.any():
+        images["pixAcc"] = counts.pixel_accuracy(PAPER_EPSILON)
+    for key, ours in images.items():
+        pixels = 21 * (1 if key == "pixAcc" and rule not in EXACT else 0) + 2
+        wanted = [float(value) for value in theirs["per_image"][key]]
+        atol = pixels / PAIRS if key == "pixAcc" else 1e-4
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=atol + 1e-7, err_msg=f"{rule} {key}")
+
+
 def test_every_recorded_run_is_compared(recorded: dict[str, Any]) -> None:
     keys = {f"{loss}__{rule}__temp{t}__thr{at}" for (loss, t, at), rules in RUNS.items() for rule in rules}
     assert keys == set(recorded["runs"])
@@ -170,17 +194,7 @@ def test_the_recorded_scores(network, recorded, checkpoint, voc, case) -> None:
         assert (theirs["images_counted"], theirs["skipped_batches"]) == (6, [2])
         same_scores(result.scores, theirs, atol=5e-6 if rule in EXACT else 1.005e-3)
 
-        counts, halved = result.counts, "legacy_bce_iou" in FAULTS.get(case[0], ())
-        images = {
-            "mDice": mean_over_classes(counts.dice(PAPER_EPSILON), result.scored),
-            "mIoU": mean_over_classes(counts.iou(PAPER_EPSILON, legacy_bce_iou=halved), result.scored),
-            "pixAcc": counts.pixel_accuracy(PAPER_EPSILON),
-        }
-        for key, ours in images.items():
-            pixels = 21 * (1 if key == "pixAcc" and rule not in EXACT else 0) + 2
-            wanted = [float(value) for value in theirs["per_image"][key]]
-            atol = pixels / PAIRS if key == "pixAcc" else 1e-4
-            np.testing.assert_allclose(ours, wanted, rtol=0, atol=atol + 1e-7, err_msg=f"{rule} {key}")
+        same_images(result.counts, result.scored, theirs, case[0], rule)
 
 
 def test_the_checkpoint_says_how_it_is_tested(network, checkpoint) -> None:
@@ -192,15 +206,42 @@ def test_the_checkpoint_says_how_it_is_tested(network, checkpoint) -> None:
     assert other.dataset.eval_crop == 320  # another data set keeps its own
 
 
+def read_counts(path: Path, names: list[str]) -> Counts:
+    """The pixels per image and scored class of a result's CSV; it lacks those of the background."""
+    parts = {
+        key: torch.zeros(len(names), 21, dtype=torch.int64) for key in ("intersection", "predicted", "actual")
+    }
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            for key, part in parts.items():
+                part[names.index(row["image"]), int(row["class"])] = int(row[key])
+    return Counts(**parts, pixels=torch.zeros(len(names), dtype=torch.int64))
+
+
 @pytest.mark.slow
-def test_the_command_itself(recorded, checkpoint, voc, tmp_path) -> None:
+@pytest.mark.parametrize("case", RUNS, ids=lambda case: "-".join(map(str, case)))
+def test_the_command_itself(recorded, checkpoint, voc, tmp_path, case) -> None:
+    """The files that test.py writes hold the recorded scores, of all classes and of every image."""
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(root / "test.py"), "-r", str(checkpoint), "-p", "T", f"dataset.root={voc}"]
+    command = [sys.executable, str(root / "test.py"), "-r", str(checkpoint), *overrides(voc, case)]
+    rules = [word for rule in RUNS[case] for word in ("-p", rule)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, env=environment
+        [*command, *rules, "--out", str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "T.json").read_text())
-    assert (result["protocol"], result["temperature"], result["threshold"]) == ("paper", 0.05, 0.3)
-    same_scores(result["scores"], entry(recorded, ("CrossEntropyLoss2d", 0.05, 0.3), "T"), atol=5e-6)
+    assert {path.stem for path in tmp_path.glob("*.json")} == set(RUNS[case])
+    for rule in RUNS[case]:
+        result, theirs = json.loads((tmp_path / f"{rule}.json").read_text()), entry(recorded, case, rule)
+        assert (result["protocol"], result["temperature"], result.get("threshold", 0.5)) == (
+            "paper",
+            *case[1:],
+        )
+        assert result["images"] == ["img0", "img1", "img2", "img3", "img6", "img7"]
+        same_scores(result["scores"], theirs, atol=5e-6 if rule in EXACT else 1.005e-3)
+        counts = read_counts(tmp_path / f"{rule}.csv", result["images"])
+        same_images(counts, tuple(result["scored"]), theirs, case[0], rule)
