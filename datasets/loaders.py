@@ -1,6 +1,7 @@
-"""Seeded, resumable, sharded loading. The batches depend on (seed, epoch, index) only.
+"""Seeded, resumable, sharded loading: batches are a function of the seed, the epoch and the index of an image.
 
-They do not depend on the number of workers nor on where an epoch was resumed. The caller's random state is not changed.
+They do not depend on the number of workers or on the step at which an epoch is resumed. The random state of the caller
+does not change.
 
 Shapes: N images of a batch, H and W pixels.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,63 +99,40 @@ class Reader(Dataset):
 
 def collate(loaded: list[Loaded]) -> tuple[list[Batch], list[tuple[str, str]]]:
     """Return the samples as batches of one size each, in order, and the faults."""
-    faults = [fault for item in loaded for fault in item.faults]
-    runs: list[list[tuple[int, Sample]]] = []
-    for item in loaded:
-        if item.sample is None:
-            continue
-        if not runs or shapes(runs[-1][0][1]) != shapes(item.sample):
-            runs.append([])
-        runs[-1].append((item.index, item.sample))
-    return [stack(run) for run in runs], faults
-
-
-def shapes(sample: Sample) -> tuple[torch.Size, torch.Size]:
-    """Return the shapes that must agree within a batch."""
-    return sample.image.shape, sample.target.shape
-
-
-def stack(run: list[tuple[int, Sample]]) -> Batch:
-    """Return samples of one size as a batch."""
-    samples = [sample for _, sample in run]
-    return Batch(
-        torch.stack([sample.image for sample in samples]),
-        torch.stack([sample.target for sample in samples]),
-        [sample.name for sample in samples],
-        [index for index, _ in run],
-    )
-
-
-class Plan:
-    """The keys of the next epoch, batch by batch. `DataLoader` iterates over it once per epoch."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[Key]] = []
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    found = [(item.sample, item.index) for item in loaded if item.sample is not None]
+    batches = []
+    for _, run in itertools.groupby(found, key=lambda pair: (pair[0].image.shape, pair[0].target.shape)):
+        samples, indices = zip(*run, strict=True)
+        images, targets, names = zip(*samples, strict=True)
+        batches.append(Batch(torch.stack(images), torch.stack(targets), list(names), list(indices)))
+    return batches, [fault for item in loaded for fault in item.faults]
 
 
 class Loader:
-    """The part shared by training and evaluation: workers, their failures, and the list of skipped images."""
+    """What training and evaluation share: workers, their failures, and the list of skipped images.
+
+    Args:
+        seed: of the order and of the augmentation.
+        rank, world_size: the number of this process, and of all.
+        on_error: for images that cannot be read: "raise", or "skip" and list them in `skipped`.
+        timeout: seconds until a worker counts as frozen; 0 waits for ever.
+    """
+
+    substitutes = False  # whether the next readable image replaces a skipped one
 
     def __init__(
         self,
         dataset: SegmentationDataset,
         transform: Transform,
         batch_size: int,
+        seed: int = 0,
         *,
-        seed: int,
-        num_workers: int,
-        rank: int,
-        world_size: int,
-        pin_memory: bool,
-        on_error: str,
-        timeout: float,
-        substitute: bool,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+        on_error: str = "raise",
+        timeout: float = 300,
     ) -> None:
         if batch_size < 1 or num_workers < 0:
             raise UserError(
@@ -168,10 +147,10 @@ class Loader:
         self.num_workers = num_workers
         self.skipped: dict[str, str] = {}  # name -> why it was skipped
         self._started = False  # whether worker processes exist
-        self._plan = Plan()
+        self._plan: list[list[Key]] = []  # the keys of the next epoch, batch by batch
         self._loader: DataLoader = DataLoader(
-            Reader(dataset, transform, seed, substitute and on_error == "skip"),
-            batch_sampler=self._plan,  # type: ignore[arg-type]
+            Reader(dataset, transform, seed, self.substitutes and on_error == "skip"),
+            batch_sampler=self._plan,
             collate_fn=collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -187,7 +166,7 @@ class Loader:
         Raises DatasetError for an image that cannot be read (on_error="raise"), ChildProcessError if a worker died
         or did not answer.
         """
-        self._plan.batches = plan
+        self._plan[:] = plan
         if not self.num_workers:
             for batches, faults in self._loader:
                 self._note(faults)
@@ -228,9 +207,11 @@ class Loader:
 class TrainLoader(Loader):
     """Shuffled, augmented batches for training.
 
-    `batch_size` counts the images of all processes together; each of `world_size` processes gets its slice of every
-    batch. With on_error="skip" the next readable image replaces one that cannot be read, and `skipped` lists it.
+    `batch_size` counts the images of all processes together; each process gets its slice of every batch. `drop_last`
+    leaves out a last batch that is smaller. Further options are those of `Loader`.
     """
+
+    substitutes = True
 
     def __init__(
         self,
@@ -238,35 +219,19 @@ class TrainLoader(Loader):
         transform: Transform,
         batch_size: int,
         seed: int,
-        num_workers: int = 0,
+        *,
         drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
-        on_error: str = "raise",
-        timeout: float = 300,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            dataset,
-            transform,
-            batch_size,
-            seed=seed,
-            num_workers=num_workers,
-            rank=rank,
-            world_size=world_size,
-            pin_memory=pin_memory,
-            on_error=on_error,
-            timeout=timeout,
-            substitute=True,
-        )
+        super().__init__(dataset, transform, batch_size, seed, **options)
         total = len(dataset)
         self._sizes = [min(batch_size, total - start) for start in range(0, total, batch_size)]
         if drop_last and self._sizes[-1] < batch_size:
             self._sizes.pop()
-        if not self._sizes or self._sizes[-1] < world_size:
+        if not self._sizes or self._sizes[-1] < self.world_size:
             raise UserError(
                 f"batch_size={batch_size} is invalid: {total} images leave a last batch of {total % batch_size} for "
-                f"{world_size} processes. Fix: choose another batch_size, or drop_last if another batch remains"
+                f"{self.world_size} processes. Fix: choose another batch_size, or drop_last if another batch remains"
             )
 
     def __len__(self) -> int:
@@ -298,41 +263,18 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """Every image once, in order, sharded without padding: rank r has the batches r, r + world_size, ...
+    """Every image once, in order. Rank r has the batches r, r + world_size, ... without padding.
 
-    The batches are the same as with one process, because convolutions round differently in batches of another size.
-
-    Images and targets of one batch have one size; a batch ends early when the size changes. With on_error="skip"
-    an image that cannot be read is skipped, and `skipped` lists it.
+    The batches are those of a single process, because convolutions round differently in batches of another size.
+    All images and targets of a batch have one size: a batch ends early when the size changes.
     """
 
-    def __init__(
-        self,
-        dataset: SegmentationDataset,
-        transform: Transform,
-        batch_size: int,
-        num_workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
-        on_error: str = "raise",
-        timeout: float = 300,
-    ) -> None:
-        super().__init__(
-            dataset,
-            transform,
-            batch_size,
-            seed=0,
-            num_workers=num_workers,
-            rank=rank,
-            world_size=world_size,
-            pin_memory=pin_memory,
-            on_error=on_error,
-            timeout=timeout,
-            substitute=False,
-        )
-        starts = range(rank * batch_size, len(dataset), world_size * batch_size)
-        self.indices = [k for start in starts for k in range(start, min(start + batch_size, len(dataset)))]
+    @property
+    def indices(self) -> list[int]:
+        """The images of this process."""
+        size, total = self.batch_size, len(self.dataset)
+        starts = range(self.rank * size, total, self.world_size * size)
+        return [k for start in starts for k in range(start, min(start + size, total))]
 
     @property
     def num_images(self) -> int:
