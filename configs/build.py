@@ -156,13 +156,8 @@ def train_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> Tr
         transform,
         batch,
         seed=cfg.seed,
-        num_workers=cfg.num_workers,
         drop_last=len(data) > batch and 0 < len(data) % batch < 2 * world.size,
-        rank=world.rank,
-        world_size=world.size,
-        pin_memory=world.device.type == "cuda",
-        on_error=cfg.on_error,
-        timeout=cfg.loader_timeout,
+        **_loading(cfg, world),
     )
 
 
@@ -174,17 +169,19 @@ def eval_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> Eva
         transform = EvalTransform(data.info.mean, data.info.std, crop=cfg.dataset.eval_crop, legacy=True)
     else:
         transform = EvalTransform(data.info.mean, data.info.std, resize=_size(cfg.dataset.resize))
-    return EvalLoader(
-        data,
-        transform,
-        cfg.batch_size,
-        num_workers=cfg.num_workers,
-        rank=world.rank,
-        world_size=world.size,
-        pin_memory=world.device.type == "cuda",
-        on_error=cfg.on_error,
-        timeout=cfg.loader_timeout,
-    )
+    return EvalLoader(data, transform, cfg.batch_size, **_loading(cfg, world))
+
+
+def _loading(cfg: DictConfig, world: World) -> dict[str, Any]:
+    """Return the options that both loaders share."""
+    return {
+        "num_workers": cfg.num_workers,
+        "rank": world.rank,
+        "world_size": world.size,
+        "pin_memory": world.device.type == "cuda",
+        "on_error": cfg.on_error,
+        "timeout": cfg.loader_timeout,
+    }
 
 
 def _size(value: Any) -> Any:

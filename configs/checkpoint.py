@@ -1,4 +1,4 @@
-"""Load a checkpoint: the network and the configuration that it was trained with."""
+"""Load a checkpoint with its network and configuration; claim a run's folder, and find where to resume it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import nn
 
 from configs import build, stored
 from configs.errors import UserError
+from configs.files import read_json
 from models import CheckpointError, load_state, read_checkpoint
+from trainers.checkpoint import Checkpoints
+from trainers.distributed import World, barrier
 
 # Our keys, and their names in the configuration of a released checkpoint.
 _PUBLISHED = {
@@ -58,6 +61,29 @@ def read_state(path: Path) -> dict[str, Any]:
         and is_epoch(checkpoint.get("epoch"))
     ):
         raise CheckpointError(f"checkpoint {path} does not hold the state of a training to resume from")
+    return checkpoint
+
+
+def claim_run(cfg: DictConfig, world: World) -> Checkpoints:
+    """Make this the only process that trains in the run's folder; raise ConfigError if it holds another run."""
+    checkpoints = Checkpoints(Path(cfg.run_dir), read_state, keep=cfg.trainer.keep)
+    if world.is_main:
+        checkpoints.claim()
+        if not cfg.resume:
+            checkpoints.clear()
+    barrier(world)
+    stored.check_same_run(checkpoints.folder, cfg)
+    return checkpoints
+
+
+def newest_checkpoint(checkpoints: Checkpoints, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the checkpoint to resume from, if any; raise ConfigError if it is of other images or classes."""
+    checkpoint = checkpoints.newest()
+    if checkpoint:
+        notes = checkpoints.folder / "provenance.json"  # has the fingerprints that older checkpoints lack
+        noted = read_json(notes) if notes.exists() else {}
+        before = {"data": noted.get("data") if isinstance(noted, dict) else None, **checkpoint}
+        stored.check_same_data(checkpoints.folder, before, identity)
     return checkpoint
 
 

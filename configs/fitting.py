@@ -1,11 +1,12 @@
-"""Find or fit what a checkpoint's rules need from validation images: calibration, thresholds, gates, the rule itself.
+"""Fit what a checkpoint's rules need from validation images: calibration, thresholds, gates, or the choice of a rule.
 
-``test.py`` fits and stores the values next to the checkpoint; commands without labelled images read them.
+``test.py`` fits the values and stores them next to the checkpoint. Commands without labelled images read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,15 +18,22 @@ from configs import build
 from configs.errors import ConfigError, UserError
 from datasets import SegmentationDataset
 from rankseg import Predictor
-from rankseg.calibration import Calibration
-from trainers.calibrate import held_out_calibration, held_out_temperature
+from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from trainers.distributed import World
 from trainers.evaluator import evaluate
-from trainers.fitted import FittedFile, GatedRule, OtherProbs, probability_histogram, threshold_table
+from trainers.fitted import (
+    FittedFile,
+    GatedRule,
+    OtherProbs,
+    held_out_fit,
+    probability_histogram,
+    threshold_table,
+)
 from trainers.forward import ToProbs
 from trainers.losses import Link
 from trainers.metrics import mean_over_classes
-from trainers.tuning import choose, fit_gate
+from trainers.results import EvalResult
+from trainers.tuning import ThresholdTable, choose, fit_gate
 
 _CALIBRATED = "rankdice calibrated"  # a candidate of rule auto
 
@@ -47,7 +55,7 @@ def calibration_kind(cfg: DictConfig) -> str:
 
 
 def is_calibrated(cfg: DictConfig) -> bool | str:
-    """Return what `trainers.results.results_folder` needs to know: False, True or "class"."""
+    """Return whether logits are calibrated: False, True, or "class" (see `trainers.results.results_folder`)."""
     kind = calibration_kind(cfg)
     return kind if kind == "class" else kind == "temperature" or cfg.temperature != 1
 
@@ -60,7 +68,7 @@ class Fitter:
         network: the network of the checkpoint, on its device.
         checkpoint: its path.
         world: this process.
-        may_fit: whether missing values are fitted. If not, they have to be in the file.
+        may_fit: whether missing values are fitted. If not, they must be in the file.
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class Fitter:
         self._validation: SegmentationDataset | None = None
 
     def settings(self, kind: str | None = None) -> dict[str, Any]:
-        """What probabilities depend on besides the checkpoint; without ``kind`` what logits depend on."""
+        """Return the options that logits depend on; with a ``kind`` of calibration, that probabilities depend on."""
         cfg = self.cfg
         logits = {
             "dataset": cfg.dataset.name,
@@ -88,7 +96,7 @@ class Fitter:
         return {**logits, "calibrate": kind, "temperature": fixed, "correct_focal": cfg.correct_focal}
 
     def rule_settings(self, name: str) -> dict[str, Any]:
-        """What the masks of a rule depend on besides the checkpoint and the fitted values."""
+        """Return the options that the masks of a rule depend on."""
         node = build.rule_node(name, self.cfg)
         options = {key: value for key, value in node.items() if not key.startswith("_")}
         return {**self.settings(self.kind), "gate": self.cfg.gate, **options}
@@ -106,7 +114,7 @@ class Fitter:
         if values is None:
             found = self._fit_calibration(kind)
             values = {name: _plain(value) for name, value in found.items()}
-            self.file.put(kind, self.settings(), values, self._fitted_on("val"))
+            self.file.put(kind, self.settings(), values, self._fitted_on())
         if kind == "temperature":
             return float(values["temperature"])
         try:
@@ -118,16 +126,16 @@ class Fitter:
         return Calibration(*tensors)
 
     def _fit_calibration(self, kind: str) -> dict[str, Any]:
-        loader = build.eval_loader(self.cfg, self._val(f"calibrate={kind}"), self.world)
-        options: dict[str, Any] = {
-            "ignore_index": self.cfg.dataset.ignore_index,
-            "precision": self.precision,
-        }
-        if kind == "temperature":
-            return {
-                "temperature": held_out_temperature(self.network, loader, self.link, self.world, **options)
-            }
-        return held_out_calibration(self.network, loader, self.link, self.world, **options)._asdict()
+        found = held_out_fit(
+            fit_temperature if kind == "temperature" else fit_calibration,
+            self.network,
+            build.eval_loader(self.cfg, self._val(f"calibrate={kind}"), self.world),
+            self.link,
+            self.world,
+            ignore_index=self.cfg.dataset.ignore_index,
+            precision=self.precision,
+        )
+        return found._asdict() if isinstance(found, Calibration) else {"temperature": found}
 
     def rules(
         self, names: Iterable[str], scored: SegmentationDataset | None = None
@@ -141,20 +149,18 @@ class Fitter:
         for name in names:
             node = build.rule_node(name, self.cfg)
             if name == "auto":
-                values[name] = self._values(name, lambda: self._choose())
+                values[name] = self._values(name, self._choose)
                 rules[name] = self._automatic(values[name])
             elif build.needs_fit(node):
-                pooled = name.startswith("pooled")
-                values[name] = (
-                    self._values(name, lambda n=node: self._pool(n, scored), scored)
-                    if pooled
-                    else self._values(name, lambda n=node: self._fit_threshold(n))
-                )
+                if name.startswith("pooled"):
+                    values[name] = self._values(name, partial(self._pool, node, scored), scored)
+                else:
+                    values[name] = self._values(name, partial(self._fit_threshold, node))
                 rules |= build.rules([name], self.cfg, {name: _arguments(values[name])})
             else:
                 rules |= build.rules([name], self.cfg)
                 if build.is_ranking(node) and self.cfg.gate == "fit":
-                    values[name] = self._values(name, lambda n=name: self._fit_gate(n))
+                    values[name] = self._values(name, partial(self._fit_gate, name, rules[name]))
                     rules[name] = GatedRule(rules[name], float(values[name]["least"]))
         return rules, values
 
@@ -167,12 +173,12 @@ class Fitter:
             values = {name: _plain(value) for name, value in found._asdict().items()}
             return {
                 "temperature": None,
-                "calibration": {"kind": "class", **values, "fitted_on": self._fitted_on("val")},
+                "calibration": {"kind": "class", **values, "fitted_on": self._fitted_on()},
             }
         return {"temperature": found, "temperature_fitted_on": self._val("").fingerprint()}
 
     def report(self, values: Mapping[str, Mapping[str, Any]], scored: SegmentationDataset) -> list[str]:
-        """Lines for people: what was fitted, and a warning if it was fitted on the scored images."""
+        """Return lines to print: what was fitted, and a warning if it was fitted on the scored images."""
         lines = []
         if self.kind != "none":
             found = self.calibration(self.kind)
@@ -210,10 +216,14 @@ class Fitter:
         if self.world.is_main:
             self.file.save()
 
-    def _values(self, name: str, fit: Any, scored: SegmentationDataset | None = None) -> dict[str, Any]:
-        """Return the stored values of a rule, or fit and store them; with where they come from."""
+    def _values(
+        self, name: str, fit: Callable[[], dict[str, Any]], scored: SegmentationDataset | None = None
+    ) -> dict[str, Any]:
+        """Return the stored values of a rule, or fit and store them.
+
+        ``scored`` is the split that they are fitted on; default: the validation split.
+        """
         settings = self.rule_settings(name)
-        split = self.cfg.split if scored is not None else "val"
         values = self._stored(name, settings, scored)
         if values is None:
             if not self.may_fit:
@@ -224,21 +234,18 @@ class Fitter:
             if scored is None:
                 self._val(f"rule {name}")
             values = {key: _plain(value) for key, value in fit().items()}
-            self.file.put(name, settings, values, self._fitted_on(split, scored))
+            self.file.put(name, settings, values, self._fitted_on(scored))
         return values
 
     def _stored(
         self, kind: str, settings: Mapping[str, Any], scored: SegmentationDataset | None = None
     ) -> dict[str, Any] | None:
-        if not self.may_fit:
-            return self.file.find(kind, settings)
-        split = "val" if scored is None else self.cfg.split
-        return self.file.find(kind, settings, self._fitted_on(split, scored))
+        return self.file.find(kind, settings, self._fitted_on(scored) if self.may_fit else None)
 
-    def _fitted_on(self, split: str, data: SegmentationDataset | None = None) -> dict[str, Any]:
-        data = data if data is not None else self._val("fitting")
+    def _fitted_on(self, scored: SegmentationDataset | None = None) -> dict[str, Any]:
+        data = scored if scored is not None else self._val("fitting")
         return {
-            "split": self.cfg.dataset.splits[split],
+            "split": self.cfg.dataset.splits["val" if scored is None else self.cfg.split],
             "fingerprint": data.fingerprint(),
             "contents": data.checksum(),
             "num_images": len(data),
@@ -260,12 +267,13 @@ class Fitter:
         return self._validation
 
     def _fit_threshold(self, node: Any) -> dict[str, Any]:
-        data = self._val("rule T_fit")
-        scoring = build.scoring(self.cfg, data.info)
-        loader = build.eval_loader(self.cfg, data, self.world)
-        table = threshold_table(self.network, loader, self.to_probs(), scoring, self.world, self.precision)
-        found = table.fit(scoring.scored, bool(node.per_class))
+        found = self._threshold_table().fit(self._val("").info.scored, bool(node.per_class))
         return {"at": found.at, "gated": found.gated, "mean_dice": found.mean_dice}
+
+    def _threshold_table(self) -> ThresholdTable:
+        data = self._val("rule T_fit")
+        loader, scoring = build.eval_loader(self.cfg, data, self.world), build.scoring(self.cfg, data.info)
+        return threshold_table(self.network, loader, self.to_probs(), scoring, self.world, self.precision)
 
     def _pool(self, node: Any, scored: SegmentationDataset | None) -> dict[str, Any]:
         if scored is None:
@@ -274,47 +282,39 @@ class Fitter:
         histogram = probability_histogram(self.network, loader, self.to_probs(), self.world, self.precision)
         return {"at": histogram.cutoffs(node.score, bool(node.pruning)).tolist()}
 
-    def _fit_gate(self, name: str) -> dict[str, Any]:
-        data = self._val("gate=fit")
-        scoring = build.scoring(self.cfg, data.info)
-        result = evaluate(
-            self.network,
-            build.eval_loader(self.cfg, data, self.world),
-            build.rules([name], self.cfg),
-            build.loss(self.cfg),
-            scoring,
-            self.world,
-            to_probs=self.to_probs(),
-            confidences=True,
-            precision=self.precision,
-            progress="fitting the gate",
-        )[name]
-        assert result.confidence is not None
-        counts = result.counts
-        least, mean = fit_gate(result.confidence, counts.dice(), counts.actual, scoring.scored)
-        return {"least": least, "mean_dice": mean}
-
-    def _choose(self) -> dict[str, Any]:
-        data = self._val("rule auto")
-        scoring = build.scoring(self.cfg, data.info)
-        rules = self.rules(("T", "max", "rankdice"))[0]
-        if self.kind == "none" and self.cfg.temperature == 1:
-            rules[_CALIBRATED] = OtherProbs(rules["rankdice"], self.to_probs("temperature"))
-        results = evaluate(
+    def _evaluate(
+        self, rules: Mapping[str, Predictor], progress: str, **options: Any
+    ) -> dict[str, EvalResult]:
+        """Score rules on the validation split."""
+        data = self._val(progress)
+        return evaluate(
             self.network,
             build.eval_loader(self.cfg, data, self.world),
             rules,
             build.loss(self.cfg),
-            scoring,
+            build.scoring(self.cfg, data.info),
             self.world,
             to_probs=self.to_probs(),
             precision=self.precision,
-            progress="choosing a rule",
+            progress=progress,
+            **options,
         )
-        dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
-        loader = build.eval_loader(self.cfg, data, self.world)
-        table = threshold_table(self.network, loader, self.to_probs(), scoring, self.world, self.precision)
-        held_out = table.fit(scoring.scored).held_out
+
+    def _fit_gate(self, name: str, rule: Predictor) -> dict[str, Any]:
+        result = self._evaluate({name: rule}, "fitting the gate", confidences=True)[name]
+        assert result.confidence is not None
+        counts = result.counts
+        least, mean = fit_gate(result.confidence, counts.dice(), counts.actual, result.scored)
+        return {"least": least, "mean_dice": mean}
+
+    def _choose(self) -> dict[str, Any]:
+        """Choose among T, max, T_fit and rankdice; the last also on calibrated probabilities unless they are so."""
+        rules = self.rules(("T", "max", "rankdice"))[0]
+        if self.kind == "none" and self.cfg.temperature == 1:
+            rules[_CALIBRATED] = OtherProbs(rules["rankdice"], self.to_probs("temperature"))
+        results = self._evaluate(rules, "choosing a rule")
+        dice = {name: mean_over_classes(r.counts.dice(), r.scored) for name, r in results.items()}
+        held_out = self._threshold_table().fit(self._val("").info.scored).held_out
         assert held_out is not None
         found = choose({**dice, "T_fit": held_out})
         return {"rule": found.rule, "why": found.why, "differences_to_T": found.differences}
@@ -330,7 +330,7 @@ class Fitter:
 
 
 def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fitted values that are arguments of a rule."""
+    """Return the fitted values that are arguments of a rule."""
     return {key: values[key] for key in ("at", "gated") if key in values}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import rankseg
@@ -25,6 +26,7 @@ from trainers.results import file_sha256
 from trainers.tuning import ThresholdTable
 
 FORMAT = 1
+_PIXELS = 4096  # of an image, at a regular stride: neighbouring pixels hold nearly the same information
 
 
 def fitted_threshold(
@@ -64,6 +66,43 @@ class OtherProbs:
 
     def __call__(self, probs: Tensor) -> Tensor:
         return self.rule(probs)
+
+
+def held_out_fit(
+    fit: Callable[..., Any],
+    model: nn.Module,
+    batches: Iterable[Any],
+    link: str,
+    world: World,
+    *,
+    ignore_index: int = 255,
+    precision: str = "fp32",
+) -> Any:
+    """Fit a calibration to some pixels of every labelled image, at every rank.
+
+    Args:
+        fit: `fit_temperature` or `fit_calibration` of `rankseg.calibration`, called with logits (1, C, P), labels
+            (1, P), the link and ``ignore_index``. P pixels in the order of the images.
+
+    Raises:
+        UserError: there is no image, or no labelled pixel.
+    """
+    rows: list[tuple[int, Tensor, Tensor]] = []
+    title = "fitting the calibration"
+    for batch, targets, logits in forward(model, batches, world, precision=precision, progress=title):
+        stride = max(1, targets[0].numel() // _PIXELS)
+        some, labels = logits.flatten(2)[..., ::stride].cpu(), targets.flatten(1)[:, ::stride].cpu()
+        rows += zip(batch.indices, some, labels, strict=True)
+    rows = sorted((row for share in gather_objects(rows, world) for row in share), key=lambda row: row[0])
+    if not any((labels != ignore_index).any() for _, _, labels in rows):
+        raise UserError(
+            f"images={len(rows)} of the validation split have no labelled pixel to fit the calibration on. "
+            "Fix: check dataset.splits and dataset.root."
+        )
+    with torch.inference_mode(False):  # fitting needs gradients, which tensors of an inference do not have
+        logits = torch.cat([some for _, some, _ in rows], dim=1)[None].clone()
+        labels = torch.cat([labels for _, _, labels in rows])[None].clone()
+        return fit(logits, labels, link, ignore_index=ignore_index)
 
 
 def threshold_table(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from configs import build, stored
 from configs.compose import compose
 from rankseg import rules
+from rankseg.calibration import fit_temperature
 from rankseg.confidence import confidence
 from scripts.analysis import charts
 from scripts.analysis import page as pages
@@ -35,10 +36,10 @@ from scripts.analysis.measure import (
     variants,
 )
 from scripts.analysis.pictures import pick
-from trainers.calibrate import held_out_temperature
 from trainers.checkpoint import save
 from trainers.distributed import World
 from trainers.evaluator import Scoring, evaluate
+from trainers.fitted import held_out_fit
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = World(0, 1, torch.device("cpu"))
@@ -247,7 +248,9 @@ def test_twice_the_logits_are_twice_the_temperature() -> None:
     targets = torch.distributions.Categorical(logits=logits.movedim(1, -1)).sample()
     targets[:, :3] = 255
     batch = SimpleNamespace(images=logits, targets=targets, names=["a", "b", "c"], indices=[0, 1, 2])
-    once, twice = (held_out_temperature(Given(scale), [batch], "softmax", HERE) for scale in (1.0, 2.0))
+    once, twice = (
+        float(held_out_fit(fit_temperature, Given(scale), [batch], "softmax", HERE)) for scale in (1.0, 2.0)
+    )
     assert once == pytest.approx(1, abs=0.1) and twice == pytest.approx(2 * once, rel=1e-3)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rankseg.calibration import fit_temperature
 from rankseg.rules import threshold
 from tests.trainers.test_update import ALONE
-from trainers.calibrate import held_out_temperature
 from trainers.evaluator import Scoring, evaluate
+from trainers.fitted import held_out_fit
 from trainers.forward import forward, logits_of
 from trainers.losses import CrossEntropy
 from trainers.panels import panels
@@ -74,7 +74,7 @@ def test_every_use_sees_the_same_logits(precision: str, dtype: torch.dtype) -> N
     )
     assert all(torch.equal(a.softmax(1)[0], probs) for a, (_, probs) in zip(logits, drawn, strict=True))
 
-    fitted = held_out_temperature(net, given, "softmax", ALONE, precision=precision)
+    fitted = held_out_fit(fit_temperature, net, given, "softmax", ALONE, precision=precision)
     pixels = torch.cat([one.flatten(2) for one in logits], dim=2)
     labels = torch.cat([b.targets.flatten(1) for b in given], dim=1)
     assert fitted == pytest.approx(float(fit_temperature(pixels, labels, "softmax")), rel=1e-6)
