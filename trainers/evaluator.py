@@ -1,6 +1,6 @@
-"""Scoring prediction rules: one forward pass, the same probabilities for every rule.
+"""Score prediction rules: one forward pass, and the same probabilities for every rule.
 
-Letters of shapes: N images, C classes, H × W pixels.
+Shapes: N images, C classes, H × W pixels.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from trainers.losses import SegmentationLoss
 from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, summary
 from trainers.results import EvalResult
 
-_OBSERVED = 1 << 14  # pixels of an image that its reliability is read from, or some more
+_OBSERVED = 1 << 14  # pixels of a large image, or a few more, that its reliability is computed from
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is scored, and by whose conventions (``protocol=paper`` or ``corrected``).
+    """What is scored, and by which conventions (``protocol=paper`` or ``corrected``).
 
     Attributes:
         num_classes, ignore_index: of the labels.
-        scored: the classes that the means run over.
+        scored: the classes in the means.
         void: whether predictions on void pixels are left out or count as false.
-        paper: the published arithmetic (an epsilon in denominators, three decimals, batch means of the loss).
-        legacy_bce_iou, legacy_soft_dice_void: two faults of published rows, on demand.
+        paper: the published arithmetic: an epsilon in denominators, three decimals, the loss of batches.
+        legacy_bce_iou, legacy_soft_dice_void: two faults of published rows, off by default.
     """
 
     num_classes: int
@@ -47,7 +47,7 @@ class Scoring:
     legacy_soft_dice_void: bool = False
 
     def encode(self, targets: Tensor) -> Truth:
-        """The truth that every rule is counted against."""
+        """Encode labels (N, H, W) for counting."""
         return encode(
             targets,
             self.num_classes,
@@ -57,11 +57,11 @@ class Scoring:
         )
 
     def is_unneeded(self, targets: Tensor) -> bool:
-        """Whether a batch is left out: in the paper's arithmetic, a batch without any label."""
+        """Return whether a batch is left out: under ``paper``, one without any labelled pixel."""
         return self.paper and bool((targets == self.ignore_index).all())
 
     def summary(self, counts: Counts) -> dict[str, Any]:
-        """Every average of the tables."""
+        """Return every average of the tables."""
         return summary(
             counts,
             self.scored,
@@ -78,7 +78,7 @@ def evaluate(
     rules: Mapping[str, Predictor],
     criterion: SegmentationLoss,
     scoring: Scoring,
-    where: World,
+    world: World,
     *,
     to_probs: Callable[[Tensor], Tensor] | None = None,
     confidences: bool = False,
@@ -89,28 +89,28 @@ def evaluate(
 
     Args:
         model: images (N, 3, H, W) -> an object with ``logits`` (N, C, H, W).
-        batches: with ``images``, ``targets`` (N, H', W'), ``names``, ``indices``; logits are resized where the
-            target is larger or smaller. Each process gets its own share; together they see every image once.
+        batches: with ``images``, ``targets`` (N, H', W'), ``names`` and ``indices``. Logits are resized to the
+            target. Each process gets its share of the images; together they see every image once.
         rules: name -> probabilities (N, C, H', W') to masks.
         criterion: the loss, whose ``link`` turns logits into probabilities.
         scoring: the conventions.
-        where: this process among all.
-        to_probs: logits -> probabilities; default: the link of the criterion. A rule with an attribute ``to_probs``
-            has its own. The loss is that of the logits as they are.
+        world: this process among all.
+        to_probs: logits -> probabilities; default: the link of the criterion. A rule's attribute ``to_probs``
+            replaces it. The loss is computed from the logits as they are.
         confidences: whether to compute the expected Dice of every mask.
-        precision: of the network, as in the training.
-        progress: what to write before the progress bar; empty for none.
+        precision: of the network, as in training.
+        progress: title of the progress bar; empty for none.
 
     Returns:
-        A result for each rule, at every rank, over all images in the order of their indices.
+        The result of each rule over all images, in the order of their indices, at every rank.
 
     Raises:
-        ValueError: there is no image, or a rule returns something other than masks.
+        ValueError: there is no image, or a rule does not return masks.
     """
     convert = to_probs or ToProbs(criterion.link)
     share = _Share({name: [] for name in rules}, {name: [] for name in rules}, dict.fromkeys(rules, 0.0))
     unneeded = scoring.is_unneeded
-    passes = forward(model, batches, where, precision=precision, progress=progress, unneeded=unneeded)
+    passes = forward(model, batches, world, precision=precision, progress=progress, unneeded=unneeded)
     for batch, targets, logits in passes:
         share.losses += _losses(criterion, logits, targets, batch.indices, scoring)
         probs, truth = convert(logits), scoring.encode(targets)
@@ -120,16 +120,16 @@ def evaluate(
             if other is not None and other not in own:
                 own[other] = other(logits)
             given = probs if other is None else own[other]
-            started = _now(where)
+            started = _now(world)
             masks = rule(given)
-            share.seconds[name] += _now(where) - started
+            share.seconds[name] += _now(world) - started
             share.counts[name].append(count(masks, truth).to("cpu"))
             if confidences:
                 share.confidences[name].append(confidence(given, masks).cpu())
         observe(share.reliability, probs, truth)
         share.likelihoods.append(proper_scores(probs, truth, criterion.link).cpu())
         share.rows += zip(batch.indices, batch.names, strict=True)
-    return _collect(share, scoring, where)
+    return _collect(share, scoring, world)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class _Share:
 def _losses(
     criterion: SegmentationLoss, logits: Tensor, targets: Tensor, indices: list[int], scoring: Scoring
 ) -> list[tuple[int, float]]:
-    """The loss of each image, so that it does not depend on the batch size; the paper's is that of each batch."""
+    """Return (index, loss) of each labelled image, which is independent of the batch size; ``paper``: of the batch."""
     if scoring.paper:
         return [(indices[0], criterion(logits, targets).item())]
     labelled = (targets != scoring.ignore_index).flatten(1).any(1).tolist()
@@ -160,9 +160,10 @@ def _losses(
 
 
 def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
-    """Add a batch's probabilities (N, C, H, W), of large images at a regular stride.
+    """Add the probabilities (N, C, H, W) of a batch to its reliability.
 
-    Neighbouring pixels say the same thing, and binning all of them would cost more than predicting does.
+    Large images are read at a regular stride: neighbouring pixels hold nearly the same information, and binning all of
+    them would take longer than the prediction.
     """
     step = max(1, truth.onehot[0, 0].numel() // _OBSERVED)
     valid = None if truth.valid is None else truth.valid.flatten(1)[:, ::step]
@@ -172,8 +173,8 @@ def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
 def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
     """Return the mean log-loss and Brier score over the labelled pixels of each image: (N, 2) float64, NaN without any.
 
-    Of a softmax the log-loss is -log p of the true class; of a sigmoid the binary log-losses of all classes are added.
-    The Brier score is Σ_c (p_c - y_c)². Large images are read at a regular stride, as in `observe`.
+    The log-loss of a softmax is -log p of the true class; that of a sigmoid is the sum of the binary log-losses of all
+    classes. The Brier score is Σ_c (p_c - y_c)². Large images are read at a regular stride, as in `observe`.
     """
     step = max(1, truth.onehot[0, 0].numel() // _OBSERVED)
     p, y = probs.flatten(2)[..., ::step].double(), truth.onehot.flatten(2)[..., ::step]
@@ -186,9 +187,9 @@ def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
     return (values * valid[..., None]).sum(1) / torch.where(pixels > 0, pixels, torch.nan)
 
 
-def _collect(local: _Share, scoring: Scoring, where: World) -> dict[str, EvalResult]:
-    """Join the shares of all ranks by image index, so that no number depends on how the images were distributed."""
-    shares = [share for share in gather_objects(local, where) if share.rows]
+def _collect(local: _Share, scoring: Scoring, world: World) -> dict[str, EvalResult]:
+    """Join the shares of all ranks in the order of the images: no number depends on how they were distributed."""
+    shares = [share for share in gather_objects(local, world) if share.rows]
     rows = [row for share in shares for row in share.rows]
     if not rows:
         raise UserError("there is no image to score. Fix: check split, dataset.splits and dataset.root.")
@@ -222,7 +223,7 @@ def _collect(local: _Share, scoring: Scoring, where: World) -> dict[str, EvalRes
     return results
 
 
-def _now(where: World) -> float:
-    if where.device.type == "cuda":
-        torch.cuda.synchronize(where.device)
+def _now(world: World) -> float:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
     return time.perf_counter()

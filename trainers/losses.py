@@ -1,14 +1,13 @@
-"""Losses on logits and label maps, each naming its link and whether it is strictly proper.
+"""Losses on logits and label maps. Each loss names its link and says whether it is strictly proper.
 
 Shapes: N images, C classes, *S spatial axes (two or three). Every loss is called as
-`loss(logits (N, C, *S), targets (N, *S) integer) -> scalar` with any link: one-hot targets are made
-inside. A loss computes in float32 also under autocast, is 0 with zero gradients on a batch that is all void,
-and never modifies the targets.
+`loss(logits (N, C, *S), targets (N, *S) integer) -> scalar` with any link: a loss makes one-hot targets itself if it
+needs them. It computes in float32 also under autocast, and never modifies the targets.
 
-Void pixels (`ignore_index`) never count. With `legacy=True` they are treated as in the experiments of Dai &
-Li (JMLR 24(224), 2023), each loss in its own way; see the docstrings. On a batch that is all void, the losses that
-count void as a negative of every class have the value of the original. The others are 0, and the original's are NaN
-(cross-entropy), 0 (focal) or an error.
+Void pixels (`ignore_index`) do not count; on a batch of void alone the loss is 0 with zero gradients. With
+`legacy=True` each loss treats void as in the experiments of Dai & Li (JMLR 24(224), 2023); see the docstrings. On a
+batch of void alone, legacy losses that count void as a negative of every class have the value of the original. The
+others are 0; the original's are NaN (cross-entropy), 0 (focal) or an error.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ Link = Literal["softmax", "sigmoid"]
 
 
 def link_probs(logits: Tensor, link: Link) -> Tensor:
-    """Return the probabilities, (N, C, *S) in at least float32, that these logits stand for.
+    """Return the probabilities (N, C, *S) of logits (N, C, *S), in at least float32.
 
-    Raises ValueError on an unknown link.
+    Raises ConfigError for an unknown link.
     """
     logits = _at_least_float32(logits)
     if link == "softmax":
@@ -40,10 +39,11 @@ def link_probs(logits: Tensor, link: Link) -> Tensor:
 
 
 class SegmentationLoss(nn.Module, ABC):
-    """What all losses share: checks, precision, void.
+    """Base class of losses: it checks the input, computes in float32, and handles void.
 
-    link: how the network's logits become probabilities. strictly_proper: whether the loss is minimised by the
-    true class probabilities alone, which is what RankSEG's theory asks for.
+    Attributes:
+        link: the function from logits to probabilities.
+        strictly_proper: whether only the true class probabilities minimise the loss, which RankSEG's theory requires.
     """
 
     link: ClassVar[Link]
@@ -58,8 +58,8 @@ class SegmentationLoss(nn.Module, ABC):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a batch, a scalar in at least float32.
 
-        Raises ValueError where shapes do not fit or a label is neither a class nor `ignore_index`, TypeError
-        where targets are not integers.
+        Raises ValueError if shapes do not fit or a label is neither a class nor `ignore_index`, and TypeError if
+        targets are not integers.
         """
         if logits.shape[:1] + logits.shape[2:] != targets.shape:
             raise ValueError(
@@ -74,9 +74,9 @@ class SegmentationLoss(nn.Module, ABC):
             return self.of_labelled(logits, targets.long().masked_fill(~valid, 0), valid)
 
     def weight_of(self, targets: Tensor) -> Tensor:
-        """Return over how many terms the loss of these targets (N, *S) is a mean: labelled pixels.
+        """Return the number of pixels that the loss of targets (N, *S) is a mean over.
 
-        Means over parts of a batch, weighted by it, make the mean over the whole.
+        Losses of the parts of a batch, averaged with these weights, give the loss of the whole batch.
         """
         if self.legacy and self.void_is_negative:
             return torch.tensor(targets.numel())
@@ -84,17 +84,14 @@ class SegmentationLoss(nn.Module, ABC):
 
     @abstractmethod
     def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """Return the loss, given at least one valid pixel.
+        """Return the loss. At least one pixel is valid, unless `legacy` counts void.
 
         logits: (N, C, *S). labels: (N, *S) int64 in [0, C), 0 on void. valid: (N, *S) bool, False on void.
         """
 
-    def extra_repr(self) -> str:
-        return f"ignore_index={self.ignore_index}, legacy={self.legacy}"
-
 
 class CrossEntropy(SegmentationLoss):
-    """The mean of -log p_y over labelled pixels; `legacy` changes nothing."""
+    """Cross-entropy: the mean of -log p_y over labelled pixels. `legacy` changes nothing."""
 
     link = "softmax"
     strictly_proper = True
@@ -104,9 +101,9 @@ class CrossEntropy(SegmentationLoss):
 
 
 class Focal(SegmentationLoss):
-    """The mean of (1 - p_y)^gamma · (-log p_y) (Lin et al., ICCV 2017), not strictly proper.
+    """Focal loss: the mean of (1 - p_y)^gamma · (-log p_y) over labelled pixels (Lin et al., ICCV 2017).
 
-    legacy: averaged over all pixels, void ones adding 0.
+    With `legacy` the mean is over all pixels, and void pixels add 0.
     """
 
     link = "softmax"
@@ -124,14 +121,11 @@ class Focal(SegmentationLoss):
     def weight_of(self, targets: Tensor) -> Tensor:
         return torch.tensor(targets.numel()) if self.legacy else super().weight_of(targets)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, gamma={self.gamma}"
-
 
 class BCE(SegmentationLoss):
-    """The mean binary cross-entropy over pixels and classes, one against the rest.
+    """Binary cross-entropy of each class against the rest: the mean over labelled pixels and classes.
 
-    legacy: void pixels count as negatives of every class.
+    With `legacy` void pixels count as negatives of every class.
     """
 
     link = "sigmoid"
@@ -145,9 +139,9 @@ class BCE(SegmentationLoss):
 
 
 class BCEFocal(BCE):
-    """Focal weighting of the mean BCE b, as in the experiments: (1 - e^-b)^gamma · b.
+    """Focal weight of the mean BCE b, as in the experiments: (1 - e^-b)^gamma · b.
 
-    The weight is one for the batch, not one for each pixel. legacy: as in BCE.
+    There is one weight for the batch, not one for each pixel. `legacy` has the meaning that it has in `BCE`.
     """
 
     strictly_proper = False
@@ -160,15 +154,12 @@ class BCEFocal(BCE):
         bce = super().of_labelled(logits, labels, valid)
         return bce * _focal_weight(-bce, self.gamma)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, gamma={self.gamma}"
-
 
 class SoftDice(SegmentationLoss):
-    """1 - (2 Σ p·y + 1) / (Σ p + Σ y + 1), one ratio over batch, classes and pixels.
+    """Soft Dice: 1 - (2 Σ p·y + 1) / (Σ p + Σ y + 1), one ratio over images, classes and pixels.
 
-    As the softmax sums to 1, the denominator is constant: the loss is affine in the mean true-class
-    probability. legacy: void pixels count as the smallest class present in the batch.
+    A softmax sums to 1, so the denominator is constant and the loss is affine in the mean probability of the true
+    class. With `legacy` void pixels get the smallest class in the batch.
     """
 
     link = "softmax"
@@ -184,9 +175,9 @@ class SoftDice(SegmentationLoss):
 
 
 class BSoftDice(SegmentationLoss):
-    """The ratio of SoftDice with the sigmoid, one class against the rest.
+    """Soft Dice of sigmoid probabilities, each class against the rest.
 
-    legacy: void pixels count as negatives of every class.
+    With `legacy` void pixels count as negatives of every class.
     """
 
     link = "sigmoid"
@@ -202,7 +193,7 @@ class BSoftDice(SegmentationLoss):
 
 
 class Lovasz(SegmentationLoss):
-    """Lovász-Softmax over the whole batch and the classes present; `legacy` changes nothing."""
+    """Lovász-Softmax of the whole batch and the classes in it (Berman et al., CVPR 2018). `legacy` changes nothing."""
 
     link = "softmax"
     strictly_proper = False
@@ -216,7 +207,7 @@ class Lovasz(SegmentationLoss):
 
 
 class CEDice(SegmentationLoss):
-    """CrossEntropy plus SoftDice. legacy: as in each of them."""
+    """The sum of `CrossEntropy` and `SoftDice`, each with the same `legacy`."""
 
     link = "softmax"
     strictly_proper = False
@@ -232,7 +223,7 @@ class CEDice(SegmentationLoss):
 
 
 class LogCoshDice(SoftDice):
-    """log cosh of SoftDice (Jadon, CIBCB 2020). legacy: as in SoftDice."""
+    """log cosh of `SoftDice` (Jadon, CIBCB 2020). `legacy` has the meaning that it has there."""
 
     def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         return super().of_labelled(logits, labels, valid).cosh().log()
@@ -243,7 +234,7 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 def _log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return log p_y, (N, *S). A gather, as the CUDA backward of NLLLoss is not deterministic."""
+    """Return log p_y, (N, *S), by gathering: the backward pass of NLLLoss is not deterministic on CUDA."""
     return logits.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
@@ -254,20 +245,19 @@ def _focal_weight(log_probs: Tensor, gamma: float) -> Tensor:
 
 
 def _onehot(labels: Tensor, valid: Tensor, like: Tensor) -> Tensor:
-    """Return the labels as (N, C, *S) floats, all zero on void."""
+    """Return one-hot labels (N, C, *S) in the dtype of `like`; zero on void."""
     return torch.zeros_like(like).scatter_(1, labels.unsqueeze(1), valid.unsqueeze(1).to(like.dtype))
 
 
 def _mean_where(values: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of the (N, *S) values at valid pixels, of which there is at least one."""
+    """Return the mean of values (N, *S) over the valid pixels; there must be one."""
     return values.where(valid, 0).sum() / valid.sum()
 
 
 def lovasz_softmax(probs: Tensor, labels: Tensor) -> Tensor:
-    """Return the Lovász extension of 1 - IoU, averaged over the classes present in the labels.
+    """Return the Lovász extension of 1 - IoU, averaged over the classes that occur in the labels.
 
-    probs: (C, P) in [0, 1]. labels: (P,) int64 in [0, C), at least one pixel. One ratio is taken over all the
-    pixels together, from all images.
+    probs: (C, P) in [0, 1]. labels: (P,) int64 in [0, C), at least one pixel. The pixels of all images form one ratio.
     """
     losses = []
     for index in labels.unique().tolist():
@@ -279,15 +269,15 @@ def lovasz_softmax(probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def jaccard_steps(actual: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return by how much each further mistake raises the Jaccard loss (algorithm 1 of the paper).
+    """Return how much each further mistake raises the Jaccard loss (Berman et al., CVPR 2018, algorithm 1): (P,).
 
-    actual: (P,) bool, the true pixels of a class in the order in which they are got wrong, at least one True.
-    Returns (P,), summing to 1. The steps are written in closed form, as differences of neighbouring losses
-    cancel in float32 once there are many pixels.
+    actual: (P,) bool, whether a pixel is of the class, in the order of decreasing error; at least one is True.
+    The steps sum to 1. They are in closed form, because differences of successive losses cancel in float32 if there
+    are many pixels.
     """
     missed = actual.cumsum(0)
     total = missed[-1]
     intersection = total - missed
     union = (total + (~actual).cumsum(0)).to(dtype)
-    # A missed pixel takes 1 from the intersection: 1/U. A false one adds 1 to the union: I/(U-1) - I/U.
+    # A missed pixel lowers the intersection by 1: the step is 1/U. A false one raises the union: I/(U-1) - I/U.
     return torch.where(actual, 1 / union, intersection / (union * (union - 1)))

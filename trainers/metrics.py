@@ -1,12 +1,12 @@
-"""Dice, IoU and pixel accuracy, all from four counts per image and class.
+"""Dice, IoU and pixel accuracy, from four counts per image and class.
 
-Shapes: N images, C classes, *S spatial axes (two or three). Every class is scored one against the rest, so
-masks may overlap or leave pixels empty. Scores are fractions; where a class is absent from prediction and
-truth alike the score is 0/0, which is NaN and left out of every mean (never 0, never 1).
+Shapes: N images, C classes, *S spatial axes (two or three). Each class is scored against the rest, so masks may
+overlap, and a pixel may be in no mask. Scores are fractions. If a class is in neither the prediction nor the truth,
+its score is 0/0: it is NaN, and no mean includes it.
 
-Two conventions are supported. The corrected one is the default: void pixels are left out of all counts. The
-paper's is given by arguments: `void="counted"` (a prediction on void is a false positive),
-`epsilon=PAPER_EPSILON`, three `decimals`, and the two `legacy_` faults that some published rows carry.
+There are two conventions. The default leaves void pixels out of all counts. That of the paper is set by arguments:
+`void="counted"` (a prediction on void is a false positive), `epsilon=PAPER_EPSILON`, three `decimals`, and the two
+`legacy_` faults of some published rows.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from torch import Tensor
 
 from configs.errors import UserError
 
-PAPER_EPSILON = 1e-5
-"""Added to the denominators by the experiments of Dai & Li (JMLR 24(224), 2023)."""
+PAPER_EPSILON = 1e-5  # in the denominators of the experiments of Dai & Li (JMLR 24(224), 2023)
 
 
 def valid_pixels(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Return the mask of labelled pixels, and reject labels that are not classes.
+    """Return which pixels are labelled, (N, *S) bool: False on void.
 
-    targets: (N, *S) integer labels; `ignore_index` marks void. Returns (N, *S) bool, False on void.
-    Raises TypeError if the labels are not integers, and UserError if one is neither in [0, num_classes) nor
+    targets: (N, *S) integer labels; `ignore_index` is void.
+    Raises TypeError if labels are not integers, and UserError if one is neither in [0, num_classes) nor
     `ignore_index`.
     """
     if targets.is_floating_point() or targets.is_complex():
@@ -49,11 +48,12 @@ def valid_pixels(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The labels of one batch, encoded once so that every rule can be counted against them.
+    """The labels of a batch, encoded once for all rules.
 
-    onehot: (N, C, *S) bool, False in every class on void.
-    valid: (N, *S) bool, the pixels that count; None where all of them do.
-    actual: (N, C) int64, pixels of each class. pixels: (N,) int64, pixels that count.
+    onehot: (N, C, *S) bool, False on void.
+    valid: (N, *S) bool, the pixels that count; None if all do.
+    actual: (N, C) int64, the number of pixels of each class.
+    pixels: (N,) int64, the number of pixels that count.
     """
 
     onehot: Tensor
@@ -64,9 +64,9 @@ class Truth:
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """The sufficient statistic of every score: pixels per image and class.
+    """Numbers of pixels per image and class. Every score is computed from them.
 
-    intersection, predicted, actual: (N, C) int64, |A∩B|, |A| and |B| of prediction A and truth B.
+    intersection, predicted, actual: (N, C) int64; |A∩B|, |A| and |B| of prediction A and truth B.
     pixels: (N,) int64, the pixels of each image that count.
     """
 
@@ -80,7 +80,7 @@ class Counts:
 
     @staticmethod
     def cat(parts: Sequence[Counts]) -> Counts:
-        """Join the counts of several batches, in order. Raises ValueError for an empty list."""
+        """Join the counts of batches in order. Raises ValueError if there are none."""
         if not parts:
             raise ValueError("no counts to join: the evaluation saw no batch")
         return Counts(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Counts)))
@@ -95,7 +95,7 @@ class Counts:
         return Counts(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def pooled(self) -> Counts:
-        """Return the counts of the whole set as if it were one image (N = 1)."""
+        """Return the counts of all images together, as of one image (N = 1)."""
         return Counts(*(getattr(self, field.name).sum(0, keepdim=True) for field in fields(self)))
 
     def dice(self, epsilon: float = 0.0) -> Tensor:
@@ -105,17 +105,17 @@ class Counts:
     def iou(self, epsilon: float = 0.0, *, legacy_bce_iou: bool = False) -> Tensor:
         """Return |A∩B| / (|A∪B|+epsilon), (N, C) float64, NaN where A and B are both empty.
 
-        With `legacy_bce_iou` the union is |A|+|B|, which halves the Dice: the fault in every published IoU
-        of a network trained with BCE or B-Soft-Dice.
+        With `legacy_bce_iou` |A|+|B| replaces the union, which gives half the Dice. Every published IoU of a network
+        trained with BCE or B-Soft-Dice has this fault.
         """
         union = self.predicted + self.actual
         return _ratio(self.intersection, union if legacy_bce_iou else union - self.intersection, epsilon)
 
     def pixel_accuracy(self, epsilon: float = 0.0) -> Tensor:
-        """Return the share of (pixel, class) pairs on which prediction and truth agree, (N,) float64.
+        """Return the share of pairs (pixel, class) on which prediction and truth agree, (N,) float64.
 
-        Over all classes, one against the rest, as in the paper: with many classes it is close to 1 for any
-        prediction. NaN if no pixel counts.
+        All classes count, each against the rest, as in the paper. With many classes it is close to 1 for any
+        prediction. It is NaN if no pixel counts.
         """
         pairs = self.pixels * self.actual.shape[1]
         differ = (self.predicted + self.actual - 2 * self.intersection).sum(1)
@@ -132,15 +132,22 @@ def encode(
 ) -> Truth:
     """Encode a batch of label maps for `count`.
 
-    targets: (N, *S) integer labels, never modified. With `void="masked"` void pixels are in no count; with
-    "counted" they have no class, and every prediction on them is false. `legacy_soft_dice_void`
-    (only with "counted") relabels them to the smallest class of the batch, as happened to the published rows
-    of Soft-Dice. Raises TypeError or ValueError where the labels or the convention are not valid.
+    Args:
+        targets: (N, *S) integer labels; they are not modified.
+        void: "masked" leaves void pixels out of all counts. With "counted" they have no class, and every prediction
+            on them is false.
+        legacy_soft_dice_void: with "counted", give void pixels the smallest class in the batch, as in the published
+            rows of Soft-Dice.
+
+    Raises:
+        TypeError, ValueError: the labels or the convention are invalid.
     """
     if void not in ("masked", "counted"):
-        raise ValueError(f"void is {void!r}: choose 'masked' or 'counted'")
+        raise ValueError(f"void={void!r} is invalid: expected 'masked' or 'counted'")
     if legacy_soft_dice_void and void == "masked":
-        raise ValueError("legacy_soft_dice_void relabels void, which void='masked' leaves out: choose one")
+        raise ValueError(
+            "legacy_soft_dice_void=True contradicts void='masked', which leaves void out: choose one"
+        )
     valid = valid_pixels(targets, num_classes, ignore_index)
     targets = targets.long()
     if legacy_soft_dice_void and valid.any():
@@ -161,9 +168,9 @@ def encode(
 
 
 def count(masks: Tensor, truth: Truth) -> Counts:
-    """Count what a rule predicted against the truth.
+    """Count the pixels of predicted masks (N, C, *S) bool against the truth.
 
-    masks: (N, C, *S) bool. Raises TypeError or ValueError where they do not fit the truth.
+    Raises TypeError if the masks are not bool, and ValueError if their shape is not that of the truth.
     """
     if masks.dtype != torch.bool:
         raise TypeError(f"masks are {masks.dtype}: a prediction rule returns (N, C, *S) bool")
@@ -174,7 +181,7 @@ def count(masks: Tensor, truth: Truth) -> Counts:
 
 
 def mean_over_classes(scores: Tensor, scored: Sequence[int]) -> Tensor:
-    """Average (N, C) scores over the scored classes of each image, leaving NaN out: (N,), NaN if all are."""
+    """Return the mean of scores (N, C) over the scored classes of each image, without NaN: (N,), NaN if all are."""
     return scores[:, list(scored)].nanmean(1)
 
 
@@ -186,13 +193,13 @@ def summary(
     legacy_bce_iou: bool = False,
     decimals: int | None = None,
 ) -> dict[str, float | dict[str, float]]:
-    """Return every average of the tables, as fractions, keyed by name.
+    """Return every average of the tables as fractions, by name.
 
-    `mean_dice`, `mean_iou`: over the scored classes of each image, then over images (mDice and mIoU of the
-    paper, section 5). `class_dice`, `class_iou`: each class over images, keyed by its number; all classes,
-    scored or not. `pooled_*`: the whole set as one image, the usual mIoU of benchmarks; these have no
-    published counterpart and take neither epsilon nor legacy flag. `pixel_accuracy`: mean over images.
-    NaN where a score is defined nowhere. `decimals` rounds all of them.
+    `mean_dice`, `mean_iou`: over the scored classes of an image, then over images (mDice and mIoU of the paper,
+    section 5). `class_dice`, `class_iou`: over images, for every class, scored or not, by its number. `pooled_*`: of
+    all images together, which is the usual mIoU of benchmarks; the paper has none, so `epsilon` and
+    `legacy_bce_iou` do not change them. `pixel_accuracy`: over images. A score that no image defines is NaN.
+    `decimals` rounds every score.
     """
     dice, iou = counts.dice(epsilon), counts.iou(epsilon, legacy_bce_iou=legacy_bce_iou)
     pooled = counts.pooled()
@@ -220,16 +227,16 @@ def summary(
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, epsilon: float) -> Tensor:
-    """Divide integers in float64; 0/0 is NaN for any epsilon."""
+    """Divide integers in float64; 0/0 is NaN with any epsilon."""
     quotient = numerator.double() / (denominator.double() + epsilon)
     return quotient.masked_fill(denominator == 0, float("nan"))
 
 
 def _true_pixels(masks: Tensor) -> Tensor:
-    """Count the True pixels of (N, C, *S) bool masks: (N, C) int64.
+    """Return the number of True pixels of masks (N, C, *S): (N, C) int64.
 
-    Eight bools are added at a time, as the bytes of an int64: torch sums bools one by one, over a hundred
-    times slower on CPU. A byte holds the sum of 128 rows without carrying into its neighbour.
+    An int64 holds eight bools as its bytes, and one addition adds eight of them: torch sums single bools over a
+    hundred times slower on CPU. A byte holds the sum of 128 rows, so nothing is carried into the next one.
     """
     flat = masks.flatten(2)
     flat = F.pad(flat, (0, -flat.shape[-1] % 1024)).contiguous()

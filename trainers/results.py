@@ -1,17 +1,18 @@
-"""Results as files: a JSON of averages and provenance, a CSV of counts per image and class.
+"""Results as files: a JSON of averages and provenance, and a CSV of counts per image and class.
 
-The counts are the sufficient statistic: every average, interval and paired difference can be made from them again.
+Every average, interval and paired difference can be computed again from the counts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from configs.files import write_json, write_text
@@ -29,12 +30,12 @@ class EvalResult:
 
     Attributes:
         predictor: the rule's name.
-        names: the images, in order.
+        names: of the images, in order.
         counts: (N, C) pixels per image and class.
-        scored: the classes that the means run over.
+        scored: the classes in the means.
         scores: averages as fractions, by name.
-        seconds: spent in the rule alone.
-        confidence: (N, C) expected Dice of each mask, P(class absent) of an empty one; None if it was not computed.
+        seconds: the time that the rule took, without the network.
+        confidence: (N, C) expected Dice of each mask, P(class absent) of an empty one; None if not computed.
     """
 
     predictor: str
@@ -46,54 +47,48 @@ class EvalResult:
     confidence: Tensor | None = None
 
     def image_confidence(self) -> Tensor | None:
-        """The confidence of each image, (N,): the mean over its predicted classes; None if it was not computed."""
+        """Return the mean confidence over the predicted classes of each image, (N,); None if not computed."""
         if self.confidence is None:
             return None
         scored = list(self.scored)
         return image_confidence(self.confidence[:, scored], self.counts.predicted[:, scored] > 0)
 
     def save(self, folder: Path, details: Mapping[str, Any]) -> Path:
-        """Write ``<predictor>.json`` and ``<predictor>.csv`` into the folder; return the JSON's path.
+        """Write ``<predictor>.json`` and ``<predictor>.csv`` into the folder; return the path of the JSON.
 
-        ``details`` describes the origin of the numbers: protocol, dataset, model, loss, seed, checkpoint, provenance.
+        ``details`` says where the numbers come from: protocol, dataset, model, loss, seed, checkpoint, provenance.
         """
         path = Path(folder) / f"{self.predictor}.json"
         by_image = self.image_confidence()
-        write_json(
-            path,
-            {
-                "format": FORMAT,
-                "predictor": self.predictor,
-                **details,
-                "scored": list(self.scored),
-                "scores": self.scores,
-                "seconds": round(self.seconds, 4),
-                "images": self.names,
-                **(
-                    {} if by_image is None else {"image_confidence": [round(x, 6) for x in by_image.tolist()]}
-                ),
-            },
-        )
+        content = {
+            "format": FORMAT,
+            "predictor": self.predictor,
+            **details,
+            "scored": list(self.scored),
+            "scores": self.scores,
+            "seconds": round(self.seconds, 4),
+            "images": self.names,
+        }
+        if by_image is not None:
+            content["image_confidence"] = [round(x, 6) for x in by_image.tolist()]
+        write_json(path, content)
         columns = COLUMNS if self.confidence is None else (*COLUMNS, "confidence")
         write_text(path.with_suffix(".csv"), csv_text([columns, *self._rows()]))
         return path
 
-    def _rows(self) -> list[tuple[Any, ...]]:
-        dice, iou = self.counts.dice().tolist(), self.counts.iou().tolist()
-        inter, predicted, actual = (
-            getattr(self.counts, name).tolist() for name in ("intersection", "predicted", "actual")
-        )
-        known = None if self.confidence is None else self.confidence.tolist()
-        return [
-            (name, c, inter[i][c], predicted[i][c], actual[i][c], f"{dice[i][c]:.6f}", f"{iou[i][c]:.6f}")
-            + (() if known is None else (f"{known[i][c]:.6f}",))
-            for i, name in enumerate(self.names)
-            for c in self.scored
-            if predicted[i][c] + actual[i][c]
-        ]
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        """Yield a row for each image and scored class that is predicted or present."""
+        counts = self.counts
+        pixels = torch.stack([counts.intersection, counts.predicted, counts.actual], dim=2).tolist()
+        scores = [counts.dice(), counts.iou(), *([] if self.confidence is None else [self.confidence])]
+        fractions = torch.stack([score.double() for score in scores], dim=2).tolist()
+        for i, name in enumerate(self.names):
+            for c in self.scored:
+                if any(pixels[i][c]):
+                    yield (name, c, *pixels[i][c], *(f"{x:.6f}" for x in fractions[i][c]))
 
     def block(self, model: str, loss: str) -> str:
-        """The result as text, in the form of the paper's logs."""
+        """Return the result as text in the form of the paper's logs."""
         lines = [f"## TESTING Results for Model: {model} + Loss: {loss} + predict: {self.predictor} ##"]
         for label, key in (
             ("test_loss", "test_loss"),
@@ -121,14 +116,14 @@ def results_folder(
     focal_corrected: bool = False,
     gate: float | str = 0.5,
 ) -> Path:
-    """Return the folder of results below a run's, so that no variant and no other checkpoint replaces them.
+    """Return the folder of results below a run's, different for every variant and every checkpoint.
 
     Args:
-        checkpoint: the file's name. Results of ``best_model.pth`` are in ``results`` itself, those of ``last.pth`` in
+        checkpoint: name of the file. Results of ``best_model.pth`` are in ``results``, those of ``last.pth`` in
             ``results/of_last``, and so on.
-        results: of the protocol, such as ``results`` or ``results/paper``.
+        results: the folder of the protocol, such as ``results`` or ``results/paper``.
         calibrated: whether a temperature was applied, or "class" for a calibration of each class.
-        threshold, focal_corrected, gate: other scores of their own, in a sub-folder.
+        threshold, focal_corrected, gate: options that change the masks; each has a sub-folder.
     """
     variants = {
         "focal_corrected": focal_corrected,
@@ -142,32 +137,25 @@ def results_folder(
 
 
 def comparison(results: Mapping[str, EvalResult]) -> str:
-    """One table over all rules, in percent, the best of each column marked with ``*``."""
-    columns = [
-        ("mDice", "mean_dice"),
-        ("mIoU", "mean_iou"),
-        ("pooled Dice", "pooled_mean_dice"),
-        ("pooled IoU", "pooled_mean_iou"),
+    """Return a table of all rules in percent; ``*`` marks the best of each column."""
+    columns = {
+        "mDice": "mean_dice",
+        "mIoU": "mean_iou",
+        "pooled Dice": "pooled_mean_dice",
+        "pooled IoU": "pooled_mean_iou",
+    }
+    best = {key: max(result.scores[key] for result in results.values()) for key in columns.values()}
+    rows = [["predictor", *columns, "rule's seconds"]]
+    for name, result in results.items():
+        scores = {key: result.scores[key] for key in columns.values()}
+        cells = [f"{100 * value:.2f}{'*' if value == best[key] else ' '}" for key, value in scores.items()]
+        rows.append([name, *cells, f"{result.seconds:.2f}"])
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [
+        "  ".join([row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], others, strict=True))])
+        for row in rows
     ]
-    best = {key: max(result.scores[key] for result in results.values()) for _, key in columns}
-    header = ["predictor", *(label for label, _ in columns), "rule's seconds"]
-    rows = [
-        [
-            name,
-            *(f"{100 * r.scores[key]:.2f}{'*' if r.scores[key] == best[key] else ' '}" for _, key in columns),
-            f"{r.seconds:.2f}",
-        ]
-        for name, r in results.items()
-    ]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    line = [
-        "  ".join(
-            cell.ljust(w) if not i else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, *rows]
-    ]
-    return "\n".join([line[0], "-" * len(line[0]), *line[1:]])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def fingerprint(value: Any) -> str:
@@ -176,7 +164,7 @@ def fingerprint(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):

@@ -247,7 +247,7 @@ def test_bad_input_is_refused() -> None:
         encode(labels.masked_fill(labels == 1, -1), 4)
     with pytest.raises(TypeError, match="float32"):
         encode(labels.float(), 4)
-    with pytest.raises(ValueError, match="void is 'dropped'"):
+    with pytest.raises(ValueError, match="void='dropped'"):
         encode(labels, 4, void="dropped")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="legacy_soft_dice_void"):
         encode(labels, 4, legacy_soft_dice_void=True)
