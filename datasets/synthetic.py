@@ -1,9 +1,9 @@
-"""Drawn images with uncertain labels, whose probabilities are known.
+"""Synthetic images with uncertain labels, whose class probabilities are known.
 
-Shapes with soft edges are painted over a background; some are clear, some are faint. The opacity of a shape at a
-pixel equals the probability that the label of the pixel belongs to the shape. The annotation is one draw from
-these probabilities (`posterior`). So a network can learn the exact probabilities, and no rule has an advantage.
-Labels of neighbouring pixels are drawn together, as human annotations are, so the draws are not independent.
+Shapes with soft edges are painted over a background; some are clear, some are faint. The opacity of a shape at a pixel
+is the probability that the label of the pixel belongs to it. One annotation is drawn from these probabilities
+(`posterior`), so a network can learn them exactly, and the data favour no rule. The labels of neighbouring pixels are
+drawn together, as a human draws them: they are not independent.
 
 Shapes: C classes, K objects, H and W pixels (here equal).
 """
@@ -23,7 +23,7 @@ from configs.errors import UserError
 
 from .base import DatasetInfo, SegmentationDataset, digest
 
-VERSION = 1  # enters the fingerprint; raise it when the drawing changes
+VERSION = 1  # a part of the fingerprint; increase it when the images change
 SPLITS = ("train", "val", "test")
 NUM_IMAGES = {"train": 400, "val": 100, "test": 100}
 CLASSES = ("background", "disc", "box", "diamond", "ring")
@@ -31,9 +31,9 @@ PALETTE = ((0, 0, 0), (214, 69, 65), (38, 132, 204), (245, 190, 40), (46, 160, 1
 BACKGROUND = (0.42, 0.40, 0.38)
 
 OBJECTS = (2, 6)  # smallest and largest number of objects
-RADIUS = (0.05, 0.28)  # half the width of an object, as a share of the side; its logarithm is uniform
+RADIUS = (0.05, 0.28)  # half the width of an object, as a share of the side; log-uniform
 SOFTNESS = (0.005, 0.05)  # standard deviation of the position of the edge, as a share of the side
-FAINT = 0.3  # share of objects that the annotation covers only in parts
+FAINT = 0.3  # share of objects with a probability far below 1
 FAINT_PROBABILITY = (0.25, 0.75)
 CLEAR_PROBABILITY = 0.995
 WIGGLE = 0.08  # correlation length of the annotation, as a share of the side
@@ -42,17 +42,19 @@ SHADE = 0.06  # standard deviation of the smooth changes of light
 
 
 class Scene(NamedTuple):
-    """The painted objects: the class of each object, and the probit of its opacity at each pixel."""
+    """The class of each object, and the probit of its opacity at each pixel."""
 
     labels: Tensor  # (K,) int64, 1..C-1
     probits: Tensor  # (K, H, W) float32
 
 
 class Synthetic(SegmentationDataset):
-    """Images drawn from (seed, split, index) when they are read. Nothing is stored or downloaded.
+    """Images that are made from the seed, the split and the index when they are read.
 
-    `num_images` is a number, or a mapping from split to number; `None` means 400 for training and 100 otherwise.
-    `num_classes`, 2 to 5, includes the background. `size` is the side in pixels.
+    Args:
+        num_images: a number, or a mapping from split to number; None is 400 for training and 100 otherwise.
+        size: of the side, in pixels.
+        num_classes: 2 to 5, with the background.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class Synthetic(SegmentationDataset):
         return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
 
     def _scene(self, generator: torch.Generator) -> Scene:
-        """Place the objects. These are the first draws of the generator."""
+        """Draw the objects: first from the generator, so that `posterior` repeats them."""
         least, most = OBJECTS
         count = int(torch.randint(least, most + 1, (), generator=generator))
         labels = torch.randint(1, self.info.num_classes, (count,), generator=generator)
@@ -126,20 +128,15 @@ class Synthetic(SegmentationDataset):
         softness = self.size * between(SOFTNESS, draws[1])
         x, y = self._x - self.size * draws[2], self._y - self.size * draws[3]
         cos, sin = torch.cos(math.pi * draws[4]), torch.sin(math.pi * draws[4])
-        narrow = between((0.6, 1.0), draws[5])
-        u, v = (cos * x + sin * y) / radius, (cos * y - sin * x) / (radius * narrow)
-        depth = (
-            radius
-            * narrow
-            * torch.stack(
-                [SHAPES[label](u_, v_) for label, u_, v_ in zip(labels.tolist(), u, v, strict=True)]
-            )
-        )
+        aspect = between((0.6, 1.0), draws[5])
+        u, v = (cos * x + sin * y) / radius, (cos * y - sin * x) / (radius * aspect)
+        inside = [SHAPES[label](u_, v_) for label, u_, v_ in zip(labels.tolist(), u, v, strict=True)]
+        depth = radius * aspect * torch.stack(inside)
         seen = torch.where(draws[6] < FAINT, between(FAINT_PROBABILITY, draws[7]), CLEAR_PROBABILITY)
         return Scene(labels, torch.minimum(depth / softness, torch.special.ndtri(seen)))
 
     def _annotate(self, scene: Scene, generator: torch.Generator) -> Tensor:
-        """Draw the mask (H, W) uint8: an object covers the pixels where a smooth N(0, 1) field is below its probit."""
+        """Draw the mask (H, W) uint8. An object covers a pixel if a smooth N(0, 1) field is below its probit there."""
         shape = len(scene.labels), self._basis.shape[1], self._basis.shape[1]
         fields = self._basis @ torch.randn(shape, generator=generator) @ self._basis.T
         mask = torch.zeros(self.size, self.size, dtype=torch.uint8)
@@ -160,7 +157,7 @@ class Synthetic(SegmentationDataset):
         return (255 * image.clamp(0, 1)).to(torch.uint8)
 
 
-# For each class, the depth of a point inside a shape of half width 1. Positive inside, 0 at the edge.
+# For each class, the signed distance of a point to the edge of a shape of half width 1; positive inside.
 SHAPES = {
     1: lambda u, v: 1 - torch.sqrt(u * u + v * v),
     2: lambda u, v: 1 - torch.maximum(u.abs(), v.abs()),

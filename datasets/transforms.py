@@ -1,8 +1,8 @@
-"""Joint transforms of image and mask: training augmentation, and the evaluation of both protocols.
+"""Transforms of image and mask together: augmentation for training, and the evaluation of both protocols.
 
-A transform takes a raw pair, image (3, H, W) uint8 and mask (H, W) uint8 as tv_tensors, and returns the
-normalised image (3, h, w) float32 and the target (h, w) int64. Random draws come from torch's global CPU
-generator, which the loaders seed for each image.
+A transform takes an image (3, H, W) uint8 and a mask (H, W) uint8 as tv_tensors. It returns the normalised image
+(3, h, w) float32 and the target (h, w) int64. Random numbers come from torch's global CPU generator, which the loaders
+seed for each image.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Window = tuple[int, int, int, int]  # top, left, height, width
 
 
 def require_pair(image: Tensor, mask: Tensor) -> None:
-    """Reject plain tensors: torchvision passes them through, and the pair would lose its alignment.
+    """Raise TypeError unless the pair is an Image and a Mask, and UserError if their sizes differ.
 
-    Raises TypeError for anything but an Image and a Mask, UserError if their sizes differ.
+    torchvision does not transform plain tensors, so image and mask would no longer fit together.
     """
     if not (isinstance(image, tv_tensors.Image) and isinstance(mask, tv_tensors.Mask)):
         raise TypeError(
@@ -42,26 +42,18 @@ def require_pair(image: Tensor, mask: Tensor) -> None:
 
 
 def as_size(size: Size) -> tuple[int, int]:
-    """Return (height, width) of a square given by its side, or of a pair.
-
-    Raises ValueError for anything else.
-    """
+    """Return (height, width) of a size: the side of a square, or a pair. Raises UserError for anything else."""
     pair = (size, size) if isinstance(size, int) else size
     good = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(k, int) and k > 0 for k in pair)
     if not good:
-        raise UserError(f"size {size}: give one side in pixels, or [height, width] (dataset.crop or .resize)")
+        raise UserError(
+            f"size={size} is invalid: expected an integer >= 1 or [height, width] (dataset.crop, dataset.resize)"
+        )
     return pair[0], pair[1]
 
 
-def check_size(size: Size | None) -> Size | None:
-    """Return the size unchanged, or raise UserError if it is invalid."""
-    if size is not None:
-        as_size(size)
-    return size
-
-
 def resize_to(shape: Sequence[int], size: Size) -> list[int]:
-    """Return the (height, width) that `resize` means: an int is the shorter side, a pair is both."""
+    """Return the (height, width) of a resized image: an integer is the shorter side, a pair is both."""
     if not isinstance(size, int):
         return list(as_size(size))
     height, width = shape
@@ -73,13 +65,13 @@ def resize_to(shape: Sequence[int], size: Size) -> list[int]:
 
 
 def resize_pair(image: Tensor, mask: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-    """Return both at the new size: image bilinear with antialiasing, mask nearest."""
+    """Resize a pair: the image bilinear with antialiasing, the mask nearest."""
     shape = resize_to(image.shape[-2:], size)
     return F.resize(image, shape, antialias=True), F.resize(mask, shape, InterpolationMode.NEAREST_EXACT)
 
 
 class Normalise:
-    """From uint8 (3, H, W) to float32 in [0, 1], minus the mean, by the standard deviation."""
+    """Scale an image (3, H, W) uint8 to [0, 1], subtract the mean, and divide by the standard deviation."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
@@ -93,30 +85,29 @@ class Normalise:
 def rotate_window(
     image: Tensor, mask: Tensor, degrees: int, window: Window, label_fill: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the window of the pair turned by whole degrees, counter-clockwise.
+    """Rotate a pair by whole degrees counter-clockwise, and return a window of it.
 
-    Only the window's pixels are computed, from the part of the frame that can reach them: a crop of a large
-    frame costs what a crop costs. The frame turns about (W/2, H/2) counted from the centre of the first pixel
-    and keeps its size, image bilinear and truncated to uint8 (corners black), mask nearest (corners
-    `label_fill`).
+    The frame keeps its size. It rotates about (W/2, H/2), measured from the centre of the first pixel. The image is
+    bilinear and truncated to uint8, with black corners; the mask is nearest, with corners of `label_fill`. Only the
+    pixels of the window are computed, from the part of the frame that they come from.
     """
     top, left, height, width = window
     if degrees == 0:
         rows, columns = slice(top, top + height), slice(left, left + width)
         return image[:, rows, columns], mask[rows, columns]
-    y, x = turned_places(image.shape[-2:], degrees, window)
-    (y0, y1), (x0, x1) = reach(y, image.shape[-2]), reach(x, image.shape[-1])
+    y, x = source_places(image.shape[-2:], degrees, window)
+    (y0, y1), (x0, x1) = source_range(y, image.shape[-2]), source_range(x, image.shape[-1])
     part, labels = image[:, y0:y1, x0:x1].float(), mask[y0:y1, x0:x1].float()
     size = torch.tensor([labels.shape[1], labels.shape[0]])
     grid = (torch.stack((x - x0, y - y0), dim=-1) * (2 / size) - 1)[None]
     part = grid_sample(part[None], grid, "bilinear", "zeros", align_corners=False)[0]
-    # Outside the frame a sample is 0, so the fill is made the zero of the labels.
+    # grid_sample returns 0 outside the frame, so `label_fill` is subtracted before and added after.
     labels = grid_sample((labels - label_fill)[None, None], grid, "nearest", "zeros", align_corners=False)
     return part.to(torch.uint8), (labels[0, 0] + label_fill).to(torch.uint8)
 
 
-def turned_places(shape: Sequence[int], degrees: int, window: Window) -> tuple[Tensor, Tensor]:
-    """Return y and x (h, w), from the frame's corner, where the pixels of a turned window come from."""
+def source_places(shape: Sequence[int], degrees: int, window: Window) -> tuple[Tensor, Tensor]:
+    """Return y and x (h, w), from the frame's corner, of the source of each pixel of a rotated window."""
     top, left, height, width = window
     centre_y, centre_x = shape[0] / 2 + 0.5, shape[1] / 2 + 0.5
     y = (torch.arange(top, top + height) + (0.5 - centre_y))[:, None]
@@ -125,20 +116,23 @@ def turned_places(shape: Sequence[int], degrees: int, window: Window) -> tuple[T
     return sin * x + cos * y + centre_y, cos * x - sin * y + centre_x
 
 
-def reach(places: Tensor, size: int) -> tuple[int, int]:
-    """Return first and last + 1 of the pixels of a line that places along it touch, at least one."""
+def source_range(places: Tensor, size: int) -> tuple[int, int]:
+    """Return the first and one past the last pixel of a line that interpolation at these places reads."""
     margin = 2  # bilinear neighbours, and rounding
     first = min(max(int(places.min()) - margin, 0), size - 1)
     return first, min(max(int(places.max()) + margin + 1, first + 1), size)
 
 
 class TrainTransform:
-    """The paper's augmentation, in its order: rotate, pad bottom and right, crop, flip, normalise.
+    """Augmentation of the paper, in its order: rotate, pad right and bottom, crop, flip, normalise.
 
-    `resize` brings both to one size first (an int is the shorter side). `crop=None` keeps the whole image.
-    `rotate` is the largest angle in whole degrees, drawn uniformly from both sides; `flip` the probability of
-    a mirror image. `label_fill` is the label of corners and padding that hold no image: 255 leaves them out
-    of the loss, 0 is what the paper's code did, which teaches "background" there.
+    Args:
+        crop: size of the result; None keeps the whole image.
+        resize: size of image and mask before the augmentation; an integer is the shorter side.
+        rotate: the largest angle in whole degrees, in both directions.
+        flip: the probability of a mirror image.
+        label_fill: the label of corners and padding. 255 leaves them out of the loss. The paper's code used 0, which
+            teaches "background" there.
     """
 
     def __init__(
@@ -157,7 +151,9 @@ class TrainTransform:
             raise UserError(f"flip={flip} is invalid: expected a probability, 0 to 1")
         self.normalise = Normalise(mean, std)
         self.crop = None if crop is None else as_size(crop)
-        self.resize, self.rotate, self.flip, self.label_fill = check_size(resize), rotate, flip, label_fill
+        if resize is not None:
+            as_size(resize)
+        self.resize, self.rotate, self.flip, self.label_fill = resize, rotate, flip, label_fill
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         require_pair(image, mask)
@@ -165,7 +161,7 @@ class TrainTransform:
             image, mask = resize_pair(image, mask, self.resize)
         crop = self.crop or (image.shape[-2], image.shape[-1])
         degrees = draw(-self.rotate, self.rotate)
-        # Where the image is smaller than the crop it is padded, and there is only one place for the crop.
+        # An image that is smaller than the crop is padded, and the crop has one position.
         top, left = (draw(0, max(size - side, 0)) for size, side in zip(image.shape[-2:], crop, strict=True))
         mirrored = bool(torch.rand(()) < self.flip)
         image, mask = self.apply(image, mask, degrees, top, left, mirrored)
@@ -174,7 +170,7 @@ class TrainTransform:
     def apply(
         self, image: Tensor, mask: Tensor, degrees: int, top: int, left: int, mirrored: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return the augmented pair, still uint8, for given draws."""
+        """Augment a pair with given random numbers; the result is uint8."""
         height, width = image.shape[-2:]
         crop_height, crop_width = self.crop or (height, width)
         window = top, left, min(crop_height, height), min(crop_width, width)
@@ -189,13 +185,13 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """What a network is evaluated on: the corrected protocol's whole image, or the paper's centre crop.
+    """Images and targets for evaluation.
 
-    Corrected (`legacy=False`): the whole image, brought to `resize` first where given so that memory is
-    bounded, and the target at its native resolution; the logits are resized to the target afterwards.
+    Corrected protocol (`legacy=False`): the whole image, resized to `resize` if given to bound the memory. The target
+    keeps its resolution; the logits are resized to it afterwards.
 
-    Paper (`legacy=True`): the short side goes to `crop`, image bilinear without antialiasing and truncated to
-    uint8, label nearest as in Pillow, then the centre `crop` x `crop`. Pixels outside are not scored.
+    Paper (`legacy=True`): the shorter side becomes `crop`, and the centre `crop` x `crop` is scored. The image is
+    bilinear without antialiasing and truncated to uint8, the label nearest as in Pillow.
     """
 
     def __init__(
@@ -208,10 +204,12 @@ class EvalTransform:
     ) -> None:
         if legacy and not isinstance(crop, int):
             raise UserError(
-                f"crop={crop}: the paper's evaluation needs one side in pixels (dataset.eval_crop)"
+                f"crop={crop} is invalid: the paper's evaluation needs a side in pixels (dataset.eval_crop)"
             )
         self.normalise = Normalise(mean, std)
-        self.resize, self.crop, self.legacy = check_size(resize), crop, legacy
+        self.resize, self.crop, self.legacy = resize, crop, legacy
+        if resize is not None:
+            as_size(resize)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         require_pair(image, mask)
@@ -224,42 +222,40 @@ class EvalTransform:
 
 
 def draw(low: int, high: int) -> int:
-    """Return a whole number from low..high, both included."""
+    """Return a random integer from low to high, both included."""
     return int(torch.randint(low, high + 1, ()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's evaluation preprocessing, equal to OpenCV's and Pillow's to the bit, without OpenCV
+# The paper's preprocessing for evaluation: bit for bit as OpenCV and Pillow compute it, without OpenCV
 
 
 def centre_crop(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
-    """Return the paper's evaluated window of a pair, (3, crop, crop) and (crop, crop), both uint8.
+    """Return the centre of a pair that the paper scores: (3, crop, crop) and (crop, crop), both uint8.
 
-    The short side is scaled to `crop` and the other to `floor(crop * long / short)`, image bilinear without
-    antialiasing and truncated, label nearest; then the centre is cut out, starting at `(size - crop) // 2`.
+    The shorter side is resized to `crop` and the other to `floor(crop * long / short)`. The centre starts at
+    `(size - crop) // 2`.
     """
     height, width = image.shape[-2:]
     short = min(height, width)
     new_height, new_width = crop * height // short, crop * width // short
     top, left = (new_height - crop) // 2, (new_width - crop) // 2
     window = bilinear_window(image, (new_height, new_width), top, left, crop)
-    # Where a sampling point falls on a pixel's edge, Pillow decides by accumulated rounding: only Pillow
-    # repeats it.
+    # At the edge between two pixels Pillow's accumulated rounding decides, so Pillow itself has to resize.
     labels = Image.fromarray(mask.numpy()).resize((new_width, new_height), Image.Resampling.NEAREST)
     return window, torch.from_numpy(np.array(labels.crop((left, top, left + crop, top + crop))))
 
 
 def bilinear_window(image: Tensor, size: tuple[int, int], top: int, left: int, crop: int) -> Tensor:
-    """Return a window of the image resized to (height, width), as OpenCV's float resize and truncation.
+    """Return a window of the image resized to (height, width), equal to OpenCV's float resize after truncation.
 
-    OpenCV interpolates along rows first, then columns, each as one fused `a + (b - a) f` in float32. The
-    fused product and sum is had by computing them in float64; any other order or rounding changes pixels
-    whose exact value is whole.
+    OpenCV interpolates rows first, then columns, each with one fused `a + (b - a) f` in float32. Computing product and
+    sum in float64 gives the same rounding; another order or rounding changes pixels whose exact value is an integer.
     """
     row, next_row, row_share = taps(image.shape[-2], size[0], top, crop)
     column, next_column, column_share = taps(image.shape[-1], size[1], left, crop)
     first, last = int(row[0]), int(next_row[-1]) + 1
-    pixels = image.permute(1, 2, 0)[first:last]  # channels last, as decoded: columns are then cheap to pick
+    pixels = image.permute(1, 2, 0)[first:last]  # channels last, as decoded: selecting columns is fast
     left_pixels, right_pixels = (pixels.index_select(1, at).short() for at in (column, next_column))
     across = mix(left_pixels, right_pixels, column_share[:, None])
     upper, lower = (across.index_select(0, at - first) for at in (row, next_row))
@@ -267,7 +263,7 @@ def bilinear_window(image: Tensor, size: tuple[int, int], top: int, left: int, c
 
 
 def taps(size: int, new_size: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return two source indices and the second's share for `count` places of a resized line from `start`."""
+    """Return two source pixels, and the share of the second, for `count` pixels of a resized line from `start`."""
     places = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * (size / new_size) - 0.5
     places = places.clamp(0, size - 1)
     index = places.floor().long()
@@ -275,5 +271,5 @@ def taps(size: int, new_size: int, start: int, count: int) -> tuple[Tensor, Tens
 
 
 def mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """Return `a + (b - a) share` in float32 with one rounding of product and sum."""
+    """Return `a + (b - a) share` in float32, rounded once."""
     return (b - a).double().mul_(share.double()).add_(a).float()

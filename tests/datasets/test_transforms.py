@@ -170,7 +170,7 @@ def test_settings_that_make_no_sense_are_refused():
             (TrainTransform, "resize"),
             (EvalTransform, "resize"),
         ):
-            with pytest.raises(ValueError, match=r"size .*: give one side in pixels, or \[height, width\]"):
+            with pytest.raises(ValueError, match=r"size=.* is invalid: expected .*\[height, width\]"):
                 transform(*PLAIN, **{name: size})
     with pytest.raises(ValueError, match=r"dataset\.eval_crop"):
         EvalTransform(*PLAIN, legacy=True)
