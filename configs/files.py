@@ -159,7 +159,8 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # an error of the system, not one with a message of its own
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -29,9 +29,8 @@ from configs.files import lock_file
 from datasets import DatasetError
 from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images
 from scripts.parallel import default_workers
-from scripts.prepare import cityscapes
 from scripts.prepare.catalog import CATALOG, Archive, Entry
-from scripts.prepare.fetching import download, unpack
+from scripts.prepare.fetching import download, fetch_cityscapes, find_cityscapes_downloader, unpack
 from scripts.prepare.splitting import PUBLISHED, make_split, published_split, write_split
 
 if TYPE_CHECKING:
@@ -205,9 +204,9 @@ def _fetch(args: argparse.Namespace) -> int:
     root = (args.root or entry.root).expanduser()
     if entry.complete(root):
         return _fetched(args, entry, root, "there already")
-    downloader = cityscapes.find_downloader() if entry.name == "cityscapes" else None
+    downloader = find_cityscapes_downloader() if entry.name == "cityscapes" else None
     if downloader is not None:
-        cityscapes.fetch(downloader, root, args.keep)
+        fetch_cityscapes(downloader, root, args.keep)
         return _fetched(args, entry, root, "fetched")
     if entry.archive is None:
         steps = [step.format(root=shlex.quote(str(root))) for step in entry.steps]

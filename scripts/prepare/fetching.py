@@ -1,13 +1,17 @@
-"""Download an archive and unpack it. pooch transfers and verifies; this module adds limits, messages and unpacking."""
+"""Download an archive, verify it and unpack it.
+
+Cityscapes needs an account. Its own downloader, the package cityscapesscripts, fetches it with the account that
+`csDownload -l` has stored. Nothing here reads or asks for a password.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import lzma
 import os
 import shutil
 import tarfile
-import threading
 import time
 import zipfile
 import zlib
@@ -15,15 +19,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import requests
+import urllib3
 from tqdm import tqdm
 
 from configs.errors import UserError
+from configs.files import temporary_file
 
 BLOCK = 1 << 16
-TIMEOUT = 30.0  # seconds without an answer
 PATIENCE, MIN_RATE = 60.0, 10_000  # after so many seconds, fewer bytes per second on average are too slow
 MAX_BYTES = 20 << 30  # of an archive whose size is not known
 WORTH_A_RETRY = (408, 429, 500, 502, 503, 504)
+PAUSE = 1.0  # seconds before a second attempt; each further pause is twice as long
+BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError)
+CITYSCAPES = {"gtFine": "gtFine_trainvaltest.zip", "leftImg8bit": "leftImg8bit_trainvaltest.zip"}
 BAD_ARCHIVE = (
     zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError,
     RuntimeError,  # zipfile raises it for encryption and for unknown methods
@@ -66,126 +75,64 @@ def download(
         return verify(path, size, checksum)
     problems = []
     for url in urls:
-        try:
-            _fetch(url, path, size, checksum, attempts, progress)
-            return verify(path, size, checksum)
-        except FetchError as error:
-            problems.append(str(error))
+        for attempt in range(attempts):
+            time.sleep(PAUSE * (2**attempt - 1))
+            try:
+                with temporary_file(path) as temporary:
+                    _transfer(url, temporary, path.name, size or MAX_BYTES, progress)
+                    return verify(temporary, size, checksum, source=url)
+            except FetchError as error:  # another attempt would not help
+                problems.append(str(error))
+                break
+            except BROKEN as error:
+                problem = f"{url}: {' '.join(str(error).split())}, after {attempt + 1} attempts"
+        else:
+            problems.append(f"{problem}. Fix: try again later, or pass --url")
     raise FetchError("; ".join(problems))
 
 
-def _fetch(
-    url: str, path: Path, size: int | None, checksum: str | None, attempts: int, progress: bool
-) -> None:
-    """Run the transfer in a thread and watch its rate: a server that sends a byte now and then defeats timeouts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(f".{path.name}.fetching")
-    shutil.rmtree(folder, ignore_errors=True)
-    watch = _Watch(path, size, progress)
-    outcome: list[Exception | None] = []
+def _transfer(url: str, path: Path, name: str, limit: int, progress: bool) -> None:
+    """Write the content of an address to a file.
 
-    def transfer() -> None:
-        try:
-            _transfer(url, folder, path.name, checksum, attempts, watch)
-            outcome.append(None)
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=transfer, daemon=True)  # the process does not wait for a stuck one
-    thread.start()
-    try:
-        while not outcome:
-            thread.join(0.2)
-            watch.require_rate()
-        if outcome[0] is not None:
-            raise outcome[0]
-        os.replace(folder / path.name, path)
-    finally:
-        watch.stopped = True
-        watch.bar.close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _transfer(url: str, folder: Path, name: str, checksum: str | None, attempts: int, watch: _Watch) -> None:
-    import pooch
-    import requests
-
-    def once(url: str, output: str, _: Any) -> None:
-        watch.restart()
-        try:
-            pooch.HTTPDownloader(progressbar=watch, chunk_size=BLOCK, timeout=TIMEOUT)(url, output, None)
-        except requests.HTTPError as error:
-            if error.response.status_code in WORTH_A_RETRY:
-                raise
-            raise FetchError(
-                f"{url}: HTTP {error.response.status_code} {error.response.reason}. Fix: pass a newer --url"
-            ) from error
-
-    pooch.get_logger().setLevel("ERROR")
-    store = pooch.create(
-        folder, url, registry={name: checksum}, urls={name: url}, retry_if_failed=attempts - 1
-    )
-    try:
-        store.fetch(name, downloader=once)
-    except FetchError:
-        raise
-    except (requests.RequestException, ValueError) as error:  # ValueError: another checksum, or a bad header
-        text = " ".join(str(error).split())
-        raise FetchError(
-            f"{url}: {text}, after {attempts} attempts. Fix: try again later, or pass --url"
-        ) from error
+    Raises:
+        FetchError: the server refuses, or sends too slowly or more than ``limit`` bytes.
+        requests.RequestException, urllib3.exceptions.HTTPError: the transfer broke.
+    """
+    slow = f"{name} arrives with less than {MIN_RATE // 1000} kB/s. Fix: try again later, or pass --url"
+    begin, count = time.monotonic(), 0
+    options = {"stream": True, "timeout": PATIENCE, "headers": {"Accept-Encoding": "identity"}}
+    with requests.get(url, **options) as answer, path.open("wb") as file:  # type: ignore[arg-type]
+        if not answer.ok and answer.status_code not in WORTH_A_RETRY:
+            raise FetchError(f"{url}: HTTP {answer.status_code} {answer.reason}. Fix: pass a newer --url")
+        answer.raise_for_status()
+        total = answer.raw.length_remaining or 0
+        _require_size(name, total, limit)
+        require_space(path.parent, total)
+        hidden = None if progress else True
+        with tqdm(
+            total=total or None, desc=name, unit="B", unit_scale=True, disable=hidden, leave=False
+        ) as bar:
+            while True:
+                try:
+                    block = answer.raw.read1(BLOCK)
+                except urllib3.exceptions.ReadTimeoutError:
+                    raise FetchError(slow) from None
+                if not block:
+                    break
+                file.write(block)
+                bar.update(len(block))
+                count += len(block)
+                _require_size(name, count, limit)
+                seconds = time.monotonic() - begin
+                if seconds > PATIENCE and count < MIN_RATE * seconds:
+                    raise FetchError(slow)
+    if count < total:
+        raise requests.ConnectionError(f"{count} of {total} bytes arrived")
 
 
-class _Watch:
-    """A progress bar, as pooch calls it, that ends transfers which are too large or too slow."""
-
-    def __init__(self, path: Path, size: int | None, progress: bool) -> None:
-        self.name, self.folder, self.limit = path.name, path.parent, size or MAX_BYTES
-        self.bar = tqdm(
-            desc=path.name, unit="B", unit_scale=True, disable=None if progress else True, leave=False
-        )
-        self.stopped = False
-        self.restart()
-
-    def restart(self) -> None:
-        self.begin, self.count = time.monotonic(), 0
-        self.bar.reset()
-
-    @property
-    def total(self) -> int:
-        return self.bar.total or 0
-
-    @total.setter
-    def total(self, value: int) -> None:
-        self._require_size(value)
-        require_space(self.folder, value)
-        self.bar.total = value
-
-    def update(self, count: int) -> None:
-        self.count += count
-        self._require_size(self.count - BLOCK)  # pooch counts a part of a block as a block
-        if self.stopped:
-            raise FetchError(f"{self.name}: stopped")
-        self.bar.update(count)
-
-    def reset(self) -> None:
-        self.count = 0
-
-    def close(self) -> None:
-        """Keep the bar: the next attempt uses it."""
-
-    def _require_size(self, size: int) -> None:
-        if size > self.limit:
-            raise FetchError(
-                f"{self.name} has more than the expected {self.limit} bytes. Fix: pass a newer --url"
-            )
-
-    def require_rate(self) -> None:
-        seconds = time.monotonic() - self.begin
-        if seconds > PATIENCE and self.count < MIN_RATE * seconds:
-            raise FetchError(
-                f"{self.name} arrives with less than {MIN_RATE // 1000} kB/s. Fix: try again later, or pass --url"
-            )
+def _require_size(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise FetchError(f"{name} has more than the expected {limit} bytes. Fix: pass a newer --url")
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -206,8 +153,13 @@ def _algorithm(checksum: str | None) -> tuple[str, str]:
     return algorithm, expected.lower()
 
 
-def verify(path: Path, size: int | None, checksum: str | None) -> str:
-    """Return ``sha256:...`` of a file. Raises FetchError if its size or checksum is not the expected one."""
+def verify(path: Path, size: int | None, checksum: str | None, source: str = "") -> str:
+    """Return ``sha256:...`` of a file. Raises FetchError if its size or checksum is not the expected one.
+
+    ``source`` names the file in messages; default: its path.
+    """
+    name = source or path
+    fix = "Fix: pass a newer --url" if source else "Fix: remove it and fetch it again"
     algorithm, expected = _algorithm(checksum)
     named, sha256, length = hashlib.new(algorithm), hashlib.sha256(), 0
     with path.open("rb") as file:
@@ -216,11 +168,9 @@ def verify(path: Path, size: int | None, checksum: str | None) -> str:
             sha256.update(block)
             length += len(block)
     if size is not None and length != size:
-        raise FetchError(f"{path} has {length} bytes, not {size}. Fix: remove it and fetch it again")
+        raise FetchError(f"{name} has {length} bytes, not {size}. {fix}")
     if checksum and named.hexdigest() != expected:
-        raise FetchError(
-            f"{path} has {algorithm} {named.hexdigest()}, not {expected}. Fix: remove it and fetch it again"
-        )
+        raise FetchError(f"{name} has {algorithm} {named.hexdigest()}, not {expected}. {fix}")
     return f"sha256:{sha256.hexdigest()}"
 
 
@@ -267,3 +217,38 @@ def unpack(archive: Path, root: Path, inside: str = "") -> None:
         raise FetchError(f"{archive} is damaged ({error}). Fix: remove it and fetch it again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def find_cityscapes_downloader() -> Any:
+    """Return cityscapesscripts' downloader if it is installed and an account is stored, else None."""
+    try:
+        downloader = importlib.import_module("cityscapesscripts.download.downloader")
+        folder = importlib.import_module("appdirs").user_data_dir("cityscapesscripts", "cityscapes")
+    except ImportError:
+        return None
+    return downloader if (Path(folder) / "credentials.json").is_file() else None
+
+
+def fetch_cityscapes(downloader: Any, root: Path, keep: bool = False) -> None:
+    """Download and unpack the fine annotations and the images into a folder; a partial download is resumed.
+
+    Raises:
+        FetchError: the login or a download failed.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    missing = {folder: name for folder, name in CITYSCAPES.items() if not (root / folder).is_dir()}
+    try:
+        session = downloader.login()
+        downloader.download_packages(
+            session=session, package_names=list(missing.values()), destination_path=str(root), resume=True
+        )
+    except Exception as error:  # the downloader raises plain Exception for nearly everything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FetchError(
+            f"cityscapesscripts cannot download {', '.join(missing.values())} ({reason}). "
+            "Fix: run the same command again to resume, or csDownload -l to check the account."
+        ) from error
+    for folder, name in missing.items():
+        unpack(root / name, root / folder, folder)
+        if not keep:
+            (root / name).unlink()

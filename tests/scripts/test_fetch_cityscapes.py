@@ -10,8 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from scripts import prepare_data
-from scripts.prepare import cityscapes
-from scripts.prepare.fetching import FetchError
+from scripts.prepare.fetching import CITYSCAPES, FetchError, fetch_cityscapes, find_cityscapes_downloader
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def test_both_archives_are_unpacked(downloader: SimpleNamespace, tmp_path: Path)
     store_account(downloader)
     root = tmp_path / "data"
     assert run(root) == 0
-    assert sorted(downloader.packages) == sorted(cityscapes.PACKAGES.values())
+    assert sorted(downloader.packages) == sorted(CITYSCAPES.values())
     assert sorted(p.name for p in root.iterdir()) == ["gtFine", "leftImg8bit"]
     assert (root / "gtFine/train/aachen/aachen_000000.png").is_file()
     assert run(root) == 0 and len(downloader.packages) == 2  # there already
@@ -73,4 +72,4 @@ def test_a_failure_is_named(downloader: SimpleNamespace, tmp_path: Path) -> None
     store_account(downloader)
     downloader.fail = True
     with pytest.raises(FetchError, match="Bad credentials"):
-        cityscapes.fetch(cityscapes.find_downloader(), tmp_path / "data")
+        fetch_cityscapes(find_cityscapes_downloader(), tmp_path / "data")
