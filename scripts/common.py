@@ -1,17 +1,76 @@
-"""Work done ahead of its use, in threads: image decoding and disks release Python's lock."""
+"""What several commands share: options of a command line, a loaded run, and work done ahead in threads."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from configs.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def command_line(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is the docstring of the command."""
+    return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser, rules: Sequence[str], default: str) -> None:
+    """Add the options of a command that applies one rule to a checkpoint: -r, -p, --alpha and --device."""
+    add = parser.add_argument
+    add("-r", "--resume", required=True, type=Path, metavar="CHECKPOINT", help="ours, or a released one")
+    help_rule = f"one of: {', '.join(rules)} (default: {default})"
+    add("-p", "--predictor", action="append", default=[], metavar="RULE", help=help_rule)
+    help_alpha = "share of images that may miss the lower bound of their Dice (default: 0.1)"
+    add("--alpha", type=float, default=0.1, help=help_alpha)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def check_checkpoint_options(args: argparse.Namespace) -> None:
+    """Raise UserError for two rules or an invalid --alpha."""
+    if len(args.predictor) > 1:
+        rules = " -p ".join(args.predictor)
+        raise UserError(f"-p {rules}: one rule makes the masks; call again with another --out")
+    if not 0 < args.alpha < 1:
+        raise UserError(
+            f"--alpha {args.alpha:g} is invalid: expected a number between 0 and 1. Fix: --alpha 0.1"
+        )
+
+
+def add_run_options(parser: argparse.ArgumentParser, overrides: str) -> None:
+    """Add the arguments of a command about one run: the run, --device, and overrides with their help."""
+    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"as for test.py: {overrides}")
+
+
+class LoadedRun(NamedTuple):
+    """A trained network on its device, its configuration, and the split that is scored."""
+
+    path: Path
+    network: Any
+    cfg: Any
+    checkpoint: dict[str, Any]
+    data: Any
+
+
+def load_run(path: Path, overrides: Sequence[str], device: Any) -> LoadedRun:
+    """Load a checkpoint, or the best one of a run's folder, and the split of its configuration."""
+    from configs import build  # torch is slow to import
+    from configs.checkpoint import check_classes, load
+
+    path = path / "best_model.pth" if path.is_dir() else path
+    network, cfg, checkpoint = load(path, overrides)
+    build.absolute_root(cfg)
+    data = build.dataset(cfg, cfg.split)
+    check_classes(checkpoint, data.info.classes, path)
+    return LoadedRun(path, network.to(device).eval(), cfg, checkpoint, data)
 
 
 def default_workers() -> int:
@@ -23,8 +82,8 @@ def default_workers() -> int:
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield ``function(item)`` in the order of the items, computed by ``workers`` threads.
 
-    At most ``workers + 1`` results wait to be used, whatever the number of items, so memory is bounded.
-    An exception of ``function`` comes out where its result would have.
+    Image decoding and disks release Python's lock. At most ``workers + 1`` results wait to be used, so memory is
+    bounded. An exception of ``function`` is raised in the place of its result.
 
     Raises:
         UserError: fewer than one worker.

@@ -11,7 +11,6 @@ Exit codes: 0 done, 2 bad input, 3 the disk failed.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from configs.cli import run_cli
 from configs.errors import UserError
 from models import CheckpointError, read_checkpoint
 from models.published import is_published, load_published
+from scripts.common import command_line
 from trainers.checkpoint import FORMAT, save
 
 
@@ -51,9 +51,7 @@ def convert(source: Path) -> dict[str, Any]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("source", type=Path, help="a released checkpoint")
     parser.add_argument("target", type=Path, help="the file to write")
     parser.add_argument("--force", action="store_true", help="overwrite the target")

@@ -40,6 +40,7 @@ from configs.files import read_json, require_writable, write_json, write_text
 from rankseg import Predictor
 from rankseg.calibration import Reliability
 from scripts import ROOT
+from scripts.common import ahead
 from scripts.decoding.arrays import LABEL_SUFFIXES, suffix_of, write_array
 from scripts.decoding.cases import Reading, find_cases, load_case
 from scripts.decoding.rules import (
@@ -50,7 +51,6 @@ from scripts.decoding.rules import (
     reliability_from_plain,
     reliability_to_plain,
 )
-from scripts.parallel import ahead
 from trainers.distributed import pick_device
 from trainers.evaluator import Scoring
 from trainers.metrics import Counts

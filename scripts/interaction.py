@@ -10,7 +10,6 @@ the choice of the seed, whose range is printed. Exit codes: 0 done, 2 bad input.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from configs.cli import run_cli
 from configs.errors import UserError
 from scripts.analysis.scores import RuleScores, read_rule
 from scripts.analysis.statistics import mean_interval
+from scripts.common import command_line
 
 PROBABILITIES = {"raw": "", "temperature": "calibrated"}
 MEASURES = (("NLL", "log_loss"), ("Brier", "brier"), ("ECE, %", "ece"))
@@ -29,9 +29,7 @@ MEASURES = (("NLL", "log_loss"), ("Brier", "brier"), ("ECE, %", "ece"))
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="one or more folders with seed0, seed1, ...")
     parser.add_argument("--rules", default="max,T_fit,rankdice", help="default: %(default)s")
     parser.add_argument("--baseline", default="max", help="default: %(default)s")

@@ -9,7 +9,6 @@ Exit codes: 0 done, 2 bad input.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from rankseg import expected_dice, rank_dice
 from scripts import ROOT
+from scripts.common import command_line
 
 SIDE = 32
 COLORS = {"T": "#d95f02", "RankDice": "#1f5fbf"}
@@ -74,9 +74,7 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "path", nargs="?", type=Path, default=ROOT / "docs" / "method.png", help="file to write"
     )

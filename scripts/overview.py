@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 bad input.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs import build
-from configs.checkpoint import check_classes, load
 from configs.cli import run_cli
 from configs.errors import UserError
 from configs.fitting import Fitter
+from scripts.common import add_run_options, command_line, load_run
 from trainers.distributed import join_world
 from trainers.evaluator import evaluate
 from trainers.metrics import mean_over_classes
@@ -60,72 +59,38 @@ def strip(drawn: Sequence[Tensor], above: Sequence[str], titles: Sequence[str] =
     return torch.cat(made, dim=2)
 
 
-def _stacked(*shown: Any) -> Tensor:
+def _stack(*shown: Any) -> Tensor:
     return torch.stack(list(tiles(*shown).values()))
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint")
+    """Run the command."""
+    parser = command_line(__doc__)
+    add_run_options(parser, "split=val, protocol=paper, calibrate=temperature")
     parser.add_argument("--out", type=Path, default=Path("overview.png"), help="default: %(default)s")
     parser.add_argument(
         "--scale", type=int, default=2, help="enlargement of small images (default: %(default)s)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="as for test.py: split=val, protocol=paper, calibrate=temperature",
-    )
     args = parser.parse_intermixed_args()
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg") or args.out.is_dir():
         raise UserError(f"--out {args.out}: give the name of a .png or .jpg file")
-    path = args.run / "best_model.pth" if args.run.is_dir() else args.run
-    with join_world(args.device) as where:
-        network, cfg, checkpoint = load(path, args.overrides)
-        network = network.to(where.device).eval()
-        build.absolute_root(cfg)
-        fitter = Fitter(cfg, network, path, where)
-        to_probs = fitter.to_probs()
+    with join_world(args.device) as world:
+        path, network, cfg, _, data = load_run(args.run, args.overrides, world.device)
+        fitter = Fitter(cfg, network, path, world)
+        to_probs, precision = fitter.to_probs(), fitter.precision
         fitter.save()
-        data, rules = build.dataset(cfg, cfg.split), build.rules(RULES, cfg)
-        check_classes(checkpoint, data.info.classes, path)
-        loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
-        scoring = build.scoring(cfg, data.info)
-        precision = cfg.trainer.precision
-        results = evaluate(
-            network,
-            loader,
-            rules,
-            criterion,
-            scoring,
-            where,
-            to_probs=to_probs,
-            precision=precision,
-            progress="scoring",
-        )
+        rules, criterion = build.rules(RULES, cfg), build.loss(cfg)
+        loader, scoring = build.eval_loader(cfg, data, world), build.scoring(cfg, data.info)
+        options = {"to_probs": to_probs, "precision": precision}
+        results = evaluate(network, loader, rules, criterion, scoring, world, progress="scoring", **options)
         dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
         gain = dice["rankdice"] - dice["T"]
         order = [i for i in gain.argsort().tolist() if gain[i] == gain[i]]
         if not order:
             raise UserError(f"split={cfg.split}: no image has a class that is scored; choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
-        drawn = panels(
-            network,
-            data,
-            loader.transform,
-            rules,
-            criterion.link,
-            where,
-            picked,
-            _stacked,
-            precision,
-            to_probs,
-        )
+        seen = (network, data, loader.transform, rules, criterion.link, world, picked)
+        drawn = panels(*seen, _stack, **options)
         rows: list[Tensor] = []
         for quantile, index, (_, stack) in zip(QUANTILES, picked, drawn, strict=True):
             enlarged = stack.repeat_interleave(args.scale, 2).repeat_interleave(args.scale, 3)

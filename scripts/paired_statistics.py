@@ -38,6 +38,7 @@ from scripts.analysis.scores import (
     rules_in,
 )
 from scripts.analysis.statistics import HARM, RESAMPLES
+from scripts.common import command_line
 from trainers.text import markdown_cell, markdown_text
 
 
@@ -195,9 +196,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of results"
     )

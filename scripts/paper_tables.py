@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs.cli import run_cli
 from configs.errors import UserError
 from scripts import ROOT
+from scripts.common import command_line
 from scripts.tables.compare import read_expected, violations
 from scripts.tables.generated import (
     FORMATS,
@@ -54,9 +55,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("mode", nargs="?", choices=MODES, default="ours", help="which tables (default: ours)")
     parser.add_argument("--saved", type=Path, help="folder of the runs (default: saved/ of the repository)")
     parser.add_argument(

@@ -54,11 +54,17 @@ from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
 from rankseg import Predictor
+from scripts.common import (
+    add_checkpoint_options,
+    ahead,
+    check_checkpoint_options,
+    command_line,
+    default_workers,
+)
 from scripts.inference import files
 from scripts.inference.files import Outputs, dataset_info, refuse_collisions, settle
 from scripts.inference.review import Review
 from scripts.inference.windows import View, label_map, probabilities
-from scripts.parallel import ahead, default_workers
 from trainers.distributed import World, pick_device
 from trainers.forward import logits_of
 from trainers.results import file_sha256
@@ -122,30 +128,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
-    add("-r", "--resume", required=True, type=Path, metavar="CHECKPOINT", help="ours, or a released one")
-    add(
-        "-p",
-        "--predictor",
-        action="append",
-        default=[],
-        metavar="RULE",
-        help=f"one of: {', '.join(options('predictor'))}",
-    )
+    default = "rankdice for one scored class, else rankdice_nonoverlap"
+    add_checkpoint_options(parser, options("predictor"), default)
     add("--out", type=Path, required=True, metavar="FOLDER")
     add("--overlay", action="store_true", help="also write the mask over the image")
     add("--per-class", action="store_true", help="also write a mask for each class")
     add("--probabilities", action="store_true", help="also write the probabilities")
     add("--review", action="store_true", help="review.csv too: how sure each mask is, the least sure first")
-    add(
-        "--alpha",
-        type=float,
-        default=0.1,
-        help="share of images that may miss the bound in review.csv (default: 0.1)",
-    )
     add("--window", type=int, metavar="PIXELS",
         help=f"side of sliding windows, as the network sees them (default: whole images up to "
         f"{WHOLE >> 20} Mpixel, {WINDOW} above; 0: always whole)")  # fmt: skip
@@ -165,7 +156,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="names and colours of a folder data set that is elsewhere",
     )
     add("--workers", type=int, default=default_workers(), help="threads that read ahead (default: all cores)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--force", action="store_true", help="replace existing masks")
     add("--quiet", action="store_true", help="no progress bar")
     add(
@@ -180,10 +170,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.images = [Path(given) for given, yes in zip(args.images, is_override, strict=True) if not yes]
     if not args.images:
         parser.error("give images or folders of images")
-    if len(args.predictor) > 1:
-        parser.error(
-            f"-p {' -p '.join(args.predictor)}: one rule makes the masks; call again with another --out"
-        )
+    check_checkpoint_options(args)
     return args
 
 
@@ -219,10 +206,6 @@ def _review(args: argparse.Namespace, fitter: Fitter, rule: str, info: DatasetIn
     """Return the review that is asked for, with the margins that scripts/confidence.py fitted for this rule."""
     if not args.review:
         return None
-    if not 0 < args.alpha < 1:
-        raise UserError(
-            f"--alpha {args.alpha:g} is invalid: expected a number between 0 and 1. Fix: --alpha 0.1"
-        )
     stored = fitter.file.find(f"margin {args.alpha:g}", fitter.rule_settings(rule))
     if stored is None:
         print(

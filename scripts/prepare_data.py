@@ -28,7 +28,7 @@ from configs.errors import UserError
 from configs.files import lock_file
 from datasets import DatasetError
 from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images
-from scripts.parallel import default_workers
+from scripts.common import command_line, default_workers
 from scripts.prepare.catalog import CATALOG, Archive, Entry
 from scripts.prepare.fetching import download, fetch_cityscapes, find_cityscapes_downloader, unpack
 from scripts.prepare.splitting import PUBLISHED, make_split, published_split, write_split
@@ -48,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     commands = parser.add_subparsers(required=True, metavar="list | check | fetch | split | stats")
 
     one = commands.add_parser("list", help="the data sets, their terms, sizes and layouts")

@@ -1,6 +1,7 @@
 """Write a run's report: one HTML page with scores, intervals, calibration, confidence, images and provenance.
 
     python scripts/report.py saved/synthetic/tiny/ce/seed0                     writes RUN/report/index.html
+    python scripts/report.py RUN -p T_fit -p pooled_dice -p auto    with fitted rules
     python scripts/report.py RUN protocol=paper --out report-paper
     python scripts/report.py checkpoint-epoch300.pth dataset.root=/data/cityscapes
 
@@ -12,134 +13,133 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+
+from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs import build
-from configs.checkpoint import check_classes, load
 from configs.cli import run_cli
+from configs.compose import options
 from configs.files import read_json, write_json, write_text
 from configs.fitting import Fitter
 from configs.values import check_uncalibrated
 from scripts import ROOT
 from scripts.analysis import page
-from scripts.analysis.measure import (
-    Findings,
-    Key,
-    by_size,
-    chosen_cutoffs,
-    measure,
-    variants,
-)
+from scripts.analysis.confidence import assess, known_pairs
+from scripts.analysis.measure import Findings, Key, by_size, chosen_cutoffs, measure, variants
 from scripts.analysis.pictures import draw_strips, pick
+from scripts.common import LoadedRun, add_run_options, command_line, load_run
 from trainers.distributed import World, join_world
 from trainers.journal import read_rows
-from trainers.losses import Link
 from trainers.reproducibility import provenance
 from trainers.results import file_sha256
-from trainers.selective import record_masks
+from trainers.selective import MaskRecord, record_masks
 
 RULES = ("T", "max", "rankdice")
 
 
 def arguments() -> argparse.Namespace:
     """Parse the command line; flags and overrides may be mixed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint")
+    parser = command_line(__doc__)
+    add_run_options(parser, "split=val, protocol=paper")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: report/ in the run's folder")
     parser.add_argument("--images", type=int, default=3, help="images of each kind (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="as for test.py: split=val, protocol=paper"
+        "-p",
+        "--predictor",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help=f"rule to compare besides {', '.join(RULES)}; may be repeated. One of: {', '.join(options('predictor'))}",
     )
     return parser.parse_intermixed_args()
 
 
 def report(args: argparse.Namespace, world: World) -> Path:
     """Measure, draw and write; return the path of the page."""
-    path = args.run / "best_model.pth" if args.run.is_dir() else args.run
-    network, cfg, checkpoint = load(path, args.overrides)
+    run = load_run(args.run, args.overrides, world.device)
+    path, network, cfg, checkpoint, data = run
     check_uncalibrated(cfg, "report.py")  # the report compares calibrated probabilities itself
-    network = network.to(world.device).eval()
-    build.absolute_root(cfg)
-    data, link = build.dataset(cfg, cfg.split), cast(Link, build.loss(cfg).link)
-    check_classes(checkpoint, data.info.classes, path)
-    scoring, rules = build.scoring(cfg, data.info), build.rules(RULES, cfg)
+    names = list(dict.fromkeys((*RULES, *args.predictor)))
+    for name in names:
+        build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
+    compared, fitted = {}, []
+    for kind, changes in variants(cfg).items():
+        fitter = Fitter(OmegaConf.merge(cfg, changes), network, path, world)
+        rules, values = fitter.rules(names, data)
+        compared[kind] = fitter.to_probs(), rules
+        fitted += fitter.report(values, data) if kind == "raw" else []
+        fitter.save()
+    temperature = cast(float, fitter.calibration("temperature"))
+    to_probs, rules = compared["raw"]
+    scoring, precision = build.scoring(cfg, data.info), fitter.precision
     loader = build.eval_loader(cfg, data, world)
-    held_out = build.eval_loader(cfg, build.dataset(cfg, "val"), world)
-    fitter = Fitter(cfg, network, path, world)
-    fitted = cast(float, fitter.calibration("temperature"))
-    kinds = variants(link, fitted, cfg.loss.name)
-    if fitter.kind == "class":
-        kinds["calibrated per class"] = fitter.to_probs()
-    fitter.save()
-    precision = fitter.precision
-    findings = measure(network, loader, rules, kinds, scoring, world, fitted, precision)
+    findings = measure(network, loader, compared, scoring, world, temperature, precision)
+
+    def record(images: Any, title: str) -> MaskRecord:
+        batches = build.eval_loader(cfg, images, world)
+        return record_masks(network, batches, rules["rankdice"], to_probs, scoring, world, precision, title)
+
     on_validation = cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]
-    known = None
-    if not on_validation:
-        record = record_masks(
-            network, held_out, rules["rankdice"], kinds["raw"], scoring, world, precision, "validation images"
-        )
-        has_dice = ~record.dice().isnan()
-        known = record.signals()["expected Dice"][has_dice], record.dice()[has_dice]
+    held_out = None if on_validation else known_pairs(record(build.dataset(cfg, "val"), "validation images"))
+    confidence = assess(record(data, "confidence"), held_out)
 
     folder = args.out or path.resolve().parent / "report"
     groups = pick(findings, args.images)
     indices = [index for picked in groups.values() for index in picked]
-    strips = draw_strips(
-        network, data, loader.transform, rules, link, world, findings, indices, folder / "images", precision
-    )
-    scores, gains = page.score_rules(findings, RULES), page.compare_rules(findings, RULES)
-    confidence = page.assess_confidence(findings, known)
+    seen = (network, data, loader.transform, rules, fitter.link, world)
+    strips = draw_strips(*seen, findings, indices, folder / "images", precision)
+    scores, gains = page.score_rules(findings, names), page.compare_rules(findings, names)
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
     lead = [
         f"Split {cfg.split}, {len(findings.names)} images, protocol {cfg.protocol.name}, checkpoint of epoch "
         f"{checkpoint['epoch']}. All rules see the same probabilities: T selects pixels with at least "
-        f"{build.threshold(cfg):g}, max the most likely class, rankdice the mask with the largest expected Dice."
+        f"{build.threshold(cfg):g}, max the most likely class, rankdice the mask with the largest expected Dice.",
+        *fitted,
     ]
     if on_validation:
         lead.append(
             "These are the validation images: they also chose the checkpoint and the temperature. Expect lower "
             "scores on new images."
         )
-    sections = [
-        page.score_section(scores),
-        page.difference_section(gains),
-        page.class_section(findings, data.info.classes, RULES),
-        page.gain_section(findings, RULES),
-        page.calibration_section(findings, data.info.classes),
-        page.confidence_section(confidence),
-        page.picture_section(groups, strips),
-        page.learning_section(read_rows(path.parent / "metrics.jsonl")),
-        page.fact_section(facts(cfg, path, checkpoint, data)),
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
+    sections = {
+        "scores": page.score_section(scores),
+        "differences": page.difference_section(gains),
+        "classes": page.class_section(findings, data.info.classes, names),
+        "gain": page.gain_section(findings, names),
+        "calibration": page.calibration_section(findings, data.info.classes),
+        "confidence": page.confidence_section(confidence),
+        "images": {heading: [strips[index] for index in picked] for heading, picked in groups.items()},
+        "learning": page.learning_section(read_rows(path.parent / "metrics.jsonl")),
+        "provenance": facts(run),
+    }
     target = folder / "index.html"
-    write_text(target, page.render(title, lead, page.lead_cards(scores, gains), sections))
+    write_text(target, page.render(title, lead, sections))
     of = {"checkpoint": file_sha256(path), "protocol": cfg.protocol.name, "split": cfg.split}
-    write_json(folder / "report.json", {"of": of, **numbers(findings, scores, gains, confidence)})
+    found: dict[str, Any] = {
+        "scores": scores,
+        "gains": {f"rankdice - {rule}": one for rule, one in gains.items()},
+    }
+    write_json(
+        folder / "report.json", {"of": of, **found, **numbers(findings, names), "confidence": confidence}
+    )
     return target
 
 
-def numbers(
-    findings: Findings, scores: dict[str, Any], gains: dict[str, Any], confidence: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the numbers of the page, for programs."""
+def numbers(findings: Findings, rules: Sequence[str]) -> dict[str, Any]:
+    """Return the numbers of the sections about gain and calibration, for programs."""
     return {
-        "scores": scores,
-        "gains": {f"rankdice - {rule}": one for rule, one in gains.items()},
-        "void": {v: {r: findings.mean(Key(r, "raw", v)) / 100 for r in RULES} for v in ("masked", "counted")},
-        "size": [{"group": name, "pairs": n, "dice": means} for name, n, means in by_size(findings, RULES)],
+        "void": {v: {r: findings.mean(Key(r, "raw", v)) / 100 for r in rules} for v in ("masked", "counted")},
+        "size": [{"group": name, "pairs": n, "dice": means} for name, n, means in by_size(findings, rules)],
         "probabilities": {
             kind: {
                 "ece": one.ece(),
                 "volume_ratio": one.volume_ratio().tolist(),
-                "mean_dice": {r: findings.mean(findings.key(r, kind)) / 100 for r in RULES},
+                "mean_dice": {r: findings.mean(findings.key(r, kind)) / 100 for r in rules},
             }
             for kind, one in findings.reliability.items()
         },
@@ -148,13 +148,13 @@ def numbers(
             key.rule: findings.mean(key) / 100 for key in findings.counts if key.rule.startswith("at ")
         },
         "cutoffs": [round(at, 4) for at in chosen_cutoffs(findings).tolist()],
-        "confidence": {key: value for key, value in confidence.items() if key != "risk_coverage"},
         "images": findings.names,
     }
 
 
-def facts(cfg: Any, path: Path, checkpoint: dict[str, Any], data: Any) -> dict[str, Any]:
+def facts(run: LoadedRun) -> dict[str, Any]:
     """Return where the numbers came from: the checkpoint, its training, and this report."""
+    path, _, cfg, checkpoint, data = run
     stored = path.parent / "provenance.json"
     trained = read_json(stored) if stored.exists() else {}
     now = provenance(ROOT)
@@ -180,8 +180,8 @@ def facts(cfg: Any, path: Path, checkpoint: dict[str, Any], data: Any) -> dict[s
 def main() -> None:
     """Run the command."""
     args = arguments()
-    with join_world(args.device) as here:
-        print(f"report: {report(args, here)}")
+    with join_world(args.device) as world:
+        print(f"report: {report(args, world)}")
 
 
 if __name__ == "__main__":

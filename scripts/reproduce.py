@@ -42,6 +42,7 @@ from configs.errors import (
 )
 from configs.files import read_json
 from scripts import ROOT
+from scripts.common import command_line
 from scripts.grid.running import Display, call, format_time
 from scripts.grid.runs import Run, load_runs
 from trainers.results import results_folder
@@ -49,9 +50,7 @@ from trainers.results import results_folder
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; flags and overrides may be mixed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--models", help="for example smp_unet,smp_pspnet (default: from the configuration)")
     parser.add_argument("--losses", help="for example ce,focal,bce")
     parser.add_argument("--seeds", help="for example 0,1,2")

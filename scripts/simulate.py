@@ -18,7 +18,6 @@ Exit codes: 0 done, 2 bad input, 3 the disk failed.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import os
@@ -40,6 +39,7 @@ from configs.errors import UserError
 from rankseg import rank_dice
 from rankseg.rules import threshold
 from scripts.analysis.charts import load_pyplot
+from scripts.common import command_line
 
 EXAMPLES = ("exponential", "linear", "step", "thresholds")
 SIZES = (28, 64, 128, 256)
@@ -285,9 +285,7 @@ def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "examples", nargs="*", metavar="EXAMPLE", help=f"some of {', '.join(EXAMPLES)} (default: all)"
     )

@@ -40,14 +40,17 @@ def panels(
     """Yield for these images of a data set their names and what ``draw`` makes of them, by default a `row`.
 
     ``draw`` is called with image, target, probs, masks and info; see `row`. ``to_probs`` turns logits into
-    probabilities; default: the link.
+    probabilities; default: the link. A rule with an attribute ``to_probs`` has its own.
     """
     for index in indices:
         image, mask = data.read(index)
         pixels, target = transform(image, mask)
         logits = logits_of(model, pixels[None], target.shape[-2:], world, precision)
         probs = to_probs(logits) if to_probs else link_probs(logits, link)
-        masks = {name: rule(probs)[0].cpu() for name, rule in rules.items()}
+        masks = {}
+        for name, rule in rules.items():
+            own = getattr(rule, "to_probs", None)
+            masks[name] = rule(own(logits) if own else probs)[0].cpu()
         image = shown(pixels, data.info, target.shape)
         yield data.names[index], (draw or row)(image, target, probs[0].cpu(), masks, data.info)
 

@@ -25,6 +25,9 @@ PALETTE = {
     "max": "#2f77c2",
     "rankdice": "#d9561f",
     "other": "#8a55c7",
+    "T_fit": "#12888c",
+    "pooled_dice": "#a67c14",
+    "pooled_iou": "#93573a",
 }
 _STYLES = {"T": (0, (6, 3)), "max": (0, (2, 3))}  # line styles tell rules apart without colour
 _SETTINGS = {
@@ -55,7 +58,7 @@ def colour(name: str) -> str:
 
 
 def draw(parts: Sequence[Sequence[Callable[[Any], None]]], size: Ends, path: Path) -> None:
-    """Write a PNG file with one row of axes for each row of parts; ``size`` is that of one axis, in inches."""
+    """Write a PNG or SVG file with one row of axes for each row of parts; ``size`` is that of one axis, in inches."""
     plt = load_pyplot()
     columns = max(map(len, parts))
     with plt.rc_context(_SETTINGS), warnings.catch_warnings():
@@ -72,7 +75,8 @@ def draw(parts: Sequence[Sequence[Callable[[Any], None]]], size: Ends, path: Pat
                 axis.set_axis_off()
             for axis, part in zip(row, drawn, strict=False):
                 part(axis)
-        figure.savefig(path, dpi=150)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         plt.close(figure)
 
 
@@ -242,6 +246,16 @@ def cutoffs(
         axis.legend()
 
     return part
+
+
+def risk_coverage(curves: Mapping[str, Sequence[float]]) -> Callable[[Any], None]:
+    """Draw the mean risk of the most confident images, in percent; ``curves[name]`` has it for 1, 2, ... images."""
+    shades = dict(zip(curves, ("rankdice", "max", "T", "other", "ink"), strict=False))
+    percent = {
+        name: [((k + 1) / len(curve), 100 * risk) for k, risk in enumerate(curve)]
+        for name, curve in curves.items()
+    }
+    return lines(percent, "coverage: share of images kept", "mean risk, 100 − Dice, %", shades, marker="")
 
 
 def scatter(points: Sequence[Ends], margin: float | None, xlabel: str, ylabel: str) -> Callable[[Any], None]:

@@ -11,27 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from configs.errors import UserError
 from rankseg import Predictor, rules
-from rankseg.calibration import Reliability, focal_correction
-from rankseg.confidence import (
-    confidence,
-    image_confidence,
-    mean_entropy,
-    mean_max_probability,
-    soft_dice_confidence,
-)
+from rankseg.calibration import Reliability
 from trainers.distributed import World
 from trainers.evaluator import Scoring, observe
 from trainers.forward import forward
-from trainers.losses import Link, link_probs
 from trainers.metrics import Counts, count, mean_over_classes
 
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
-EXPECTED = "expected Dice"  # the confidence of this project; the others are for comparison
-CONFIDENCES = (EXPECTED, "SDC", "mean maximum probability", "entropy")
+ToProbs = Callable[[Tensor], Tensor]
 
 
 class Key(NamedTuple):
@@ -50,7 +42,6 @@ class Findings:
         names: the images, in order.
         counts: (N, C) pixels, by what was counted.
         cutoffs: (N, C) the smallest probability that RankDice selected; NaN if it selected nothing.
-        confidences: (N,) of each of `CONFIDENCES`, of RankDice's masks on raw probabilities; higher is surer.
         reliability: by kind of probabilities.
         scoring: the conventions of the run.
         temperature: fitted on the validation split.
@@ -59,7 +50,6 @@ class Findings:
     names: list[str]
     counts: dict[Key, Counts]
     cutoffs: Tensor
-    confidences: dict[str, Tensor]
     reliability: dict[str, Reliability]
     scoring: Scoring
     temperature: float
@@ -77,14 +67,16 @@ class Findings:
         return 100 * float(self.dice(key).nanmean())
 
 
-def variants(link: Link, temperature: float, loss: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return the functions from logits to probabilities that the report compares."""
-    found: dict[str, Callable[[Tensor], Tensor]] = {
-        "raw": lambda logits: link_probs(logits, link),
-        "calibrated": lambda logits: link_probs(logits / temperature, link),
+def variants(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """Return the kinds of probabilities that the report compares, each with the options that make it."""
+    found: dict[str, dict[str, Any]] = {
+        "raw": {"calibrate": "none"},
+        "calibrated": {"calibrate": "temperature"},
     }
-    if loss == "focal":
-        found["focal-corrected"] = lambda logits: focal_correction(link_probs(logits, link))
+    if cfg.loss.name == "focal":
+        found["focal-corrected"] = {"calibrate": "none", "correct_focal": True}
+    if cfg.calibrate == "class":
+        found["calibrated per class"] = {"calibrate": "class"}
     return found
 
 
@@ -97,8 +89,7 @@ def fixed_thresholds() -> dict[str, Predictor]:
 def measure(
     model: nn.Module,
     batches: Iterable[Any],
-    compared: Mapping[str, Predictor],
-    probabilities: Mapping[str, Callable[[Tensor], Tensor]],
+    compared: Mapping[str, tuple[ToProbs, Mapping[str, Predictor]]],
     scoring: Scoring,
     world: World,
     temperature: float,
@@ -106,63 +97,48 @@ def measure(
 ) -> Findings:
     """Count each rule on each kind of probabilities; on raw ones also with the other treatment of void pixels.
 
+    Args:
+        compared: for each kind of probabilities the conversion of logits, and the rules. A rule with an attribute
+            ``to_probs`` has a conversion of its own.
+
     Raises:
         UserError: there is no image.
     """
     names: list[str] = []
     counts: dict[Key, list[Counts]] = {}
     cutoffs: list[Tensor] = []
-    confidences: list[dict[str, Tensor]] = []
-    reliability = {name: Reliability() for name in probabilities}
+    reliability = {kind: Reliability() for kind in compared}
     other = replace(
         scoring, void="counted" if scoring.void == "masked" else "masked", legacy_soft_dice_void=False
     )
     sweep = fixed_thresholds()
+
+    def add(key: Key, masks: Tensor, truth: Any) -> None:
+        counts.setdefault(key, []).append(count(masks, truth).to("cpu"))
 
     unneeded = scoring.is_unneeded
     passes = forward(model, batches, world, precision=precision, progress="measuring", unneeded=unneeded)
     for batch, targets, logits in passes:
         truth, other_truth = scoring.encode(targets), other.encode(targets)
         names += batch.names
-
-        def add(key: Key, masks: Tensor, truth: Any) -> None:
-            counts.setdefault(key, []).append(count(masks, truth).to("cpu"))
-
-        for kind, of_logits in probabilities.items():
-            probs = of_logits(logits)
+        for kind, (to_probs, rules_of_kind) in compared.items():
+            probs = to_probs(logits)
             observe(reliability[kind], probs, truth)
-            for rule, predictor in ({**compared, **sweep} if kind == "raw" else compared).items():
-                masks = predictor(probs)
+            for rule, predictor in rules_of_kind.items():
+                own = getattr(predictor, "to_probs", None)
+                masks = predictor(own(logits) if own else probs)
                 add(Key(rule, kind, scoring.void), masks, truth)
-                if kind == "raw" and rule in compared:
+                if kind == "raw":
                     add(Key(rule, kind, other.void), masks, other_truth)
-                if kind == "raw" and rule == "rankdice":
-                    cutoffs.append(smallest_selected(probs, masks).cpu())
-                    confidences.append(batch_confidences(probs, masks, scoring))
+                    if rule == "rankdice":
+                        cutoffs.append(smallest_selected(probs, masks).cpu())
+            if kind == "raw":
+                for rule, predictor in sweep.items():
+                    add(Key(rule, kind, scoring.void), predictor(probs), truth)
     if not names:
         raise UserError("there is no image to report on. Fix: check split and dataset.root.")
-    return Findings(
-        names,
-        {key: Counts.cat(parts) for key, parts in counts.items()},
-        torch.cat(cutoffs),
-        {name: torch.cat([part[name] for part in confidences]) for name in CONFIDENCES},
-        reliability,
-        scoring,
-        temperature,
-    )
-
-
-def batch_confidences(probs: Tensor, masks: Tensor, scoring: Scoring) -> dict[str, Tensor]:
-    """Return each of `CONFIDENCES` for the images of a batch, (N,) float64; higher is surer."""
-    scored = list(scoring.scored)
-    predicted = masks.flatten(2).any(2)[:, scored]
-    found = (
-        image_confidence(confidence(probs, masks)[:, scored], predicted),
-        image_confidence(soft_dice_confidence(probs, masks)[:, scored], predicted),
-        mean_max_probability(probs),
-        -mean_entropy(probs),
-    )
-    return {name: values.cpu() for name, values in zip(CONFIDENCES, found, strict=True)}
+    joined = {key: Counts.cat(parts) for key, parts in counts.items()}
+    return Findings(names, joined, torch.cat(cutoffs), reliability, scoring, temperature)
 
 
 def smallest_selected(probs: Tensor, masks: Tensor) -> Tensor:

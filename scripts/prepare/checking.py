@@ -20,7 +20,7 @@ from datasets import SegmentationDataset
 from datasets.base import DatasetInfo
 from datasets.decode import list_images
 from datasets.paired import PairedDataset, file_size
-from scripts.parallel import ahead
+from scripts.common import ahead
 from trainers.results import file_sha256
 
 

@@ -20,7 +20,7 @@ from configs.compose import compose
 from configs.errors import UserError
 from datasets import DatasetError, Folder
 from datasets.kvasir_seg import default_split
-from scripts.parallel import ahead
+from scripts.common import ahead
 from scripts.prepare.checking import count
 from scripts.prepare.splitting import make_split, write_split
 from scripts.prepare_data import main

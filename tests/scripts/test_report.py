@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,8 +26,8 @@ from rankseg.calibration import fit_temperature
 from rankseg.confidence import confidence
 from scripts.analysis import charts
 from scripts.analysis import page as pages
+from scripts.analysis.confidence import EXPECTED, assess
 from scripts.analysis.measure import (
-    EXPECTED,
     Findings,
     Key,
     by_size,
@@ -35,11 +36,13 @@ from scripts.analysis.measure import (
     smallest_selected,
     variants,
 )
-from scripts.analysis.pictures import pick
+from scripts.analysis.pictures import Strip, pick
 from trainers.checkpoint import save
 from trainers.distributed import World
 from trainers.evaluator import Scoring, evaluate
 from trainers.fitted import held_out_fit
+from trainers.forward import ToProbs
+from trainers.selective import MaskRecord, record_masks
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = World(0, 1, torch.device("cpu"))
@@ -95,7 +98,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(report: object, run: Path) -> Path:
-    arguments = argparse.Namespace(run=run, out=None, images=2, overrides=[])
+    arguments = argparse.Namespace(run=run, out=None, images=2, predictor=[], overrides=[])
     return report.report(arguments, HERE)  # type: ignore[attr-defined]
 
 
@@ -192,11 +195,19 @@ def batch_of(probs: Tensor, targets: Tensor) -> SimpleNamespace:
     )
 
 
+def scoring_of(probs: Tensor) -> Scoring:
+    return Scoring(probs.shape[1], tuple(range(1, probs.shape[1])))
+
+
 def findings_of(probs: Tensor, targets: Tensor) -> Findings:
-    scoring = Scoring(probs.shape[1], tuple(range(1, probs.shape[1])))
-    compared = {"T": rules.threshold, "max": rules.argmax, "rankdice": rules.rankdice}
-    ways = variants("sigmoid", 1.0, "bce")
-    return measure(Given(), [batch_of(probs, targets)], compared, ways, scoring, HERE, 1.0)
+    rules_of_kind = {"T": rules.threshold, "max": rules.argmax, "rankdice": rules.rankdice}
+    compared = {"raw": (ToProbs("sigmoid"), rules_of_kind), "calibrated": (ToProbs("sigmoid"), rules_of_kind)}
+    return measure(Given(), [batch_of(probs, targets)], compared, scoring_of(probs), HERE, 1.0)
+
+
+def record_of(probs: Tensor, targets: Tensor) -> MaskRecord:
+    batches = [batch_of(probs, targets)]
+    return record_masks(Given(), batches, rules.rankdice, ToProbs("sigmoid"), scoring_of(probs), HERE)
 
 
 def test_void_is_left_out_and_counted() -> None:
@@ -204,9 +215,8 @@ def test_void_is_left_out_and_counted() -> None:
     findings = findings_of(torch.cat([1 - first, first], 1), torch.tensor([[[1, 1], [255, 0]]]))
     assert findings.mean(Key("T", "raw", "masked")) == pytest.approx(100)
     assert findings.mean(Key("T", "raw", "counted")) == pytest.approx(80)  # 2·2 / (3 + 2)
-    section = pages.gain_section(findings, RULES)
-    shown = {cell for row in section["blocks"][0]["rows"] for cell in row}
-    assert {"80.00", "100.00"} <= shown
+    text = pages.render("t", [], {"gain": pages.gain_section(findings, RULES)})
+    assert {"<td>80.00</td>", "<td>100.00</td>"} <= set(re.findall(r"<td>[^<]*</td>", text))
 
 
 def test_thirds_by_size_and_false_alarms() -> None:
@@ -255,11 +265,14 @@ def test_twice_the_logits_are_twice_the_temperature() -> None:
 
 
 def test_focal_losses_are_corrected_as_well() -> None:
-    assert list(variants("softmax", 1.0, "ce")) == ["raw", "calibrated"]
-    ways = variants("softmax", 2.0, "focal")
+    ce, focal = (OmegaConf.create({"loss": {"name": n}, "calibrate": "none"}) for n in ("ce", "focal"))
+    assert list(variants(ce)) == ["raw", "calibrated"]
+    ways = variants(focal)
+    assert ways["calibrated"]["calibrate"] == "temperature" and ways["focal-corrected"]["correct_focal"]
     logits = torch.randn(2, 3, 4, 4)
-    assert torch.allclose(ways["calibrated"](logits), (logits / 2).softmax(1))
-    assert ways["focal-corrected"](logits).amax() > ways["raw"](logits).amax()  # focal is under-confident
+    assert torch.allclose(ToProbs("softmax", 2.0)(logits), (logits / 2).softmax(1))
+    corrected = ToProbs("softmax", correct_focal=True)(logits)
+    assert corrected.amax() > ToProbs("softmax")(logits).amax()  # focal is under-confident
 
 
 def test_charts_take_any_name_and_what_is_undefined() -> None:
@@ -283,23 +296,39 @@ HOSTILE = "<script>alert(1)</script>\"' onload=x"
 
 def test_hostile_text_is_escaped_everywhere_on_the_page() -> None:
     gain = pages.compare_rules(findings_of(*random_images()), RULES)
-    picture = pages.Strip(HOSTILE, {HOSTILE: "data:image/png;base64,"}, {HOSTILE: 1.0})
+    gain[HOSTILE] = gain["T"]
+    picture = Strip(HOSTILE, {HOSTILE: "data:image/png;base64,"}, {HOSTILE: 1.0})
     rows = [
         {"step": 1, "kind": "train", "epoch": 1, "loss": 1.0},
         {"step": 1, "kind": f"val_{HOSTILE}", "epoch": 1, "mean_dice": 0.5, "test_loss": 0.5},
     ]
-    sections = [
-        pages.class_section(findings_of(*random_images()), [HOSTILE, HOSTILE], RULES),
-        pages.calibration_section(findings_of(*random_images()), [HOSTILE, HOSTILE]),
-        pages.difference_section(gain),
-        pages.picture_section({HOSTILE: [0]}, {0: picture}),
-        pages.learning_section(rows),
-        pages.fact_section({HOSTILE: HOSTILE}),
-        pages.section("a", HOSTILE, pages.text(HOSTILE), pages.table([HOSTILE], [[HOSTILE], [HOSTILE] * 2])),
-    ]
-    card = {"name": HOSTILE, "value": HOSTILE, "range": HOSTILE, "colour": "T"}
+    findings = findings_of(*random_images())
+    scores = pages.score_rules(findings, RULES)
+    scores[HOSTILE] = scores["T"]
+    confidence = assess(record_of(*random_images()), None)
+    confidence["aurc"][HOSTILE] = confidence["aurc"]["oracle"]
+    confidence["no_bound"] = HOSTILE
+    by_gain = pages.gain_section(findings, RULES)
+    by_gain["blocks"][HOSTILE] = [(HOSTILE, dict.fromkeys(RULES, 1.0))]
+    by_gain["rules"] += [HOSTILE]
+    by_gain["alarms"][HOSTILE] = 1
+    for rows_of_block in by_gain["blocks"].values():
+        for _, means in rows_of_block:
+            means[HOSTILE] = 1.0
+    sections = {
+        "scores": pages.score_section(scores),
+        "differences": pages.difference_section(gain),
+        "classes": pages.class_section(findings, [HOSTILE, HOSTILE], RULES),
+        "gain": by_gain,
+        "calibration": pages.calibration_section(findings, [HOSTILE, HOSTILE]),
+        "confidence": pages.confidence_section(confidence),
+        "images": {HOSTILE: [picture]},
+        "learning": pages.learning_section(rows),
+        "provenance": {HOSTILE: HOSTILE},
+    }
     parser = Strict()
-    text = pages.render(HOSTILE, [HOSTILE], [card], sections)
+    text = pages.render(HOSTILE, [HOSTILE], sections)
+    assert text.count("&lt;script&gt;") >= 28
     parser.feed(text)
     assert parser.open == [] and "script" not in parser.count and "<script" not in text
     assert not parser.handlers
@@ -312,31 +341,30 @@ def random_images() -> tuple[Tensor, Tensor]:
 
 
 def test_confidence_is_that_of_the_masks_and_the_bound_holds_on_the_images_it_was_fitted_on() -> None:
-    findings = findings_of(*random_images())
     probs, _ = random_images()
-    masks = rules.rankdice(probs)
-    expected = confidence(probs, masks)[:, 1]
-    assert findings.confidences[EXPECTED] == pytest.approx(expected.numpy(), abs=1e-6)
-    found = pages.assess_confidence(findings, None)
-    assert found["bound"] is None and "validation images" in found["no_bound"]  # 8 are too few for 90 %
-    dice = findings.dice(findings.key("rankdice"))
-    held_out = (findings.confidences[EXPECTED].repeat(3), dice.repeat(3))
-    found = pages.assess_confidence(findings, held_out)
-    assert found["bound"]["coverage"] >= 0.9 and found["bound"]["validation_images"] == 24
+    record = record_of(*random_images())
+    expected = confidence(probs, rules.rankdice(probs))[:, 1]
+    signal = record.signals()[EXPECTED]
+    assert signal == pytest.approx(expected.numpy(), abs=1e-6)
+    found = assess(record, None)
+    assert "margin" not in found and "validation images" in found["no_bound"]  # 8 are too few for 90 %
+    found = assess(record, (signal.repeat(3), record.dice().repeat(3)))
+    assert found["coverage"] >= 0.9 and found["margin_images"] == 24
     assert found["aurc"]["oracle"]["aurc"] == min(one["aurc"] for one in found["aurc"].values())
-    text = pages.render("t", [], [], [pages.confidence_section(found)])
+    text = pages.render("t", [], {"confidence": pages.confidence_section(found)})
     assert "AURC" in text and "24 validation images" in text
+    assert text.count("<svg") == 2 and "lower bound" in text
 
 
 def test_a_run_that_is_not_there_is_named(report: object, tmp_path: Path) -> None:
-    absent = argparse.Namespace(run=tmp_path / "absent", out=None, images=2, overrides=[])
+    absent = argparse.Namespace(run=tmp_path / "absent", out=None, images=2, predictor=[], overrides=[])
     with pytest.raises((FileNotFoundError, ValueError), match="absent"):
         report.report(absent, HERE)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("override", ["temperature=2", "temperature=fit", "correct_focal=true"])
 def test_what_would_be_ignored_is_refused(report: object, run: Path, override: str) -> None:
-    arguments = argparse.Namespace(run=run, out=None, images=2, overrides=[override])
+    arguments = argparse.Namespace(run=run, out=None, images=2, predictor=[], overrides=[override])
     with pytest.raises(ValueError, match="pass temperature=1 correct_focal=false"):
         report.report(arguments, HERE)  # type: ignore[attr-defined]
 
@@ -380,6 +408,27 @@ def test_a_browser_shows_the_page(page: Path, tmp_path: Path, width: int) -> Non
 def test_it_says_when_the_images_also_chose_the_checkpoint(
     report: object, run: Path, page: Path, tmp_path: Path
 ) -> None:
-    args = argparse.Namespace(run=run, out=tmp_path, images=1, overrides=["split=val"])
+    args = argparse.Namespace(run=run, out=tmp_path, images=1, predictor=[], overrides=["split=val"])
     on_validation = report.report(args, HERE).read_text()  # type: ignore[attr-defined]
     assert "chose the checkpoint" in on_validation and "chose the checkpoint" not in page.read_text()
+
+
+def test_fitted_rules_have_the_scores_of_test_py(report: object, run: Path, tmp_path: Path) -> None:
+    """T_fit, the pooled rules and auto are fitted for each kind of probabilities, on what test.py fits them on."""
+    from configs.checkpoint import load
+    from configs.fitting import Fitter
+
+    names = ["T_fit", "pooled_dice", "pooled_iou", "auto"]
+    args = argparse.Namespace(run=run, out=tmp_path, images=1, predictor=names, overrides=[])
+    text = report.report(args, HERE).read_text()  # type: ignore[attr-defined]
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert "T_fit: threshold" in text and "auto: " in text
+    for kind, override in (("raw", "calibrate=none"), ("calibrated", "calibrate=temperature")):
+        network, cfg, _ = load(run / "best_model.pth", [override])
+        data, fitter = build.dataset(cfg, "test"), Fitter(cfg, network, run / "best_model.pth", HERE)
+        loader, scoring = build.eval_loader(cfg, data, HERE), build.scoring(cfg, data.info)
+        fitted, to_probs = fitter.rules(names, data)[0], fitter.to_probs()
+        results = evaluate(network, loader, fitted, build.loss(cfg), scoring, HERE, to_probs=to_probs)
+        for name, result in results.items():
+            shown = numbers["probabilities"][kind]["mean_dice"][name]
+            assert shown == pytest.approx(result.scores["mean_dice"], abs=1e-12), (kind, name)
