@@ -46,19 +46,8 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "fix the links that lead in a circle",
 }
-# What a terminal that cannot show a character gets instead; a minus sign must not become a question mark.
-_PLAIN = {
-    "−": "-",
-    "–": "-",
-    "—": "-",
-    "×": "x",
-    "·": "*",
-    "…": "...",
-    "≥": ">=",
-    "≤": "<=",
-    "±": "+-",
-    "→": "->",
-}
+# Replacements for characters that a terminal cannot show.
+_PLAIN = dict(zip("−–—×·…≥≤±→", ["-", "-", "-", "x", "*", "...", ">=", "<=", "+-", "->"], strict=True))
 # Hydra completes in zsh through bash's `complete`, which zsh has only after these lines.
 _ZSH = """\
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
@@ -90,9 +79,8 @@ def run_cli(main: Callable[[], Any]) -> None:
     except TrainingError as error:
         _leave(EXIT_FAILED, str(error))
     except Interrupted as error:
-        _leave(
-            EXIT_RESUME, f"interrupted by {error}; the state is saved: run the same command again", "stopped"
-        )
+        message = f"interrupted by {error}; the state is saved: run the same command again"
+        _leave(EXIT_RESUME, message, "stopped")
     except KeyboardInterrupt:
         _leave(EXIT_INTERRUPTED, "interrupted", "stopped")
     except BusyError as error:
@@ -122,7 +110,7 @@ def _leave(code: int, message: str, kind: str = "error") -> None:
 
 
 def _print_anywhere() -> None:
-    """Let output go to terminals and pipes that are not UTF-8, as on Windows."""
+    """Print also to terminals and pipes that are not UTF-8, as on Windows."""
 
     def plain(error: UnicodeError) -> tuple[str | bytes, int]:
         if not isinstance(error, UnicodeEncodeError):

@@ -27,14 +27,7 @@ from configs.files import read_bytes
 from . import DatasetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "BMP",
-    "TIFF",
-    "WEBP",
-    "GIF",
-)  # Pillow reads more, some with the help of other programs
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # Pillow reads more, some by calling other programs
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation -> how the stored pixels become upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,7 +41,7 @@ UPRIGHT = {  # EXIF orientation -> how the stored pixels become upright
 STORED = {**UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the inverse
 TIFF_BITS, TIFF_KIND = 258, 254
 TIFF_REDUCED_OR_MASK = (
-    0b101  # bits of TIFF_KIND: a page that repeats another in low resolution, or a transparency mask
+    0b101  # bits of TIFF_KIND: a page that is a small copy of another, or a transparency mask
 )
 LEVELS = {2: 85, 4: 17}  # Pillow scales grey of 2 and 4 bits to 0..255 by these factors
 
@@ -174,33 +167,31 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             yield image
     except DatasetError:
         raise
-    except FileNotFoundError as error:
-        raise DatasetError(_missing(path)) from error
-    except UnidentifiedImageError as error:
-        raise DatasetError(
-            f"{path} is not an image of a supported format ({', '.join(FORMATS)}). Fix: convert it, or fetch it again"
-        ) from error
-    except Image.DecompressionBombError as error:
-        size = re.search(r"\d+ pixels", str(error))
-        raise DatasetError(
-            f"{path} claims to have {size[0] if size else 'too many pixels'}. Fix: fetch it again, or cut it into tiles"
-        ) from error
-    except MemoryError as error:
-        raise DatasetError(
-            f"{path} does not fit in memory. Fix: free memory, or cut the image into tiles"
-        ) from error
-    except OSError as error:
-        if error.errno is None:
-            raise DatasetError(_damaged(path, error)) from error
-        raise DatasetError(
-            f"{path} cannot be opened ({error}). Fix: check the disk and its permissions"
-        ) from error
     except Exception as error:  # Pillow's plugins raise almost any type for damaged data
-        raise DatasetError(_damaged(path, error)) from error
+        raise DatasetError(_reason(path, error)) from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Return why a file cannot be read, and the fix."""
+    if isinstance(error, FileNotFoundError):
+        return _missing(path)
+    if isinstance(error, UnidentifiedImageError):
+        formats = ", ".join(FORMATS)
+        return f"{path} is not an image of a supported format ({formats}). Fix: convert it, or fetch it again"
+    if isinstance(error, Image.DecompressionBombError):
+        size = re.search(r"\d+ pixels", str(error))
+        claimed = size[0] if size else "too many pixels"
+        return f"{path} claims to have {claimed}. Fix: fetch it again, or cut it into tiles"
+    if isinstance(error, MemoryError):
+        return f"{path} does not fit in memory. Fix: free memory, or cut the image into tiles"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{path} cannot be opened ({error}). Fix: check the disk and its permissions"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{path} is damaged ({text}). Fix: download it again, or save it again without metadata"
 
 
 def _missing(path: Path) -> str:
-    """Return the message for a missing file; a file of the same name in an unsupported format is mentioned."""
+    """Return the message for a missing file; it names a file of the same name in an unsupported format."""
     with contextlib.suppress(OSError):
         for other in sorted(path.parent.iterdir()):
             if canonical(other.stem) == canonical(path.stem) and other.suffix.lower() not in IMAGE_SUFFIXES:
@@ -208,11 +199,6 @@ def _missing(path: Path) -> str:
                     f"{path} is missing; {other.name} has a format that is not read. Fix: convert it to PNG"
                 )
     return f"{path} is missing. Fix: restore it, or take its name out of the split"
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{path} is damaged ({text}). Fix: download it again, or save it again without metadata"
 
 
 def _require_one_page(image: Image.Image, path: Path) -> None:
@@ -347,15 +333,20 @@ def decode_mask(path: Path) -> np.ndarray:
     return grey // np.uint8(LEVELS[stored.bits]) if stored.bits in LEVELS else grey
 
 
-def decode_colour_mask(path: Path) -> np.ndarray:
-    """Return a mask as (H, W, 3) uint8 RGB; its own EXIF orientation is applied. Transparency is rejected."""
+def load_opaque(path: Path) -> tuple[Image.Image, str | None]:
+    """Return a mask, turned upright, and its format. Transparency and more than 8 bits per channel are rejected."""
     stored = load_image(path)
     image = turned(stored.image, UPRIGHT, stored.orientation)
     if is_deep(image.mode) or (image.mode in ("RGBA", "LA") and image.getextrema()[-1] != (255, 255)):
         raise DatasetError(
-            f"{path} is not an opaque image of 8 bits (mode {image.mode}). Fix: save it as RGB"
+            f"{path} is not an opaque image of 8 bits (mode {image.mode}). Fix: save it without transparency, as 8 bits"
         )
-    return np.array(image.convert("RGB"))
+    return image, stored.format
+
+
+def decode_colour_mask(path: Path) -> np.ndarray:
+    """Return a mask as (H, W, 3) uint8 RGB, turned upright."""
+    return np.array(load_opaque(path)[0].convert("RGB"))
 
 
 def _gif_values(image: Image.Image) -> np.ndarray:

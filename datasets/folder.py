@@ -111,9 +111,7 @@ class Folder(PairedDataset):
         listed = []
         for line in read_split(path):
             bare = line.removesuffix(Path(line).suffix)
-            name = (
-                bare if line not in known and bare in known else line
-            )  # the end of "case.1" is not a suffix
+            name = bare if line not in known and bare in known else line  # ".1" of "case.1" is not a suffix
             missing = Pair(name, images / f"{name}.jpg", masks / f"{name}{ending}.png")
             listed.append(known.get(name, missing))
         return listed
@@ -209,199 +207,192 @@ def read_class_table(name: str, classes: str | Path | Table | Sequence[Any]) -> 
 
     Raises DatasetError if a key or a value cannot be used, or if two contradict each other.
     """
-    if isinstance(classes, (str, Path)):
-        source = str(classes)
-        try:
-            content = read_yaml(Path(classes))
-        except UserError as error:
-            raise DatasetError(str(error)) from error
-    else:
-        source, content = "classes", classes
-    table = _as_table(content, source)
-    entries = [_as_entry(item, source) for item in table["classes"]]
-    rgb, nearest = _switch(table, "rgb_masks", source), _switch(table, "nearest", source)
-    if rgb and nearest:
-        raise DatasetError(f"{source}: nearest is for grey masks. Fix: remove nearest or rgb_masks")
-    ignore_index, void = _void(table, source)
-    void_colours = _void_colours(table, rgb, source)
-    if rgb and len(entries) > 1 and _claims(entries[-1], void):  # void, written as a class for its colour
-        last = entries.pop()
-        given = last.get("color", voc_colour(len(entries)))
-        void_colours.append(_colour(given, f"the color of class {last['name']!r}", source))
-    if rgb and any(_claims(entry, void) for entry in entries):
-        raise DatasetError(
-            f"{source}: a class of rgb_masks has the value of void. Fix: use `void_color` for it"
-        )
-    values = _values(entries, source)
-    if "void" not in table:
-        if ignore_index < len(entries) and not rgb and ignore_index not in values:
-            ignore_index = 255  # a number in the masks; the index of void must not be the index of a class
-        void = [raw for raw in void if raw not in values]
-    for raw in () if rgb else void:
-        if raw in values:
-            raise DatasetError(
-                f"{source}: {raw} is void and the value of class {entries[values[raw]]['name']!r}. "
-                "Fix: give each class its `value`, such as {name: wall, value: 1}"
-            )
-    info = _info(name, table, entries, ignore_index, source)
-    if rgb:
-        colours = [*info.palette, *void_colours]
-        if len(set(colours)) < len(colours):
-            raise DatasetError(
-                f"{source}: two classes, or a class and void, have one colour. Fix: change one"
-            )
-    mapping = {**dict.fromkeys(void, ignore_index), **values}
-    if nearest:
-        if "void" in table:
-            raise DatasetError(f"{source}: nearest leaves no void. Fix: remove void or nearest")
-        mapping = _nearest(values, source)
-    suffix = table.get("mask_suffix", "")
-    if not isinstance(suffix, str):
-        raise DatasetError(f"{source}: mask_suffix={suffix!r} is invalid: expected a text, such as _mask")
-    two = (min(values), max(values)) if nearest else None
-    single = ignore_index if "void" not in table and ignore_index in void else None
-    return ClassTable(
-        source, info, LabelTable(mapping), single, two, rgb, tuple(void_colours), canonical(suffix)
-    )
-
-
-def _as_table(content: Any, source: str) -> Table:
-    """Return the table of classes, also if only a list of names or {index: name} is given."""
-    if isinstance(content, Mapping) and "classes" not in content and all(isinstance(k, int) for k in content):
-        content = [content[k] for k in sorted(content)]
-    table = content if isinstance(content, Mapping) else {"classes": content}
-    unknown = [str(key) for key in table if key not in KEYS]
-    if unknown:
-        raise DatasetError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(KEYS)}")
-    names = table.get("classes")
-    if isinstance(names, Mapping) and all(isinstance(k, int) for k in names):
-        return {**table, "classes": [names[k] for k in sorted(names)]}
-    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise DatasetError(f"{source}: `classes` must be a list of names, such as [background, lesion]")
-    return table
-
-
-def _as_entry(item: Any, source: str) -> dict[str, Any]:
-    """Return a class as a mapping with a name."""
-    entry = dict(item) if isinstance(item, Mapping) else {"name": item}
-    if "name" not in entry or not set(entry) <= set(CLASS_KEYS):
-        raise DatasetError(f"{source}: a class has a name and, if needed, a value and a color; got {entry}")
-    if type(entry["name"]) not in (str, int, float):
-        raise DatasetError(f"{source}: the name of a class is {entry['name']!r}. Fix: put the name in quotes")
-    return {**entry, "name": str(entry["name"])}
-
-
-def _info(
-    name: str, table: Table, entries: list[dict[str, Any]], ignore_index: int, source: str
-) -> DatasetInfo:
-    first_is_background = entries[0]["name"].lower() == "background" and len(entries) > 1
-    scored = table.get("scored", [*range(int(first_is_background), len(entries))])
-    if not (_is_list(scored, int) and len(scored)):
-        raise DatasetError(
-            f"{source}: scored={scored!r} is invalid: expected indices of classes, such as [1, 2]"
-        )
-    colours = [entry.get("color", voc_colour(k)) for k, entry in enumerate(entries)]
-    palette = [
-        _colour(value, f"the color of class {entry['name']!r}", source)
-        for value, entry in zip(colours, entries, strict=True)
-    ]
-    mean, std = (_triple(table, key, getattr(DatasetInfo, key), source) for key in ("mean", "std"))
-    classes = tuple(entry["name"] for entry in entries)
+    if not isinstance(classes, (str, Path)):
+        return _Reader("classes", classes).read(name)
     try:
-        return DatasetInfo(name, classes, tuple(palette), tuple(scored), ignore_index, mean, std)
-    except ValueError as error:
-        raise DatasetError(f"{source}: {error}") from None
+        content = read_yaml(Path(classes))
+    except UserError as error:
+        raise DatasetError(str(error)) from error
+    return _Reader(str(classes), content).read(name)
 
 
-def _void(table: Table, source: str) -> tuple[int, list[int]]:
-    """Return the index of void, and its numbers in the masks."""
-    ignore_index = table.get("ignore_index", 255)
-    if type(ignore_index) is not int or not 0 <= ignore_index <= 255:
-        raise DatasetError(
-            f"{source}: ignore_index={ignore_index!r} is invalid: expected a whole number in 0..255"
-        )
-    void = table.get("void", ignore_index)
-    listed = [void] if type(void) is int else void
-    if not _is_list(listed, int) or not all(0 <= raw <= 255 for raw in listed):
-        raise DatasetError(
-            f"{source}: void={void!r} is invalid: expected numbers in 0..255, such as [0, 255]"
-        )
-    return ignore_index, list(listed)
+class _Reader:
+    """Read the content of classes.yaml; every error names its `source`."""
 
+    def __init__(self, source: str, content: Any) -> None:
+        self.source = source
+        self.table = self._table(content)
+        self.entries = [self._entry(item) for item in self.table["classes"]]
 
-def _void_colours(table: Table, rgb: bool, source: str) -> list[Colour]:
-    given = table.get("void_color", [])
-    if given and not rgb:
-        raise DatasetError(f"{source}: void_color is for RGB masks. Fix: set rgb_masks: true, or use void")
-    one = _is_list(given, int) and len(given) > 0
-    several = [given] if one or isinstance(given, str) or not isinstance(given, Sequence) else given
-    return [_colour(value, "void_color", source) for value in several]
+    def fault(self, text: str) -> DatasetError:
+        return DatasetError(f"{self.source}: {text}")
 
-
-def _triple(table: Table, key: str, default: Any, source: str) -> tuple[float, float, float]:
-    """Return a number for each of R, G and B: a mean from 0 to 1, or a standard deviation above 0."""
-    values = table.get(key, default)
-    if _is_list(values, int, float) and len(values) == 3:
-        red, green, blue = (float(value) for value in values)
-        if all(math.isfinite(x) and 0 <= x <= 1 and (x > 0 or key == "mean") for x in (red, green, blue)):
-            return red, green, blue
-    above = "from 0 to 1" if key == "mean" else "above 0, at most 1"
-    raise DatasetError(
-        f"{source}: {key}={values!r} is invalid: expected three numbers {above}, as `stats` prints them"
-    )
-
-
-def _colour(value: Any, name: str, source: str) -> Colour:
-    if not (_is_list(value, int) and len(value) == 3 and all(0 <= channel <= 255 for channel in value)):
-        raise DatasetError(f"{source}: {name} is {value!r}: expected three numbers from 0 to 255")
-    red, green, blue = value
-    return red, green, blue
-
-
-def _values(entries: list[dict[str, Any]], source: str) -> dict[int, int]:
-    """Return raw value -> class.
-
-    Raises DatasetError if a value has two classes, or is not one of 0..255.
-    """
-    mapping: dict[int, int] = {}
-    for index, entry in enumerate(entries):
-        for raw in _listed(entry.get("value", index)):
-            if not (type(raw) is int and 0 <= raw <= 255) or raw in mapping:
-                raise DatasetError(
-                    f"{source}: value {raw} of class {entry['name']!r} must be new and in 0..255"
+    def read(self, name: str) -> ClassTable:
+        """Return the table of the data set called `name`."""
+        entries, rgb, nearest = self.entries, self._flag("rgb_masks"), self._flag("nearest")
+        listed = "void" in self.table
+        if rgb and nearest:
+            raise self.fault("nearest is for grey masks. Fix: remove nearest or rgb_masks")
+        ignore_index, void = self._void()
+        void_colours = self._void_colours(rgb)
+        if rgb and len(entries) > 1 and _claims(entries[-1], void):  # void, written as a class for its colour
+            last = entries.pop()
+            void_colours.append(self._class_colour(last, len(entries)))
+        if rgb and any(_claims(entry, void) for entry in entries):
+            raise self.fault("a class of rgb_masks has the value of void. Fix: use `void_color` for it")
+        values = self._values()
+        if not listed:
+            if ignore_index < len(entries) and not rgb and ignore_index not in values:
+                ignore_index = (
+                    255  # a number in the masks; the index of void must not be the index of a class
                 )
-            mapping[raw] = index
-    return mapping
+            void = [raw for raw in void if raw not in values]
+        for raw in () if rgb else void:
+            if raw in values:
+                raise self.fault(
+                    f"{raw} is void and the value of class {entries[values[raw]]['name']!r}. "
+                    "Fix: give each class its `value`, such as {name: wall, value: 1}"
+                )
+        info = self._info(name, ignore_index)
+        colours = [*info.palette, *void_colours]
+        if rgb and len(set(colours)) < len(colours):
+            raise self.fault("two classes, or a class and void, have one colour. Fix: change one")
+        if nearest and listed:
+            raise self.fault("nearest leaves no void. Fix: remove void or nearest")
+        suffix = self.table.get("mask_suffix", "")
+        if not isinstance(suffix, str):
+            raise self.fault(f"mask_suffix={suffix!r} is invalid: expected a text, such as _mask")
+        mapping = self._nearest(values) if nearest else {**dict.fromkeys(void, ignore_index), **values}
+        return ClassTable(
+            self.source,
+            info,
+            LabelTable(mapping),
+            void=ignore_index if not listed and ignore_index in void else None,
+            nearest=(min(values), max(values)) if nearest else None,
+            rgb_masks=rgb,
+            void_colours=tuple(void_colours),
+            mask_suffix=canonical(suffix),
+        )
+
+    def _table(self, content: Any) -> Table:
+        """Return the content as a mapping with a list of classes; a list or {index: name} alone is accepted too."""
+        if isinstance(content, Mapping) and ("classes" in content or not _has_indices(content)):
+            table = content
+        else:
+            table = {"classes": content}
+        unknown = [str(key) for key in table if key not in KEYS]
+        if unknown:
+            raise self.fault(f"unknown key {unknown[0]!r}; known are {', '.join(KEYS)}")
+        names = table.get("classes")
+        if isinstance(names, Mapping) and _has_indices(names):
+            names = [names[k] for k in sorted(names)]
+        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+            raise self.fault("`classes` must be a list of names, such as [background, lesion]")
+        return {**table, "classes": names}
+
+    def _entry(self, item: Any) -> dict[str, Any]:
+        """Return a class as a mapping with a name."""
+        entry = dict(item) if isinstance(item, Mapping) else {"name": item}
+        if "name" not in entry or not set(entry) <= set(CLASS_KEYS):
+            raise self.fault(f"a class has a name and, if needed, a value and a color; got {entry}")
+        if type(entry["name"]) not in (str, int, float):
+            raise self.fault(f"the name of a class is {entry['name']!r}. Fix: put the name in quotes")
+        return {**entry, "name": str(entry["name"])}
+
+    def _info(self, name: str, ignore_index: int) -> DatasetInfo:
+        classes = tuple(entry["name"] for entry in self.entries)
+        first_is_background = classes[0].lower() == "background" and len(classes) > 1
+        scored = self.table.get("scored", [*range(int(first_is_background), len(classes))])
+        if not (_is_list(scored, int) and len(scored)):
+            raise self.fault(f"scored={scored!r} is invalid: expected indices of classes, such as [1, 2]")
+        palette = tuple(self._class_colour(entry, k) for k, entry in enumerate(self.entries))
+        mean, std = self._triple("mean"), self._triple("std")
+        try:
+            return DatasetInfo(name, classes, palette, tuple(scored), ignore_index, mean, std)
+        except ValueError as error:
+            raise self.fault(str(error)) from None
+
+    def _void(self) -> tuple[int, list[int]]:
+        """Return the index of void, and its numbers in the masks."""
+        ignore_index = self.table.get("ignore_index", 255)
+        if type(ignore_index) is not int or not 0 <= ignore_index <= 255:
+            raise self.fault(f"ignore_index={ignore_index!r} is invalid: expected a whole number in 0..255")
+        void = self.table.get("void", ignore_index)
+        listed = [void] if type(void) is int else void
+        if not _is_list(listed, int) or not all(0 <= raw <= 255 for raw in listed):
+            raise self.fault(f"void={void!r} is invalid: expected numbers in 0..255, such as [0, 255]")
+        return ignore_index, list(listed)
+
+    def _void_colours(self, rgb: bool) -> list[Colour]:
+        given = self.table.get("void_color", [])
+        if given and not rgb:
+            raise self.fault("void_color is for RGB masks. Fix: set rgb_masks: true, or use void")
+        one = _is_list(given, int) and len(given) > 0
+        several = [given] if one or isinstance(given, str) or not isinstance(given, Sequence) else given
+        return [self._colour(value, "void_color") for value in several]
+
+    def _triple(self, key: str) -> tuple[float, float, float]:
+        """Return a number for each of R, G and B: a mean from 0 to 1, or a standard deviation above 0."""
+        values = self.table.get(key, getattr(DatasetInfo, key))
+        if _is_list(values, int, float) and len(values) == 3:
+            red, green, blue = (float(value) for value in values)
+            if all(math.isfinite(x) and 0 <= x <= 1 and (x > 0 or key == "mean") for x in (red, green, blue)):
+                return red, green, blue
+        above = "from 0 to 1" if key == "mean" else "above 0, at most 1"
+        raise self.fault(
+            f"{key}={values!r} is invalid: expected three numbers {above}, as `stats` prints them"
+        )
+
+    def _class_colour(self, entry: Mapping[str, Any], index: int) -> Colour:
+        return self._colour(entry.get("color", voc_colour(index)), f"the color of class {entry['name']!r}")
+
+    def _colour(self, value: Any, name: str) -> Colour:
+        if not (_is_list(value, int) and len(value) == 3 and all(0 <= channel <= 255 for channel in value)):
+            raise self.fault(f"{name} is {value!r}: expected three numbers from 0 to 255")
+        red, green, blue = value
+        return red, green, blue
+
+    def _values(self) -> dict[int, int]:
+        """Return raw value -> class. Raises DatasetError if a value has two classes, or is not one of 0..255."""
+        mapping: dict[int, int] = {}
+        for index, entry in enumerate(self.entries):
+            for raw in _listed(entry.get("value", index)):
+                if not (type(raw) is int and 0 <= raw <= 255) or raw in mapping:
+                    raise self.fault(f"value {raw} of class {entry['name']!r} must be new and in 0..255")
+                mapping[raw] = index
+        return mapping
+
+    def _nearest(self, values: dict[int, int]) -> dict[int, int]:
+        """Return raw value -> class: each of 0..255 takes the nearer of two values.
+
+        Raises DatasetError for more values: between 0 and 255, a blurred edge would pass through the third.
+        """
+        known = sorted(values)
+        if len(known) != 2 or known[1] - known[0] < APART:
+            raise self.fault(
+                "nearest tells two values apart, such as 0 and 255, but the classes have "
+                f"{', '.join(map(str, known[:6]))}. Fix: name their values, or remove nearest"
+            )
+        return {raw: values[min(known, key=lambda k: abs(k - raw))] for raw in range(256)}
+
+    def _flag(self, key: str) -> bool:
+        value = self.table.get(key, False)
+        if not isinstance(value, bool):
+            raise self.fault(f"{key}={value!r} is invalid: expected true or false")
+        return value
+
+
+def _claims(entry: Mapping[str, Any], void: list[int]) -> bool:
+    """Return whether the explicit value of a class is a number of void."""
+    return any(value in void for value in _listed(entry.get("value", [])))
+
+
+def _has_indices(names: Mapping[Any, Any]) -> bool:
+    return all(isinstance(k, int) for k in names)
 
 
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-
-
-def _claims(entry: Mapping[str, Any], void: list[int]) -> bool:
-    """Whether a class has a number of void for its explicit value."""
-    return any(value in void for value in _listed(entry.get("value", [])))
-
-
-def _nearest(values: dict[int, int], source: str) -> dict[int, int]:
-    """Return raw value -> class, where each of 0..255 takes the nearer of two values.
-
-    Raises DatasetError for more values: between 0 and 255, a blurred edge would pass through the third.
-    """
-    known = sorted(values)
-    if len(known) != 2 or known[1] - known[0] < APART:
-        raise DatasetError(
-            f"{source}: nearest tells two values apart, such as 0 and 255, but the classes have "
-            f"{', '.join(map(str, known[:6]))}. Fix: name their values, or remove nearest"
-        )
-    return {raw: values[min(known, key=lambda k: abs(k - raw))] for raw in range(256)}
-
-
-def _switch(table: Table, key: str, source: str) -> bool:
-    value = table.get(key, False)
-    if not isinstance(value, bool):
-        raise DatasetError(f"{source}: {key}={value!r} is invalid: expected true or false")
-    return value
 
 
 def _is_list(values: Any, *kinds: type) -> bool:

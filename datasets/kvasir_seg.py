@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from .base import DatasetError, DatasetInfo
-from .decode import UPRIGHT, is_deep, list_images, load_image, read_split, turned
+from .decode import list_images, load_opaque, read_split
 from .paired import Pair, PairedDataset
 
 INFO = DatasetInfo(
@@ -91,16 +91,11 @@ class KvasirSEG(PairedDataset):
 
         Raises DatasetError for masks that are neither black and white nor 0 and 1.
         """
-        stored = load_image(path)
-        image = turned(stored.image, UPRIGHT, stored.orientation)
-        if is_deep(image.mode) or (image.mode in ("RGBA", "LA") and image.getextrema()[-1] != (255, 255)):
-            raise DatasetError(
-                f"{path} is not an opaque mask of 8 bits (mode {image.mode}). Fix: save it as a grey image of 0 and 255"
-            )
+        image, kind = load_opaque(path)
         grey = np.asarray(image.convert("L"))
         bright = int((grey > THRESHOLD).sum())
         if not bright:
-            return self._zero_one(image, grey, stored.format, path)
+            return self._zero_one(image, grey, kind, path)
         middle, light = int(((grey >= 64) & (grey < 192)).sum()), int((grey >= 64).sum())
         if middle > MAX_GREY_SHARE * light:
             raise DatasetError(
@@ -112,7 +107,7 @@ class KvasirSEG(PairedDataset):
         return (grey > THRESHOLD).view(np.uint8)
 
     def _zero_one(self, image: Image.Image, grey: np.ndarray, kind: str | None, path: Path) -> np.ndarray:
-        """Return a mask without a bright pixel: all black, or indices 0 and 1. Dark grey is not guessed at."""
+        """Return a mask without a bright pixel: all black, or indices 0 and 1. Dark grey is rejected."""
         indices = np.asarray(image) if image.mode == "P" else grey
         if int(indices.max()) > 1 or (kind == "JPEG" and indices.any()):
             raise DatasetError(

@@ -6,7 +6,7 @@ Networks that need torchvision or timm are imported on first use, because these 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from models.output import SegmentationOutput
+from models.layers import SegmentationOutput
 from models.reading import CheckpointError, load_state, read_checkpoint
 from models.tiny import TinyUNet
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet101
 
-from models.layers import conv_bn_relu, initialise_new_layers, narrow_layers, resize
-from models.output import SegmentationOutput
+from models.layers import SegmentationOutput, conv_bn_relu, initialise_new_layers, narrow_layers, resize
 from models.weights import load_backbone
 
 RATES = (6, 12, 18)

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG, vgg16
 
-from models.layers import narrow_layers
-from models.output import SegmentationOutput
+from models.layers import SegmentationOutput, narrow_layers
 from models.weights import load_backbone
 
 POOL3, POOL4 = 17, 24  # number of layers up to the end of these stages of VGG16

@@ -1,13 +1,26 @@
-"""Building blocks that several networks share."""
+"""The output of every network, and building blocks that several networks share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.errors import UserError
+
+
+class SegmentationOutput(NamedTuple):
+    """Scores of each class at each pixel, before softmax or sigmoid.
+
+    Attributes:
+        logits: (N, C, H, W) at the size of the images.
+        aux: (N, C, H, W) of an auxiliary head while training, else None.
+    """
+
+    logits: Tensor
+    aux: Tensor | None = None
 
 
 class PooledBatchNorm(nn.BatchNorm2d):

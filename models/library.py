@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from models.layers import allow_batch_of_one, narrow_layers, resize
-from models.output import SegmentationOutput
+from models.layers import SegmentationOutput, allow_batch_of_one, narrow_layers, resize
 from models.weights import LITE0, load_backbone
 
 ARCHITECTURES = {

@@ -14,8 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models.layers import conv_bn_relu, initialise_new_layers, narrow_layers, resize
-from models.output import SegmentationOutput
+from models.layers import SegmentationOutput, conv_bn_relu, initialise_new_layers, narrow_layers, resize
 from models.weights import load_backbone
 
 BINS = (1, 2, 3, 6)

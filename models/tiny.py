@@ -8,8 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from models.layers import conv_bn_relu, resize
-from models.output import SegmentationOutput
+from models.layers import SegmentationOutput, conv_bn_relu, resize
 
 
 class TinyUNet(nn.Module):
