@@ -25,6 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rankseg.gather import statistics
 from rankseg.poisson_binomial import moments, refined_cdf, refined_quantile
 from rankseg.solver import Solution, compares_losses, solve
 
@@ -81,7 +82,8 @@ def _search_rows(rows: Tensor, app: int, smooth: float, truncate_mean: bool, var
     result = _with_cutpoint(values, tau, value)
     broken = (~sound).nonzero()[:, 0]
     if broken.numel():
-        exact = solve(rows[broken], "dice", smooth, pruning=False)
+        left = rows[broken]
+        exact = solve(left, statistics(left), "dice", smooth, pruning=False)
         for whole, piece in zip(result, exact, strict=True):
             whole[broken] = piece
     return result

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from rankseg import native
+from rankseg.gather import statistics
 from rankseg.masks import RankResult, as_result, rows_of
 from rankseg.nonoverlap import non_overlapping_masks, over_classes
 from rankseg.solver import solve
@@ -101,9 +102,13 @@ def best_masks(
             found = engine.best_masks(probs, score, smooth, pruning, allow_overlap)
         if found is not None:
             return found
-    probs = check_values(probs)
     if not allow_overlap:
-        return non_overlapping_masks(probs, score, smooth, pruning)
+        return non_overlapping_masks(check_values(probs), score, smooth, pruning)
     flat = rows_of(probs)
-    solution = solve(flat, score, smooth, pruning)
+    known = statistics(flat)
+    if not known.are_valid():
+        probs = check_values(probs)
+        flat = rows_of(probs)
+        known = statistics(flat)
+    solution = solve(flat, known, score, smooth, pruning)
     return as_result(probs, flat, solution.tau, solution.cutpoint, solution.tied)

@@ -87,6 +87,33 @@ def tile_of(flat: Tensor, index: list[int] | Tensor, across: slice, along: slice
     return flat[wanted, along]
 
 
+class Statistics(NamedTuple):
+    """Smallest and largest value of each row (R,), NaN if one is NaN, and Σ p in float32 (R,), for guesses."""
+
+    least: Tensor
+    peak: Tensor
+    mean: Tensor
+
+    def are_valid(self) -> bool:
+        """Whether all values are in [0, 1]."""
+        return bool(((self.least >= 0) & (self.peak <= 1)).all())
+
+
+def statistics(flat: Tensor) -> Statistics:
+    """Return the statistics of all rows of `flat` (R, D), which is read once."""
+    least, peak = (
+        flat.new_empty(flat.shape[0]).fill_(torch.inf),
+        flat.new_empty(flat.shape[0]).fill_(-torch.inf),
+    )
+    mean = torch.zeros(flat.shape[0], dtype=torch.float32, device=flat.device)
+    for across, along in tiles(flat.shape[0], flat.shape[1], flat.device):
+        tile = flat[across, along]
+        torch.minimum(least[across], tile.amin(1), out=least[across])
+        torch.maximum(peak[across], tile.amax(1), out=peak[across])
+        mean[across] += tile.sum(1, dtype=torch.float32)
+    return Statistics(least, peak, mean)
+
+
 def gather(
     flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None = None, masks: Tensor | None = None
 ) -> Gathered:
@@ -98,59 +125,81 @@ def gather(
     dtype = working_dtype(flat)
     low = low.to(dtype)[:, None]
     high = None if high is None else high.to(dtype)[:, None]
-    if flat.device.type != "cpu":
-        return _gather_on_device(flat, index, low, high, masks)
+    if flat.device.type == "cpu" and high is not None:
+        return _gather_bracket(flat, index, low, high)
+    return _gather_marked(flat, index, low, high, masks)
+
+
+def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> Gathered:
+    """As `gather` on the CPU, with few operations per tile, all in the same memory: fresh pages would cost more."""
     count, pixels = index.numel(), flat.shape[1]
     chosen = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
     rest = torch.zeros_like(chosen)
-    rows, values, flags = [], [], []
+    rows, values = [], []
     numbers = row_numbers(index)
-    # If nothing can be above, half of the work is left out.
-    some_above = [True] * count if high is None else (high[:, 0] < 1).tolist()
-    wide = space = rest.new_empty(0)
+    some_above = (high[:, 0] < 1).tolist()  # otherwise half of the work is left out
+    floors = low ** torch.arange(1, ORDER + 1, device=flat.device)
+    place = torch.arange(_GROUP, device=flat.device)
+    marks = part = square = wide = rest.new_empty(0)
     for across, along in tiles(count, pixels, flat.device):
-        tile = tile_of(flat, numbers, across, along).to(dtype)
+        tile = tile_of(flat, numbers, across, along).to(low.dtype)
+        floor, ceiling = low[across], high[across]
         height, breadth = tile.shape
         if wide.shape != tile.shape:
-            # The same memory for every tile: fresh pages would cost more than the arithmetic.
-            padded = -(-breadth // _GROUP) * _GROUP
-            space = torch.zeros(4, height, padded, dtype=dtype, device=flat.device)
-            wide = torch.empty(height, breadth, dtype=torch.float64, device=flat.device)
-        marks, below, above, square = space[:, :, :breadth]
-        torch.gt(tile, low[across], out=marks)  # 0.0 or 1.0: faster to make and to use than bool
-        torch.addcmul(tile, tile, marks, value=-1, out=below)
+            marks = tile.new_zeros(height, -(-breadth // _GROUP) * _GROUP)
+            part, square = torch.empty_like(tile), torch.empty_like(tile)
+            wide = torch.empty_like(tile, dtype=torch.float64)
+        # A group takes its pixels from all over the row: adding up all groups is adding a few long vectors.
+        groups, flags = marks.view(height, _GROUP, -1), marks[:, :breadth]
+        torch.gt(tile, floor, out=flags)  # 0.0 or 1.0: faster to make and to use than bool
+        inside = groups.sum(1)
+        above_low = inside.sum(1, keepdim=True)
         if any(some_above[across]):
-            if high is not None:
-                torch.gt(tile, high[across], out=above)
-                chosen[across, 0] += above.sum(1)
-                marks -= above
-                above *= tile
-            else:
-                assert masks is not None
-                above.copy_(tile_of(masks, numbers, across, along))
-                chosen[across, 0] += above.sum(1) - (above * marks).sum(1)
-                above *= below
-                below -= above
-            chosen[across, 1:] += _power_sums(above, square, wide)
-        rest[across, 1:] += _power_sums(below, square, wide)
-        row, column = _nonzero(space[0])
+            torch.gt(tile, ceiling, out=flags)
+            above = groups.sum(1)
+            inside -= above
+            chosen[across, 0] += above.sum(1)
+            torch.mul(tile, flags, out=part)
+            chosen[across, 1:] += _power_sums(part, square, wide)
+        # Pixels above `low` count as `low` here; what they add is known.
+        torch.minimum(tile, floor, out=part)
+        rest[across, 1:] += _power_sums(part, square, wide) - above_low * floors[across]
+        row, group = inside.nonzero().unbind(1)
         if row.numel():
+            column = place * groups.shape[2] + group[:, None]
+            value = tile.take((row * breadth)[:, None] + column.clamp(max=breadth - 1))
+            if breadth < marks.shape[1]:
+                value.masked_fill_(column >= breadth, -2.0)
             rows.append(row + across.start)
-            values.append(tile[row, column])
-            if masks is not None:
-                flags.append(tile_of(masks, numbers, across, along)[row, column])
+            values.append(value)
     row_ids = torch.cat(rows) if rows else index.new_zeros(0)
+    window = torch.cat(values) if values else low.new_zeros(0, _GROUP)
+    found = (window > low[row_ids]) & (window <= high[row_ids])
+    row_ids = row_ids[:, None].expand_as(found)[found]
     return Gathered(
         chosen=chosen,
         rest=rest,
         rows=row_ids,
-        values=torch.cat(values).double() if values else rest.new_zeros(0),
-        flags=torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool, device=flat.device),
+        values=window[found].double(),
+        flags=row_ids.new_zeros(0, dtype=torch.bool),
         width=torch.bincount(row_ids, minlength=count),
     )
 
 
-def _gather_on_device(
+def _power_sums(part: Tensor, square: Tensor, wide: Tensor) -> Tensor:
+    """Σ p^k, k = 1..4, along the rows of `part` (R, D): (R, 4) float64. Overwrites all three; `wide` is float64."""
+    torch.mul(part, part, out=square)
+    sums = [wide.copy_(part).sum(1), square.sum(1), _dots(part, square), _dots(square, square)]
+    return torch.stack([x.double() for x in sums], dim=1)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Σ ab along the rows of `a` and `b` (R, D): (R,). Overwrites `a`."""
+    # torch.dot is twice as fast and sums less accurately, which third and fourth powers allow.
+    return torch.dot(a[0], b[0])[None] if a.shape[0] == 1 else a.mul_(b).sum(1)
+
+
+def _gather_marked(
     flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None, masks: Tensor | None
 ) -> Gathered:
     """As `gather`, with a single synchronisation: the extracted pixels are marked, and found in the end."""
@@ -158,8 +207,9 @@ def _gather_on_device(
     chosen = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
     rest = torch.zeros_like(chosen)
     marked = torch.empty(count, pixels, dtype=torch.bool, device=flat.device)
+    numbers = row_numbers(index)
     for across, along in tiles(count, pixels, flat.device):
-        tile = tile_of(flat, index, across, along).to(low.dtype)
+        tile = tile_of(flat, numbers, across, along).to(low.dtype)
         inside = torch.gt(tile, low[across], out=marked[across, along])
         below = tile.masked_fill(inside, 0)
         if high is not None:
@@ -169,7 +219,7 @@ def _gather_on_device(
             above = tile.masked_fill(above, 0)
         else:
             assert masks is not None
-            selected = tile_of(masks, index, across, along)
+            selected = tile_of(masks, numbers, across, along)
             chosen[across, 0] += (selected & ~inside).sum(1)
             above = below * selected
             below -= above
@@ -188,14 +238,6 @@ def _gather_on_device(
         flags=row.new_zeros(0, dtype=torch.bool) if masks is None else masks[source, column],
         width=marked.sum(1),
     )
-
-
-def _power_sums(values: Tensor, square: Tensor, wide: Tensor) -> Tensor:
-    """Σ p^k, k = 1..4, along the rows of a tile: (R, 4). Overwrites all three tiles; `wide` is float64."""
-    parts = [wide.copy_(values).sum(1)]
-    torch.mul(values, values, out=square)
-    parts += [square.sum(1), values.mul_(square).sum(1), square.mul_(square).sum(1)]
-    return torch.stack([part.double() for part in parts], dim=1)
 
 
 def nearest(flat: Tensor, index: Tensor, low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -240,17 +282,6 @@ def extended(got: Gathered, above: Tensor, below: Tensor) -> Gathered:
         flags=got.flags,
         width=got.width + exists.sum(1),
     )
-
-
-def _nonzero(marks: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of the ones in `marks` (R, D), which are few: groups of zeros are skipped.
-
-    A group takes its pixels from all over the row, so that adding up all groups is adding a few long vectors.
-    """
-    grouped = marks.view(marks.shape[0], _GROUP, -1)
-    row, group = grouped.sum(1).nonzero().unbind(1)
-    which, place = grouped[row, :, group].nonzero().unbind(1)
-    return row[which], place * grouped.shape[2] + group[which]
 
 
 def blocks(rows: Tensor, values: Tensor, width: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rankseg import surrogate
 from rankseg.exact import NEGLIGIBLE, band_span, bands, cumulative, power_sums, window_scores
-from rankseg.gather import blocks, extended, gather, nearest, row_numbers, tile_of, tiles
+from rankseg.gather import Statistics, blocks, extended, gather, nearest, row_numbers, tile_of, tiles
 
 # Scores that differ by less than rounding are ties; the smallest of tied volumes is taken.
 _TIE = 1e-13
@@ -45,20 +45,19 @@ def compares_losses(smooth: float, pixels: int) -> bool:
     return smooth > pixels
 
 
-def solve(flat: Tensor, score: str, smooth: float, pruning: bool) -> Solution:
+def solve(flat: Tensor, known: Statistics, score: str, smooth: float, pruning: bool) -> Solution:
     """Find the volume of the best mask of each row of `flat` (R, D); `score` is "dice" or "iou".
 
-    With `pruning`, rows whose maximum is at most 1/2 get the empty mask.
+    `known` are the statistics of `flat`. With `pruning`, rows whose maximum is at most 1/2 get the empty mask.
     """
-    rows = flat.shape[0]
-    peak = flat.amax(1)
+    rows, peak = flat.shape[0], known.peak
     tau = torch.zeros(rows, dtype=torch.int64, device=flat.device)
     tied = torch.zeros_like(tau)
     cutpoint = peak.clone()
     value = torch.full((rows,), 1.0 if smooth else 0.0, dtype=torch.float64, device=flat.device)
     value.masked_fill_(peak > 0, torch.nan)  # pruned rows are not scored
     todo = (peak > (0.5 if pruning else 0.0)).nonzero()[:, 0]
-    low, high = _first_brackets(flat, todo, score, smooth)
+    low, high = _first_brackets(flat, todo, known.mean[todo], score, smooth)
     reach = 0
     while todo.numel():
         needed, found = _attempt(flat, todo, low, high, reach, score, smooth)
@@ -77,9 +76,10 @@ def solve(flat: Tensor, score: str, smooth: float, pruning: bool) -> Solution:
     return Solution(tau, cutpoint, tied, value)
 
 
-def _first_brackets(flat: Tensor, rows: Tensor, score: str, smooth: float) -> tuple[Tensor, Tensor]:
+def _first_brackets(
+    flat: Tensor, rows: Tensor, mean: Tensor, score: str, smooth: float
+) -> tuple[Tensor, Tensor]:
     """First guess of the brackets (low, high) of cut-offs, in the dtype of `flat`: (R,) each."""
-    mean = _tiled_sum(flat, rows, None)
     low = (0.99 * NEGLIGIBLE * (mean + smooth)).clamp(max=0.1)
     high = torch.ones_like(low)
     large = ((mean + smooth) * NEGLIGIBLE > 1.01).nonzero()[:, 0]
@@ -89,7 +89,7 @@ def _first_brackets(flat: Tensor, rows: Tensor, score: str, smooth: float) -> tu
         sample = flat[:, ::stride][members]
         cut, volume, density = surrogate.from_sample(score, sample, stride, mean, smooth)
         # One step on all pixels removes the sampling error.
-        excess = _tiled_sum(flat, members, cut) - cut * flat.shape[1]
+        excess = _sum_above(flat, members, cut) - cut * flat.shape[1]
         cut = surrogate.excess_root(score, cut, excess, volume, mean, smooth)
         low[large], high[large] = surrogate.bracket(cut, density)
     return low.to(flat.dtype), high.to(flat.dtype)
@@ -102,18 +102,17 @@ def _widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return torch.maximum(low - 2 * width, bottom), (high + 2 * width).clamp(max=1)
 
 
-def _tiled_sum(flat: Tensor, rows: Tensor, floor: Tensor | None) -> Tensor:
+def _sum_above(flat: Tensor, rows: Tensor, floor: Tensor) -> Tensor:
     """Σ max(p, floor) of the given rows, (R,) float32: accurate to six digits, for guesses only."""
     result = torch.zeros(rows.numel(), dtype=torch.float32, device=flat.device)
     numbers = row_numbers(rows)
     space = flat.new_empty(0)
     for across, along in tiles(rows.numel(), flat.shape[1], flat.device):
         tile = tile_of(flat, numbers, across, along)
-        if floor is not None and flat.device.type == "cpu":
+        if flat.device.type == "cpu":
             space.resize_(tile.shape)  # the same memory for every tile
-            tile = torch.maximum(tile, floor[across, None].to(tile.dtype), out=space)
-        elif floor is not None:
-            tile = torch.maximum(tile, floor[across, None].to(tile.dtype))
+        out = space if flat.device.type == "cpu" else None
+        tile = torch.maximum(tile, floor[across, None].to(tile.dtype), out=out)
         result[across] += tile.sum(1, dtype=torch.float32)
     return result
 

@@ -97,5 +97,5 @@ def bracket(cut: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
     Leaving out k pixels at distance x from the cut-off costs about 2kx, and 4·cut is the gap of the bounds.
     The width is only a guess: the exact pass proves it or widens it.
     """
-    half = 3 * torch.sqrt(cut / density) + 0.005 * cut
+    half = 3 * torch.sqrt(cut / density) + 0.002 * cut
     return (cut - half).clamp(min=1e-3), cut + half

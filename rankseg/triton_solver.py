@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rankseg.exact import node_table
+from rankseg.gather import statistics
 from rankseg.masks import RankResult, as_result, rows_of
 from rankseg.solver import solve
 from rankseg.triton_kernels import (
@@ -119,7 +120,7 @@ def best_masks(
     if unproved:
         again = failed.nonzero()[:, 0]
         part = flat[again]
-        found = solve(part, score, smooth, pruning)
+        found = solve(part, statistics(part), score, smooth, pruning)
         fixed = as_result(part[:, None], part, found.tau, found.cutpoint, found.tied)
         masks[again], tau[again], cutpoint[again] = fixed.predict[:, 0], fixed.tau[:, 0], fixed.cutpoint[:, 0]
     shape = probs.shape[:2]
