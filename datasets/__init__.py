@@ -1,7 +1,9 @@
-"""Segmentation data sets: thin, checked before use, and read the same way everywhere.
+"""Segmentation data sets and their loaders.
 
 Everything but DatasetError is imported on first use, because torch and torchvision take seconds.
 """
+
+# ruff: noqa: F401 (the imports for type checkers)
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -23,24 +25,7 @@ class DatasetError(UserError):
     """A fault in a data set. The message names the path and the fix."""
 
 
-__all__ = [
-    "VOC2012",
-    "Batch",
-    "Cityscapes",
-    "DatasetError",
-    "DatasetInfo",
-    "EvalLoader",
-    "EvalTransform",
-    "Folder",
-    "KvasirSEG",
-    "Sample",
-    "SegmentationDataset",
-    "Synthetic",
-    "TrainLoader",
-    "TrainTransform",
-]
-
-_LATER = {
+_MODULES = {
     "Batch": "loaders",
     "Cityscapes": "cityscapes",
     "DatasetInfo": "base",
@@ -58,6 +43,6 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

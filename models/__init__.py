@@ -3,6 +3,8 @@
 Networks that need torchvision or timm are imported on first use, because these imports are slow.
 """
 
+# ruff: noqa: F401 (the imports for type checkers)
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +18,10 @@ if TYPE_CHECKING:
     from models.library import SMP
     from models.pspnet import PSPNet
 
-__all__ = [
-    "FCN8",
-    "SMP",
-    "CheckpointError",
-    "DeepLabV3Plus",
-    "PSPNet",
-    "SegmentationOutput",
-    "TinyUNet",
-    "load_state",
-    "read_checkpoint",
-]
-
-_LATER = {"DeepLabV3Plus": "deeplabv3plus", "FCN8": "fcn8", "PSPNet": "pspnet", "SMP": "library"}
+_MODULES = {"DeepLabV3Plus": "deeplabv3plus", "FCN8": "fcn8", "PSPNet": "pspnet", "SMP": "library"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -100,7 +100,7 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
     """Return a network of smp with random weights. smp would download its own weights from a hub."""
     key = arch.lower()
     if key not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {arch!r}; {_nearest(key, ARCHITECTURES)}")
+        raise UserError(f"model.arch={arch!r} is unknown: {_nearest(key, ARCHITECTURES)}")
     _check_encoder(encoder)
     _check_options(key, encoder, options)
     plain = {name: list(v) if _is_sequence(v) else v for name, v in options.items()}
@@ -111,8 +111,8 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
     except (TypeError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
-            f"architecture {arch!r} cannot be built on encoder {encoder!r} with {plain or 'its defaults'}: "
-            f"{reason[0] if reason else type(error).__name__}; choose another encoder or other options"
+            f"model.arch={arch} cannot be built on model.encoder={encoder} with {plain or 'its defaults'}: "
+            f"{reason[0] if reason else type(error).__name__}. Fix: choose another encoder or other options."
         ) from error
 
 
@@ -126,7 +126,7 @@ def _check_encoder(encoder: str) -> None:
             return
     else:
         names = [*smp.encoders.encoders, *(f"tu-{name}" for name in timm.list_models())]
-    raise UserError(f"unknown encoder {encoder!r}; {_nearest(encoder, names)}")
+    raise UserError(f"model.encoder={encoder!r} is unknown: {_nearest(encoder, names)}")
 
 
 def options_of(arch: str) -> set[str]:
@@ -172,7 +172,8 @@ def _load_encoder(encoder: Any, name: str, weights: str | Path, truncated: bool)
     """Load pre-trained weights into an encoder. smp wraps timm's networks in an attribute ``model``."""
     if str(weights) == LITE0 and name != "tu-tf_efficientnet_lite0":
         raise UserError(
-            f"weights {LITE0} fit encoder=tu-tf_efficientnet_lite0 only, not {name}; choose that encoder"
+            f"model.weights={LITE0} fits model.encoder=tu-tf_efficientnet_lite0 only, not {name}. "
+            "Fix: choose that encoder, or other weights."
         )
     if not hasattr(encoder, "model"):
         load_backbone(encoder, weights, truncated, source=f"smp/{name}")

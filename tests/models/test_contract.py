@@ -119,16 +119,16 @@ def test_pspnet_of_smp_runs_every_stage():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("unett", "resnet18"), {}, r"unknown architecture 'unett'; did you mean unet"),
-        (("?", "resnet18"), {}, r"unknown architecture '\?'; choose one of unet, "),
-        (("unet", "resnet19"), {}, r"unknown encoder 'resnet19'; did you mean resnet18"),
-        (("unet", "tu-resnet5"), {}, r"unknown encoder 'tu-resnet5'; did you mean tu-resnet50"),
+        (("unett", "resnet18"), {}, r"model\.arch='unett' is unknown: did you mean unet"),
+        (("?", "resnet18"), {}, r"model\.arch='\?' is unknown: choose one of unet, "),
+        (("unet", "resnet19"), {}, r"model\.encoder='resnet19' is unknown: did you mean resnet18"),
+        (("unet", "tu-resnet5"), {}, r"model\.encoder='tu-resnet5' is unknown: did you mean tu-resnet50"),
         (("unet", "resnet18"), {"depth": 3}, r"model\.depth is not an option of .*encoder_depth"),
-        (("deeplabv3plus", "tu-vit_tiny_patch16_224"), {}, r"cannot be built on encoder 'tu-vit_tiny"),
+        (("deeplabv3plus", "tu-vit_tiny_patch16_224"), {}, r"cannot be built on model\.encoder=tu-vit_tiny"),
         (
             ("unet", "resnet18"),
             {"weights": "efficientnet-lite0"},
-            r"fit encoder=tu-tf_efficientnet_lite0 only",
+            r"fits model\.encoder=tu-tf_efficientnet_lite0 only",
         ),
     ],
 )
