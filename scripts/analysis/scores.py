@@ -57,11 +57,14 @@ def _means(items: Any) -> dict[Any, float]:
 def result_folder(path: Path, protocol: str) -> Path:
     """Return the folder that holds <rule>.csv: the path itself, or the results of the run at the path.
 
+    A run that was scored on `last.pth` alone has them in `of_last`.
+
     Raises:
         UserError: neither holds a result.
     """
     inner = ("results/paper", "paper") if protocol == "paper" else ("results",)
-    for folder in (*(path / name for name in inner), path):
+    found = [path / name for name in inner]
+    for folder in (*found, *(folder / "of_last" for folder in found), path):
         if any(folder.glob("*.csv")):
             return folder
     raise UserError(f"{path}: no per-image scores (<rule>.csv). Fix: python test.py -r {path}/best_model.pth")

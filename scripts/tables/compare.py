@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configs.errors import UserError
@@ -12,7 +12,7 @@ from configs.files import read_yaml
 from scripts.tables.layout import DATASETS, Cell, Table, missing
 from scripts.tables.ours import Groups, Notes, our_cell
 from scripts.tables.published import COLUMNS, Published, PublishedCell, heads, marks, notes, row_labels
-from scripts.tables.results import Group
+from scripts.tables.results import Group, short_variant
 
 # Images that the paper scored; its Kvasir-SEG split is unpublished.
 IMAGES = {"cityscapes": 500, "voc2012": 1449, "kvasir_seg": None}
@@ -22,22 +22,27 @@ _CAPTION = (
 )
 _OTHER_DATA = "No difference: ours was scored on {ours} images, the paper's number on {theirs}."
 _UNKNOWN_SPLIT = "The paper's split of Kvasir-SEG is unpublished: the difference includes that of the data."
+_OTHER_NETWORK = "Not the paper's network but {model}: {differs}."
 _SEVERAL = "More than one collection holds this cell: {names}. Move one out of the way."
 
 
-def compared_tables(data: Published, groups: Groups) -> list[Table]:
-    """Return for each published table: published, ours and Δ = ours − published, column by column."""
-    return [_compared(data, groups, dataset) for dataset in COLUMNS]
+def compared_tables(data: Published, groups: Groups, expected: Iterable[Expected] = ()) -> list[Table]:
+    """Return for each published table: published, ours and Δ = ours − published, column by column.
+
+    A row without a run of the paper's network shows the network that an experiment compares with it (`paper_rows`).
+    """
+    nearest = [block for block in expected if block.paper_rows]
+    return [_compared(data, groups, dataset, nearest) for dataset in COLUMNS]
 
 
-def _compared(data: Published, groups: Groups, dataset: str) -> Table:
+def _compared(data: Published, groups: Groups, dataset: str, nearest: Sequence[Expected]) -> Table:
     cells = {(c.model, c.loss, c.predictor): c for c in data.cells if c.dataset == dataset}
     numbered, rows = Notes(), []
     for model, loss in dict.fromkeys((m, lo) for m, lo, _ in cells):
         row = [cells[model, loss, rule] for rule in COLUMNS[dataset]]
         line = list(row_labels(data, row))
         for cell in row:
-            line += [_published(data, cell), *_ours(data, groups, cell, numbered)]
+            line += [_published(data, cell), *_ours(data, groups, cell, numbered, nearest)]
         rows.append(tuple(line))
     head = [f"{rule}: {part}" for rule in heads(dataset) for part in ("published", "ours", "Δ")]
     return Table(
@@ -57,9 +62,18 @@ def _published(data: Published, cell: PublishedCell) -> Cell:
     return Cell(cell.values, (cell.bold,) * len(cell.values), marks(data, [cell], "cell"))
 
 
-def _ours(data: Published, groups: Groups, cell: PublishedCell, numbered: Notes) -> tuple[Cell, Cell]:
+def _ours(
+    data: Published, groups: Groups, cell: PublishedCell, numbered: Notes, nearest: Sequence[Expected]
+) -> tuple[Cell, Cell]:
     """Return our cell and the difference; no difference for other data or a number that an erratum spoils."""
     found = matching(groups, cell.dataset, "paper", cell.model, cell.loss, cell.predictor)
+    other = ""
+    for block in nearest if not found else ():
+        for model, row in block.paper_rows.items():
+            if block.dataset == cell.dataset and row == cell.model:
+                matches = matching(groups, cell.dataset, "paper", model, cell.loss, cell.predictor)
+                found += [group for group in matches if _is_checked(block, group)]
+                other = _OTHER_NETWORK.format(model=model, differs=block.differs)
     if not found:
         return missing(), Cell(("–",))
     if len(found) > 1:
@@ -67,6 +81,8 @@ def _ours(data: Published, groups: Groups, cell: PublishedCell, numbered: Notes)
         return Cell(("rejected",), marks=(numbered.mark(_SEVERAL.format(names=names)),)), Cell(("–",))
     group = found[0]
     ours = our_cell(group, numbered)
+    if other:
+        ours = replace(ours, marks=(*ours.marks, numbered.mark(other)))
     if group.reason or cell.mdice is None:
         return ours, Cell(("–",))
     expected = IMAGES[cell.dataset]
@@ -88,10 +104,17 @@ def _signed(delta: float) -> str:
 
 
 def matching(groups: Groups, dataset: str, protocol: str, model: str, loss: str, rule: str) -> list[Group]:
-    """Return our results of this cell without calibration, in any collection and split."""
-    names = ("dataset", "protocol", "model", "loss", "predictor", "variant")
-    wanted = (dataset, protocol, model, loss, rule, "")
-    return [g for g in groups.values() if tuple(getattr(g.first, name) for name in names) == wanted]
+    """Return our results of this cell without calibration, in any collection and split.
+
+    Scores of the last epoch come first, because the paper tested the last epoch. Those of the best epoch are
+    returned if a collection has no others.
+    """
+    names = ("dataset", "protocol", "model", "loss", "predictor")
+    wanted = (dataset, protocol, model, loss, rule)
+    found = [g for g in groups.values() if tuple(getattr(g.first, name) for name in names) == wanted]
+    last = [g for g in found if short_variant(g.first.variant) == "last"]
+    have_last = {g.first.collection for g in last}
+    return last + [g for g in found if g.first.variant == "" and g.first.collection not in have_last]
 
 
 @dataclass(frozen=True)
@@ -99,7 +122,8 @@ class Expected:
     """The scores that an experiment's configuration expects, in percent.
 
     `scores[model][loss][rule]` is [mDice, mIoU]; either may be null. `num_images` and `collection` restrict the
-    results that are checked; null means no restriction.
+    results that are checked; null means no restriction. `paper_rows[model]` is the published network that a model
+    of this experiment is compared with, and `differs` says what is not as in the paper.
     """
 
     path: Path
@@ -109,6 +133,8 @@ class Expected:
     scores: Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
     num_images: int | None = None
     collection: str | None = None
+    paper_rows: Mapping[str, str] = field(default_factory=dict)
+    differs: str = ""
 
 
 def read_expected(configs: Path) -> list[Expected]:

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from configs.errors import UserError
-from scripts.tables.compare import compared_tables
+from scripts.tables.compare import compared_tables, read_expected
 from scripts.tables.layout import Table, csv_tables, latex, markdown
 from scripts.tables.ours import Groups, our_tables, problem_count
 from scripts.tables.published import load_published, published_tables
-from scripts.tables.results import Problem, group_seeds, read_results
+from scripts.tables.results import Problem, group_seeds, read_results, short_variant
 from trainers.results import file_sha256
 
 MODES = ("published", "ours", "both")
@@ -34,7 +34,9 @@ def tables(mode: str, groups: Groups, problems: Sequence[Problem] = ()) -> list[
     if mode == "ours":
         return our_tables(groups, problems)
     data = load_published()
-    return published_tables(data) if mode == "published" else compared_tables(data, groups)
+    if mode == "published":
+        return published_tables(data)
+    return compared_tables(data, groups, read_expected(Path(__file__).parents[2] / "configs"))
 
 
 def render(found: Sequence[Table], form: str, problems: Sequence[Problem] = ()) -> str:
@@ -59,7 +61,7 @@ def generated(root: Path, groups: Groups, problems: Sequence[Problem]) -> dict[P
         named[mode] = render(found, "md", problems)  # all tables of the mode under one marker
         for form in FORMATS:
             files[root / f"{stem}.{form}"] = render(found, form, problems)
-    raw = {key: group for key, group in groups.items() if not group.first.variant}
+    raw = {key: group for key, group in groups.items() if short_variant(group.first.variant) in ("", "last")}
     named.update(
         {f"{table.name}-raw": markdown(table) for table in our_tables(raw)}
     )  # without calibrated rows

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from scripts.paper_tables import main
-from scripts.tables.compare import compared_tables, read_expected, violations
+from scripts.tables.compare import Expected, compared_tables, read_expected, violations
 from scripts.tables.generated import inject
 from scripts.tables.layout import csv_tables, latex, markdown
 from scripts.tables.ours import our_tables
@@ -388,9 +388,9 @@ def test_a_folder_that_is_none_is_bad_input(tmp_path, capsys):
 # --- both, expectations
 
 
-def _both(folder, dataset="cityscapes"):
+def _both(folder, dataset="cityscapes", expected=()):
     results, _ = read_results(folder)
-    table = compared_tables(load_published(), group_seeds(results))[list(COLUMNS).index(dataset)]
+    table = compared_tables(load_published(), group_seeds(results), expected)[list(COLUMNS).index(dataset)]
     return table, {(row[0].text.split()[0], row[1].text): row[2:] for row in table.rows}
 
 
@@ -415,6 +415,36 @@ def test_no_difference_to_a_number_on_other_images(saved):
     table, rows = _both(saved.folder)
     assert rows["PSPNet", "CE"][2].text == "–"
     assert any("30 images" in note.text for note in table.notes)
+
+
+def test_both_takes_the_last_epoch_as_the_paper_did(saved):
+    best = saved(scores__mean_dice=0.6)
+    last = saved(scores__mean_dice=0.58, scores__mean_iou=0.49)
+    (best.parent / "of_last").mkdir()
+    last.rename(best.parent / "of_last" / last.name)
+    saved(scores__mean_dice=0.6)
+    _, rows = _both(saved.folder)
+    assert rows["PSPNet", "CE"][2].text == "(+0.50, −0.60)"
+
+
+def test_both_shows_a_nearest_network_and_says_what_differs(saved):
+    saved(model="smp_pspnet-small", scores__mean_dice=0.58, scores__mean_iou=0.49)
+    block = Expected(
+        path=saved.folder,
+        dataset="cityscapes",
+        protocol="corrected",
+        tolerance=1,
+        scores={},
+        paper_rows={"smp_pspnet-small": "pspnet"},
+        differs="a small encoder",
+    )
+    assert _both(saved.folder)[1]["PSPNet", "CE"][1].text == "missing"
+    table, rows = _both(saved.folder, expected=[block])
+    assert rows["PSPNet", "CE"][2].text == "(+0.50, −0.60)"
+    (mark,) = rows["PSPNet", "CE"][1].marks
+    assert {n.mark: n.text for n in table.notes}[mark].endswith("smp_pspnet-small: a small encoder.")
+    saved(scores__mean_dice=0.6, scores__mean_iou=0.49)  # the paper's own network comes first
+    assert _both(saved.folder, expected=[block])[1]["PSPNet", "CE"][2].text == "(+2.50, −0.60)"
 
 
 def test_expectations_of_the_experiments_are_the_logs(root):
