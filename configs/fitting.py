@@ -20,7 +20,7 @@ from datasets import SegmentationDataset
 from rankseg import Predictor
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from trainers.distributed import World
-from trainers.evaluator import evaluate
+from trainers.evaluator import Scoring, evaluate
 from trainers.fitted import (
     FittedFile,
     GatedRule,
@@ -30,7 +30,7 @@ from trainers.fitted import (
     threshold_table,
 )
 from trainers.forward import ToProbs
-from trainers.losses import Link
+from trainers.losses import Link, SegmentationLoss
 from trainers.metrics import mean_over_classes
 from trainers.results import EvalResult
 from trainers.tuning import ThresholdTable, choose, fit_gate
@@ -77,7 +77,7 @@ class Fitter:
         self.cfg, self.network, self.world, self.may_fit = cfg, network, world, may_fit
         self.kind = calibration_kind(cfg)
         self.file = FittedFile(checkpoint, world, replace=may_fit)
-        self.link = cast(Link, build.loss(cfg).link)
+        self.link = cast(Link, self._loss().link)
         self.precision = str(cfg.trainer.precision)
         self._validation: SegmentationDataset | None = None
 
@@ -129,7 +129,7 @@ class Fitter:
         found = held_out_fit(
             fit_temperature if kind == "temperature" else fit_calibration,
             self.network,
-            build.eval_loader(self.cfg, self._val(f"calibrate={kind}"), self.world),
+            self._loader(self._val(f"calibrate={kind}")),
             self.link,
             self.world,
             ignore_index=self.cfg.dataset.ignore_index,
@@ -266,19 +266,31 @@ class Fitter:
             self._validation = build.dataset(self.cfg, "val")
         return self._validation
 
+    def _loader(self, data: SegmentationDataset) -> Iterable[Any]:
+        """Return the batches of a split."""
+        return build.eval_loader(self.cfg, data, self.world)
+
+    def _scoring(self, data: SegmentationDataset) -> Scoring:
+        """Return the conventions that a split is scored by."""
+        return build.scoring(self.cfg, data.info)
+
+    def _loss(self) -> SegmentationLoss:
+        """Return the loss, whose link turns logits into probabilities."""
+        return build.loss(self.cfg)
+
     def _fit_threshold(self, node: Any) -> dict[str, Any]:
         found = self._threshold_table().fit(self._val("").info.scored, bool(node.per_class))
         return {"at": found.at, "gated": found.gated, "mean_dice": found.mean_dice}
 
     def _threshold_table(self) -> ThresholdTable:
         data = self._val("rule T_fit")
-        loader, scoring = build.eval_loader(self.cfg, data, self.world), build.scoring(self.cfg, data.info)
+        loader, scoring = self._loader(data), self._scoring(data)
         return threshold_table(self.network, loader, self.to_probs(), scoring, self.world, self.precision)
 
     def _pool(self, node: Any, scored: SegmentationDataset | None) -> dict[str, Any]:
         if scored is None:
             raise UserError(f"rule {node.name} needs a split to pool. Fix: score it with test.py.")
-        loader = build.eval_loader(self.cfg, scored, self.world)
+        loader = self._loader(scored)
         histogram = probability_histogram(self.network, loader, self.to_probs(), self.world, self.precision)
         return {"at": histogram.cutoffs(node.score, bool(node.pruning)).tolist()}
 
@@ -289,10 +301,10 @@ class Fitter:
         data = self._val(progress)
         return evaluate(
             self.network,
-            build.eval_loader(self.cfg, data, self.world),
+            self._loader(data),
             rules,
-            build.loss(self.cfg),
-            build.scoring(self.cfg, data.info),
+            self._loss(),
+            self._scoring(data),
             self.world,
             to_probs=self.to_probs(),
             precision=self.precision,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,7 +93,6 @@ def report(args: argparse.Namespace, world: World) -> Path:
     indices = [index for picked in groups.values() for index in picked]
     seen = (network, data, loader.transform, rules, fitter.link, world)
     strips = draw_strips(*seen, findings, indices, folder / "images", precision)
-    scores, gains = page.score_rules(findings, names), page.compare_rules(findings, names)
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
     lead = [
         f"Split {cfg.split}, {len(findings.names)} images, protocol {cfg.protocol.name}, checkpoint of epoch "
@@ -106,26 +105,53 @@ def report(args: argparse.Namespace, world: World) -> Path:
             "These are the validation images: they also chose the checkpoint and the temperature. Expect lower "
             "scores on new images."
         )
-    sections = {
-        "scores": page.score_section(scores),
-        "differences": page.difference_section(gains),
-        "classes": page.class_section(findings, data.info.classes, names),
-        "gain": page.gain_section(findings, names),
-        "calibration": page.calibration_section(findings, data.info.classes),
-        "confidence": page.confidence_section(confidence),
+    more: dict[str, page.Section] = {
         "images": {heading: [strips[index] for index in picked] for heading, picked in groups.items()},
         "learning": page.learning_section(read_rows(path.parent / "metrics.jsonl")),
         "provenance": facts(run),
     }
+    of = {"checkpoint": file_sha256(path), "protocol": cfg.protocol.name, "split": cfg.split}
+    return write(folder, title, lead, findings, confidence, data.info.classes, names, more, of)
+
+
+def write(
+    folder: Path,
+    title: str,
+    lead: Sequence[str],
+    findings: Findings,
+    confidence: dict[str, Any],
+    classes: Sequence[str],
+    rules: Sequence[str],
+    more: Mapping[str, page.Section],
+    of: dict[str, Any],
+) -> Path:
+    """Write the page and its numbers into the folder; return the path of the page.
+
+    Args:
+        confidence: the result of `scripts.analysis.confidence.assess`.
+        classes: their names.
+        rules: those of the findings to show.
+        more: the last sections.
+        of: what the numbers belong to, for programs.
+    """
+    scores, gains = page.score_rules(findings, rules), page.compare_rules(findings, rules)
+    sections = {
+        "scores": page.score_section(scores),
+        "differences": page.difference_section(gains),
+        "classes": page.class_section(findings, classes, rules),
+        "gain": page.gain_section(findings, rules),
+        "calibration": page.calibration_section(findings, classes),
+        "confidence": page.confidence_section(confidence),
+        **more,
+    }
     target = folder / "index.html"
     write_text(target, page.render(title, lead, sections))
-    of = {"checkpoint": file_sha256(path), "protocol": cfg.protocol.name, "split": cfg.split}
     found: dict[str, Any] = {
         "scores": scores,
         "gains": {f"rankdice - {rule}": one for rule, one in gains.items()},
     }
     write_json(
-        folder / "report.json", {"of": of, **found, **numbers(findings, names), "confidence": confidence}
+        folder / "report.json", {"of": of, **found, **numbers(findings, rules), "confidence": confidence}
     )
     return target
 

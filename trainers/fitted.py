@@ -91,8 +91,10 @@ def held_out_fit(
     title = "fitting the calibration"
     for batch, targets, logits in forward(model, batches, world, precision=precision, progress=title):
         stride = max(1, targets[0].numel() // _PIXELS)
-        some, labels = logits.flatten(2)[..., ::stride].cpu(), targets.flatten(1)[:, ::stride].cpu()
-        rows += zip(batch.indices, some, labels, strict=True)
+        some, labels = logits.flatten(2)[..., ::stride].clone(), targets.flatten(1)[:, ::stride].clone()
+        rows += zip(
+            batch.indices, some.cpu(), labels.cpu(), strict=True
+        )  # copies: views would keep all pixels
     rows = sorted((row for share in gather_objects(rows, world) for row in share), key=lambda row: row[0])
     if not any((labels != ignore_index).any() for _, _, labels in rows):
         raise UserError(
@@ -155,7 +157,7 @@ class FittedFile:
     the images that it was `fitted_on`. All ranks read the file of rank 0; rank 0 alone writes.
 
     Args:
-        checkpoint: path of the checkpoint.
+        checkpoint: path of the checkpoint. If it is not a file, the values belong to their images alone.
         world: this process; None reads alone.
         replace: ignore a file of another checkpoint, instead of rejecting it.
 
@@ -165,7 +167,7 @@ class FittedFile:
 
     def __init__(self, checkpoint: Path, world: World | None = None, *, replace: bool = False) -> None:
         self.path = checkpoint.with_name(f"{checkpoint.stem}.fitted.json")
-        self.sha256 = file_sha256(checkpoint)
+        self.sha256 = file_sha256(checkpoint) if checkpoint.is_file() else ""
         content = self._read(replace)
         self.entries: list[dict[str, Any]] = gather_objects(content, world)[0] if world else content
         self.changed = False

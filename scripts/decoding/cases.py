@@ -6,21 +6,79 @@ Shapes: C classes, *S spatial axes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from rankseg.calibration import Calibration
 from scripts.decoding.arrays import LABEL_SUFFIXES, SUFFIXES, nibabel, read_array, scratch, suffix_of
 from scripts.decoding.geometry import Geometry, nnunet_geometry, read_geometry
-from trainers.losses import link_probs
+from trainers.forward import ToProbs
+from trainers.losses import Link
 
 SLAB = 1 << 22  # values that are converted or counted at once
 _NIFTI = (".nii", ".nii.gz")
+_SMALLEST = (
+    2**-24
+)  # in place of a probability of 0 or 1, whose logit is infinite; float16 holds no smaller number
 _SUM = 0.02  # how far the probabilities of a pixel may be from 1 in sum
+
+
+@dataclass(frozen=True)
+class FromStored:
+    """Turn arrays (N, C, *S) as they are stored into probabilities.
+
+    Attributes:
+        link: "softmax" or "sigmoid" if they are logits; None if they are probabilities.
+        calibration: divides the logits if it is a number; a `Calibration` has a temperature and a bias per class.
+        foreground_only: the background has no channel, so the probabilities of a pixel need not add to 1.
+    """
+
+    link: str | None = None
+    calibration: float | Calibration = 1.0
+    foreground_only: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether probabilities differ from what is stored."""
+        return self.link is not None or isinstance(self.calibration, Calibration) or self.calibration != 1
+
+    def link_of(self, classes: int) -> Link:
+        """Return the link of logits, or the one that probabilities of so many channels come from."""
+        return cast(Link, self.link or ("sigmoid" if classes == 1 or self.foreground_only else "softmax"))
+
+    def logits(self, values: Tensor) -> Tensor:
+        """Return finite logits (N, C, *S) float32 of stored values.
+
+        Raises:
+            UserError: they are probabilities of a softmax that do not add to 1.
+        """
+        if self.link is not None:
+            return values.float()
+        if self.link_of(values.shape[1]) == "sigmoid":
+            return values.float().logit(eps=_SMALLEST)
+        total = values.float().sum(1)
+        if not ((total == 0) | ((total - 1).abs() < _SUM)).all():  # 0: outside a crop
+            raise UserError(
+                "its probabilities change with the calibration, but those of a pixel do not add to 1. "
+                "Fix: save logits and pass --link sigmoid, or pass --foreground-only."
+            )
+        return values.float().clamp(min=_SMALLEST).log()
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return probabilities (N, C, *S); 0 where all probabilities are 0, as outside a crop."""
+        if not self.changes:
+            return values
+        probs = ToProbs(self.link_of(values.shape[1]), self.calibration)(self.logits(values))
+        if self.link is None:
+            return probs.masked_fill((values == 0).all(1, keepdim=True), 0)
+        return probs.nan_to_num(0)  # logits of -inf: outside the field of view
 
 
 @dataclass(frozen=True)
@@ -29,19 +87,19 @@ class Reading:
 
     Attributes:
         scratch: folder of temporary files.
-        link: "softmax" or "sigmoid" if the files hold logits.
-        temperature: divides logits, or the logits of probabilities.
+        values: what the files hold, and how it becomes probabilities.
         axis: which axis of the array holds the classes: "auto", "first", "last" or "none".
         key: the array in .npz files.
         void: label value of pixels that are not scored.
+        as_stored: whether to leave logits, and probabilities before a calibration, as they are.
     """
 
     scratch: Path
-    link: str | None = None
-    temperature: float = 1.0
+    values: FromStored = FromStored()
     axis: str = "auto"
     key: str | None = None
     void: int = 255
+    as_stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +196,7 @@ def _class_axis(path: Path, array: np.ndarray, known: tuple[int, ...] | None, ho
         fits = fits or [name for name, shape in shapes.items() if _squeezed(shape) == _squeezed(known)[::-1]]
         if len(fits) == 1:
             return fits[0]
-    if how.link is None:
+    if how.values.link is None:
         fits = [name for name, index in (("first", 0), ("last", -1)) if _sums_to_one(array, index)]
         if len(fits) == 1:
             return fits[0]
@@ -224,11 +282,13 @@ def _as_probs(path: Path, array: np.ndarray, inside: np.ndarray | None, how: Rea
     Pixels outside the field of view get probability 0, which changes no rule's result inside.
     """
     dtype = array.dtype.newbyteorder("=")
-    ready = array.flags.c_contiguous and array.dtype.isnative and how.link is None and how.temperature == 1
-    if inside is None and ready:
+    change = how.values.changes and not how.as_stored
+    logits = how.values.link is not None
+    if inside is None and array.flags.c_contiguous and array.dtype.isnative and not change:
         out = array
     else:
-        out = scratch(array.shape, np.float32 if how.link or how.temperature != 1 else dtype, how.scratch)
+        out = scratch(array.shape, np.float32 if change else dtype, how.scratch)
+    outside = -np.inf if logits and not change else 0
     low, high = np.inf, -np.inf
     for part in slabs(array.shape[1:], len(array)):
         values = np.ascontiguousarray(array[:, part], dtype)
@@ -237,33 +297,31 @@ def _as_probs(path: Path, array: np.ndarray, inside: np.ndarray | None, how: Rea
             raise UserError(f"{path}: holds NaN. Fix: look for an overflow in the network.")
         if out is array:
             continue
-        if how.link or how.temperature != 1:
-            values = _probabilities(torch.from_numpy(values), path, how).numpy()
-        out[:, part] = values if inside is None else values * inside[part]
+        if change:
+            _check_range(path, low, high, dtype, logits)
+            with named(path):
+                values = how.values(torch.from_numpy(values)[None])[0].numpy()
+        out[:, part] = values if inside is None else np.where(inside[part], values, outside)
+    _check_range(path, low, high, dtype, logits)
+    return torch.from_numpy(np.asarray(out))
+
+
+def _check_range(path: Path, low: float, high: float, dtype: np.dtype, logits: bool) -> None:
+    """Raise UserError for values that are infinite, or outside of [0, 1] if they are not logits."""
     slack = 2e-3 if dtype == np.float16 else 1e-5  # what rounding alone explains
-    if how.link is None and not (low >= -slack and high <= 1 + slack):
+    if not np.isfinite([low, high]).all():
+        raise UserError(f"{path}: values in [{low:g}, {high:g}]. Fix: look for an overflow in the network.")
+    if not logits and not (low >= -slack and high <= 1 + slack):
         raise UserError(
             f"{path}: values in [{low:.6g}, {high:.6g}] are not probabilities. "
             "Fix: pass --link softmax or --link sigmoid if they are logits."
         )
-    if not np.isfinite([low, high]).all():
-        raise UserError(f"{path}: values in [{low:g}, {high:g}]. Fix: look for an overflow in the network.")
-    return torch.from_numpy(np.asarray(out))
 
 
-def _probabilities(values: Tensor, path: Path, how: Reading) -> Tensor:
-    """Probabilities (C, *S) float32 of logits, or of probabilities that a temperature changes."""
-    values, link = values.float(), how.link
-    if link is not None:
-        return link_probs(values[None] / how.temperature, link)[0]  # type: ignore[arg-type]
-    values = values.clamp(0, 1)
-    if len(values) == 1:
-        return link_probs(values.logit()[None] / how.temperature, "sigmoid")[0]
-    total = values.sum(0)
-    empty = total == 0  # outside a crop
-    if not empty.logical_or((total - 1).abs() < _SUM).all():
-        raise UserError(
-            f"{path}: temperature={how.temperature:g}, but the probabilities of a pixel do not add to 1. "
-            "Fix: save logits and pass --link sigmoid."
-        )
-    return link_probs(values.log()[None] / how.temperature, "softmax")[0].masked_fill(empty, 0)
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Add a path to the ValueError of a rule, of labels or of a calibration."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

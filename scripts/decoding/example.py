@@ -45,13 +45,16 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, metavar="VOLUMES")
     parser.add_argument("--cases", type=int, default=6)
+    parser.add_argument(
+        "--start", type=int, default=0, help="number of the first case: others are other volumes"
+    )
     parser.add_argument("--size", type=int, default=48, help="voxels along each axis (default: 48)")
     args = parser.parse_args()
     nib = nibabel(args.out)
     affine = np.diag([0.8, 0.8, 2.0, 1.0])
     for folder in ("probs", "labels"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
-    for n in range(args.cases):
+    for n in range(args.start, args.start + args.cases):
         draw = np.random.default_rng([n, 1])
         labels = np.stack(
             [variant(args.size, np.random.default_rng([n, 0]), draw) for _ in range(VARIANTS + 1)]

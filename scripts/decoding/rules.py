@@ -6,9 +6,8 @@ Shapes: C classes, *S spatial axes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from rankseg.calibration import Reliability
 from rankseg.label_map import VOID
 from scripts.decoding.arrays import scratch
 from scripts.decoding.cases import Case, slabs
-from scripts.inference.windows import one_by_one
+from scripts.inference.windows import may_overlap, one_by_one, parts_of
 from trainers.evaluator import proper_scores
+from trainers.fitted import pooled_threshold
 from trainers.metrics import Counts, Truth, count, encode
 
 
@@ -58,7 +58,7 @@ class Output:
         """Whether a rule's result is written as one label per pixel."""
         if self.write != "auto":
             return self.write == "labels"
-        return classes == 1 or not one_by_one(rule)
+        return classes == 1 or not may_overlap(rule)
 
 
 @dataclass
@@ -82,28 +82,39 @@ class Scored:
 
 
 def decode(
-    case: Case, rules: Mapping[str, Predictor], output: Output, folder: Path, device: torch.device
+    case: Case,
+    rules: Mapping[str, Predictor],
+    output: Output,
+    folder: Path,
+    device: torch.device,
+    other: Callable[[Any], Case],
 ) -> Scored:
-    """Apply every rule to the probabilities of one case; ``folder`` holds temporary files."""
+    """Apply every rule to the probabilities of one case.
+
+    Args:
+        folder: of temporary files.
+        other: loads the case with the ``to_probs`` of a rule that has probabilities of its own.
+    """
     result = Scored()
     classes = len(case.probs)
     first = output.first(classes)
-    labels = None if case.labels is None else _masked(case.labels, case.valid, output.void)
+    labels = None if case.labels is None else mask_labels(case.labels, case.valid, output.void)
     if labels is not None:
-        _check_labels(labels, classes + first, output.void)
+        check_labels(labels, classes + first, output.void)
     for name, rule in rules.items():
+        of_rule = other(rule.to_probs) if hasattr(rule, "to_probs") else case
         started = time.perf_counter()
-        masks = _masks(case.probs, rule, folder, device)
+        masks = _masks(of_rule.probs, rule, folder, device)
         seconds = time.perf_counter() - started
         if output.as_labels(rule, classes):
-            array = _label_map(case, masks, output, first, folder)
+            array = _label_map(of_rule, masks, output, first, folder)
             found = Decoded(array, "labels", seconds)
         else:
             found = Decoded(masks, "masks", seconds)
         if labels is not None:
             found.counts = _counts(found, labels, classes, first, output.void)
         if output.confidence:
-            found.confidence = _confidence(found, case.probs, first)
+            found.confidence = _confidence(found, of_rule.probs, first)
         result.rules[name] = found
     if labels is not None:
         _observe(result, case.probs, labels, first, output.void, output.link)
@@ -122,7 +133,7 @@ def _confidence(found: Decoded, probs: Tensor, first: int) -> list[float]:
     return values
 
 
-def _check_labels(labels: np.ndarray, count: int, void: int) -> None:
+def check_labels(labels: np.ndarray, count: int, void: int) -> None:
     """Raise UserError for labels without a channel."""
     wrong = set[int]()
     for part in slabs(labels.shape):
@@ -134,7 +145,7 @@ def _check_labels(labels: np.ndarray, count: int, void: int) -> None:
         )
 
 
-def _masked(labels: np.ndarray, valid: np.ndarray | None, void: int) -> np.ndarray:
+def mask_labels(labels: np.ndarray, valid: np.ndarray | None, void: int) -> np.ndarray:
     """Labels with void outside the field of view."""
     return labels if valid is None else np.where(valid, labels, np.asarray(void, np.int64))
 
@@ -145,7 +156,7 @@ def _masks(probs: Tensor, rule: Predictor, folder: Path, device: torch.device) -
     if one_by_one(rule):
         for c, channel in enumerate(probs):
             masks[c] = rule(channel[None, None].to(device))[0, 0].cpu().numpy()
-    elif (rule.func if isinstance(rule, partial) else rule) is rankseg.argmax:
+    elif parts_of(rule)[0] in (rankseg.argmax, pooled_threshold):  # each pixel by itself
         for part in slabs(probs.shape[1:], len(probs)):
             masks[:, part] = rule(probs[None, :, part].to(device))[0].cpu().numpy()
     else:

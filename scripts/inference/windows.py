@@ -24,6 +24,7 @@ from configs.errors import UserError
 from datasets.base import DatasetInfo
 from datasets.transforms import Size, resize_to
 from rankseg import Predictor
+from trainers.fitted import OtherProbs, fitted_threshold
 from trainers.forward import at_size
 
 Network = Callable[[Tensor], Tensor]  # normalised (B, 3, h, w) -> logits (B, C, h', w')
@@ -167,14 +168,27 @@ def _slope(side: int, overlap: float) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Label maps
 
-SEPARABLE = (rankseg.threshold, rankseg.rankdice, rankseg.rankiou)
+SEPARABLE = (rankseg.threshold, rankseg.rankdice, rankseg.rankiou, fitted_threshold)
 
 
 def one_by_one(rule: Predictor) -> bool:
     """Whether the rule decides each class by itself, so that classes can be passed one by one to save memory."""
-    if not isinstance(rule, partial):
-        return rule in SEPARABLE
-    return rule.func in SEPARABLE and rule.keywords.get("allow_overlap", True)
+    function, options = parts_of(rule)
+    one_number = isinstance(options.get("at", 0.5), float)  # not one threshold for each class
+    return function in SEPARABLE and options.get("allow_overlap", True) and one_number
+
+
+def may_overlap(rule: Predictor) -> bool:
+    """Whether the rule may give a pixel to several classes."""
+    function, options = parts_of(rule)
+    return function is not rankseg.argmax and bool(options.get("allow_overlap", True))
+
+
+def parts_of(rule: Predictor) -> tuple[Callable[..., Tensor], dict[str, object]]:
+    """Return the function of a rule and its options, of the rule itself if it has probabilities of its own."""
+    while isinstance(rule, OtherProbs):
+        rule = rule.rule
+    return (rule.func, rule.keywords) if isinstance(rule, partial) else (rule, {})
 
 
 def masks_of(probs: Tensor, rule: Predictor) -> Iterator[Tensor]:
