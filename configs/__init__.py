@@ -1,9 +1,9 @@
-"""What an experiment is: the YAML files, and the few functions that turn one into objects.
+"""Experiments: the YAML files, and the functions that build objects from them.
 
 Only this package, ``train.py``, ``test.py`` and ``scripts/`` know Hydra and OmegaConf.
 """
 
 import os
 
-# torch reads it when it is imported: idle OpenMP threads sleep. Spinning ones waste a machine that others use too.
+# torch reads this when it is imported. Idle OpenMP threads sleep, and leave the processor to other programs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

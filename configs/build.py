@@ -44,7 +44,8 @@ def locate(target: str) -> Any:
 def _make(node: Any) -> Any:
     """Call what a node's ``_target_`` names with its other values as plain arguments.
 
-    With ``_partial_`` the call is left open. ``name`` is a label and not passed. Nothing inside the values is built.
+    With ``_partial_`` the result is a function that makes the call. ``name`` is a label and not passed. Nested nodes
+    are not built.
     """
     values: Any = OmegaConf.to_container(node, resolve=True)
     target, partial = values.pop("_target_"), values.pop("_partial_", False)
@@ -65,10 +66,9 @@ def rules(
 ) -> dict[str, Predictor]:
     """Build the prediction rules of these names from ``configs/predictor``, or from ``cfg`` where it has overrides.
 
-    ``cfg.protocol`` may put another implementation behind a name. ``cfg.predictor`` may override options of the rule
-    that it names, ``cfg.threshold`` the threshold of rule T, ``cfg.gate`` the gate of ranking rules. Rules that are
-    fitted need their values in ``fitted``; `configs.fitting` finds them. Invalid options of our own rules raise
-    ConfigError.
+    ``cfg.protocol.rules`` replaces rules of a name. ``cfg.predictor`` sets the options of the rule that it names,
+    ``cfg.threshold`` the threshold of rule T, and ``cfg.gate`` the gate of ranking rules. Fitted rules need their
+    values in ``fitted``; `configs.fitting` has them. Invalid options of our own rules raise ConfigError.
     """
     built = {}
     for name in names:
@@ -90,7 +90,7 @@ def rules(
 
 
 def rule_node(name: str, cfg: DictConfig | None) -> Any:
-    """Return the node that a rule is built from."""
+    """Return the configuration that a rule is built from."""
     actual = name if cfg is None else cfg.protocol.rules.get(name, name)
     if actual not in options("predictor"):
         raise ConfigError(unknown_option("predictor", name))
@@ -107,12 +107,12 @@ def rule_node(name: str, cfg: DictConfig | None) -> Any:
 
 
 def is_ranking(node: Any) -> bool:
-    """Return whether a rule's node is of a rule that maximises an expected score per image."""
+    """Return whether the rule of a node maximises an expected score of each image."""
     return node.get("_target_") in ("rankseg.rules.rankdice", "rankseg.rules.rankiou")
 
 
 def needs_fit(node: Any) -> bool:
-    """Return whether a rule's node lacks values that are fitted to a checkpoint, or a function (rule auto)."""
+    """Return whether the rule of a node needs values that are fitted for a checkpoint."""
     return str(node.get("_target_", "trainers.fitted.")).startswith("trainers.fitted.")
 
 
@@ -122,7 +122,7 @@ def threshold(cfg: DictConfig) -> float:
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
-    """Build one of ``dataset.splits``. Its classes and its void index must be those that networks and losses get."""
+    """Build one of ``dataset.splits``; raise ConfigError if its number of classes or void index is another."""
     if split not in cfg.dataset.splits:
         raise ConfigError(f"split={split} is unknown. Fix: choose one of {', '.join(cfg.dataset.splits)}.")
     data = _make(cfg.dataset.source)(split=cfg.dataset.splits[split])
@@ -136,7 +136,7 @@ def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
 
 
 def train_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> TrainLoader:
-    """Build the augmented batches. A last batch too small for BatchNorm (under two images per device) is left out."""
+    """Build the training batches. A last batch with fewer than two images per device is dropped, for BatchNorm."""
     from datasets import TrainTransform  # slow to import
 
     batch = cfg.batch_size
@@ -162,7 +162,7 @@ def train_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> Tr
 
 
 def eval_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> EvalLoader:
-    """Build the batches of images as the protocol evaluates them."""
+    """Build the evaluation batches of the protocol."""
     from datasets import EvalTransform  # slow to import
 
     if cfg.protocol.legacy_preprocessing:
@@ -194,7 +194,7 @@ def model(cfg: DictConfig) -> nn.Module:
 
 
 def loss(cfg: DictConfig) -> SegmentationLoss:
-    """Build the training criterion, which names its link."""
+    """Build the loss."""
     return _make(cfg.loss)
 
 
@@ -214,7 +214,7 @@ def check_outputs(cfg: DictConfig, network: nn.Module, info: DatasetInfo) -> Non
 
 
 def update(cfg: DictConfig, network: nn.Module, criterion: nn.Module, world: World) -> Update:
-    """Build what makes one update: the network, wrapped and compiled as configured, and its optimizer."""
+    """Build the update: the network, wrapped and compiled as configured, and its optimizer."""
     if cfg.trainer.channels_last:
         network = network.to(memory_format=torch.channels_last)
     model = wrap(network, world)
@@ -248,7 +248,7 @@ def schedule(cfg: DictConfig) -> Schedule:
 
 
 def scoring(cfg: DictConfig, info: DatasetInfo) -> Scoring:
-    """Build the conventions of the protocol for this data set."""
+    """Build the scoring conventions of the protocol for a data set."""
     protocol = cfg.protocol
     return Scoring(
         num_classes=info.num_classes,
@@ -281,6 +281,6 @@ def describe(cfg: DictConfig, data: SegmentationDataset, split: str) -> dict[str
 
 
 def absolute_root(cfg: DictConfig) -> None:
-    """Make the data set's path independent of the working directory, so that a checkpoint can be tested anywhere."""
+    """Make ``dataset.root`` an absolute path, so that a checkpoint can be tested from any folder."""
     if cfg.dataset.get("root"):
         cfg.dataset.root = str(Path(cfg.dataset.root).expanduser().resolve())

@@ -31,7 +31,7 @@ _PARTS = {"optimizer", "scaler", "progress", "rng"}  # of a training's state
 def as_stored(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Convert what ``models.published`` reads from a released configuration into the form that checkpoints hold.
 
-    Its protocol is ``paper``, and what it does not contain is as in the paper.
+    The protocol is ``paper``. Missing values are those of the paper.
     """
     choices = {group: theirs[group] for group in ("dataset", "model", "loss", "predictor")}
     choices |= {"optimizer": "sgd", "schedule": "poly", "protocol": "paper", "trainer": "default"}
@@ -88,7 +88,7 @@ def newest_checkpoint(checkpoints: Checkpoints, identity: Mapping[str, Any]) -> 
 
 
 def is_epoch(value: Any) -> bool:
-    """Whether a checkpoint's epoch is a number of epochs."""
+    """Return whether the epoch of a checkpoint is valid."""
     return type(value) is int and 0 <= value < 10**9
 
 
@@ -98,8 +98,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     The authors' checkpoints are scored under ``protocol=paper`` unless an override says otherwise.
 
     Returns:
-        The network, the configuration, and the checkpoint itself, whose ``epoch`` is an int and whose ``classes`` are
-        the names of the classes that it was trained on, or None if the checkpoint does not say.
+        The network, the configuration, and the checkpoint. Its ``epoch`` is an int; its ``classes`` are the names of
+        the classes that it was trained on, or None if it does not hold them.
 
     Raises:
         CheckpointError: the file is not such a checkpoint.
@@ -151,7 +151,7 @@ def _class_names(names: Any, path: Path) -> list[str] | None:
 
 
 def check_classes(checkpoint: Mapping[str, Any], classes: Sequence[str], path: Path) -> None:
-    """Raise CheckpointError if a data set's classes are not those that the network was trained on, in their order."""
+    """Raise CheckpointError unless a data set has the classes that the network was trained on, in the same order."""
     trained = checkpoint.get("classes")
     if trained is not None and list(trained) != list(classes):
         raise CheckpointError(

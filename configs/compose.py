@@ -1,4 +1,4 @@
-"""Compose and list the configurations in this folder, and name what is allowed when a name is unknown."""
+"""Compose and list the configurations of this folder; messages for unknown keys and options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "predictor", "pro
 
 
 def compose(name: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
-    """Compose a configuration as the command line does, but outside Hydra's own main."""
+    """Compose a configuration as the command line does, also outside a function of ``hydra.main``."""
     if GlobalHydra.instance().is_initialized():
         return hydra_compose(name, quote_overrides(overrides))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -41,7 +41,7 @@ def quote_overrides(words: Iterable[str]) -> list[str]:
             except HydraException:
                 readable = False
             if not readable:
-                # In Hydra's quotes a backslash is itself, but before a quote it is doubled.
+                # Inside Hydra's quotes, only backslashes before a quote are escaped.
                 escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
                 word = f"{key}='{escaped}{value[len(value.rstrip(chr(92))) :]}'"
         found.append(word)

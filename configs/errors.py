@@ -1,4 +1,4 @@
-"""Errors that a command reports in one line, and its exit codes. A leaf: it imports nothing."""
+"""Errors that a command reports in one line, and its exit codes. This module imports nothing."""
 
 EXIT_BAD_INPUT = 2  # configuration, data or checkpoint; the message says what to change
 EXIT_FAILED = 3  # the work itself failed: non-finite loss, out of memory, full disk
@@ -33,5 +33,5 @@ class TrainingError(RuntimeError):
 class Interrupted(BaseException):
     """A signal stopped the run after its state was saved. Commands exit with 75.
 
-    It is not an Exception, as KeyboardInterrupt is not: a sweep that continues after a failed run must stop too.
+    Like KeyboardInterrupt it is not an Exception, so that a sweep stops too instead of starting its next run.
     """

@@ -124,8 +124,8 @@ def read_bytes(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
 def check_plain(value: Any, source: str, max_items: int = MAX_ITEMS, max_depth: int = MAX_DEPTH) -> None:
     """Walk nested dicts, lists and tuples; raise UserError if they are too deep or too many.
 
-    A container that is shared counts each time it is reached, so that one which contains itself, or which
-    doubles at every level, is rejected and not followed.
+    A shared container counts each time it is reached. So one that contains itself, or whose content doubles at every
+    level, is rejected.
     """
     stack, seen = [(value, 0)], 0
     while stack:
@@ -193,7 +193,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Create a folder, and raise OSError if no file can be created in it: before long work, not after."""
+    """Create a folder; raise OSError if no file can be created in it. Call it before long work."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -207,11 +207,11 @@ def lock_file(path: Path, doing: str, patience: float = 10.0) -> Any:
 
     Args:
         path: the lock's file; the folders above it are created.
-        doing: what only one process may do, read after "another process is", such as "training in RUN".
-        patience: seconds to wait for the process that holds it. One that was killed is not gone at once.
+        doing: the work of its holder, for the message "another process is ...", such as "training in RUN".
+        patience: seconds to wait for another holder. A killed process takes a moment to end.
 
     Returns:
-        The lock. It is held while the object lives; as a context manager, to the end of the block.
+        The lock. It is held as long as the object exists, or to the end of its ``with`` block.
 
     Raises:
         BusyError: another process holds it.
@@ -237,7 +237,7 @@ def lock_file(path: Path, doing: str, patience: float = 10.0) -> Any:
 
 
 def _holder(path: Path) -> str:
-    """Return the process that wrote itself into the file; on a shared disk it may be on another machine."""
+    """Return the process that the file names; on a shared disk it may be on another machine."""
     try:
         pid, host = read_text(path, 1000).split()
     except (OSError, ValueError):

@@ -150,7 +150,7 @@ class Fitter:
             node = build.rule_node(name, self.cfg)
             if name == "auto":
                 values[name] = self._values(name, self._choose)
-                rules[name] = self._automatic(values[name])
+                rules[name] = self._build_choice(values[name])
             elif build.needs_fit(node):
                 if name.startswith("pooled"):
                     values[name] = self._values(name, partial(self._pool, node, scored), scored)
@@ -331,7 +331,7 @@ class Fitter:
         found = choose({**dice, "T_fit": held_out})
         return {"rule": found.rule, "why": found.why, "differences_to_T": found.differences}
 
-    def _automatic(self, values: Mapping[str, Any]) -> Predictor:
+    def _build_choice(self, values: Mapping[str, Any]) -> Predictor:
         """Return the rule that was chosen."""
         chosen = values["rule"]
         if chosen == _CALIBRATED:

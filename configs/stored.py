@@ -1,4 +1,4 @@
-"""The configuration inside a checkpoint or a run's folder: what is written, and what is accepted when it is read.
+"""Write and read the configuration in a checkpoint or in a run's folder.
 
 A checkpoint may come from anywhere, so its configuration is data. It holds the *names* of options
 (``model: smp_unet``), which must be files in ``configs/``, and plain values. A value is accepted if our own
@@ -45,8 +45,8 @@ NON_RESULT_KEYS = frozenset(
         "trainer.keep",
     }
 )
-# Keys that come from configs/ and the command line only: conventions, rules' names, paths that are written,
-# the file of pre-trained weights (a checkpoint replaces them), and the machine.
+# Keys that are never read from a file: the scoring conventions, names of rules, folders that are written, the file of
+# pre-trained weights (a checkpoint replaces them), and settings of the machine.
 NOT_FROM_FILE = frozenset(
     {
         "protocol", "save_dir", "run_dir", "device", "verify", "resume", "validation", "expected", "hydra",
@@ -67,16 +67,16 @@ def pack(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
             raise ConfigError(
                 f"{group}= takes one option, not a list. Fix: choose one of {', '.join(options(group))}."
             )
-    values = _without(OmegaConf.to_container(cfg, resolve=True))
+    values = _drop_keys(OmegaConf.to_container(cfg, resolve=True))
     return {"choices": {group: choices[group] for group in GROUPS}, "values": values}
 
 
-def _without(values: Any, prefix: str = "") -> Any:
-    """Leave out what `unpack` would not take."""
+def _drop_keys(values: Any, prefix: str = "") -> Any:
+    """Remove the keys that `unpack` does not accept."""
     if not isinstance(values, dict):
         return values
     return {
-        key: _without(value, f"{prefix}{key}.")
+        key: _drop_keys(value, f"{prefix}{key}.")
         for key, value in values.items()
         if key not in _HYDRA_KEYS and f"{prefix}{key}" not in NOT_FROM_FILE
     }
@@ -85,7 +85,7 @@ def _without(values: Any, prefix: str = "") -> Any:
 def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the configuration of a checkpoint with overrides on top, and the options of ``configs/test.yaml``.
 
-    Values whose key is overridden are not looked at.
+    Stored values of overridden keys are not read.
 
     Raises:
         ConfigError: the stored configuration is not one of ours, an override names an unknown key, or a value is
@@ -100,11 +100,11 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
             "Fix: choose a checkpoint that train.py wrote."
         )
     groups, assigned = _split(overrides)
-    cfg = _composed(stored["choices"])
+    cfg = _compose(stored["choices"])
     given = tuple(key for key, _ in assigned)
-    accepted = list(_accepted(stored["values"], cfg, (*given, *groups)))
+    accepted = list(_accept_values(stored["values"], cfg, (*given, *groups)))
     if groups:
-        cfg = _composed({**stored["choices"], **groups})
+        cfg = _compose({**stored["choices"], **groups})
     OmegaConf.set_struct(cfg, False)
     for key, value in accepted:
         OmegaConf.update(cfg, key, value, merge=False)
@@ -117,7 +117,7 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
-def _composed(choices: Mapping[Any, Any]) -> DictConfig:
+def _compose(choices: Mapping[Any, Any]) -> DictConfig:
     """Compose our configuration from names of options, each of which must be a file in ``configs/``."""
     for group, name in choices.items():
         if not isinstance(group, str) or group not in GROUPS:
@@ -146,7 +146,9 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, An
     return groups, values
 
 
-def _accepted(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _accept_values(
+    values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
     """Yield the stored keys (``dataset.crop``) that replace a value of ours, and their checked values."""
     raw, ours = OmegaConf.to_container(cfg, resolve=False), OmegaConf.to_container(cfg, resolve=True)
 
@@ -197,7 +199,7 @@ def _lookup(tree: Any, key: str) -> Any:
 
 
 def _check_value(name: str, value: Any, ours: Any) -> None:
-    """Reject a stored value that is not plain, or not of the type of ours."""
+    """Raise ConfigError for a stored value that is not plain, or whose type is not that of ours."""
     if name in CHECKS:
         is_valid, words = CHECKS[name]
         if not (_is_plain(value) and is_valid(value)):
@@ -218,7 +220,7 @@ def _check_value(name: str, value: Any, ours: Any) -> None:
 
 
 def _check_extra(name: str, value: Any, raw: Any) -> None:
-    """Accept a key that only ``+key=value`` sets: a split's name, or an argument of the object that is built."""
+    """Accept a key that ``+key=value`` added: the name of a split, or an argument of the object that is built."""
     parent = name.rpartition(".")[0]
     allowed: set[str] = set()
     if parent == "dataset.splits":
@@ -240,7 +242,7 @@ def _check_extra(name: str, value: Any, raw: Any) -> None:
 
 
 def _arguments(node: dict[str, Any]) -> set[str]:
-    """Return the names of the arguments of what a node of our configuration builds."""
+    """Return the names of the arguments of the object that a node of our configuration builds."""
     from configs.build import locate
 
     target = locate(node["_target_"])
@@ -296,7 +298,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Return the keys in which two configurations differ so that results could, as ``key: old -> new``."""
+    """Return the differences of two configurations that can change results, as ``key: old -> new``."""
     if isinstance(old, dict) and isinstance(new, dict):
         found: list[str] = []
         for key in [*old, *(k for k in new if k not in old)]:
@@ -322,7 +324,7 @@ def check_same_data(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
 
     Args:
         before, now: ``classes`` (names), ``data`` (fingerprints of splits) and ``contents`` (checksums of splits).
-            What ``before`` lacks, as older checkpoints do, is not compared.
+            Keys that ``before`` lacks, as older checkpoints do, are not compared.
     """
     old, new = before.get("classes"), now["classes"]
     if old and list(old) != list(new):

@@ -1,4 +1,4 @@
-"""Checks of single configuration values, made before anything is read or written."""
+"""Check single configuration values before any file is read or written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Check = tuple[Callable[[Any], bool], str]  # whether a value is valid, and what 
 
 
 def integer(least: int, most: int | None = None) -> Check:
-    """An integer within bounds."""
+    """Accept an integer within bounds."""
 
     def is_valid(value: Any) -> bool:
         return type(value) is int and least <= value and (most is None or value <= most)
@@ -24,7 +24,7 @@ def integer(least: int, most: int | None = None) -> Check:
 
 
 def number(least: float = 0, *, exclusive: bool = False, most: float = math.inf) -> Check:
-    """A finite number within bounds; ``exclusive`` leaves out the lower one."""
+    """Accept a finite number within bounds; ``exclusive`` excludes the lower one."""
 
     def is_valid(value: Any) -> bool:
         finite = type(value) in (int, float) and math.isfinite(value)
@@ -35,12 +35,12 @@ def number(least: float = 0, *, exclusive: bool = False, most: float = math.inf)
 
 
 def or_null(check: Check) -> Check:
-    """The same, or null."""
+    """Accept null too."""
     return lambda value: value is None or check[0](value), f"{check[1]}, or null"
 
 
 def choice(*allowed: Any) -> Check:
-    """One of a few words or constants."""
+    """Accept one of a few words or constants."""
     words = [str(value).lower() if isinstance(value, bool) else str(value) for value in allowed]
     return lambda value: any(value is a or (type(value) is str and value == a) for a in allowed), " or ".join(
         words
@@ -93,7 +93,7 @@ CHECKS: dict[str, Check] = {
     "suffix": (_is_suffix, f"{NAME[1]}, or nothing"),
     "split": NAME,
     "dataset.name": NAME,
-    "dataset.root": or_null((_is_local_path, "a folder of this machine, not of another")),
+    "dataset.root": or_null((_is_local_path, "a folder of this machine, not of the network")),
     "dataset.num_classes": integer(1, 1 << 16),
     "dataset.ignore_index": integer(-(2**31), 2**31 - 1),
     "dataset.resize": or_null(SIZE),
@@ -139,9 +139,9 @@ def check_values(cfg: DictConfig) -> None:
 
 
 def check_uncalibrated(cfg: DictConfig, command: str) -> None:
-    """Raise ConfigError if probabilities would be changed, for a command that shows them as they are."""
+    """Raise ConfigError if the options change probabilities, for a command that shows those of the network."""
     if cfg.temperature != 1 or cfg.correct_focal:
         raise ConfigError(
-            f"{command} shows probabilities as the network gives them, not with temperature={cfg.temperature}, "
-            f"correct_focal={cfg.correct_focal}. Fix: pass temperature=1 correct_focal=false."
+            f"{command} shows the probabilities of the network: temperature={cfg.temperature} and "
+            f"correct_focal={cfg.correct_focal} would change them. Fix: pass temperature=1 correct_focal=false."
         )

@@ -1,4 +1,4 @@
-"""The interface of all data sets: a table of classes, named pairs of image and mask, and a check before use.
+"""The interface of data sets: a table of classes, named pairs of image and mask, and a check before use.
 
 Shapes: C classes, H and W pixels. Images are RGB.
 """
@@ -99,9 +99,9 @@ class SegmentationDataset(Dataset):
     def verify(self, progress: bool = True, sample: int | None = 32, on_error: str = "raise") -> None:
         """Check the data set before it is used.
 
-        Every pair is checked cheaply (names, file headers, sizes); `sample` of them, evenly spread, are decoded in
-        full, labels included. `sample=None` decodes all, as `scripts/prepare_data.py check` does. Faults that this
-        misses are named when the file is read. Notes are printed to stderr.
+        Names, file headers and sizes of every pair are checked. `sample` pairs, evenly spread, are decoded with their
+        labels; `sample=None` decodes all, as `scripts/prepare_data.py check` does. A fault that is missed here is
+        raised when its file is read. Notes are printed to stderr.
 
         Raises DatasetError that lists the faults. With on_error="skip" the faults of single pairs are only printed.
         """
@@ -128,21 +128,21 @@ class SegmentationDataset(Dataset):
         return [fault for index in bar for fault in self.check(index, decode=index in chosen)]
 
     def faults_as_a_whole(self) -> list[str]:
-        """Return the faults that show in no single pair."""
+        """Return the faults of the split that no single pair shows."""
         return []
 
     def notes(self) -> list[str]:
-        """Return what its owner should know, although it is not a fault."""
+        """Return remarks for the user that are not faults."""
         return []
 
     def fingerprint(self) -> str:
-        """Return a short hash of the data set, cheap enough to store with every run."""
+        """Return a short hash of name and image names, to recognise the data set."""
         return digest([self.info.name, *self.names])
 
     def checksum(self) -> str:
-        """Return a short hash of the contents: it changes with any label, also under the same names and sizes.
+        """Return a short hash of the contents. It changes with any label, even if names and sizes stay the same.
 
-        A data set that is made from its settings need not override this.
+        This default suits data that are computed from settings.
         """
         return digest([self.fingerprint(), self.info])
 
@@ -165,7 +165,7 @@ def raise_faults(dataset: SegmentationDataset, faults: list[str], shown: int = 1
 
 
 def digest(parts: Iterable[object], length: int = 16) -> str:
-    """Return a short hexadecimal hash of the parts' text; each ends with a line feed so that boundaries count."""
+    """Return a short hexadecimal hash of the text of the parts, one per line."""
     state = hashlib.sha256()
     for part in parts:
         state.update(f"{part}\n".encode("utf-8", "surrogateescape"))

@@ -8,7 +8,7 @@ import numpy as np
 
 from .base import DatasetError, DatasetInfo, spread
 from .decode import decode_mask
-from .paired import LabelTable, Pair, PairedDataset, readable
+from .paired import LabelTable, Pair, PairedDataset, read_valid
 
 # (label id in the files, name, colour); the position in this list is the train id.
 CLASSES = (
@@ -67,7 +67,7 @@ class Cityscapes(PairedDataset):
         """Return the pairs of every city, cities and frames sorted by name."""
         images, masks = self.root / "leftImg8bit" / self.split, self.root / "gtFine" / self.split
         if not (images.is_dir() and masks.is_dir()):
-            raise self.missing(f"split {self.split!r} has no folders {images} and {masks}")
+            raise self.missing_error(f"split {self.split!r} has no folders {images} and {masks}")
         frames = {self.key(path, IMAGE_END): path for path in sorted(images.glob(f"*/*{IMAGE_END}"))}
         labels = {self.key(path, MASK_END): path for path in sorted(masks.glob(f"*/*{MASK_END}"))}
         pairs = self.match(frames, labels, masks)
@@ -84,7 +84,7 @@ class Cityscapes(PairedDataset):
     def read_mask(self, path: Path) -> np.ndarray:
         """Return the mask (H, W) uint8 in train ids.
 
-        Raises DatasetError for masks that hold train ids already: nearly all of their pixels would become void.
+        Raises DatasetError for masks of train ids: most of their pixels would become void.
         """
         train_ids = path.with_name(path.name.replace("labelIds", "labelTrainIds"))
         if not path.exists() and train_ids.exists():
@@ -101,16 +101,16 @@ class Cityscapes(PairedDataset):
         return f"label ids are 0..{LAST_LABEL_ID}, and 255 for -1; fetch gtFine again"
 
     def faults_as_a_whole(self) -> list[str]:
-        """Return that masks hold train ids if no mask has an id above 18."""
+        """Return a fault if no mask has an id above 18: they hold train ids."""
         chosen = [self.pairs[index].mask for index in spread(len(self), 8)]
-        masks = list(readable(chosen, decode_mask))
+        masks = list(read_valid(chosen, decode_mask))
         if masks and all(map(only_train_ids, masks)):
             return [looks_like_train_ids(chosen[0])]
         return super().faults_as_a_whole()
 
 
 def only_train_ids(raw: np.ndarray) -> bool:
-    """Whether no label is between the last train id and void. Every street has vegetation, sky or cars."""
+    """Return whether all labels are train ids or void. Every street has label ids above: vegetation, sky or cars."""
     return not bool(((raw > LAST_TRAIN_ID) & (raw != VOID)).any())
 
 

@@ -76,7 +76,7 @@ def list_images(folder: Path, below: bool = False, without: Path | None = None) 
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             found.ignored.append(path)
             continue
-        name = canonical(path.relative_to(folder).with_suffix("").as_posix())
+        name = canonical_name(path.relative_to(folder).with_suffix("").as_posix())
         if name in found.images:
             found.clashes.append((found.images[name], path))
         else:
@@ -102,8 +102,8 @@ def _visible_files(
             yield from _visible_files(path, below, without, above | {identity})
 
 
-def canonical(name: str) -> str:
-    """Return one spelling for a name: composed Unicode (NFC), and bytes that are not UTF-8 read as Latin-1.
+def canonical_name(name: str) -> str:
+    """Return the canonical form of a name: composed Unicode (NFC); bytes that are not UTF-8 are read as Latin-1.
 
     macOS decomposes umlauts; archives and split files from older systems hold Latin-1.
     """
@@ -145,7 +145,7 @@ def read_split(path: Path) -> list[str]:
         text = "\0"
     if "\0" in text:
         raise DatasetError(f"{path} is not a text file. Fix: write one name per line, in UTF-8")
-    return [canonical(line.strip()) for line in text.splitlines() if line.strip()]
+    return [canonical_name(line.strip()) for line in text.splitlines() if line.strip()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def read_split(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image file. Whatever Pillow raises, here or in the block, becomes a DatasetError that names the path.
+    """Open an image file. Any exception of Pillow, here or in the block, becomes a DatasetError that names the path.
 
     The pixels are not decoded yet. Files with several pages, and colours of more than 8 bits, are rejected here.
     """
@@ -194,7 +194,10 @@ def _missing(path: Path) -> str:
     """Return the message for a missing file; it names a file of the same name in an unsupported format."""
     with contextlib.suppress(OSError):
         for other in sorted(path.parent.iterdir()):
-            if canonical(other.stem) == canonical(path.stem) and other.suffix.lower() not in IMAGE_SUFFIXES:
+            if (
+                canonical_name(other.stem) == canonical_name(path.stem)
+                and other.suffix.lower() not in IMAGE_SUFFIXES
+            ):
                 return (
                     f"{path} is missing; {other.name} has a format that is not read. Fix: convert it to PNG"
                 )
@@ -220,7 +223,7 @@ def _require_one_page(image: Image.Image, path: Path) -> None:
 
 
 def _require_8_bits(image: Image.Image, path: Path) -> None:
-    """Reject colours of 16 bits, which Pillow cuts to 8 without a word. Deep grey has modes of its own."""
+    """Reject colours of 16 bits, which Pillow silently reduces to 8. Deep grey has its own modes."""
     bits = _bits(image, path)
     if bits > 8 and not is_deep(image.mode):
         raise DatasetError(f"{path} has more than 8 bits per channel ({bits}). Fix: save it as 8 bits")
@@ -237,12 +240,12 @@ def _bits(image: Image.Image, path: Path) -> int:
 
 
 def is_deep(mode: str) -> bool:
-    """Whether Pillow's mode holds more than 8 bits per channel."""
+    """Return whether a mode of Pillow has more than 8 bits per channel."""
     return mode in ("I", "F") or mode.startswith("I;")
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, as far as the file was read; decodes nothing."""
+    """Return the EXIF orientation, 1 to 8, from what was read of the file."""
     value = Image.Image.getexif(image).get(EXIF_ORIENTATION, 1)
     return value if value in UPRIGHT else 1
 
@@ -250,7 +253,7 @@ def orientation_of(image: Image.Image) -> int:
 class Stored(NamedTuple):
     """An image file, decoded."""
 
-    image: Image.Image  # the pixels as stored, not turned
+    image: Image.Image  # the pixels as stored
     orientation: int  # EXIF, 1 to 8
     bits: int  # per channel, in the file
     format: str | None
@@ -260,15 +263,15 @@ def load_image(path: Path) -> Stored:
     """Decode an image file."""
     with open_image(path) as image:
         kind, bits = image.format, _bits(image, path)
-        if kind == "TIFF":  # Pillow turns its pixels upright and forgets the orientation
+        if kind == "TIFF":  # Pillow rotates its pixels and forgets the orientation
             orientation = orientation_of(image)
             image.load()
-            return Stored(turned(image, STORED, orientation), orientation, bits, kind)
+            return Stored(orient(image, STORED, orientation), orientation, bits, kind)
         image.load()
         return Stored(image, orientation_of(image), bits, kind)  # a PNG may hold it behind the pixels
 
 
-def turned(image: Image.Image, table: dict[int, Image.Transpose], orientation: int) -> Image.Image:
+def orient(image: Image.Image, table: dict[int, Image.Transpose], orientation: int) -> Image.Image:
     """Return the image rotated according to UPRIGHT or STORED and its EXIF orientation."""
     return image.transpose(table[orientation]) if orientation in table else image
 
@@ -287,7 +290,7 @@ def decode_image(
             f"{path} has more than 8 bits per channel (mode {image.mode}). Fix: choose a window and save it as 8 bits"
         )
     if orientation != 1 and _is_drawn_upright(path, image.size, orientation, mask_size, mask):
-        image = turned(image, UPRIGHT, orientation)
+        image = orient(image, UPRIGHT, orientation)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -296,9 +299,9 @@ def _is_drawn_upright(
 ) -> bool:
     """Whether a mask belongs to the upright image, not to the stored pixels.
 
-    Viewers apply an EXIF orientation and most training code ignores it, so only the mask can tell: it carries an
-    orientation itself, which was applied to it, or its size fits one of both. Otherwise guessing could train on
-    masks that lie next to their objects.
+    Viewers apply an EXIF orientation, and most training code ignores it. Only the mask shows which was meant: it has an
+    orientation too, or its size fits one of both. Otherwise DatasetError is raised, because a wrong guess would shift
+    masks away from their objects.
     """
     if mask is not None and load_image(mask).orientation != 1:
         return True
@@ -317,11 +320,11 @@ def decode_mask(path: Path) -> np.ndarray:
     Its own EXIF orientation is applied. Grey saved as RGB is grey. Colours, and values outside 0..255, are rejected.
     """
     stored = load_image(path)
-    image = turned(stored.image, UPRIGHT, stored.orientation)
+    image = orient(stored.image, UPRIGHT, stored.orientation)
     if image.mode == "1":
         return np.array(image, dtype=np.uint8)
     if is_deep(image.mode):
-        return _narrowed(np.array(image), path)
+        return _to_uint8(np.array(image), path)
     if image.mode == "P":
         return _gif_values(image) if stored.format == "GIF" else np.array(image)
     grey = as_grey(image)
@@ -334,9 +337,9 @@ def decode_mask(path: Path) -> np.ndarray:
 
 
 def load_opaque(path: Path) -> tuple[Image.Image, str | None]:
-    """Return a mask, turned upright, and its format. Transparency and more than 8 bits per channel are rejected."""
+    """Return a mask in upright orientation and its format; reject transparency and more than 8 bits per channel."""
     stored = load_image(path)
-    image = turned(stored.image, UPRIGHT, stored.orientation)
+    image = orient(stored.image, UPRIGHT, stored.orientation)
     if is_deep(image.mode) or (image.mode in ("RGBA", "LA") and image.getextrema()[-1] != (255, 255)):
         raise DatasetError(
             f"{path} is not an opaque image of 8 bits (mode {image.mode}). Fix: save it without transparency, as 8 bits"
@@ -345,12 +348,12 @@ def load_opaque(path: Path) -> tuple[Image.Image, str | None]:
 
 
 def decode_colour_mask(path: Path) -> np.ndarray:
-    """Return a mask as (H, W, 3) uint8 RGB, turned upright."""
+    """Return a mask as (H, W, 3) uint8 RGB, in upright orientation."""
     return np.array(load_opaque(path)[0].convert("RGB"))
 
 
 def _gif_values(image: Image.Image) -> np.ndarray:
-    """Return the values of a GIF. It has no grey of its own: grey is a palette of grey, in any order."""
+    """Return the values of a GIF: indices, or the grey values of a palette that has only grey."""
     indices = np.array(image)
     palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
     used = palette[np.unique(indices)]
@@ -364,13 +367,13 @@ def as_grey(image: Image.Image) -> np.ndarray | None:
     channels = list(image.split())
     if image.mode in ("RGBA", "LA"):
         *channels, alpha = channels
-        if alpha.getextrema() != (255, 255):  # the values under transparency were not meant
+        if alpha.getextrema() != (255, 255):  # values under transparency have no meaning
             return None
     first, *others = map(np.array, channels)
     return first if all(np.array_equal(first, other) for other in others) else None
 
 
-def _narrowed(mask: np.ndarray, path: Path) -> np.ndarray:
+def _to_uint8(mask: np.ndarray, path: Path) -> np.ndarray:
     """Return a mask of 16-bit, 32-bit or float values as uint8 if its values allow it."""
     low, high = mask.min(), mask.max()
     if not (low >= 0 and high <= 255 and (mask == np.floor(mask)).all()):

@@ -34,7 +34,7 @@ from configs.errors import UserError
 from configs.files import read_yaml
 
 from .base import DatasetError, DatasetInfo
-from .decode import canonical, common_suffix, decode_colour_mask, decode_mask, list_images, read_split
+from .decode import canonical_name, common_suffix, decode_colour_mask, decode_mask, list_images, read_split
 from .paired import LabelTable, Pair, PairedDataset, preview
 from .voc2012 import voc_colour
 
@@ -71,7 +71,7 @@ class Folder(PairedDataset):
         if classes is None or isinstance(classes, (str, Path)):
             path = Path(classes).expanduser() if classes else home / "classes.yaml"
             if not home.is_dir() or not path.is_file():
-                raise self.missing(f"{path if home.is_dir() else home} does not exist")
+                raise self.missing_error(f"{path if home.is_dir() else home} does not exist")
             classes = path
         self.classes = read_class_table(home.resolve().name, classes)
         self.info, self.table = self.classes.info, self.classes.labels
@@ -89,7 +89,7 @@ class Folder(PairedDataset):
         if (images / self.split).is_dir():
             images, masks = images / self.split, masks / self.split
         if not (images.is_dir() and masks.is_dir()):
-            raise self.missing(f"{self.root} has no folders {images} and {masks}")
+            raise self.missing_error(f"{self.root} has no folders {images} and {masks}")
         ending = self.classes.mask_suffix
         found, drawn = list_images(images, below=True), list_images(masks, below=True)
         names = [name.removesuffix(ending) for name in drawn.images]
@@ -103,7 +103,7 @@ class Folder(PairedDataset):
             return pairs
         path = self.root / f"{self.split}.txt"
         if not path.is_file():
-            raise self.missing(
+            raise self.missing_error(
                 f"split {self.split!r} has neither {path} nor {images / self.split}: "
                 f"`python scripts/prepare_data.py split {shlex.quote(str(self.root))}` writes split files"
             )
@@ -172,7 +172,7 @@ class Folder(PairedDataset):
         return f"the table has {preview(known)}: correct the mask (a JPEG cannot hold labels) or classes.yaml{more}"
 
     def faults_as_a_whole(self) -> list[str]:
-        """Return that masks hold 0 and void only: void is then the value of a class."""
+        """Return a fault if masks hold only 0 and void: void is probably the value of a class."""
         void = self.classes.void
         if void is None or self.labels_seen() != {0, self.info.ignore_index} or self.info.num_classes < 2:
             return super().faults_as_a_whole()
@@ -190,7 +190,7 @@ class Folder(PairedDataset):
 class ClassTable:
     """The content of classes.yaml."""
 
-    source: str  # how messages call it
+    source: str  # its name in messages
     info: DatasetInfo
     labels: LabelTable
     void: int | None  # the number of void, if the table does not list several
@@ -271,7 +271,7 @@ class _Reader:
             nearest=(min(values), max(values)) if nearest else None,
             rgb_masks=rgb,
             void_colours=tuple(void_colours),
-            mask_suffix=canonical(suffix),
+            mask_suffix=canonical_name(suffix),
         )
 
     def _table(self, content: Any) -> Table:

@@ -61,11 +61,11 @@ class KvasirSEG(PairedDataset):
             images = self.root / "images_split" / self.split / "jpg_images"
             masks = self.root / "masks_split" / self.split / "jpg_masks"
             if not (images.is_dir() and masks.is_dir()):
-                raise self.missing(f"split {self.split!r} has no folders {images} and {masks}")
+                raise self.missing_error(f"split {self.split!r} has no folders {images} and {masks}")
             return self.match_folders(list_images(images), list_images(masks), masks)
         images, masks = self.root / "images", self.root / "masks"
         if not (images.is_dir() and masks.is_dir()):
-            raise self.missing(f"{self.root} has neither images/ with masks/ nor images_split/")
+            raise self.missing_error(f"{self.root} has neither images/ with masks/ nor images_split/")
         released = list_images(images)
         pairs = {pair.name: pair for pair in self.match_folders(released, list_images(masks), masks)}
         return [
@@ -80,10 +80,12 @@ class KvasirSEG(PairedDataset):
             return [line.removesuffix(".jpg") for line in read_split(path)]
         files = sorted(p.stem for p in self.root.glob("*.txt") if p.stem in ("train", "val", "test"))
         if files:
-            raise self.missing(f"split {self.split!r} has no file {path} (present: {', '.join(files)})")
+            raise self.missing_error(f"split {self.split!r} has no file {path} (present: {', '.join(files)})")
         split = default_split(released)
         if self.split not in split:
-            raise self.missing(f"split {self.split!r} is not one of train, val, and {path} does not exist")
+            raise self.missing_error(
+                f"split {self.split!r} is not one of train, val, and {path} does not exist"
+            )
         return split[self.split]
 
     def read_mask(self, path: Path) -> np.ndarray:

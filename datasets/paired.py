@@ -55,14 +55,14 @@ class PairedDataset(SegmentationDataset):
         self.root = Path(root).expanduser()
         self.split = split
         if not self.root.is_dir():
-            raise self.missing(f"the folder {self.root} does not exist")
+            raise self.missing_error(f"the folder {self.root} does not exist")
         self.orphans: list[str] = []
         self.clashes: list[str] = []
         self.ignored: list[str] = []
         self.pairs = self.find_pairs()
         if not self.pairs:
             more = f" ({self.ignored[0]})" if self.ignored else ""
-            raise self.missing(f"no image of split {split!r} was found under {self.root}{more}")
+            raise self.missing_error(f"no image of split {split!r} was found under {self.root}{more}")
         self.names = [pair.name for pair in self.pairs]
         self._labels_seen: set[int] | None = None
         self._checksum: str | None = None
@@ -71,8 +71,8 @@ class PairedDataset(SegmentationDataset):
         """Return the pairs of this split in a fixed order, from `match` if folders are listed."""
         raise NotImplementedError(f"{type(self).__name__} must implement find_pairs()")
 
-    def missing(self, reason: str) -> DatasetError:
-        """Return the error for a data set that is not there, with the expected tree."""
+    def missing_error(self, reason: str) -> DatasetError:
+        """Return the error for missing files of a data set, with the expected tree."""
         return DatasetError(
             f"{type(self).__name__}: {reason}. Fix: dataset.root or --root must be a folder like\n{self.help_tree}"
         )
@@ -80,7 +80,7 @@ class PairedDataset(SegmentationDataset):
     def match_folders(
         self, images: ImageFolder, masks: ImageFolder, masks_at: Path, ending: str = ""
     ) -> list[Pair]:
-        """Pair the files of two folders by name; `ending` is what mask names have in addition."""
+        """Pair the files of two folders by name; mask names have `ending` at their end."""
         for folder in (images, masks):
             self.clashes += [
                 f"{path} and {other.name} have one name, so only {path.name} is used. Fix: rename or remove one"
@@ -123,7 +123,7 @@ class PairedDataset(SegmentationDataset):
             raise DatasetError(
                 f"{pair.image} is {sizes[0]} but its mask {pair.mask} is {sizes[1]}. Fix: bring both to one size"
             )
-        # A view of the decoder's memory, channels last: a crop of it is copied later, never the whole frame.
+        # A view of the decoded array, channels last: only a crop of it is copied later.
         return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(
             torch.from_numpy(mask)
         )
@@ -150,7 +150,7 @@ class PairedDataset(SegmentationDataset):
         return f"use 0..{last}, and {void} for void"
 
     def check(self, index: int, decode: bool = True) -> list[str]:
-        """Return the faults of one pair: from the file headers if they suffice, else by decoding it in full."""
+        """Return the faults of one pair. It is decoded only if the file headers show a fault, or with `decode`."""
         if decode:
             return super().check(index)
         pair = self.pairs[index]
@@ -167,7 +167,7 @@ class PairedDataset(SegmentationDataset):
         return self.orphans + self.clashes + super().faults(progress, sample)
 
     def faults_as_a_whole(self) -> list[str]:
-        """Return that there is nothing to learn or to score: void or one class everywhere, or no scored class."""
+        """Return a fault if masks hold only void, only one class (training), or no scored class."""
         if not self.labels_seen():  # no mask can be read
             return []
         seen = self.labels_seen() - {self.info.ignore_index}
@@ -197,7 +197,7 @@ class PairedDataset(SegmentationDataset):
             classes = set(range(self.info.num_classes))
             first = spread(len(self), 16)  # one patient's images often follow each other
             order = dict.fromkeys([*first, *range(len(self))])
-            for mask in readable((self.pairs[k].mask for k in order), self.read_mask):
+            for mask in read_valid((self.pairs[k].mask for k in order), self.read_mask):
                 self._labels_seen |= set(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
                 if classes <= self._labels_seen:
                     break
@@ -213,7 +213,7 @@ class PairedDataset(SegmentationDataset):
     def checksum(self) -> str:
         """Return a hash of the bytes of every mask, of samples of every image, and of the meaning of raw labels.
 
-        Masks are small: 3 000 of Cityscapes are read in seconds. Images are read at both ends (see `file_checksum`).
+        Masks are small: 3 000 of Cityscapes are read in seconds. Of a large image only both ends are read.
         """
         if self._checksum is None:
             parts = [self.fingerprint(), self.info, sorted(self.table.mapping.items())]
@@ -226,7 +226,7 @@ class PairedDataset(SegmentationDataset):
 def file_checksum(path: Path, end: int | None = None) -> int:
     """Return the CRC-32 of a file, or of its first and last `end` bytes; -1 if it cannot be read.
 
-    The checksums that end a PNG, and the entropy code of a JPEG, carry a change of any pixel to the file's end.
+    A change of any pixel changes the end of the file: of a PNG by its checksums, of a JPEG by its entropy code.
     """
     try:
         if not path.is_file():  # opening a pipe could wait for ever
@@ -241,7 +241,7 @@ def file_checksum(path: Path, end: int | None = None) -> int:
         return -1
 
 
-def readable(paths: Iterable[Path], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
+def read_valid(paths: Iterable[Path], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
     """Yield the arrays read from the files; files with faults are skipped."""
     for path in paths:
         with contextlib.suppress(DatasetError):

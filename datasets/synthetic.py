@@ -125,14 +125,14 @@ class Synthetic(SegmentationDataset):
         labels = torch.randint(1, self.info.num_classes, (count,), generator=generator)
         draws = torch.rand(8, count, 1, 1, generator=generator)
         radius = self.size * RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** draws[0]
-        softness = self.size * between(SOFTNESS, draws[1])
+        softness = self.size * interpolate(SOFTNESS, draws[1])
         x, y = self._x - self.size * draws[2], self._y - self.size * draws[3]
         cos, sin = torch.cos(math.pi * draws[4]), torch.sin(math.pi * draws[4])
-        aspect = between((0.6, 1.0), draws[5])
+        aspect = interpolate((0.6, 1.0), draws[5])
         u, v = (cos * x + sin * y) / radius, (cos * y - sin * x) / (radius * aspect)
         inside = [SHAPES[label](u_, v_) for label, u_, v_ in zip(labels.tolist(), u, v, strict=True)]
         depth = radius * aspect * torch.stack(inside)
-        seen = torch.where(draws[6] < FAINT, between(FAINT_PROBABILITY, draws[7]), CLEAR_PROBABILITY)
+        seen = torch.where(draws[6] < FAINT, interpolate(FAINT_PROBABILITY, draws[7]), CLEAR_PROBABILITY)
         return Scene(labels, torch.minimum(depth / softness, torch.special.ndtri(seen)))
 
     def _annotate(self, scene: Scene, generator: torch.Generator) -> Tensor:
@@ -166,7 +166,7 @@ SHAPES = {
 }
 
 
-def between(bounds: tuple[float, float], share: Tensor) -> Tensor:
+def interpolate(bounds: tuple[float, float], share: Tensor) -> Tensor:
     """Interpolate between the bounds: `share` 0 gives the first bound, 1 the second."""
     return bounds[0] + (bounds[1] - bounds[0]) * share
 

@@ -55,7 +55,7 @@ class VOC2012(PairedDataset):
                 self.home = self.root / below
                 break
         else:
-            raise self.missing(f"{self.root} holds no JPEGImages folder")
+            raise self.missing_error(f"{self.root} holds no JPEGImages folder")
         return [self.pair(line) for line in self.lines(self.split)]
 
     def lines(self, split: str) -> list[str]:
@@ -70,7 +70,7 @@ class VOC2012(PairedDataset):
         if split == "trainval":
             return sorted(self.lines("train") + self.lines("val"))
         known = ", ".join(sorted(p.stem for p in sets.glob("*.txt"))) or "none"
-        raise self.missing(f"split {split!r} has no file {path} (present: {known})")
+        raise self.missing_error(f"split {split!r} has no file {path} (present: {known})")
 
     def pair(self, line: str) -> Pair:
         """Return the pair of a line: an id, or the paths of image and mask below VOC2012."""

@@ -26,8 +26,8 @@ class SegmentationOutput(NamedTuple):
 class PooledBatchNorm(nn.BatchNorm2d):
     """Batch normalisation after global pooling that also accepts a batch of one.
 
-    One image pooled to 1x1 has a single value per channel and no variance. Such a batch is normalised with the
-    running statistics and does not change them. Otherwise this is ``nn.BatchNorm2d``.
+    A single image pooled to 1x1 has one value per channel and no variance. Such a batch is normalised with the running
+    statistics and does not change them.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class PooledBatchNorm(nn.BatchNorm2d):
 
 
 def allow_batch_of_one(root: nn.Module) -> None:
-    """Replace the normalisation after global pooling in a network of another library; keep the parameters."""
+    """Replace batch normalisation after global pooling by `PooledBatchNorm`, with the same parameters."""
     for module in root.modules():
         if not isinstance(module, nn.Sequential):
             continue
@@ -78,7 +78,7 @@ def initialise_new_layers(*modules: nn.Module) -> None:
 
 
 def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: object) -> None:
-    """Keep one channel in ``factor`` in every layer and initialise it again: a small network for tests.
+    """Keep one in ``factor`` channels of every layer and initialise the layers again, for small test networks.
 
     Raises:
         UserError: the channels of a layer are not divisible, or ``weights`` of the full network are given.

@@ -189,7 +189,7 @@ def translate_config(config: dict[str, Any], source: str = "the configuration") 
     scored = predict.get("CoI", "all")
     try:
         numbers = {
-            # Runs made before these two settings existed used the values that became their defaults.
+            # Older runs lack these two settings and used the values that became their defaults.
             "temperature": float(predict.get("temperature", 1.0)),
             "threshold": float(predict.get("threshold", 0.5)),
             "scored": None if scored == "all" else [int(index) for index in scored],

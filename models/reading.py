@@ -1,9 +1,8 @@
 """Read a checkpoint without executing anything in it, and copy it into a network only if it fits exactly.
 
 ``torch.load(weights_only=True)`` builds tensors and plain containers only. The checkpoints that the authors released
-also hold the best score as a NumPy scalar; the names that this needs are admitted, and no others. torch does not
-compare the checksums that it writes. They are compared here first, so that a flipped bit is an error and not another
-network.
+also hold the best score as a NumPy scalar; only the names that this needs are allowed in addition. torch writes
+checksums but does not compare them. They are compared here first, so that a flipped bit is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.files import check_plain
 
-MAX_PICKLE_BYTES = 256 << 20  # of the containers; tensors lie outside
+MAX_PICKLE_BYTES = 256 << 20  # of the containers, without tensors
 WRAPPERS = ("_orig_mod.", "module.")  # prefixes of torch.compile and DistributedDataParallel
 
 
@@ -73,7 +72,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 class _Damaged(Exception):
-    """The archive is not what was written."""
+    """The archive is damaged."""
 
 
 def _check_archive(path: Path) -> None:

@@ -30,7 +30,7 @@ from scripts.common import add_run_options, command_line, load_run
 from trainers.distributed import join_world
 from trainers.evaluator import evaluate
 from trainers.metrics import mean_over_classes
-from trainers.panels import panels, tiles, titled
+from trainers.panels import add_title, panels, tiles
 
 RULES = ("T", "max", "rankdice")
 QUANTILES = (0.95, 0.75, 0.5, 0.25, 0.05)
@@ -53,9 +53,9 @@ def captions(quantile: float, dice: Mapping[str, float]) -> list[str]:
 
 def strip(drawn: Sequence[Tensor], above: Sequence[str], titles: Sequence[str] = ()) -> Tensor:
     """Join tiles (3, H, W) uint8 in a row with a caption above each; the first row also has titles."""
-    made = [titled(tile, text, FONT) for tile, text in zip(drawn, above, strict=True)]
+    made = [add_title(tile, text, FONT) for tile, text in zip(drawn, above, strict=True)]
     if titles:
-        made = [titled(tile[:, :-2, 1:-1], text, FONT) for tile, text in zip(made, titles, strict=True)]
+        made = [add_title(tile[:, :-2, 1:-1], text, FONT) for tile, text in zip(made, titles, strict=True)]
     return torch.cat(made, dim=2)
 
 

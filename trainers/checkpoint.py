@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash: written to a temporary file, flushed to the disk, then renamed.
+"""Checkpoints that survive a crash: each is written to a temporary file, flushed to the disk, then renamed.
 
 A checkpoint is a dict of plain containers and tensors, so that ``torch.load(weights_only=True)`` reads it:
 
@@ -34,10 +34,10 @@ Reader = Callable[[Path], dict[str, Any]]
 
 
 def save(payload: dict[str, Any], path: Path, keep_as: Path | None = None) -> None:
-    """Write a checkpoint so that ``path`` holds, at any moment, either the old file or the whole new one.
+    """Write a checkpoint. At any moment, ``path`` holds either the old file or the complete new one.
 
     Args:
-        keep_as: the name that the old file gets.
+        keep_as: a path for the old file.
 
     Raises:
         OSError: the disk is full or not writable; the old file is untouched.
@@ -65,7 +65,7 @@ def save(payload: dict[str, Any], path: Path, keep_as: Path | None = None) -> No
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Give a file a second name, so that it is never without one; copy it if the disk has no hard links."""
+    """Give a file a second name by a hard link, or copy it on a disk without hard links."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -99,7 +99,7 @@ def epoch_of(path: Path) -> int:
 
 
 class Checkpoints:
-    """A run's checkpoints: ``last.pth`` and the one before it, the best, and every few epochs one to keep.
+    """The checkpoints of a run: ``last.pth``, ``previous.pth``, ``best_model.pth`` and ``checkpoint-epochN.pth``.
 
     Args:
         folder: the run's directory.
@@ -113,11 +113,11 @@ class Checkpoints:
         self.best = self.folder / "best_model.pth"
 
     def claim(self, patience: float = 10.0) -> None:
-        """Make this process the only one that writes here until it ends; raise BusyError if another does."""
+        """Lock the folder until this process ends; raise BusyError if another process writes in it."""
         self._lock = lock_file(self.folder / ".lock", f"training in {self.folder}", patience)
 
     def save_last(self, payload: dict[str, Any]) -> None:
-        """Write ``last.pth``; the file that was there becomes ``previous.pth`` as well before it is replaced."""
+        """Write ``last.pth``. Before that, the old one also becomes ``previous.pth``."""
         save(payload, self.last, keep_as=self.previous)
 
     def save_best(self, payload: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:
-        """Read the newest whole checkpoint that training can resume from, or None; broken ones are reported."""
+        """Read the newest checkpoint that training can resume from, or return None; damaged ones are reported."""
         # next.pth: a run that was killed before version 0.2 may have left it.
         for path in (self.last, self.folder / "next.pth", self.previous, *self.epochs()):
             if not path.exists():

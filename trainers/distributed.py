@@ -90,7 +90,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:
-    """Make gradients agree between processes, and on GPUs BatchNorm statistics too."""
+    """Average gradients over processes, and on GPUs the BatchNorm statistics too."""
     if world.size == 1:
         return model
     torch.manual_seed(torch.initial_seed() + world.rank)  # dropout differs between ranks
@@ -101,13 +101,13 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
 
 
 def share_buffers(model: nn.Module, world: World) -> None:
-    """Give every process rank 0's buffers: on CPU, each has BatchNorm statistics of its own images."""
+    """Copy the buffers of rank 0 to every process: on CPU, each has BatchNorm statistics of its own images."""
     for buffer in model.buffers() if world.size > 1 else ():
         dist.broadcast(buffer, 0)
 
 
 def max_over_ranks(value: int, world: World) -> int:
-    """Return the largest value of all processes: ranks see a signal at different steps and must stop at one."""
+    """Return the largest value of all processes: signals arrive at different steps, and all must stop at one."""
     if world.size == 1:
         return value
     votes = torch.tensor(value, device=world.device)

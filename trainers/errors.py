@@ -1,4 +1,4 @@
-"""Convert failures that torch reports as RuntimeError into one line with a remedy."""
+"""Convert known failures of torch into one line with a fix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _KNOWN = (
 
 @contextlib.contextmanager
 def as_training_error(doing: str, more_memory: str) -> Iterator[None]:
-    """Turn known RuntimeErrors of torch and of the loader into a TrainingError of one line; others pass.
+    """Convert known RuntimeErrors of torch and of the loader to a TrainingError; others are raised unchanged.
 
     Args:
         doing: what the program was doing, read after "while".

@@ -1,4 +1,4 @@
-"""Rules and calibrations with values fitted for one checkpoint, and the file next to it that stores them.
+"""Rules and calibrations with values that are fitted for one checkpoint, and the file that stores them next to it.
 
 Shapes: N images, C classes, H × W pixels.
 """
@@ -32,7 +32,7 @@ _PIXELS = 4096  # of an image, at a regular stride: neighbouring pixels hold nea
 def fitted_threshold(
     probs: Tensor, *, at: float | Sequence[float], gated: bool, per_class: bool = False
 ) -> Tensor:
-    """Rule T_fit: the pixels with p >= `at`; with `gated` none for a class whose largest probability is at most 1/2."""
+    """Rule T_fit: select the pixels with p >= `at`; `gated` empties a mask if no probability exceeds 1/2."""
     masks = rankseg.threshold(probs, at=at)
     if gated:
         masks = masks & (probs.flatten(2).amax(2) > 0.5).view(*probs.shape[:2], *[1] * (probs.ndim - 2))
@@ -42,13 +42,13 @@ def fitted_threshold(
 def pooled_threshold(
     probs: Tensor, *, at: Sequence[float], score: str = "dice", pruning: bool = True
 ) -> Tensor:
-    """Rules pooled_dice and pooled_iou: the pixels with p >= the cut-off of their class for the whole split."""
+    """Rules pooled_dice and pooled_iou: select the pixels with p >= the cut-off of the class for the whole split."""
     return rankseg.threshold(probs, at=at)
 
 
 @dataclass(frozen=True)
 class GatedRule:
-    """A ranking rule without its own gate; masks whose expected Dice is below `least` are emptied."""
+    """A ranking rule whose gate is the expected Dice: a mask with less than `least` is emptied."""
 
     rule: Predictor
     least: float
@@ -59,7 +59,7 @@ class GatedRule:
 
 @dataclass(frozen=True)
 class OtherProbs:
-    """A rule on probabilities of its own: `evaluate` gives it `to_probs`(logits)."""
+    """A rule with its own conversion of logits to probabilities, which `evaluate` applies."""
 
     rule: Predictor
     to_probs: Callable[[Tensor], Tensor]
@@ -191,7 +191,7 @@ class FittedFile:
     def find(
         self, kind: str, settings: Mapping[str, Any], fitted_on: Mapping[str, Any] | None = None
     ) -> dict[str, Any] | None:
-        """Return the values of the newest entry with these settings (and fitted on these images), or None."""
+        """Return the values of the newest entry with these settings and, if given, these images, or None."""
         for entry in reversed(self.entries):
             same_images = fitted_on is None or entry["fitted_on"] == dict(fitted_on)
             if entry["kind"] == kind and entry["settings"] == dict(settings) and same_images:
@@ -202,7 +202,7 @@ class FittedFile:
     def put(
         self, kind: str, settings: Mapping[str, Any], values: Mapping[str, Any], fitted_on: Mapping[str, Any]
     ) -> None:
-        """Add an entry, in place of one with the same kind, settings and images."""
+        """Add an entry; it replaces one with the same kind, settings and images."""
         entry = {
             "kind": kind,
             "settings": dict(settings),

@@ -25,7 +25,7 @@ class Journal:
 
     Args:
         folder: the run's directory; None writes nothing (ranks other than 0).
-        step: the global step to resume from; rows of later steps, left by an interrupted run, are dropped.
+        step: the global step to resume from; rows of later steps, which an interrupted run wrote, are dropped.
         tensorboard: whether to write TensorBoard events as well.
         classes: their names, for TensorBoard.
     """
@@ -83,32 +83,32 @@ class Journal:
                 self.events.add_hparams(settings, {"hparam/best_mean_dice": best, **scores}, run_name=".")
 
     def close(self) -> None:
-        """Write out what TensorBoard still holds."""
+        """Write the remaining events of TensorBoard."""
         if self.events is not None:
             with name_file_in_errors(self.folder):
                 self.events.close()
 
 
 def _date_back(folder: Path) -> None:
-    """Rename event files that are dated now or later, because a clock was set back.
+    """Rename event files whose dates are not in the past, as after a clock was set back.
 
-    TensorBoard reads files in the order of the dates in their names. A file that begins later but is dated earlier
-    would be read first, and its steps dropped.
+    TensorBoard reads files in the order of the dates in their names. A new file with an earlier date would be read
+    first, and its steps would be dropped.
     """
     now, prefix = int(time.time()), "events.out.tfevents."
     files = sorted(folder.glob(f"{prefix}*")) if folder.is_dir() else []
-    if any(_dated(path) >= now for path in files):
+    if any(_date_of(path) >= now for path in files):
         for number, path in enumerate(files, now - len(files)):
             path.rename(folder / f"{prefix}{number:010d}.{path.name.split('.', 4)[-1]}")
 
 
-def _dated(path: Path) -> int:
+def _date_of(path: Path) -> int:
     match = re.match(r"events\.out\.tfevents\.(\d+)", path.name)
     return int(match[1]) if match else 0
 
 
 def _quieten_writers() -> None:
-    """Let TensorBoard's threads print no traceback: what stopped one is raised when the next event is added."""
+    """Suppress the tracebacks of TensorBoard's threads: their error is raised again when the next event is added."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -134,7 +134,7 @@ def _scalars(kind: str, values: dict[str, Any], classes: Sequence[str]) -> Itera
 
 
 def _charts(classes: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """The charts of TensorBoard's custom scalars: all rules in one, for each score and for each class's Dice."""
+    """Return the layout of TensorBoard's custom scalars: a chart of all rules for each score and for each class."""
     scores = ("mean_dice", "mean_iou", "pooled_mean_dice", "pooled_mean_iou", "ece")
     return {
         "rules": {name: ["Multiline", [f"^val/{name}/"]] for name in scores},
@@ -145,7 +145,7 @@ def _charts(classes: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
 
 
 def _clean(name: str) -> str:
-    """A class's name as a part of a tag, with the letters that TensorBoard allows there."""
+    """Replace the characters of a class name that TensorBoard does not allow in a tag."""
     return re.sub(r"[^-\w.]", "_", name)
 
 

@@ -1,6 +1,6 @@
-"""Pictures that show why a rule wins: image, truth, probabilities, and the mask of each rule, side by side.
+"""Draw an image, its truth, its probabilities and the mask of each rule side by side.
 
-Letters of shapes: C classes, H × W pixels.
+Shapes: C classes, H × W pixels.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ def panels(
     precision: str = "fp32",
     to_probs: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """Yield for these images of a data set their names and what ``draw`` makes of them, by default a `row`.
+    """Yield (name, picture) for images of a data set.
 
-    ``draw`` is called with image, target, probs, masks and info; see `row`. ``to_probs`` turns logits into
-    probabilities; default: the link. A rule with an attribute ``to_probs`` has its own.
+    Args:
+        draw: makes the picture from image, target, probs, masks and info; default: `row`.
+        to_probs: logits -> probabilities; default: the link. A rule's attribute ``to_probs`` replaces it.
     """
     for index in indices:
         image, mask = data.read(index)
@@ -51,12 +52,12 @@ def panels(
         for name, rule in rules.items():
             own = getattr(rule, "to_probs", None)
             masks[name] = rule(own(logits) if own else probs)[0].cpu()
-        image = shown(pixels, data.info, target.shape)
+        image = denormalise(pixels, data.info, target.shape)
         yield data.names[index], (draw or row)(image, target, probs[0].cpu(), masks, data.info)
 
 
-def shown(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
-    """A normalised image (3, H, W) as uint8 again, at the size of its target."""
+def denormalise(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
+    """Return a normalised image (3, H, W) as uint8, resized to its target."""
     mean, std = torch.tensor(info.mean)[:, None, None], torch.tensor(info.std)[:, None, None]
     image = (pixels.cpu() * std + mean).clamp(0, 1)
     image = F.interpolate(image[None], tuple(size), mode="bilinear", align_corners=False)[0]
@@ -66,7 +67,7 @@ def shown(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
 def row(
     image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any, scale: int = 1
 ) -> Tensor:
-    """One image as a strip: image | truth | probability | a mask a rule, each rule with its mean Dice.
+    """Return one row of tiles: image | truth | probability | the mask of each rule with its mean Dice.
 
     Args:
         image: (3, H, W) uint8.
@@ -74,7 +75,7 @@ def row(
         probs: (C, H, W) in [0, 1].
         masks: rule -> (C, H, W) bool.
         info: with ``num_classes``, ``scored`` and ``palette``.
-        scale: enlargement, a whole number.
+        scale: factor of the size, an integer.
 
     Returns:
         (3, H + title, columns · W) uint8.
@@ -83,7 +84,7 @@ def row(
         title: tile.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         for title, tile in tiles(image, target, probs, masks, info).items()
     }
-    return torch.cat([titled(tile, title) for title, tile in enlarged.items()], dim=2)
+    return torch.cat([add_title(tile, title) for title, tile in enlarged.items()], dim=2)
 
 
 def sheet(
@@ -95,14 +96,14 @@ def sheet(
     columns: int = 3,
     width: int = 320,
 ) -> Tensor:
-    """What `row` shows, in rows of ``columns`` tiles of width ``width``, for any size of the image.
+    """Return the tiles of `row` in rows of ``columns`` tiles, each ``width`` pixels wide.
 
-    Viewers shrink a picture to a thumbnail: headings are large enough to be read there.
+    Titles are large enough to be read in a thumbnail.
     """
     size = [max(1, round(width * image.shape[1] / image.shape[2])), width]
     mode = InterpolationMode.NEAREST if image.shape[2] < width else InterpolationMode.BILINEAR
     cells = [
-        titled(resize(tile, size, interpolation=mode, antialias=True), title, font_size=width // 10)
+        add_title(resize(tile, size, interpolation=mode, antialias=True), title, font_size=width // 10)
         for title, tile in tiles(image, target, probs, masks, info).items()
     ]
     cells += [torch.full_like(cells[0], 255)] * (-len(cells) % columns)
@@ -113,7 +114,7 @@ def sheet(
 def tiles(
     image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any
 ) -> dict[str, Tensor]:
-    """The tiles (3, H, W) uint8 of one image by their titles, in the order in which they are shown."""
+    """Return the tiles (3, H, W) uint8 of one image by title, in order."""
     truth = target == torch.arange(info.num_classes)[:, None, None]
     drawn = {
         "image": image,
@@ -126,20 +127,20 @@ def tiles(
 
 
 def overlay(image: Tensor, masks: Tensor, info: Any) -> Tensor:
-    """The scored classes' masks (C, H, W) in their colours over a dimmed image (3, H, W) uint8."""
+    """Return a darkened image (3, H, W) uint8 with the masks (C, H, W) of the scored classes in their colours."""
     scored = list(info.scored)
     colours = [tuple(info.palette[c]) for c in scored]
     return draw_segmentation_masks((image * 0.6).to(torch.uint8), masks[scored], alpha=0.65, colors=colours)
 
 
 def heat(probs: Tensor) -> Tensor:
-    """Probabilities (H, W) as colours: black 0, red ⅓, yellow ⅔, white 1; uint8 (3, H, W)."""
+    """Return probabilities (H, W) as colours, (3, H, W) uint8: black 0, red ⅓, yellow ⅔, white 1."""
     scaled = (probs.float() * 3).clamp(0, 3)
     return (torch.stack([scaled, scaled - 1, scaled - 2]).clamp(0, 1) * 255).to(torch.uint8)
 
 
-def titled(tile: Tensor, title: str, font_size: int = 11) -> Tensor:
-    """A tile (3, H, W) uint8 with a line of text above and a thin white frame."""
+def add_title(tile: Tensor, title: str, font_size: int = 11) -> Tensor:
+    """Return a tile (3, H, W) uint8 with a title above and a thin white frame."""
     picture, size, height = to_pil_image(tile), font_size, round(1.3 * font_size) + 2
     canvas = Image.new("RGB", (picture.width + 2, picture.height + height + 2), "white")
     canvas.paste(picture, (1, height))

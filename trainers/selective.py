@@ -1,4 +1,4 @@
-"""Selective prediction: which images to trust, and a bound on their Dice that holds.
+"""Selective prediction: which images to trust, and a lower bound on their Dice with a guaranteed probability.
 
 A confidence ranks images; the risk of an image is 1 - Dice. The risk-coverage curve is the mean risk of the most
 confident images; its mean, AURC, measures the order. Split conformal prediction turns confidences into bounds: let
@@ -34,7 +34,7 @@ from trainers.metrics import Counts, count, mean_over_classes
 
 
 class AurcEstimate(NamedTuple):
-    """An AURC with its bootstrap interval, and the same of its difference to a reference (reference - this)."""
+    """An AURC with its bootstrap interval, and the gain over a reference (reference - this) with its interval."""
 
     aurc: float
     interval: tuple[float, float]
@@ -45,7 +45,7 @@ class AurcEstimate(NamedTuple):
 def risk_coverage(confidence: Tensor, risk: Tensor) -> tuple[Tensor, Tensor]:
     """Return coverages k/n and the mean risk of the k most confident images, (n,) each.
 
-    Images of equal confidence come in random order; the mean over these orders is returned.
+    For images of equal confidence it is the mean over all their orders.
     """
     order = confidence.argsort(descending=True)
     sizes = torch.unique_consecutive(confidence[order], return_counts=True)[1]
@@ -141,14 +141,14 @@ def resplit_coverages(
 
 @dataclass(frozen=True, eq=False)
 class MaskRecord:
-    """What is known of the masks of one rule on labelled images.
+    """Counts and confidences of the masks of one rule on labelled images.
 
     Attributes:
         names: the images, in order.
         counts: (N, C) pixels per image and class.
         confidence, soft_dice: (N, C) exact expected Dice (P(class absent) of an empty mask), and its approximation SDC.
         max_probability, entropy: (N,) means over the pixels.
-        scored: the classes that the means run over.
+        scored: the classes in the means.
     """
 
     names: list[str]
@@ -164,7 +164,7 @@ class MaskRecord:
         return mean_over_classes(self.counts.dice(), self.scored)
 
     def signals(self) -> dict[str, Tensor]:
-        """Return every confidence of the images, (N,) each, by name; larger is better. `oracle` knows the Dice."""
+        """Return every confidence of the images, (N,) each, by name; larger is better. `oracle` is the Dice itself."""
         scored = list(self.scored)
         predicted = self.counts.predicted[:, scored] > 0
         return {
@@ -191,7 +191,7 @@ def record_masks(
     precision: str = "fp32",
     progress: str = "",
 ) -> MaskRecord:
-    """Apply a rule to labelled images and record how sure it is and how good; at every rank, over all images."""
+    """Apply a rule to labelled images and record confidence and counts of its masks; of all images, at every rank."""
     rows: list[tuple[int, str]] = []
     counts: list[Counts] = []
     values: list[tuple[Tensor, ...]] = []

@@ -1,4 +1,4 @@
-"""Signals that stop a run: noted during a step, handled after it."""
+"""Stop a run at a signal, after the current step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from configs.errors import Interrupted
 
 
 class StopSignals:
-    """Note SIGTERM, SIGINT and SIGUSR2 (pre-emption), so that a run stops after the current step.
+    """Record SIGTERM, SIGINT and SIGUSR2 (pre-emption) in ``name``, so that a run can stop after the current step.
 
-    A second SIGINT stops at once. NCCL uses SIGUSR1, which is left alone. Outside the main thread Python forbids
-    handlers, and nothing is noted. When the block ends with Interrupted, the signal is passed to the handler that was
-    there before, such as submitit's, which puts the job back into the queue.
+    A second SIGINT stops at once. SIGUSR1 is not handled, because NCCL uses it. Outside the main thread Python forbids
+    handlers, and no signal is recorded. If the block ends with Interrupted, the previous handler receives the signal;
+    that of submitit puts the job back into the queue.
     """
 
     CAUGHT = tuple(
@@ -45,7 +45,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def at_once(self, yes: bool = True) -> Iterator[None]:
-        """Raise Interrupted as soon as a signal comes: for validation, where nothing is lost by that."""
+        """Raise Interrupted as soon as a signal arrives: for validation, which can be repeated."""
         self._at_once = yes
         try:
             yield
@@ -53,7 +53,7 @@ class StopSignals:
             self._at_once = False
 
     def _note(self, number: int, _frame: object) -> None:
-        if os.getpid() != self._process:  # a loader process that has only just started
+        if os.getpid() != self._process:  # a loader process that has just started
             if number == signal.SIGTERM:  # its parent ends, and waits for it
                 os._exit(0)
             return

@@ -1,7 +1,7 @@
-"""Fit a network so that a resumed training repeats every later step bit for bit.
+"""Fit a network. A resumed training repeats every later step bit for bit.
 
-The trainer knows nothing of data sets, rules or plots. It is given a loader whose epochs are reproducible, an
-update, the learning-rate factor as a function of the step, and a function that scores the network.
+The trainer does not know data sets, rules or plots. It needs a loader with reproducible epochs, an update, the
+learning-rate factor as a function of the step, and a function that scores the network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainers.update import Update
 
 Validate = Callable[[nn.Module, int, int], float]
 _STOP = 2  # a vote that outweighs that for a checkpoint, 1
-_LESS = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
+_MEMORY_REMEDY = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
 
 
 class EpochLoader(Protocol):
@@ -39,7 +39,7 @@ class EpochLoader(Protocol):
 
 @dataclass
 class Progress:
-    """How far a training has come."""
+    """The state of a training."""
 
     epoch: int = 0  # epochs finished
     step: int = 0  # steps made in the current epoch
@@ -52,7 +52,7 @@ class Progress:
 
 
 def last_logged_step(checkpoint: dict[str, Any] | None) -> int:
-    """Return the last step whose rows in the journal belong to a checkpoint: rows come when an epoch is finished."""
+    """Return the last step whose journal rows belong to a checkpoint. Rows are written when an epoch is finished."""
     if checkpoint is None:
         return 0
     progress = checkpoint["training"]["progress"]
@@ -106,7 +106,7 @@ class Trainer:
             TrainingError: see :class:`trainers.update.Update`; a failure of the loader or of validation.
         """
         now = self.progress
-        with StopSignals() as stop, as_training_error("training", _LESS):
+        with StopSignals() as stop, as_training_error("training", _MEMORY_REMEDY):
             while now.epoch < self.epochs:
                 self._steps(stop)
                 self._finish_epoch(stop)
@@ -114,7 +114,7 @@ class Trainer:
                     raise Interrupted(f"{stop.name or 'a signal at another rank'} after epoch {now.epoch}")
 
     def _steps(self, stop: StopSignals) -> None:
-        """Make the steps of this epoch that are left: none if a run stopped before its validation."""
+        """Make the remaining steps of this epoch; there are none if the run stopped before the validation."""
         now, steps = self.progress, len(self.loader)
         clock = saved = time.monotonic()
         self.update.model.train()
@@ -126,7 +126,9 @@ class Trainer:
                 now.loss_sum += self.update(batch)
                 now.step, now.updates = now.step + 1, now.updates + 1
                 now.seconds, clock = now.seconds + time.monotonic() - clock, time.monotonic()
-                bar.set_postfix(loss=f"{now.loss_sum / now.step:.4f}", mDice=_shown(now.score), refresh=False)
+                bar.set_postfix(
+                    loss=f"{now.loss_sum / now.step:.4f}", mDice=_format_score(now.score), refresh=False
+                )
                 bar.update()
                 overdue = bool(self.save_seconds) and clock - saved > self.save_seconds
                 if vote := max_over_ranks(_STOP if stop.name else int(overdue), self.world):
@@ -136,7 +138,7 @@ class Trainer:
                         raise Interrupted(f"{stop.name or 'a signal at another rank'} at step {now.updates}")
 
     def _batches(self, stop: StopSignals) -> Iterator[Any]:
-        """Yield the batches left of this epoch; end at a signal to the whole job, of which the loader dies too."""
+        """Yield the remaining batches of this epoch; raise Interrupted if a signal also killed the loader."""
         now = self.progress
         try:
             yield from self.loader.epoch(now.epoch, now.step)
@@ -147,7 +149,7 @@ class Trainer:
             raise Interrupted(f"{stop.name} at step {now.updates}") from None
 
     def _finish_epoch(self, stop: StopSignals) -> None:
-        """Log the epoch, score the network, and save; until then the epoch counts as unfinished."""
+        """Log the epoch, score the network, and save. Until then the epoch is not finished."""
         now, epoch = self.progress, self.progress.epoch + 1
         last = epoch == self.epochs
         rates = {
@@ -166,10 +168,9 @@ class Trainer:
             self.complete(state)
 
     def complete(self, state: dict[str, Any], missing_only: bool = False) -> None:
-        """Write the files that belong to the end of an epoch: the best, and one of every few.
+        """Write ``best_model.pth`` and ``checkpoint-epochN.pth`` if they are due at the end of this epoch.
 
-        ``last.pth`` is written before them. A run that was killed in between writes those that are missing when it
-        is started again.
+        ``last.pth`` is written before them. A run that was killed in between writes the missing ones when it resumes.
         """
         now, files = Progress(**state["training"]["progress"]), self.checkpoints
         if now.step or not now.epoch:
@@ -181,11 +182,11 @@ class Trainer:
             files.save_epoch(state)
 
     def _score(self, epoch: int, stop: StopSignals) -> float:
-        """Validate, leaving the random generators as they were; alone, a signal ends it at once."""
+        """Validate without changing the random generators. In a single process, a signal stops it at once."""
         network, random = unwrap(self.update.model), rng_state()
         share_buffers(network, self.world)
         try:
-            with stop.at_once(self.world.size == 1), as_training_error("validating", _LESS):
+            with stop.at_once(self.world.size == 1), as_training_error("validating", _MEMORY_REMEDY):
                 return self.validate(network, epoch, self.progress.updates)
         except Interrupted:
             restore_rng(random)
@@ -199,7 +200,7 @@ class Trainer:
             group["lr"] = group["initial_lr"] * factor
 
     def state(self) -> dict[str, Any]:
-        """Return the checkpoint of this moment (see ``trainers/checkpoint.py``); every rank has to call it."""
+        """Return the content of a checkpoint (see ``trainers/checkpoint.py``); every rank must call it."""
         return {
             "format": FORMAT,
             "model": unwrap(self.update.model).state_dict(),
@@ -215,7 +216,7 @@ class Trainer:
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go back to the moment of :meth:`state`, the network's weights excepted, which the caller loads.
+        """Restore the result of :meth:`state`, without the weights of the network, which the caller loads.
 
         Raises UserError if the state is not that of this training.
         """
@@ -238,5 +239,5 @@ class Trainer:
             save(state)
 
 
-def _shown(score: float | None) -> str:
+def _format_score(score: float | None) -> str:
     return "-" if score is None else f"{score:.3f}"

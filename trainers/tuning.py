@@ -1,4 +1,4 @@
-"""Decisions fitted on labelled validation images: a threshold, a gate for absent classes, the choice of a rule.
+"""Fit decisions on labelled validation images: a threshold, a gate for absent classes, the choice of a rule.
 
 Shapes: N images, C classes, *S spatial axes, K thresholds.
 """
@@ -24,9 +24,9 @@ class ThresholdFit(NamedTuple):
     Attributes:
         at: one number for all classes, or one for each class.
         gated: whether classes whose largest probability is at most 1/2 get the empty mask.
-        mean_dice: of the images that it was fitted on.
+        mean_dice: the mean Dice of the images that it was fitted on.
         held_out: (N,) mean Dice of each image with the threshold that all other images choose; NaN if undefined.
-            None if there is one threshold for each class.
+            It is None for thresholds of each class.
     """
 
     at: float | list[float]
@@ -37,7 +37,7 @@ class ThresholdFit(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ThresholdTable:
-    """Counts of every image and class at every threshold: the sufficient statistic of a threshold's mean Dice.
+    """Counts of every image and class at every threshold, from which the mean Dice of a threshold is computed.
 
     Attributes:
         hits, selected: (N, C, K) int32, true positives and predicted pixels of {p >= threshold}.
@@ -122,7 +122,7 @@ class ThresholdTable:
         return ThresholdFit(at, not ungated, score, None)
 
     def _ascend(self, dice: Tensor, start: int) -> tuple[list[int], float]:
-        """Coordinate ascent of the mean Dice, from the same threshold for all classes of `dice` (N, C, K)."""
+        """Maximise the mean of `dice` (N, C, K) by coordinate ascent, starting with one threshold for all classes."""
         images, classes, _ = dice.shape
         chosen, score = [start] * classes, -1.0
         defined, value = ~dice.isnan(), dice.nan_to_num()
@@ -141,7 +141,7 @@ class ThresholdTable:
 
 
 def _leave_one_out(by_gate: Mapping[bool, Tensor]) -> Tensor:
-    """Dice (N,) of each image with the threshold and gate that the other images choose."""
+    """Return the Dice (N,) of each image with the threshold and gate that the other images choose."""
     means = torch.cat([dice.nanmean(1) for dice in by_gate.values()], dim=1)
     defined, value = ~means.isnan(), means.nan_to_num()
     others = value.sum(0) - value
@@ -150,12 +150,12 @@ def _leave_one_out(by_gate: Mapping[bool, Tensor]) -> Tensor:
 
 
 def fit_gate(expected: Tensor, dice: Tensor, actual: Tensor, scored: Sequence[int]) -> tuple[float, float]:
-    """Choose g, below which expected Dice a mask is emptied, by the mean Dice; return it and that mean.
+    """Choose the gate with the largest mean Dice. It empties a mask whose expected Dice is lower. Return gate and mean.
 
     Args:
         expected, dice: (N, C) expected and achieved Dice of the masks without a gate.
-        actual: (N, C) true pixels: an empty mask scores 0 where the class is present, else it has no score.
-        scored: the classes that count. Of equal means the smallest g is chosen.
+        actual: (N, C) true pixels. An empty mask scores 0 if the class is present; otherwise it has no score.
+        scored: the classes in the mean. Of equal means the smallest gate is chosen.
     """
     missed = torch.where(actual > 0, 0.0, torch.nan).double()
     best = (0.0, -1.0)
@@ -168,7 +168,7 @@ def fit_gate(expected: Tensor, dice: Tensor, actual: Tensor, scored: Sequence[in
 
 
 class Choice(NamedTuple):
-    """What `choose` decided: the rule, and of each candidate the mean difference to the baseline with its interval."""
+    """The chosen rule, and the mean difference of each candidate to the baseline with its interval."""
 
     rule: str
     differences: dict[str, dict[str, float]]

@@ -1,6 +1,6 @@
-"""One update of the weights: forward, backward, step; mixed precision, accumulation and guards.
+"""One update of the weights: forward pass, backward pass, optimizer step.
 
-Letters of shapes: N images, C classes, H × W pixels.
+Shapes: N images, C classes, H × W pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 class Update:
-    """Makes one update from one batch, by one forward pass.
+    """Update the weights from one batch, with one forward pass.
 
     Args:
         model: the network, possibly wrapped; returns an object with ``logits`` and ``aux`` (or None).
@@ -40,8 +40,8 @@ class Update:
         accumulate: parts that a batch is split into to save memory; the update is that of the whole batch.
         clip_norm: bound of the gradient's norm, or None.
         channels_last: the memory format of the images (faster convolutions on recent GPUs).
-        second_forward: run the network again after each update, as the paper's code did to show metrics:
-            BatchNorm's statistics then move twice a step. Only for emulation.
+        second_forward: run the network again after each update, as the paper's code did for its metrics: BatchNorm
+            then updates its statistics twice per step.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Update:
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._backward(images, targets).item()
             if not math.isfinite(loss):
-                self._refuse(f"the loss is {loss}", batch.names)
+                self._fail(f"the loss is {loss}", batch.names)
             self._step(batch.names)
             if self.second_forward:
                 with torch.no_grad(), autocast(self.world.device, self.precision):
@@ -90,10 +90,10 @@ class Update:
         return loss
 
     def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Leave the gradient of the loss of the batch (that of all ranks) behind, and return that loss.
+        """Compute the gradient of the loss of the batch of all ranks, and return that loss.
 
-        Parts are averaged by the weight that the criterion gives them, so that a mean over labelled pixels is
-        that of the whole batch. A loss that is a ratio over the batch (Dice, Lovász) is a mean of ratios.
+        Parts have the weight that the criterion gives them, so a mean over labelled pixels is the mean over the whole
+        batch. A loss that is a ratio over the batch (Dice, Lovász) becomes a mean of the ratios of the parts.
         """
         parts = list(zip(images.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True))
         weights = [self._weight(target) for _, target in parts]
@@ -127,16 +127,16 @@ class Update:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # With loss scaling an overflow occurs now and then, and the scaler skips that update.
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
-            self._refuse("a gradient is not finite", names)
+            self._fail("a gradient is not finite", names)
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            self._refuse("gradients overflow in fp16 at every scale", names)
+            self._fail("gradients overflow in fp16 at every scale", names)
 
-    def _refuse(self, what: str, names: list[str]) -> NoReturn:
-        """Every rank ends here together, as losses and gradients are those of all of them."""
+    def _fail(self, what: str, names: list[str]) -> NoReturn:
+        """Raise TrainingError, at every rank at the same step: loss and gradient are those of all ranks."""
         everyone = ", ".join(name for share in gather_objects(names, self.world) for name in share)
         raise TrainingError(f"{what} on the batch {everyone}. {_REMEDY}")
 

@@ -1,4 +1,4 @@
-"""What happens after an epoch: score every rule, log, draw pictures, and judge the network by a neutral score."""
+"""Validation after an epoch: score every rule, log the scores, draw pictures, and return one score of the network."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from trainers.evaluator import Scoring, evaluate
 from trainers.journal import Journal
 from trainers.losses import SegmentationLoss
 
-NEUTRAL = "T"  # the rule whose mDice picks the best epoch: the threshold, which favours no ranking rule
+NEUTRAL = "T"  # the rule whose mDice chooses the best epoch: the threshold favours no ranking rule
 
 
 class Validation:
     """Score a network on the validation images.
 
     Args:
-        data, loader: the images, and their batches with the ``transform`` that made them.
-        rules: what is scored; the rule ``T`` among them picks the best epoch.
-        epochs: how many in all, for the printed line.
+        data, loader: the images, and their batches; ``loader.transform`` made them.
+        rules: name -> rule; the score of rule ``T`` chooses the best epoch.
+        epochs: their number, for the printed line.
         panels: how many images are drawn for TensorBoard.
     """
 
@@ -46,7 +46,7 @@ class Validation:
         self.epochs, self.precision, self.panels = epochs, precision, panels
 
     def __call__(self, network: nn.Module, epoch: int, step: int) -> float:
-        """Return the mDice of rule T, 0 if no image defines it."""
+        """Return the mDice of rule T, or 0 if no image defines it."""
         results = evaluate(
             network,
             self.loader,

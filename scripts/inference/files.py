@@ -33,7 +33,7 @@ from datasets.decode import (
     is_deep,
     list_images,
     load_image,
-    turned,
+    orient,
 )  # fmt: skip
 from datasets.folder import read_class_table
 
@@ -59,7 +59,7 @@ def read(path: Path) -> Picture:
             f"{path} has more than 8 bits per channel (mode {stored.image.mode}). Fix: save it as 8 bits"
         )
     try:
-        upright = turned(stored.image, UPRIGHT, stored.orientation).convert("RGB")
+        upright = orient(stored.image, UPRIGHT, stored.orientation).convert("RGB")
         return Picture(torch.from_numpy(np.array(upright)).permute(2, 0, 1), stored.orientation)
     except MemoryError as error:
         raise DatasetError(f"{path} does not fit in memory. Fix: cut it into tiles") from error
@@ -107,7 +107,7 @@ def same_name(path: Path, other: Path) -> str:
 
 def as_stored(labels: np.ndarray, orientation: int) -> Image.Image:
     """Return upright labels (H, W) uint8 or bool in the layout of the stored pixels."""
-    return turned(Image.fromarray(labels.astype(np.uint8)), STORED, orientation)
+    return orient(Image.fromarray(labels.astype(np.uint8)), STORED, orientation)
 
 
 def save_labels(labels: Tensor, orientation: int, info: DatasetInfo, path: Path) -> None:
@@ -142,7 +142,7 @@ def save_probabilities(probs: Tensor, orientation: int, path: Path) -> None:
         out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
         for c, channel in enumerate(probs):
             image = Image.fromarray(channel.float().numpy())
-            out[c] = np.asarray(turned(image, STORED, orientation))
+            out[c] = np.asarray(orient(image, STORED, orientation))
         out.flush()
 
 

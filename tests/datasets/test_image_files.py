@@ -18,13 +18,13 @@ from datasets.decode import (
     EXIF_ORIENTATION,
     STORED,
     UPRIGHT,
-    canonical,
+    canonical_name,
     decode_image,
     decode_mask,
     list_images,
     load_image,
+    orient,
     read_split,
-    turned,
 )
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -68,11 +68,11 @@ def test_an_orientation_turns_image_and_mask_alike(tmp_path: Path, suffix: str, 
     assert stored.orientation == orientation and stored.image.size == (40, 24)
     mask_path = with_orientation(tmp_path / "mask.png", MASK, orientation)
     mask = decode_mask(mask_path)
-    assert np.array_equal(mask, np.asarray(turned(Image.fromarray(MASK), UPRIGHT, orientation)))
+    assert np.array_equal(mask, np.asarray(orient(Image.fromarray(MASK), UPRIGHT, orientation)))
     pixels = decode_image(image, mask.shape[::-1], mask_path)
     assert pixels.shape[:2] == mask.shape
     if suffix != "jpg":
-        assert np.array_equal(np.asarray(turned(Image.fromarray(pixels), STORED, orientation)), PIXELS)
+        assert np.array_equal(np.asarray(orient(Image.fromarray(pixels), STORED, orientation)), PIXELS)
     plain = tmp_path / "plain.png"
     Image.fromarray(MASK).save(plain)
     if orientation in (2, 3, 4):
@@ -207,7 +207,10 @@ def test_many_mutated_files_are_read_or_named(tmp_path: Path, monkeypatch: pytes
 def test_names_have_one_spelling() -> None:
     latin = b"Gr\xf6\xdfe".decode("utf-8", "surrogateescape")
     assert (
-        canonical("Gro\u0308\u00dfe") == canonical("Gr\u00f6\u00dfe") == canonical(latin) == "Gr\u00f6\u00dfe"
+        canonical_name("Gro\u0308\u00dfe")
+        == canonical_name("Gr\u00f6\u00dfe")
+        == canonical_name(latin)
+        == "Gr\u00f6\u00dfe"
     )
 
 
