@@ -108,6 +108,10 @@ class KvasirSEG(PairedDataset):
             return np.array(image.convert("1"), dtype=np.uint8)
         return (grey > THRESHOLD).view(np.uint8)
 
+    def label_meaning(self) -> list[object]:
+        """Return whether grey pixels are dithered: no table of labels decides here."""
+        return [self.dithered_masks]
+
     def _zero_one(self, image: Image.Image, grey: np.ndarray, kind: str | None, path: Path) -> np.ndarray:
         """Return a mask without a bright pixel: all black, or indices 0 and 1. Dark grey is rejected."""
         indices = np.asarray(image) if image.mode == "P" else grey

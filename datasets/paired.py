@@ -144,6 +144,14 @@ class PairedDataset(SegmentationDataset):
             )
         return encoded
 
+    def label_meaning(self) -> list[object]:
+        """Return what decides, besides a mask's bytes, which class a raw label becomes.
+
+        A subclass that replaces `read_mask` may have no table.
+        """
+        table: LabelTable | None = getattr(self, "table", None)
+        return sorted(table.mapping.items()) if table else []
+
     def remedy(self, unknown: list[int]) -> str:
         """Return how to fix labels that are not in the table."""
         last, void = self.info.num_classes - 1, self.info.ignore_index
@@ -216,7 +224,7 @@ class PairedDataset(SegmentationDataset):
         Masks are small: 3 000 of Cityscapes are read in seconds. Of a large image only both ends are read.
         """
         if self._checksum is None:
-            parts = [self.fingerprint(), self.info, sorted(self.table.mapping.items())]
+            parts = [self.fingerprint(), self.info, *self.label_meaning()]
             for pair in self.pairs:
                 parts += [file_checksum(pair.image, END_BYTES), file_checksum(pair.mask)]
             self._checksum = digest(parts)

@@ -105,6 +105,25 @@ def test_the_checksum_tells_contents_apart(tmp_path):
     assert len(set(seen)) == len(seen)
 
 
+def test_every_source_has_a_checksum_that_follows_its_masks(tmp_path):
+    sources = {
+        "kvasir_seg": lambda: KvasirSEG(make_kvasir(tmp_path / "k", layout="files"), "train"),
+        "voc2012": lambda: VOC2012(make_voc(tmp_path / "v"), "train"),
+        "cityscapes": lambda: Cityscapes(make_cityscapes(tmp_path / "c"), "train"),
+    }
+    for name, build in sources.items():
+        first = build()
+        mask = first.pairs[0].mask
+        again = type(first)(first.root, "train")
+        assert first.checksum() == again.checksum(), name
+        mask.write_bytes(first.pairs[1].mask.read_bytes())
+        assert type(first)(first.root, "train").checksum() != first.checksum(), name
+    hard, dithered = (
+        KvasirSEG(tmp_path / "k" / "Kvasir-SEG", "train", dithered_masks=d) for d in (False, True)
+    )
+    assert hard.checksum() != dithered.checksum()
+
+
 @pytest.mark.parametrize("layout", ["released", "files", "split"])
 def test_kvasir_layouts(tmp_path, layout):
     root = make_kvasir(tmp_path, layout=layout)
