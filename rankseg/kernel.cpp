@@ -40,6 +40,7 @@ using std::uint32_t;
 using std::uint8_t;
 
 constexpr int64_t BLOCK = 2048;         // pixels a pass looks at together
+constexpr int64_t PART = 512;           // pixels of a block that are skipped together, if none is large enough
 constexpr int64_t CHUNK = 1 << 16;      // pixels of a long row that one thread takes; results do not depend on threads
 constexpr int64_t LONG = 1 << 20;       // rows of so many pixels are shared by the threads
 constexpr int64_t SHORT = 8192;         // rows of at most so many pixels are computed in double precision
@@ -235,60 +236,80 @@ template <class F, int B> INLINE void excess_body(const F* x, int64_t n, F cut, 
     out.excess += total;
 }
 
-// Σ p^k, k = 0..4, of the pixels above `high`; k = 2..4 of those up to `low`; and the pixels between, into `found`.
-struct Split {
-    double above[5] = {}, below[5] = {};
-    int64_t found = 0;
-};
+template <class F, int B> INLINE void largest_body(const F* x, int64_t n, F& out) {
+    using X = typename Vec<F, B>::type;
+    constexpr int L = B / sizeof(F);
+    X top = {};
+    int64_t i = 0;
+    for (; i + L <= n; i += L) {
+        X v = load<X>(x + i);
+        top = v > top ? v : top;
+    }
+    out = 0;
+    for (int j = 0; j < L; ++j) out = std::max(out, top[j]);
+    for (; i < n; ++i) out = std::max(out, x[i]);
+}
 
-template <class F, int B> INLINE void split_body(const F* x, int64_t n, F low, F high, Split& out, F* found) {
+// Add Σ p^k, k = 0..4, of the pixels above `cut` to `sums`; or, of those up to `cut`, k = 2..4 alone.
+template <class F, int B, bool ABOVE> INLINE void add_powers(const F* x, int64_t n, F cut, double* sums) {
     using X = typename Vec<F, B>::type;
     using I = typename Vec<typename IntOf<F>::type, B>::type;
     constexpr int L = B / sizeof(F), STEP = 8 * L;
-    Wide<F, B> a1, a2, a3, a4, b2, b3, b4;
+    Wide<F, B> first, second, third, fourth;
     I count = {};
-    F* end = found + out.found;
     int64_t i = 0;
     for (; i + STEP <= n; i += STEP) {
-        X s2 = {}, s3 = {}, s4 = {}, r2 = {}, r3 = {}, r4 = {};
-        I between = {};
+        X s2 = {}, s3 = {}, s4 = {};
         for (int j = 0; j < STEP; j += L) {
             X v = load<X>(x + i + j);
-            I over = v > high, up = v > low;
-            count += over;
-            between |= up & ~over;
-            X a = (X)((I)v & over), b = (X)((I)v & ~up);
-            a1.add(a);
-            X square = a * a;
-            s2 += square, s3 += square * a, s4 += square * square;
-            square = b * b;
-            r2 += square, r3 += square * b, r4 += square * square;
+            const I above = v > cut;
+            v = (X)((I)v & (ABOVE ? above : ~above));
+            if (ABOVE) count += above, first.add(v);
+            const X square = v * v;
+            s2 += square, s3 += square * v, s4 += square * square;
         }
-        // Single precision adds up eight numbers; the sums of these are double.
-        a2.add(s2), a3.add(s3), a4.add(s4), b2.add(r2), b3.add(r3), b4.add(r4);
-        if (count_of(between)) {
-            for (int j = 0; j < STEP; ++j) {
-                F v = x[i + j];
-                *end = v;
-                end += (v > low) & !(v > high);
-            }
-        }
+        second.add(s2), third.add(s3), fourth.add(s4);  // single precision adds up eight numbers
     }
-    out.above[0] += double(count_of(count));
-    out.above[1] += a1.total(), out.above[2] += a2.total(), out.above[3] += a3.total(), out.above[4] += a4.total();
-    out.below[2] += b2.total(), out.below[3] += b3.total(), out.below[4] += b4.total();
+    if (ABOVE) sums[0] += double(count_of(count)), sums[1] += first.total();
+    sums[2] += second.total(), sums[3] += third.total(), sums[4] += fourth.total();
     for (; i < n; ++i) {
-        double v = double(x[i]), square = v * v;
-        if (x[i] > high) {
-            out.above[0] += 1, out.above[1] += v, out.above[2] += square;
-            out.above[3] += square * v, out.above[4] += square * square;
-        } else if (x[i] > low) {
-            *end++ = x[i];
-        } else {
-            out.below[2] += square, out.below[3] += square * v, out.below[4] += square * square;
+        if ((x[i] > cut) != ABOVE) continue;
+        const double v = double(x[i]), square = v * v;
+        if (ABOVE) sums[0] += 1, sums[1] += v;
+        sums[2] += square, sums[3] += square * v, sums[4] += square * square;
+    }
+}
+template <class F, int B> INLINE void above_body(const F* x, int64_t n, F cut, double* sums) {
+    add_powers<F, B, true>(x, n, cut, sums);
+}
+template <class F, int B> INLINE void below_body(const F* x, int64_t n, F cut, double* sums) {
+    add_powers<F, B, false>(x, n, cut, sums);
+}
+
+// Append the pixels low < p <= high to `found`, which has `count` of them.
+template <class F, int B> INLINE void collect_body(const F* x, int64_t n, F low, F high, F* found, int64_t& count) {
+    using X = typename Vec<F, B>::type;
+    using I = typename Vec<typename IntOf<F>::type, B>::type;
+    constexpr int L = B / sizeof(F), STEP = 4 * L;
+    F* end = found + count;
+    int64_t i = 0;
+    for (; i + STEP <= n; i += STEP) {
+        I inside = {};
+        for (int j = 0; j < STEP; j += L) {
+            X v = load<X>(x + i + j);
+            inside |= (v > low) & ~(v > high);
+        }
+        int64_t words[B / 8], any = 0;
+        std::memcpy(words, &inside, B);
+        for (int64_t word : words) any |= word;
+        for (int j = 0; any && j < STEP; ++j) {
+            *end = x[i + j];
+            end += (x[i + j] > low) & !(x[i + j] > high);
         }
     }
-    out.found = end - found;
+    for (; i < n; ++i)
+        if (x[i] > low && !(x[i] > high)) *end++ = x[i];
+    count = end - found;
 }
 
 template <class F, int B> INLINE void mask_body(const F* x, int64_t n, F cut, uint8_t* out) {
@@ -445,8 +466,11 @@ std::atomic<int> level{instruction_set()};
 #define COMMA ,
 VARIANTS(stats, template <class F>, F COMMA, (const F* x, int64_t n, Stats& out), (x, n, out))
 VARIANTS(excess, template <class F>, F COMMA, (const F* x, int64_t n, F cut, Excess& out), (x, n, cut, out))
-VARIANTS(split, template <class F>, F COMMA, (const F* x, int64_t n, F low, F high, Split& out, F* found),
-         (x, n, low, high, out, found))
+VARIANTS(largest, template <class F>, F COMMA, (const F* x, int64_t n, F& out), (x, n, out))
+VARIANTS(above, template <class F>, F COMMA, (const F* x, int64_t n, F cut, double* sums), (x, n, cut, sums))
+VARIANTS(below, template <class F>, F COMMA, (const F* x, int64_t n, F cut, double* sums), (x, n, cut, sums))
+VARIANTS(collect, template <class F>, F COMMA, (const F* x, int64_t n, F low, F high, F* found, int64_t& count),
+         (x, n, low, high, found, count))
 VARIANTS(mask, template <class F>, F COMMA, (const F* x, int64_t n, F cut, uint8_t* out), (x, n, cut, out))
 VARIANTS(half, , , (const uint16_t* x, int64_t n, float* out), (x, n, out))
 VARIANTS(bfloat, , , (const uint16_t* x, int64_t n, float* out), (x, n, out))
@@ -854,7 +878,7 @@ template <class F> struct Row {
     // `unsorted`, the pixels are left there instead, unless so many are equal that runs are shorter.
     bool split_at(F low, F high, int64_t most, Window& w, std::vector<F>* unsorted) const {
         struct Piece {
-            Split sums;
+            double above[5] = {}, below[5] = {};
             std::vector<F> found;
             std::vector<Run> runs;
         };
@@ -865,9 +889,16 @@ template <class F> struct Row {
             if (total > most) return;
             const size_t had = piece.found.size();
             F inside[BLOCK + 1];
-            piece.sums.found = 0;
-            split(x, n, low, high, piece.sums, inside);
-            piece.found.insert(piece.found.end(), inside, inside + piece.sums.found);
+            int64_t count = 0;
+            for (int64_t end; n > 0; x += end, n -= end) {
+                end = std::min(n, PART);
+                F top;
+                largest(x, end, top);
+                below(x, end, low, piece.below);
+                if (top > low) collect(x, end, low, high, inside, count);
+                if (top > high) above(x, end, high, piece.above);
+            }
+            piece.found.insert(piece.found.end(), inside, inside + count);
             total += int64_t(piece.found.size() - had);
             if (piece.found.size() > 4 * BLOCK) {  // many equal pixels become few runs
                 const int64_t before = int64_t(piece.found.size() + piece.runs.size());
@@ -883,7 +914,7 @@ template <class F> struct Row {
         found.reserve(size_t(total));
         std::vector<Run> runs;
         for (Piece& piece : pieces) {
-            for (int k = 0; k < 5; ++k) w.above.sums[k] += piece.sums.above[k], w.below.sums[k] += piece.sums.below[k];
+            for (int k = 0; k < 5; ++k) w.above.sums[k] += piece.above[k], w.below.sums[k] += piece.below[k];
             found.insert(found.end(), piece.found.begin(), piece.found.end());
             runs.insert(runs.end(), piece.runs.begin(), piece.runs.end());
             std::vector<F>().swap(piece.found);
@@ -911,9 +942,10 @@ template <class F> struct Row {
         std::vector<F> limit(chunks(), upwards ? F(2) : F(-1));
         visit([&](int64_t c, const F* x, int64_t, int64_t n) {
             std::vector<F>& found = kept[c];
-            for (int64_t i = 0; i < n; ++i) {
-                if ((upwards ? x[i] > bound : !(x[i] > bound)) && closer(x[i], limit[c])) found.push_back(x[i]);
-            }
+            F inside[BLOCK + 1];
+            int64_t count = 0;
+            collect(x, n, upwards ? bound : limit[c], upwards ? limit[c] : bound, inside, count);
+            found.insert(found.end(), inside, inside + count);
             if (int64_t(found.size()) > k) {
                 reduce(found);
                 limit[c] = found[size_t(k) - 1];
@@ -1169,13 +1201,14 @@ template <class F> double expected_row(const Problem& problem, const Row<F>& row
     const F low = F(0.9 * problem.negligible * total);
     struct Piece {
         double all[5] = {}, chosen[5] = {};
+        int64_t count = 0;  // of the mask
         std::vector<F> inside, outside;
     };
     std::vector<Piece> pieces(size_t(row.chunks()));
     row.visit([&](int64_t c, const F* x, int64_t start, int64_t n) {
         Piece& piece = pieces[size_t(c)];
         const uint8_t* marks = masks + start;
-        alignas(64) F all[BLOCK], chosen[BLOCK], none[1];
+        alignas(64) F all[BLOCK], chosen[BLOCK];
         for (int64_t i = 0; i < n; ++i) {
             const bool single = x[i] > low;
             all[i] = single ? F(0) : x[i];
@@ -1184,13 +1217,8 @@ template <class F> double expected_row(const Problem& problem, const Row<F>& row
         if (low < 1)
             for (int64_t i = 0; i < n; ++i)
                 if (x[i] > low) (marks[i] ? piece.inside : piece.outside).push_back(x[i]);
-        int64_t count = 0;
-        for (int64_t i = 0; i < n; ++i) count += marks[i] != 0;
-        Split sums_all, sums_chosen;  // everything is above -1
-        split(all, n, F(-2), F(-1), sums_all, none);
-        split(chosen, n, F(-2), F(-1), sums_chosen, none);
-        for (int k = 1; k < 5; ++k) piece.all[k] += sums_all.above[k], piece.chosen[k] += sums_chosen.above[k];
-        piece.chosen[0] += double(count);
+        for (int64_t i = 0; i < n; ++i) piece.count += marks[i] != 0;
+        above(all, n, F(0), piece.all), above(chosen, n, F(0), piece.chosen);
     });
     Window w;
     w.mean = s.sum;
@@ -1198,7 +1226,8 @@ template <class F> double expected_row(const Problem& problem, const Row<F>& row
     for (Piece& piece : pieces) {
         inside.insert(inside.end(), piece.inside.begin(), piece.inside.end());
         outside.insert(outside.end(), piece.outside.begin(), piece.outside.end());
-        for (int k = 0; k < 5; ++k) {
+        w.above.sums[0] += double(piece.count);
+        for (int k = 1; k < 5; ++k) {
             w.above.sums[k] += piece.chosen[k];
             w.below.sums[k] += piece.all[k] - piece.chosen[k];
         }
