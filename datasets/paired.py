@@ -150,7 +150,7 @@ class PairedDataset(SegmentationDataset):
         A subclass that replaces `read_mask` may have no table.
         """
         table: LabelTable | None = getattr(self, "table", None)
-        return sorted(table.mapping.items()) if table else []
+        return [*sorted(table.mapping.items())] if table else []
 
     def remedy(self, unknown: list[int]) -> str:
         """Return how to fix labels that are not in the table."""
