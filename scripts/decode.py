@@ -47,7 +47,7 @@ from rankseg.calibration import Reliability
 from scripts import ROOT
 from scripts.analysis.scores import compare, read_rule
 from scripts.common import ahead
-from scripts.decoding.arrays import LABEL_SUFFIXES, suffix_of, write_array
+from scripts.decoding.arrays import LABEL_SUFFIXES, write_array
 from scripts.decoding.cases import Case, FromStored, Reading, find_cases, load_case, named
 from scripts.decoding.labelled import Folder, FolderFitter, configuration, write_report
 from scripts.decoding.rules import (
@@ -145,6 +145,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.predictor = list(dict.fromkeys(args.predictor))
     if args.unassigned not in ("void", "max"):
         args.unassigned = _integers("--unassigned", args.unassigned)[0]
+        if not -(2**31) <= args.unassigned < 2**31:
+            raise UserError(f"--unassigned {args.unassigned} is invalid: expected an integer of 32 bits.")
+    if not -(2**31) <= args.void < 2**31:
+        raise UserError(f"--void {args.void} is invalid: expected an integer of 32 bits.")
     args.scored = None if args.scored is None else _integers("--scored", args.scored)
     if not args.temperature > 0:
         raise UserError(f"--temperature {args.temperature:g} is invalid: expected a number above 0.")
@@ -219,12 +223,6 @@ class Job:
         """Return the file that says that a case is done, and holds its counts."""
         return self.args.out / ".cases" / f"{name}.json"
 
-    def output_path(self, rule: str, name: str) -> Path:
-        """Return where the result of a rule goes."""
-        path = self.cases[name]
-        suffix = suffix_of(path)
-        return self.args.out / rule / f"{name}{suffix}"
-
     def is_done(self, name: str) -> bool:
         """Whether a case was decoded from the same files with the same settings."""
         if not self.record(name).is_file():
@@ -267,9 +265,7 @@ class Job:
             result = decode(case, self.rules, self.output, self.args.out, self.device, other)
         written = []
         for rule, found in result.rules.items():
-            out = self.output_path(rule, name)
-            if out.name.endswith(".npz") and case.geometry is not None:
-                out = out.with_name(out.name.removesuffix(".npz") + ".nii.gz")
+            out = self.args.out / rule / f"{name}{case.suffix[found.key == 'labels']}"
             write_array(found.array, out, case.geometry, found.key)
             written.append(str(out))
         record: dict[str, Any] = {

@@ -5,6 +5,7 @@ Shapes: C classes, *S spatial axes.
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ from configs.files import temporary_file
 
 SUFFIXES = (".npy", ".npz", ".nii.gz", ".nii", ".tif", ".tiff")
 LABEL_SUFFIXES = (*SUFFIXES, ".png")
+PICTURES = (".png", ".bmp")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 IN_MEMORY = 64 << 20  # bytes of an array above which it lives in a temporary file
 _BLOCK = 4 << 20
 _USUAL_KEYS = ("probabilities", "softmax", "probs", "logits")
@@ -78,7 +81,7 @@ def read_array(path: Path, folder: Path, key: str | None = None, classes_last: b
     except (UserError, MemoryError):
         raise
     except OSError as error:
-        if error.errno is not None and not isinstance(error, zipfile.BadZipFile):
+        if error.errno in _DISK_FULL:
             raise
         raise _damaged(path, error) from error
     except Exception as error:  # nibabel, tifffile, zipfile and numpy each raise classes of their own
@@ -102,6 +105,19 @@ def _package(name: str, path: Path) -> Any:
 def nibabel(path: Path) -> Any:
     """Import nibabel, or raise UserError that names the file which needs it."""
     return _package("nibabel", path)
+
+
+def load_nifti(path: Path, **options: Any) -> Any:
+    """Open a NIfTI file; its values are read later.
+
+    Raises:
+        UserError: it is damaged, or not a NIfTI file.
+    """
+    nib = nibabel(path)
+    try:
+        return nib.load(path, **options)
+    except (OSError, ValueError, EOFError, nib.filebasedimages.ImageFileError) as error:
+        raise _damaged(path, error) from error
 
 
 def _read_npz(path: Path, folder: Path, key: str | None) -> np.ndarray:
@@ -136,7 +152,7 @@ def _read_npz(path: Path, folder: Path, key: str | None) -> np.ndarray:
 
 
 def _read_nifti(path: Path, folder: Path, classes_last: bool) -> np.ndarray:
-    image = nibabel(path).load(path, keep_file_open=True)  # class after class is one pass through a .gz
+    image = load_nifti(path, keep_file_open=True)  # class after class is one pass through a .gz
     data = image.dataobj
     whole = data.dtype if (data.slope, data.inter) == (1.0, 0.0) else np.dtype(np.float32)
     shape = data.shape
@@ -157,7 +173,7 @@ def _read_nifti(path: Path, folder: Path, classes_last: bool) -> np.ndarray:
 
 def write_array(array: np.ndarray, path: Path, geometry: Any, key: str) -> None:
     """Write labels (*S) or masks (C, *S) in the format of the path's suffix; ``key`` names them in an .npz."""
-    suffix = suffix_of(path)
+    suffix = suffix_of(path, (*SUFFIXES, *PICTURES))
     with temporary_file(path) as temporary:
         if suffix == ".npy":
             with temporary.open("wb") as file:
@@ -165,6 +181,15 @@ def write_array(array: np.ndarray, path: Path, geometry: Any, key: str) -> None:
         elif suffix == ".npz":
             with temporary.open("wb") as file:
                 np.savez_compressed(file, **{key: array})
+        elif suffix in PICTURES:
+            from PIL import Image
+
+            if array.dtype != np.uint8 and (array.dtype != np.uint16 or suffix == ".bmp"):
+                raise UserError(
+                    f"{path}: a picture cannot hold labels such as {array.min()}, {array.max()}. "
+                    "Fix: pass another --unassigned."
+                )
+            Image.fromarray(array.reshape(array.shape[-2:])).save(temporary, suffix[1:])
         elif suffix in (".tif", ".tiff"):
             pixels = array.view(np.uint8) if array.dtype == bool else array
             _package("tifffile", path).imwrite(temporary, pixels, photometric="minisblack", compression=None)

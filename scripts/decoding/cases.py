@@ -17,8 +17,16 @@ from torch import Tensor
 
 from configs.errors import UserError
 from rankseg.calibration import Calibration
-from scripts.decoding.arrays import LABEL_SUFFIXES, SUFFIXES, nibabel, read_array, scratch, suffix_of
-from scripts.decoding.geometry import Geometry, nnunet_geometry, read_geometry
+from scripts.decoding.arrays import (
+    LABEL_SUFFIXES,
+    SUFFIXES,
+    load_nifti,
+    nibabel,
+    read_array,
+    scratch,
+    suffix_of,
+)
+from scripts.decoding.geometry import Geometry, nnunet_geometry, nnunet_picture, read_geometry
 from trainers.forward import ToProbs
 from trainers.losses import Link
 
@@ -104,12 +112,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Case:
-    """One case: `probs` (C, *S), `labels` and `valid` (*S), or None if they were not asked for."""
+    """One case: `probs` (C, *S), `labels` and `valid` (*S), or None if they were not asked for.
+
+    ``suffix`` is that of the files that are written: of masks and of label maps.
+    """
 
     probs: Tensor
     labels: np.ndarray | None
     valid: np.ndarray | None
     geometry: Geometry | None
+    suffix: tuple[str, str]
 
 
 def find_cases(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Path]:
@@ -123,10 +135,18 @@ def find_cases(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, 
     """
     if not folder.exists():
         raise FileNotFoundError(2, "no such file or folder", str(folder))
-    files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    files = (
+        [folder]
+        if folder.is_file()
+        else sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+    )
     found: dict[str, Path] = {}
     for path in files:
         suffix = suffix_of(path, suffixes)
+        if suffix and not path.exists():
+            raise UserError(
+                f"{path}: a link to a file that does not exist. Fix: restore the file or the link."
+            )
         inside = Path(path.name) if folder.is_file() else path.relative_to(folder)
         if not suffix or any(part.startswith(".") for part in inside.parts):
             continue
@@ -150,13 +170,19 @@ def load_case(path: Path, labels: Path | None, valid: Path | None, how: Reading)
     Raises:
         UserError: names the file and what is wrong with it.
     """
-    geometry = None
-    if suffix_of(path) in _NIFTI:
+    geometry, masks = None, suffix_of(path)
+    labels_suffix = masks
+    if masks in _NIFTI:
         geometry = read_geometry(path)
     elif path.name.endswith(".npz") and path.with_name(path.name[:-4] + ".pkl").is_file():
         geometry = nnunet_geometry(path)
+        masks = ".npz" if geometry is None else ".nii.gz"
+        labels_suffix = (nnunet_picture(path) or masks) if geometry is None else masks
     array = read_array(path, how.scratch, how.key, classes_last=how.axis in ("auto", "last"))
-    if not np.issubdtype(array.dtype, np.floating) or array.dtype.itemsize > 8:
+    if not array.size:
+        raise UserError(f"{path}: shape {array.shape} holds no value. Fix: write the file again.")
+    whole_logits = how.values.link is not None and np.issubdtype(array.dtype, np.integer)
+    if not (whole_logits or np.issubdtype(array.dtype, np.floating)) or array.dtype.itemsize > 8:
         raise UserError(
             f"{path}: its values are {array.dtype}, not probabilities. Fix: save float16, float32 or float64 values, "
             "or logits with --link."
@@ -173,7 +199,7 @@ def load_case(path: Path, labels: Path | None, valid: Path | None, how: Reading)
     if inside is not None:
         inside = inside != 0
     probs = _as_probs(path, array, inside, how)
-    return Case(probs, truth, inside, geometry)
+    return Case(probs, truth, inside, geometry, (masks, labels_suffix))
 
 
 def _class_axis(path: Path, array: np.ndarray, known: tuple[int, ...] | None, how: Reading) -> str:
@@ -194,6 +220,11 @@ def _class_axis(path: Path, array: np.ndarray, known: tuple[int, ...] | None, ho
     if known is not None:
         fits = [name for name, shape in shapes.items() if _squeezed(shape) == _squeezed(known)]
         fits = fits or [name for name, shape in shapes.items() if _squeezed(shape) == _squeezed(known)[::-1]]
+        if fits == ["none"] and _sums_to_one(array, 0):
+            raise UserError(
+                f"{path}: the labels have its shape {array.shape}, with an axis for the classes. "
+                "Fix: save one integer per pixel as labels, or pass --classes-axis none."
+            )
         if len(fits) == 1:
             return fits[0]
     if how.values.link is None:
@@ -241,7 +272,7 @@ def _aligned(path: Path, array: np.ndarray, geometry: Geometry | None) -> np.nda
     if geometry is None:
         return array
     nib = nibabel(path)
-    affine = nib.load(path).affine
+    affine = load_nifti(path).affine
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(geometry.affine))
     turned = affine @ nib.orientations.inv_ornt_aff(turn, array.shape[:3])
     if not np.allclose(turned, geometry.affine, atol=1e-3, rtol=1e-4):
@@ -281,10 +312,12 @@ def _as_probs(path: Path, array: np.ndarray, inside: np.ndarray | None, how: Rea
 
     Pixels outside the field of view get probability 0, which changes no rule's result inside.
     """
-    dtype = array.dtype.newbyteorder("=")
+    dtype = (
+        array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.float32)
+    )  # integer logits
     change = how.values.changes and not how.as_stored
     logits = how.values.link is not None
-    if inside is None and array.flags.c_contiguous and array.dtype.isnative and not change:
+    if inside is None and array.flags.c_contiguous and array.dtype == dtype and not change:
         out = array
     else:
         out = scratch(array.shape, np.float32 if change else dtype, how.scratch)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from scripts.decoding.arrays import nibabel
+from scripts.decoding.arrays import PICTURES, load_nifti, nibabel
 
 _MAX_PICKLE = 16 << 20
 _SAFE = {
@@ -60,7 +60,9 @@ class Geometry:
 
 def read_geometry(path: Path) -> Geometry:
     """Read the affine and the header of a NIfTI file."""
-    image = nibabel(path).load(path)
+    image = load_nifti(path)
+    if not np.isfinite(image.affine).all():
+        raise UserError(f"{path}: its affine holds NaN or infinity. Fix: correct the header.")
     return Geometry(image.affine, image.header)
 
 
@@ -80,6 +82,13 @@ def nnunet_geometry(probabilities: Path) -> Geometry | None:
         if affine is None or np.allclose(found.affine, affine, atol=1e-3):
             return Geometry(found.affine, found.header, reversed=True)
     return None if affine is None else Geometry(affine, None, reversed=True)
+
+
+def nnunet_picture(probabilities: Path) -> str:
+    """Return the suffix of nnU-Net's own segmentation next to ``<case>.npz`` if it is not a NIfTI file, else ''."""
+    stem = probabilities.name.removesuffix(".npz")
+    suffixes = (*PICTURES, ".tif", ".tiff")
+    return next((s for s in suffixes if probabilities.with_name(stem + s).is_file()), "")
 
 
 class _PlainUnpickler(pickle.Unpickler):

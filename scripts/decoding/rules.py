@@ -171,7 +171,11 @@ def _label_map(case: Case, masks: np.ndarray, output: Output, first: int, folder
         unassigned = 0
     fill = unassigned if isinstance(unassigned, int) else VOID if unassigned == "void" else 0
     top = max(len(masks) - 1 + first, fill, output.void if case.valid is not None else 0)
-    dtype = np.int16 if fill < 0 else np.uint8 if top < 256 else np.uint16
+    dtype = next(
+        t
+        for t in (np.uint8, np.uint16, np.int16, np.int32)
+        if np.iinfo(t).min <= fill and top <= np.iinfo(t).max
+    )
     labels = scratch(masks.shape[1:], dtype, folder)
     for part in slabs(masks.shape[1:], 2 * len(masks)):
         inner = rankseg.label_map(

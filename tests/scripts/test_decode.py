@@ -254,7 +254,7 @@ def test_logits_and_temperature(link: str, tmp_path: Path) -> None:
         assert (one != two).sum() <= 2  # rounding of the probabilities may move a pixel at the cut-off
 
 
-@pytest.mark.parametrize("unassigned", ["void", "max", "7", "-1"])
+@pytest.mark.parametrize("unassigned", ["void", "max", "7", "-1", "70000", "-40000"])
 def test_pixels_of_no_class(unassigned: str, tmp_path: Path) -> None:
     probs = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(5)) * 0.6
     folder = save_all(tmp_path / "p", [probs])
@@ -373,6 +373,35 @@ class TestNnunet:
             int(((truth == c) & (labels == c)).sum()) for c in range(3)
         ]
 
+    @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+    def test_pictures(self, suffix: str, tmp_path: Path) -> None:
+        """Label maps of a 2-D export have the format of nnU-Net's own segmentation; masks stay in an .npz."""
+        Image = pytest.importorskip("PIL.Image")
+        tifffile = pytest.importorskip("tifffile")
+        (tmp_path / "p").mkdir()
+        (tmp_path / "l").mkdir()
+        probs = softmax_maps(1, (16, 20))[0][:, None]  # (C, 1, Y, X), as nnU-Net writes it
+        np.savez_compressed(tmp_path / "p" / "c.npz", probabilities=probs.numpy())
+        with (tmp_path / "p" / "c.pkl").open("wb") as file:
+            pickle.dump({"spacing": (999, 1, 1), "shape_before_cropping": (1, 16, 20)}, file)
+        own = probs.argmax(0).numpy().astype(np.uint8)
+        for path in (tmp_path / "p" / f"c{suffix}", tmp_path / "l" / "c.png"):
+            if path.suffix == ".tif":
+                tifffile.imwrite(path, own)
+            else:
+                Image.fromarray(own[0]).save(path)
+        words = ["--labels", tmp_path / "l", "-p", "max", "-p", "rankdice", "-p", "rankdice_nonoverlap"]
+        assert run(tmp_path / "p", *words, "--out", tmp_path / "o") == 0
+        assert [p.name for p in (tmp_path / "o" / "max").iterdir()] == [f"c{suffix}"]
+        read = tifffile.imread if suffix == ".tif" else lambda path: np.asarray(Image.open(path))
+        assert np.array_equal(read(tmp_path / "o" / "max" / f"c{suffix}").reshape(own.shape), own)
+        masks = rankseg.rankdice(probs[None], allow_overlap=False)
+        labels = read(tmp_path / "o" / "rankdice_nonoverlap" / f"c{suffix}").reshape(own.shape)
+        assert np.array_equal(labels, rankseg.label_map(masks)[0].numpy())
+        with np.load(tmp_path / "o" / "rankdice" / "c.npz") as content:
+            assert np.array_equal(content["masks"], rankseg.rankdice(probs[None])[0].numpy())
+        assert result(tmp_path / "o", "max")["scores"]["mean_dice"] == 1
+
     @pytest.mark.parametrize("kind", ["command", "truncated", "list"])
     def test_a_pickle_that_is_not_data_runs_nothing(
         self, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -399,6 +428,9 @@ BAD = {
     "float labels": (lambda p, t: (p, t + 0.5), ["integers"]),
     "classes": (lambda p, t: (p[:2] / p[:2].sum(0), np.minimum(t, 1)), ["2", "3"]),
     "vector": (lambda p, t: (p[0, 0], t), ["(20,)"]),
+    "empty": (lambda p, t: (p[:, :0], t), ["(3, 0, 20)"]),
+    "boolean": (lambda p, t: (p > 0.5, t), ["bool"]),
+    "label of 64 bits": (lambda p, t: (p, np.full(t.shape, 2**63 + 5, np.uint64)), [str(2**63 + 5)]),
 }  # fmt: skip
 
 
@@ -443,6 +475,67 @@ def test_damaged_files_are_named(damage: str, tmp_path: Path, capsys: pytest.Cap
     assert result(tmp_path / "o", "max")["images"] == ["c0"]
 
 
+@pytest.mark.parametrize("damage", ["not gzip", "gzip without suffix", "truncated", "affine", "no file"])
+def test_damaged_volumes_are_named(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nib = pytest.importorskip("nibabel")
+    volumes = [np.moveaxis(p.numpy(), 0, -1) for p in softmax_maps(2, (8, 9, 10))]
+    folder = tmp_path / "p"
+    folder.mkdir()
+    nib.save(nib.Nifti1Image(volumes[0], np.eye(4)), folder / "good.nii.gz")
+    plain, packed = folder / "bad.nii", folder / "bad.nii.gz"
+    nib.save(nib.Nifti1Image(volumes[1], np.eye(4)), plain)
+    nib.save(nib.Nifti1Image(volumes[1], np.eye(4)), packed)
+    if damage == "not gzip":
+        plain.rename(packed)
+    elif damage == "gzip without suffix":
+        packed.rename(plain)
+    elif damage == "affine":
+        packed.unlink()
+        content = bytearray(plain.read_bytes())
+        content[280:296] = np.full(4, np.nan, "<f4").tobytes()
+        plain.write_bytes(content)
+    else:
+        plain.unlink()
+        content = packed.read_bytes()
+        packed.unlink()
+        packed.mkdir() if damage == "no file" else packed.write_bytes(content[: len(content) // 2])
+    code = run(folder, "-p", "max", "--out", tmp_path / "o")
+    if damage == "no file":  # a folder is not a case
+        assert code == 0
+        return
+    message = capsys.readouterr().err
+    assert code == 1 and str(folder / "bad.nii") in message and "Fix:" in message
+    assert (tmp_path / "o" / "max" / "good.nii.gz").is_file()
+
+
+def test_one_hot_labels_are_not_taken_for_a_volume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maps = softmax_maps(2, (24, 20))
+    labels = save_all(tmp_path / "l", [drawn(maps[0], 0), maps[1].numpy() > 0.5])
+    words = ["--labels", labels, "-p", "max", "--out", tmp_path / "o"]
+    assert run(save_all(tmp_path / "p", maps), *words) == 1
+    message = capsys.readouterr().err
+    assert "c1.npy" in message and "(3, 24, 20)" in message
+    assert result(tmp_path / "o", "max")["images"] == ["c0"]
+
+
+def test_integer_logits(tmp_path: Path) -> None:
+    logits = (softmax_maps(1, (24, 20))[0].log() * 5).round()
+    folder = save_all(tmp_path / "p", [logits.to(torch.int16)])
+    flags = ["--link", "softmax", "--classes-axis", "first", "--out", tmp_path / "o"]
+    assert run(folder, "-p", "rankdice", *flags) == 0
+    masks = np.load(tmp_path / "o" / "rankdice" / "c0.npy")
+    assert np.array_equal(masks, rankseg.rankdice(logits.softmax(0)[None])[0].numpy())
+
+
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    folder = save_all(tmp_path / "p", softmax_maps(1, (24, 20)))
+    (folder / "gone.npy").symlink_to(tmp_path / "nowhere.npy")
+    with pytest.raises(UserError, match=r"gone\.npy"):
+        run(folder, "-p", "max", "--out", tmp_path / "o")
+
+
 def test_an_unclear_axis_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = save_all(tmp_path / "p", [np.random.default_rng(0).random((5, 16, 18), np.float32)])
     assert run(folder, "-p", "rankdice", "--out", tmp_path / "o") == 1
@@ -485,6 +578,8 @@ class TestResume:
         (["--temperature", "0"], "--temperature"),
         (["--workers", "0"], "--workers"),
         (["--unassigned", "maybe"], "--unassigned"),
+        (["--unassigned", "9999999999"], "--unassigned"),
+        (["--void", "9999999999"], "--void"),
         (["--scored", "a"], "--scored"),
         (["--scored", "7"], "--scored"),
         (["--names", "a,b"], "--names"),
