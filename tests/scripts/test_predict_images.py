@@ -25,6 +25,7 @@ from datasets import DatasetError, DatasetInfo
 from datasets.decode import EXIF_ORIENTATION
 from datasets.transforms import EvalTransform, Normalise
 from rankseg import argmax, expected_dice, rankdice, threshold
+from scripts import decode
 from scripts.inference import files
 from scripts.inference.files import file_names
 from scripts.inference.windows import View, label_map, masks_of, one_by_one, probabilities, starts, zeros
@@ -526,6 +527,45 @@ def test_fitted_values_are_applied_and_others_are_rejected(
     own.write_bytes(own.read_bytes() + b" ")
     with pytest.raises(UserError, match="fitted for another checkpoint"):
         main([*command, str(tmp_path / "other"), "-p", "T_fit"])
+
+
+@pytest.mark.parametrize("rule", ["T", "max", "rankdice", "rankdice_nonoverlap"])
+def test_decode_makes_the_same_masks_of_the_probabilities(
+    rule: str, checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    """decode.py reads what --probabilities writes, and makes the same masks of it.
+
+    The stored probabilities are rounded to float16. A pixel that is rounded across a cut-off may differ.
+    """
+    own, out, decoded = tmp_path / "last.pth", tmp_path / "out", tmp_path / "decoded"
+    content, network = torch.load(checkpoint, weights_only=True), load(checkpoint)[0].eval()
+    with torch.inference_mode():
+        logits = network(Normalise(INFO.mean, INFO.std)(picture(48, 64))[None]).logits
+    *_, weight, bias = content["model"]
+    content["model"][bias] -= logits.mean((0, 2, 3))  # an untrained network is never sure
+    scale = 3 / (logits - logits.mean((2, 3), keepdim=True)).std()
+    content["model"][weight] *= scale
+    content["model"][bias] *= scale
+    save(content, own)
+    words = ["-r", str(own), str(photos), "-p", rule, "--probabilities", "--per-class", "--quiet"]
+    assert main([*words, "--out", str(out)]) == 0
+    words = [str(out / "probabilities"), "-p", rule, "--write", "masks", "--quiet", "--out", str(decoded)]
+    assert decode.main(words) == 0
+    for name in ("one", "deep/two", "three"):
+        masks = np.load(decoded / rule / f"{name}.npy")
+        paths = [out / "classes" / name / f"{c}.png" for c in ("background", "disc", "box")]
+        theirs = np.stack([np.asarray(Image.open(path)) > 0 for path in paths])
+        assert theirs.any((1, 2)).sum() >= 2 and not theirs.all()
+        probs = np.load(out / "probabilities" / f"{name}.npy").astype(np.float64)
+        differ = (masks != theirs).any(0)
+        assert differ.mean() < 0.002
+        if rule == "max":
+            first, second = np.sort(probs, 0)[:-3:-1]
+            assert ((first - second)[differ] < 1e-3).all()
+        elif rule != "rankdice_nonoverlap":
+            for p, mine, other in zip(probs, masks, theirs, strict=True):
+                cut = 0.5 if rule == "T" else p[mine].min(initial=1)
+                assert (abs(p - cut)[mine != other] < 3e-3).all()
 
 
 def test_review_lists_the_least_sure_mask_first(
