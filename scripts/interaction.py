@@ -10,7 +10,6 @@ the choice of the seed, whose range is printed. Exit codes: 0 done, 2 bad input.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs.cli import run_cli
 from configs.errors import UserError
-from scripts.analysis.scores import RuleScores, read_rule
+from scripts.analysis.scores import pair, read_rule
 from scripts.analysis.statistics import mean_interval
 from scripts.common import command_line
+from scripts.tables.results import mean
+from trainers.text import markdown_table
 
 PROBABILITIES = {"raw": "", "temperature": "calibrated"}
-MEASURES = (("NLL", "log_loss"), ("Brier", "brier"), ("ECE, %", "ece"))
+MEASURES = {"NLL": "log_loss", "Brier": "brier", "ECE, %": "ece"}
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = command_line(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="one or more folders with seed0, seed1, ...")
     parser.add_argument("--rules", default="max,T_fit,rankdice", help="default: %(default)s")
@@ -39,13 +40,8 @@ def main() -> None:
 
 
 def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[str]:
-    """Return the scores, the gains and the interactions as Markdown."""
-    names = " | ".join(f"{rule} mDice" for rule in rules)
-    measures = " | ".join(name for name, _ in MEASURES)
-    lines = [
-        f"| runs, probabilities | {names} | {measures} |",
-        "| :-- |" + " --: |" * (len(rules) + len(MEASURES)),
-    ]
+    """Return the scores, the gains and the interactions as Markdown; the baseline is one of the rules."""
+    rows = []
     gains: dict[tuple[Path, str, str], list[dict[str, float]]] = {}
     for folder in folders:
         seeds = sorted(folder.glob("seed*"))
@@ -56,40 +52,35 @@ def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[
         for kind, inner in PROBABILITIES.items():
             read = {rule: [read_rule(results_of(seed) / inner, rule) for seed in seeds] for rule in rules}
             cells = [spread([100 * mean(one.by_image().values()) for one in read[rule]]) for rule in rules]
-            for name, key in MEASURES:
+            for name, key in MEASURES.items():
                 scale = 100 if "%" in name else 1
-                cells.append(
-                    spread([scale * float(one.record["scores"][key]) for one in read[baseline]], digits=3)
-                )
-            lines.append(f"| {folder.name}, {kind} ({len(seeds)} seeds) | {' | '.join(cells)} |")
-            for rule in rules:
-                gains[folder, kind, rule] = [
-                    difference(base, one) for base, one in zip(read[baseline], read[rule], strict=True)
-                ]
-    lines += [
-        "",
-        "| gain over " + baseline + " | points [95 % BCa over images] | range over seeds |",
-        "| :-- | --: | --: |",
-    ]
-    for (folder, kind, rule), by_seed in gains.items():
-        if rule != baseline:
-            each = sorted(mean(one.values()) for one in by_seed)
-            lines.append(
-                f"| {rule}, {folder.name}, {kind} | {interval(average(by_seed))} | {each[0]:+.2f} … {each[-1]:+.2f} |"
-            )
-    if len(folders) == 2:
-        first, second = folders
-        lines += [
-            "",
-            f"| interaction: gain with {first.name} - gain with {second.name} | points [95 % BCa over images] |",
-        ]
-        lines.append("| :-- | --: |")
-        for kind in PROBABILITIES:
+                values = [scale * float(one.record["scores"][key]) for one in read[baseline]]
+                cells.append(spread(values, digits=3))
+            rows.append([f"{folder.name}, {kind} ({len(seeds)} seeds)", *cells])
             for rule in rules:
                 if rule != baseline:
-                    one, other = average(gains[first, kind, rule]), average(gains[second, kind, rule])
-                    both = {image: one[image] - other[image] for image in one if image in other}
-                    lines.append(f"| {rule}, {kind} | {interval(both)} |")
+                    pairs = zip(read[baseline], read[rule], strict=True)
+                    gains[folder, kind, rule] = [
+                        pair(base.by_image(), one.by_image())[0] for base, one in pairs
+                    ]
+    head = ["runs, probabilities", *(f"{rule} mDice" for rule in rules), *MEASURES]
+    lines = markdown_table(head, rows).splitlines()
+    rows = []
+    for (folder, kind, rule), by_seed in gains.items():
+        each = [100 * mean(one.values()) for one in by_seed]
+        cells = [interval(average(by_seed)), f"{min(each):+.2f} … {max(each):+.2f}"]
+        rows.append([f"{rule}, {folder.name}, {kind}", *cells])
+    points = "points [95 % BCa over images]"
+    lines += ["", *markdown_table([f"gain over {baseline}", points, "range over seeds"], rows).splitlines()]
+    if len(folders) == 2:
+        first, second = folders
+        rows = [
+            [f"{rule}, {kind}", interval(pair(average(gains[second, kind, rule]), average(by_seed))[0])]
+            for (folder, kind, rule), by_seed in gains.items()
+            if folder == first
+        ]
+        title = f"interaction: gain with {first.name} - gain with {second.name}"
+        lines += ["", *markdown_table([title, points], rows).splitlines()]
     return lines
 
 
@@ -99,22 +90,10 @@ def results_of(run: Path) -> Path:
     return last if last.is_dir() else run / "results"
 
 
-def difference(baseline: RuleScores, rule: RuleScores) -> dict[str, float]:
-    """Return rule - baseline of each image that both score, in points."""
-    first, second = baseline.by_image(), rule.by_image()
-    return {image: 100 * (second[image] - first[image]) for image in first if image in second}
-
-
 def average(by_seed: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return the mean over seeds of each image that all seeds score."""
     common = set.intersection(*(set(one) for one in by_seed))
     return {image: mean([one[image] for one in by_seed]) for image in sorted(common)}
-
-
-def mean(values: object) -> float:
-    """Return the arithmetic mean."""
-    numbers = list(values)  # type: ignore[call-overload]
-    return math.fsum(numbers) / len(numbers)
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -122,10 +101,11 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def interval(values: dict[str, float]) -> str:
-    """Return the mean with its interval."""
-    low, high = mean_interval(list(values.values()))
-    return f"{mean(values.values()):+.2f} [{low:+.2f}, {high:+.2f}]"
+def interval(differences: dict[str, float]) -> str:
+    """Return the mean of fractions with its interval, in points."""
+    values = [100 * value for value in differences.values()]
+    low, high = mean_interval(values)
+    return f"{mean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 if __name__ == "__main__":

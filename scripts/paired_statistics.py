@@ -39,7 +39,7 @@ from scripts.analysis.scores import (
 )
 from scripts.analysis.statistics import HARM, RESAMPLES
 from scripts.common import command_line
-from trainers.text import markdown_cell, markdown_text
+from trainers.text import markdown_table, markdown_text
 
 
 def markdown(found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]] = ()) -> str:
@@ -76,7 +76,7 @@ def markdown(found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]] = 
         )
         shares = [f"{100 * one['harm'][str(k)]:.1f} %" for k in HARM]
         harm.append([name, *shares, f"{0.0 - one['worst_loss']:+.2f}", f"{one['best_gain']:+.2f}"])
-    parts = [_table(head, rows), _table(harm_head, harm)]
+    parts = [markdown_table(head, rows), markdown_table(harm_head, harm)]
     for group in seeds:
         parts += _seed_parts(group, found)
     parts.append(_remarks(found))
@@ -92,11 +92,6 @@ def title(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
     return (f"{names[0]}: " if len(set(names)) > 1 else "") + f"{one['rule']} − {one['baseline']}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(map(markdown_cell, row))} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "| :-- |" + " :-: |" * (len(head) - 1), *lines[1:]])
-
-
 def _seed_parts(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
     """Return mean and range over seeds, also of each class; or the reason why there are none."""
     name, count = f"{title(one, found)} over {len(one['seeds'])} seeds", len(one["seeds"])
@@ -105,7 +100,7 @@ def _seed_parts(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[st
     parts = [markdown_text(f"{name}: {one['mean']:+.2f} points, range {_range(one['range'])}.")]
     if len(one["classes"]) > 1:
         rows = [[c["name"], f"{c['mean']:+.2f}", _range(c["range"])] for c in one["classes"]]
-        parts.append(_table([name, "mean", "range"], rows))
+        parts.append(markdown_table([name, "mean", "range"], rows))
     return parts
 
 
@@ -133,7 +128,7 @@ def _class_parts(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[s
         for row in one["classes"]
     ]
     head = ["class", one["baseline"], one["rule"], "paired difference [interval]", "images"]
-    return [markdown_text(f"{title(one, found)}, seed {one['seed']}, by class:"), _table(head, rows)]
+    return [markdown_text(f"{title(one, found)}, seed {one['seed']}, by class:"), markdown_table(head, rows)]
 
 
 def _range(ends: Sequence[float]) -> str:

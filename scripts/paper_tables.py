@@ -26,7 +26,6 @@ from configs.cli import run_cli
 from configs.errors import UserError
 from scripts import ROOT
 from scripts.common import command_line
-from scripts.tables.compare import read_expected, violations
 from scripts.tables.generated import (
     FORMATS,
     MODES,
@@ -38,8 +37,9 @@ from scripts.tables.generated import (
     verify,
     write,
 )
-from scripts.tables.ours import Groups, problem_count
-from scripts.tables.results import Problem, group_seeds, read_results
+from scripts.tables.ours import problem_count
+from scripts.tables.published import read_expected, violations
+from scripts.tables.results import Groups, Problem, group_seeds, read_results
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:

@@ -91,6 +91,13 @@ def markdown_cell(text: str) -> str:
     return markdown_text(text).replace("|", "\\|")
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], labels: int = 1) -> str:
+    """Return a Markdown table without a line break at its end; the first ``labels`` columns are left-aligned."""
+    lines = [f"| {' | '.join(map(markdown_cell, row))} |" for row in (head, *rows)]
+    marks = [":--"] * labels + ["--:"] * (len(head) - labels)
+    return "\n".join([lines[0], f"| {' | '.join(marks)} |", *lines[1:]])
+
+
 def latex_text(text: str) -> str:
     """Return plain text for LaTeX; every character with a meaning for LaTeX is printed instead."""
     return "".join(_LATEX.get(character, character) for character in one_line(text))

@@ -17,7 +17,15 @@ from typing import Any
 from configs.errors import UserError
 from configs.files import read_json, read_text
 from scripts.analysis.statistics import RESAMPLES, describe_differences, mean_interval
-from scripts.tables.results import group_seeds, parse_result, short_variant, variant_of
+from scripts.tables.results import (
+    group_seeds,
+    mean,
+    mean_by_key,
+    parse_result,
+    read_counts,
+    short_variant,
+    variant_of,
+)
 from trainers.text import read_csv
 
 # Two rules saw the same probabilities if these keys of their result files agree.
@@ -36,22 +44,15 @@ class RuleScores:
 
     def by_image(self) -> dict[str, float]:
         """Return the mean over the scored classes of each image."""
-        return _means((image, value) for (image, _), value in self.scores.items())
+        return mean_by_key((image, value) for (image, _), value in self.scores.items())
 
     def by_class(self) -> dict[int, float]:
         """Return the mean over images of each class."""
-        return dict(sorted(_means((c, value) for (_, c), value in self.scores.items()).items()))
+        return dict(sorted(mean_by_key((c, value) for (_, c), value in self.scores.items()).items()))
 
     def of_class(self, c: int) -> dict[str, float]:
         """Return the score of each image in one class."""
         return {image: value for (image, k), value in self.scores.items() if k == c}
-
-
-def _means(items: Any) -> dict[Any, float]:
-    found: dict[Any, list[float]] = {}
-    for key, value in items:
-        found.setdefault(key, []).append(value)
-    return {key: math.fsum(values) / len(values) for key, values in found.items()}
 
 
 def result_folder(path: Path, protocol: str) -> Path:
@@ -86,35 +87,24 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
         if not path.is_file():
             scored = ", ".join(rules_in(folder)) or "none"
             raise UserError(f"{path}: file not found. Rules scored in this folder: {scored}.")
-    scores: dict[tuple[str, int], float] = {}
     try:
         record = read_json(sidecar)
         stated = record["scores"]["mean_dice"]
-        for row in read_csv(read_text(table, errors="surrogateescape")):
-            key = (row["image"], int(row["class"]))
-            if key in scores:
-                raise UserError(f"image {key[0]}, class {key[1]} occurs twice")
-            scores[key] = _score(row, metric)
+        counts = read_counts(table)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         detail = f"no column or key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{table} and {sidecar.name} cannot be read: {detail}. Fix: score again.") from None
+    scores = {}
+    for key, (inter, predicted, actual) in counts.items():
+        total = predicted + actual
+        scores[key] = 2 * inter / total if metric == "dice" else inter / (total - inter)
     found = RuleScores(sidecar, rule, metric, scores, record)
-    if metric == "dice" and stated is not None:
-        values = found.by_image().values()
-        mean = math.fsum(values) / len(values) if values else math.nan
-        if not abs(mean - stated) < 1e-3:
-            raise UserError(
-                f"{table}: its mean Dice is {mean:.4f}, but {sidecar.name} has {stated:.4f}. Fix: score again."
-            )
+    average = mean(found.by_image().values())
+    if metric == "dice" and stated is not None and not abs(average - stated) < 1e-3:
+        raise UserError(
+            f"{table}: its mean Dice is {average:.4f}, but {sidecar.name} has {stated:.4f}. Fix: score again."
+        )
     return found
-
-
-def _score(row: dict[str, str], metric: str) -> float:
-    """Return the score from the counts, which are exact, not from its rounded column."""
-    inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
-    if not 0 <= inter <= min(predicted, actual) or predicted + actual == 0:
-        raise UserError(f"impossible counts {inter}, {predicted}, {actual} for image {row['image']}")
-    return 2 * inter / (predicted + actual) if metric == "dice" else inter / (predicted + actual - inter)
 
 
 def pair(one: Mapping[Any, float], other: Mapping[Any, float]) -> tuple[dict[Any, float], int]:
@@ -199,7 +189,7 @@ def compare(
                 "rule": 100 * other.get(c, math.nan),
                 "images": len(points),
                 "unpaired": missing,
-                "mean": math.fsum(points) / len(points) if points else math.nan,
+                "mean": mean(points),
                 "interval": list(mean_interval(points, confidence, resamples, seed, groups(list(found))))
                 if points
                 else [math.nan, math.nan],
@@ -259,7 +249,7 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
-    return {"mean": math.fsum(values) / len(values), "range": [min(values), max(values)]}
+    return {"mean": mean(values), "range": [min(values), max(values)]}
 
 
 @dataclass(frozen=True)
@@ -296,8 +286,5 @@ def read_sweep(baseline: RuleScores, rule: RuleScores) -> tuple[Sweep | None, st
     unlike = [key for key, value in same.items() if of.get(key) != value]
     if unlike:
         return None, f"{path} belongs to another {', '.join(unlike)}. {fix}"
-    levels = {}
-    for one in (baseline, rule):
-        values = one.by_image().values()
-        levels[one.rule] = 100 * math.fsum(values) / len(values)
+    levels = {one.rule: 100 * mean(one.by_image().values()) for one in (baseline, rule)}
     return Sweep(curve, levels, cutoffs), ""

@@ -9,12 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from configs.compose import CONFIGS
 from configs.errors import UserError
-from scripts.tables.compare import compared_tables, read_expected
 from scripts.tables.layout import Table, csv_tables, latex, markdown
-from scripts.tables.ours import Groups, our_tables, problem_count
-from scripts.tables.published import load_published, published_tables
-from scripts.tables.results import Problem, group_seeds, read_results, short_variant
+from scripts.tables.ours import our_tables, problem_count
+from scripts.tables.published import compared_tables, load_published, published_tables, read_expected
+from scripts.tables.results import Groups, Problem, group_seeds, read_results, short_variant
 from trainers.results import file_sha256
 
 MODES = ("published", "ours", "both")
@@ -36,7 +36,7 @@ def tables(mode: str, groups: Groups, problems: Sequence[Problem] = ()) -> list[
     data = load_published()
     if mode == "published":
         return published_tables(data)
-    return compared_tables(data, groups, read_expected(Path(__file__).parents[2] / "configs"))
+    return compared_tables(data, groups, read_expected(CONFIGS))
 
 
 def render(found: Sequence[Table], form: str, problems: Sequence[Problem] = ()) -> str:
@@ -62,9 +62,7 @@ def generated(root: Path, groups: Groups, problems: Sequence[Problem]) -> dict[P
         for form in FORMATS:
             files[root / f"{stem}.{form}"] = render(found, form, problems)
     raw = {key: group for key, group in groups.items() if short_variant(group.first.variant) in ("", "last")}
-    named.update(
-        {f"{table.name}-raw": markdown(table) for table in our_tables(raw)}
-    )  # without calibrated rows
+    named |= {f"{table.name}-raw": markdown(table) for table in our_tables(raw)}  # without calibrated rows
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         if page.is_file() and "<!-- table:" in (text := page.read_text(encoding="utf-8")):
             files[page] = inject(text, named, page.name)

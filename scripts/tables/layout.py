@@ -62,6 +62,21 @@ class Note:
     text: str
 
 
+class Notes:
+    """The notes of one table; equal reasons share a mark."""
+
+    def __init__(self) -> None:
+        self._marks: dict[str, str] = {}
+
+    def mark(self, reason: str) -> str:
+        """Return the mark of this reason."""
+        return self._marks.setdefault(reason, str(len(self._marks) + 1))
+
+    def all(self) -> tuple[Note, ...]:
+        """Return the notes in the order of their marks."""
+        return tuple(Note(mark, reason) for reason, mark in self._marks.items())
+
+
 @dataclass(frozen=True)
 class Table:
     """A table: `labels` columns of labels, then columns of cells; `parts` names the values of a cell in CSV."""

@@ -5,26 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Note, Table, label, missing
-from scripts.tables.results import Group, Problem, short_variant
+from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Notes, Table, label, missing
+from scripts.tables.results import Group, Groups, Problem, short_variant
 
-Groups = Mapping[tuple[str, ...], Group]
 _ROUNDING = 2
-
-
-class Notes:
-    """The notes of one table; equal reasons share a mark."""
-
-    def __init__(self) -> None:
-        self._marks: dict[str, str] = {}
-
-    def mark(self, reason: str) -> str:
-        """Return the mark of this reason."""
-        return self._marks.setdefault(reason, str(len(self._marks) + 1))
-
-    def all(self) -> tuple[Note, ...]:
-        """Return the notes in the order of their marks."""
-        return tuple(Note(mark, reason) for reason, mark in self._marks.items())
 
 
 def our_tables(groups: Groups, problems: Sequence[Problem] = ()) -> list[Table]:

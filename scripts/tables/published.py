@@ -1,16 +1,20 @@
-"""The published tables: cells as printed, with the known errata as marks and notes."""
+"""The tables of the paper: cells as printed, with the known errata as marks and notes, alone or next to ours."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from configs.files import read_json
+from configs.errors import UserError
+from configs.files import read_json, read_yaml
 from scripts import ROOT
-from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Note, Table, label
+from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Note, Notes, Table, label, missing
+from scripts.tables.ours import our_cell
+from scripts.tables.results import Group, Groups, matching
 
 FOLDER = ROOT / "saved" / "published"
 COLUMNS = {
@@ -18,7 +22,18 @@ COLUMNS = {
     "voc2012": ("T", "max", "rankdice"),
     "kvasir_seg": ("T", "rankdice"),
 }
+# Images that the paper scored; its Kvasir-SEG split is unpublished.
+IMAGES = {"cityscapes": 500, "voc2012": 1449, "kvasir_seg": None}
 HEADS = {"T": "Threshold (at 0.5)", "max": "Argmax", "rankdice": "mRankDice"}
+_CAPTION = (
+    "Ours under protocol paper, RankDice as in the experiments. Δ = ours − published, in points; "
+    "– where the printed number cannot be compared."
+)
+_OTHER_DATA = "No difference: ours was scored on {ours} images, the paper's number on {theirs}."
+_UNKNOWN_SPLIT = "The paper's split of Kvasir-SEG is unpublished: the difference includes that of the data."
+_OTHER_NETWORK = "Not the paper's network but {model}: {differs}."
+_SEVERAL = "More than one collection holds this cell: {names}. Move one out of the way."
+_NONE = Cell(("–",))
 
 
 @dataclass(frozen=True)
@@ -100,50 +115,62 @@ def _cell(row: dict[str, str]) -> PublishedCell:
 
 def published_tables(data: Published) -> list[Table]:
     """Return the three tables of the paper, cell for cell."""
-    return [published_table(data, dataset) for dataset in COLUMNS]
+    return [_table(data, dataset) for dataset in COLUMNS]
 
 
-def published_table(data: Published, dataset: str) -> Table:
-    """Return one table: rows model × loss, columns rules, (mDice, mIoU) × .01."""
+def compared_tables(data: Published, groups: Groups, expected: Iterable[Expected] = ()) -> list[Table]:
+    """Return for each published table: published, ours and Δ = ours − published, column by column.
+
+    A row without a run of the paper's network shows the network that an experiment compares with it (`paper_rows`).
+    """
+    nearest = [block for block in expected if block.paper_rows]
+    return [_table(data, dataset, groups, nearest) for dataset in COLUMNS]
+
+
+def _table(
+    data: Published, dataset: str, groups: Groups | None = None, nearest: Sequence[Expected] = ()
+) -> Table:
+    """Return one table: rows model × loss, columns rules, (mDice, mIoU) × .01; with ``groups`` also ours."""
     cells = {(c.model, c.loss, c.predictor): c for c in data.cells if c.dataset == dataset}
-    rows = []
+    numbered, rows = Notes(), []
     for model, loss in dict.fromkeys((m, lo) for m, lo, _ in cells):
         row = [cells[model, loss, rule] for rule in COLUMNS[dataset]]
-        head = row_labels(data, row)
-        rows.append((*head, *(_layout(data, cell) for cell in row)))
+        line = [
+            label(f"{MODELS[model]} ({row[0].backbone})", _marks(data, row, "model")),
+            label(LOSSES[loss], _marks(data, row, "loss")),
+        ]
+        for cell in row:
+            line.append(Cell(cell.values, (cell.bold,) * len(cell.values), _marks(data, [cell], "cell")))
+            if groups is not None:
+                line += _ours(data, groups, cell, numbered, nearest)
+        rows.append(tuple(line))
+    # With two classes, threshold and argmax are one column.
+    heads = [HEADS[rule] for rule in COLUMNS[dataset]]
+    heads = heads if "max" in COLUMNS[dataset] else ["Threshold/Argmax", HEADS["rankdice"]]
+    name, title = "published", "published (mDice, mIoU) × .01"
+    if groups is not None:
+        name, title = "both", "published and ours (mDice, mIoU) × .01"
+        heads = [f"{rule}: {part}" for rule in heads for part in ("published", "ours", "Δ")]
     return Table(
-        name=f"published-{dataset}",
-        title=f"{DATASETS[dataset]}: published (mDice, mIoU) × .01",
-        head=("Model", "Loss", *heads(dataset)),
+        name=f"{name}-{dataset}",
+        title=f"{DATASETS[dataset]}: {title}",
+        head=("Model", "Loss", *heads),
         rows=tuple(rows),
         labels=2,
         parts=("mDice", "mIoU"),
-        notes=tuple(notes(data, cells.values())),
-        marks=marks(data, cells.values(), "table"),
+        notes=(*_notes(data, cells.values()), *numbered.all()),
+        marks=_marks(data, cells.values(), "table"),
+        caption="" if groups is None else _CAPTION,
     )
 
 
-def heads(dataset: str) -> tuple[str, ...]:
-    """Return the column titles; with two classes, threshold and argmax are one column."""
-    if "max" not in COLUMNS[dataset]:
-        return ("Threshold/Argmax", HEADS["rankdice"])
-    return tuple(HEADS[rule] for rule in COLUMNS[dataset])
-
-
-def row_labels(data: Published, row: Sequence[PublishedCell]) -> tuple[Cell, Cell]:
-    """Return model and loss of a row as the paper prints them, with the marks of the whole row."""
-    first = row[0]
-    model = f"{MODELS[first.model]} ({first.backbone})"
-    return label(model, marks(data, row, "model")), label(LOSSES[first.loss], marks(data, row, "loss"))
-
-
-def marks(data: Published, cells: Iterable[PublishedCell], scope: str) -> tuple[str, ...]:
+def _marks(data: Published, cells: Iterable[PublishedCell], scope: str) -> tuple[str, ...]:
     """Return the marks of one scope that concern any of the cells."""
     cells = list(cells)
     return tuple(e.mark for e in data.errata if e.scope == scope and any(map(e.concerns, cells)))
 
 
-def notes(data: Published, cells: Iterable[PublishedCell]) -> list[Note]:
+def _notes(data: Published, cells: Iterable[PublishedCell]) -> list[Note]:
     """Return the notes of a table, with the logged values of cells that differ from their logs."""
     cells, found = list(cells), []
     for erratum in data.errata:
@@ -165,6 +192,110 @@ def _logged(data: Published, cells: Sequence[PublishedCell]) -> str:
     return f" {', '.join(texts)}."
 
 
-def _layout(data: Published, cell: PublishedCell) -> Cell:
-    bold = (cell.bold,) * len(cell.values)
-    return Cell(cell.values, bold, marks(data, [cell], "cell"))
+def _ours(
+    data: Published, groups: Groups, cell: PublishedCell, numbered: Notes, nearest: Sequence[Expected]
+) -> tuple[Cell, Cell]:
+    """Return our cell and the difference; no difference for other data or a number that an erratum spoils."""
+    found = matching(groups, cell.dataset, "paper", cell.model, cell.loss, cell.predictor)
+    other = ""
+    for block in nearest if not found else ():
+        for model, row in block.paper_rows.items():
+            if block.dataset == cell.dataset and row == cell.model:
+                matches = matching(groups, cell.dataset, "paper", model, cell.loss, cell.predictor)
+                found += [group for group in matches if not group.reason and block.covers(group)]
+                other = _OTHER_NETWORK.format(model=model, differs=block.differs)
+    if not found:
+        return missing(), _NONE
+    if len(found) > 1:
+        names = ", ".join(sorted(group.first.collection or "runs" for group in found))
+        return Cell(("rejected",), marks=(numbered.mark(_SEVERAL.format(names=names)),)), _NONE
+    group = found[0]
+    ours = our_cell(group, numbered)
+    if other:
+        ours = replace(ours, marks=(*ours.marks, numbered.mark(other)))
+    if group.reason or cell.mdice is None:
+        return ours, _NONE
+    expected = IMAGES[cell.dataset]
+    if expected is not None and expected != group.first.num_images:
+        reason = _OTHER_DATA.format(ours=group.first.num_images, theirs=expected)
+        return ours, Cell(("–",), marks=(numbered.mark(reason),))
+    spoiled = {part for erratum in data.errata if erratum.concerns(cell) for part in erratum.spoils}
+    deltas = {
+        part: group.summary(part)[0] - value for part, value in (("dice", cell.mdice), ("iou", cell.miou))
+    }
+    split = (numbered.mark(_UNKNOWN_SPLIT),) if expected is None else ()
+    return ours, Cell(
+        tuple("–" if part in spoiled else _signed(d) for part, d in deltas.items()), marks=split
+    )
+
+
+def _signed(delta: float) -> str:
+    return "–" if math.isnan(delta) else f"{delta:+.2f}".replace("-", "−")
+
+
+# --- what experiments expect
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The scores that an experiment's configuration expects, in percent.
+
+    `scores[model][loss][rule]` is [mDice, mIoU]; either may be null. `num_images` and `collection` restrict the
+    results that are checked; null means no restriction. `paper_rows[model]` is the published network that a model
+    of this experiment is compared with, and `differs` says what is not as in the paper.
+    """
+
+    path: Path
+    dataset: str
+    protocol: str
+    tolerance: float
+    scores: Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
+    num_images: int | None = None
+    collection: str | None = None
+    paper_rows: Mapping[str, str] = field(default_factory=dict)
+    differs: str = ""
+
+    def covers(self, group: Group) -> bool:
+        """Return whether a result is of the images and the collection of this experiment."""
+        images, collection = group.first.num_images, group.first.collection
+        return self.num_images in (None, images) and self.collection in (None, collection)
+
+
+def read_expected(configs: Path) -> list[Expected]:
+    """Return the `expected:` blocks of all experiments."""
+    found = []
+    for path in sorted((configs / "experiment").rglob("*.yaml")):
+        block = (read_yaml(path) or {}).get("expected")
+        if block:
+            try:
+                found.append(Expected(path=path, **block))
+            except TypeError as error:
+                raise UserError(f"{path}: the key 'expected' is invalid: {error}") from None
+    return found
+
+
+def violations(expected: Iterable[Expected], groups: Groups) -> list[str]:
+    """Return one line for each of our numbers that is out of the tolerance of an experiment."""
+    return [
+        line
+        for block in expected
+        for model, losses in block.scores.items()
+        for loss, rules in losses.items()
+        for rule, values in rules.items()
+        for group in matching(groups, block.dataset, block.protocol, model, loss, rule)
+        if not group.reason and block.covers(group)
+        for line in _out_of_tolerance(block, group, values)
+    ]
+
+
+def _out_of_tolerance(block: Expected, group: Group, values: Sequence[float | None]) -> list[str]:
+    lines = []
+    for metric, value in zip(("dice", "iou"), values, strict=True):
+        mean = group.summary(metric)[0]
+        if value is not None and not abs(mean - value) <= block.tolerance:
+            cell = " ".join(filter(None, group.first.cell[2:]))
+            lines.append(
+                f"{cell}: m{'Dice' if metric == 'dice' else 'IoU'} {mean:.2f}, {block.path.name} expects "
+                f"{value:.2f} ± {block.tolerance:g} ({group.first.path})"
+            )
+    return lines

@@ -6,7 +6,7 @@ import csv
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -82,7 +82,10 @@ class Group:
     def summary(self, metric: str) -> tuple[float, float]:
         """Return mean and half the range over seeds of "dice" or "iou", in percent."""
         values = [getattr(result, metric) for result in self.results]
-        return math.fsum(values) / len(values), (max(values) - min(values)) / 2
+        return mean(values), (max(values) - min(values)) / 2
+
+
+Groups = Mapping[tuple[str, ...], Group]
 
 
 def read_results(saved: Path, from_counts: bool = False) -> tuple[list[Result], list[Problem]]:
@@ -127,35 +130,56 @@ def _describe(error: Exception) -> str:
     return f"no key {error}" if isinstance(error, KeyError) else str(error)
 
 
-def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
-    """Compute mDice and mIoU from the counts of images and classes, by the conventions of the record's protocol.
+def read_counts(table: Path) -> dict[tuple[str, int], tuple[int, int, int]]:
+    """Return intersection, predicted and actual pixels of each image and class in a rule's CSV file.
 
     Raises:
-        UserError: the counts are impossible, or rows are missing or occur twice.
-        OSError: the file cannot be read.
+        UserError: counts are impossible, or a row occurs twice.
+        OSError, ValueError, KeyError, csv.Error: the file cannot be read.
     """
+    counts: dict[tuple[str, int], tuple[int, int, int]] = {}
+    for row in read_csv(read_text(table, errors="surrogateescape")):
+        key = (row["image"], int(row["class"]))
+        inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
+        if not 0 <= inter <= min(predicted, actual) or not predicted + actual:
+            raise UserError(
+                f"{table}: impossible counts {inter}, {predicted}, {actual} for image {key[0]}. Fix: score again."
+            )
+        if key in counts:
+            raise UserError(f"{table}: image {key[0]}, class {key[1]} occurs twice. Fix: score again.")
+        counts[key] = inter, predicted, actual
+    return counts
+
+
+def mean_by_key(items: Iterable[tuple[Any, float]]) -> dict[Any, float]:
+    """Return the mean of the values of each key, in the order of the keys."""
+    found: dict[Any, list[float]] = {}
+    for key, value in items:
+        found.setdefault(key, []).append(value)
+    return {key: mean(values) for key, values in found.items()}
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean, NaN without values."""
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+
+
+def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
+    """Compute mDice and mIoU from the counts of images and classes, by the conventions of the record's protocol."""
     paper = record["protocol"] == "paper"
     epsilon = PAPER_EPSILON if paper else 0.0
-    images: dict[str, dict[int, tuple[float, float]]] = {}
-    for row in read_csv(read_text(table, errors="surrogateescape")):
-        inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
-        scores = images.setdefault(row["image"], {})
-        if not 0 <= inter <= min(predicted, actual) or not predicted + actual:
-            raise UserError(f"{table}: impossible counts for image {row['image']}.")
-        if int(row["class"]) in scores:
-            raise UserError(f"{table}: image {row['image']}, class {row['class']} occurs twice.")
+    dice, iou = [], []
+    for (image, _), (inter, predicted, actual) in read_counts(table).items():
         total = predicted + actual
         union = total if record.get("legacy_bce_iou") else total - inter
-        scores[int(row["class"])] = 2 * inter / (total + epsilon), inter / (union + epsilon)
-    unknown = images.keys() - set(record["images"])
+        dice.append((image, 2 * inter / (total + epsilon)))
+        iou.append((image, inter / (union + epsilon)))
+    unknown = dict(dice).keys() - set(record["images"])
     if unknown:
         raise UserError(f"{table}: image {min(unknown)} is not in the record.")
-    means = []
-    for metric in (0, 1):
-        values = [math.fsum(s[metric] for s in one.values()) / len(one) for one in images.values()]
-        mean = math.fsum(values) / len(values) if values else math.nan
-        means.append(round(mean, 3) if paper else mean)
-    return {"mean_dice": means[0], "mean_iou": means[1]}
+    means = {"mean_dice": mean(mean_by_key(dice).values()), "mean_iou": mean(mean_by_key(iou).values())}
+    return {name: round(value, 3) if paper else value for name, value in means.items()}
 
 
 def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
@@ -267,17 +291,31 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def group_seeds(results: Iterable[Result]) -> dict[tuple[str, ...], Group]:
+def group_seeds(results: Iterable[Result]) -> Groups:
     """Group the seeds of each cell; seeds that differ in anything else have no average, and the reason is kept."""
     cells: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         cells.setdefault(result.cell, []).append(result)
-    groups = {}
+    groups: dict[tuple[str, ...], Group] = {}
     for cell, members in cells.items():
         members.sort(key=lambda r: (r.seed, str(r.path)))
         found = next((text for other in members[1:] if (text := difference(members[0], other))), "")
         groups[cell] = Group(tuple(members), found or _duplicate_seed(members))
     return groups
+
+
+def matching(groups: Groups, dataset: str, protocol: str, model: str, loss: str, rule: str) -> list[Group]:
+    """Return our results of this cell without calibration, in any collection and split.
+
+    Scores of the last epoch come first, because the paper tested the last epoch. Those of the best epoch are
+    returned if a collection has no others.
+    """
+    names = ("dataset", "protocol", "model", "loss", "predictor")
+    wanted = (dataset, protocol, model, loss, rule)
+    found = [g for g in groups.values() if tuple(getattr(g.first, name) for name in names) == wanted]
+    last = [g for g in found if short_variant(g.first.variant) == "last"]
+    have_last = {g.first.collection for g in last}
+    return last + [g for g in found if g.first.variant == "" and g.first.collection not in have_last]
 
 
 def difference(one: Result, other: Result) -> str:

@@ -11,11 +11,18 @@ import pytest
 import yaml
 
 from scripts.paper_tables import main
-from scripts.tables.compare import Expected, compared_tables, read_expected, violations
 from scripts.tables.generated import inject
 from scripts.tables.layout import csv_tables, latex, markdown
 from scripts.tables.ours import our_tables
-from scripts.tables.published import COLUMNS, load_published, published_tables
+from scripts.tables.published import (
+    COLUMNS,
+    Expected,
+    compared_tables,
+    load_published,
+    published_tables,
+    read_expected,
+    violations,
+)
 from scripts.tables.results import group_seeds, read_results
 from tests.exits import exit_code
 from trainers.text import csv_text
