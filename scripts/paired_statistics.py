@@ -46,19 +46,10 @@ def markdown(found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]] = 
     """Return the comparisons as Markdown: differences over images, harm, several seeds, and classes."""
     first = found[0]
     level, metric = f"{100 * first['confidence']:g} %", first["metric"].capitalize().replace("Iou", "IoU")
-    head = [
-        "rule − baseline, seed",
-        f"mean {metric} difference [{level} BCa]",
-        "median",
-        "better / worse / tied",
-    ]
+    name, difference = "rule − baseline, seed", f"mean {metric} difference [{level} BCa]"
+    head = [name, difference, "median", "better / worse / tied"]
     head += ["standardised mean", "rank-biserial", "Wilcoxon p", "images"]
-    harm_head = [
-        "rule − baseline, seed",
-        *(f"lose > {k}" for k in HARM),
-        "worst loss",
-        "best gain",
-    ]
+    harm_head = [name, *(f"lose > {k}" for k in HARM), "worst loss", "best gain"]
     rows, harm = [], []
     for one in found:
         name = f"{title(one, found)}, {one['seed']}"
@@ -192,35 +183,23 @@ def _check(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of results"
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of results")
+    add("--baseline", default="T", metavar="RULE", help="the rule to compare with (default: T)")
+    add("--rule", action="append", metavar="RULE", help="may be repeated (default: all others)")
+    add("--metric", choices=("dice", "iou"), default="dice")
+    add("--protocol", choices=("corrected", "paper"), default="corrected")
+    add("--confidence", type=float, default=0.95)
+    add("--resamples", type=int, default=RESAMPLES, help="bootstrap samples (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    group = (
+        "resample groups of images, such as patients: a CSV file with the columns image and group, or a "
+        "regular expression for the part of the image's name that is the group"
     )
-    parser.add_argument(
-        "--baseline", default="T", metavar="RULE", help="the rule to compare with (default: T)"
-    )
-    parser.add_argument(
-        "--rule", action="append", metavar="RULE", help="may be repeated (default: all others)"
-    )
-    parser.add_argument("--metric", choices=("dice", "iou"), default="dice")
-    parser.add_argument("--protocol", choices=("corrected", "paper"), default="corrected")
-    parser.add_argument("--confidence", type=float, default=0.95)
-    parser.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help="bootstrap samples (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
-    parser.add_argument(
-        "--group",
-        metavar="FILE|PATTERN",
-        help="resample groups of images, such as patients: a CSV file with the columns image and group, or a "
-        "regular expression for the part of the image's name that is the group",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, with every difference")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="draw sorted differences, classes and, after report.py, Dice against the threshold",
-    )
+    add("--group", metavar="FILE|PATTERN", help=group)
+    add("--json", action="store_true", help="print JSON, with every difference")
+    plot = "draw sorted differences, classes and, after report.py, Dice against the threshold"
+    add("--plot", type=Path, metavar="FILE", help=plot)
     return parser
 
 

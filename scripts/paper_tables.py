@@ -45,37 +45,43 @@ from scripts.tables.results import Groups, Problem, group_seeds, read_results
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
-    if args.write:
-        return _write(root)
-    if args.check:
-        return _check(root)
+    records = root / "saved" / "results"
     if args.verify:
         return _report(verify(root), "records and tables")
-    return _show(args, root)
+    if not (args.write or args.check):
+        return _show(args, args.saved or root / "saved")
+    groups, problems = _read(records) if records.is_dir() else ({}, [])
+    files = generated(root, groups, problems)
+    if args.write:
+        for path in write(files):
+            print(f"written: {path.relative_to(root)}")
+        count = extend_manifest(records) if records.is_dir() else 0
+        if count:
+            print(f"new records in the manifest: {count}")
+        return 0
+    faults = [f"stale: {path.relative_to(root)} (run: make tables)" for path in stale(files)]
+    faults += [f"unreadable: {problem.path.relative_to(root)}" for problem in problems]
+    expected = read_expected(root / "configs")
+    faults += [f"out of tolerance: {line}" for line in violations(expected, groups)]
+    return _report(faults, f"{len(files)} generated files, {len(groups)} averages of ours")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
-    parser.add_argument("mode", nargs="?", choices=MODES, default="ours", help="which tables (default: ours)")
-    parser.add_argument("--saved", type=Path, help="folder of the runs (default: saved/ of the repository)")
-    parser.add_argument(
-        "--format", choices=FORMATS, default="md", help="Markdown, CSV or LaTeX (default: md)"
-    )
-    parser.add_argument("--output", type=Path, help="write to this file instead of the screen")
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument(
-        "--write", action="store_true", help="regenerate the tables in git; list new records in the manifest"
-    )
-    action.add_argument("--check", action="store_true", help="check the tables in git and our numbers")
-    action.add_argument(
-        "--verify", action="store_true", help="verify the records; rebuild the tables from per-image counts"
-    )
+    add = parser.add_argument
+    add("mode", nargs="?", choices=MODES, default="ours", help="which tables (default: ours)")
+    add("--saved", type=Path, help="folder of the runs (default: saved/ of the repository)")
+    add("--format", choices=FORMATS, default="md", help="Markdown, CSV or LaTeX (default: md)")
+    add("--output", type=Path, help="write to this file instead of the screen")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--write", action="store_true", help="regenerate the tables in git; list new records in the manifest")
+    add("--check", action="store_true", help="check the tables in git and our numbers")
+    add("--verify", action="store_true", help="verify the records; rebuild the tables from per-image counts")
     return parser
 
 
-def _show(args: argparse.Namespace, root: Path) -> int:
+def _show(args: argparse.Namespace, saved: Path) -> int:
     """Print or write the tables of one mode."""
-    saved = args.saved or root / "saved"
     if not saved.is_dir():
         raise UserError(
             f"--saved={saved} is not a folder. Fix: give the folder that holds <dataset>/<model>/<loss>/seed<k>."
@@ -85,9 +91,9 @@ def _show(args: argparse.Namespace, root: Path) -> int:
     text = render(found, args.format, problems)
     if args.output:
         args.output.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
-    if args.mode == "ours" and not args.output and args.format == "md":
+        return 0
+    print(text, end="")
+    if args.mode == "ours" and args.format == "md":
         path = saved / "tables.csv"
         path.write_text(render(found, "csv"), encoding="utf-8")
         print(f"written: {path}", file=sys.stderr)
@@ -98,40 +104,14 @@ def _read(saved: Path) -> tuple[Groups, list[Problem]]:
     """Return results grouped over seeds; print skipped files and rejected averages to stderr."""
     results, problems = read_results(saved)
     groups = group_seeds(results)
-    for problem in problems:
-        print(f"skipped: {problem.path}: {problem.reason}", file=sys.stderr)
-    if problems:
-        print(problem_count(problems), file=sys.stderr)
+    notes = [f"skipped: {problem.path}: {problem.reason}" for problem in problems]
+    notes += [problem_count(problems)] * bool(problems)
     for group in groups.values():
         if group.reason:
-            print(f"rejected: {' '.join(filter(None, group.first.cell))}: {group.reason}", file=sys.stderr)
+            notes.append(f"rejected: {' '.join(filter(None, group.first.cell))}: {group.reason}")
+    for note in notes:
+        print(note, file=sys.stderr)
     return groups, problems
-
-
-def _read_records(root: Path) -> tuple[Groups, list[Problem]]:
-    records = root / "saved" / "results"
-    return _read(records) if records.is_dir() else ({}, [])
-
-
-def _write(root: Path) -> int:
-    """Write the generated files, and list new records in the manifest."""
-    for path in write(generated(root, *_read_records(root))):
-        print(f"written: {path.relative_to(root)}")
-    count = extend_manifest(root / "saved" / "results") if (root / "saved" / "results").is_dir() else 0
-    if count:
-        print(f"new records in the manifest: {count}")
-    return 0
-
-
-def _check(root: Path) -> int:
-    """Check that the generated files are fresh and that our numbers are within the expected tolerances."""
-    groups, problems = _read_records(root)
-    files = generated(root, groups, problems)
-    faults = [f"stale: {path.relative_to(root)} (run: make tables)" for path in stale(files)]
-    faults += [f"unreadable: {problem.path.relative_to(root)}" for problem in problems]
-    expected = read_expected(root / "configs")
-    faults += [f"out of tolerance: {line}" for line in violations(expected, groups)]
-    return _report(faults, f"{len(files)} generated files, {len(groups)} averages of ours")
 
 
 def _report(faults: Sequence[str], checked: str) -> int:

@@ -17,9 +17,9 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
@@ -42,7 +42,7 @@ SHOWN = 50
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
     return args.run(args)
 
@@ -51,74 +51,56 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
     commands = parser.add_subparsers(required=True, metavar="list | check | fetch | split | stats")
 
-    one = commands.add_parser("list", help="the data sets, their terms, sizes and layouts")
-    one.set_defaults(run=_list)
-
-    one = commands.add_parser("check", help="read every file and list every fault")
-    one.set_defaults(run=_check)
-    _data_arguments(one)
-    one.add_argument("--all", action="store_true", help=f"list every fault, not the first {SHOWN}")
-
-    one = commands.add_parser("stats", help="mean, standard deviation and class frequencies")
-    one.set_defaults(run=_stats)
-    _data_arguments(one)
-
-    one = commands.add_parser("fetch", help="download, verify and unpack, or print how to get it")
-    one.set_defaults(run=_fetch)
-    one.add_argument("name", choices=CATALOG)
-    one.add_argument("--root", type=Path, help="where to put it (default: as configured, below data/)")
-    one.add_argument("--url", action="append", help="another address of the same archive; may be repeated")
-    one.add_argument("--checksum", help="ALGORITHM:HEX of the archive, instead of the known one")
-    one.add_argument("--attempts", type=int, default=5, help="tries per address (default: 5)")
-    one.add_argument("--keep", action="store_true", help="keep the archive after unpacking")
-
-    one = commands.add_parser("split", help="write train.txt, val.txt and test.txt for a folder of images/")
-    one.set_defaults(run=_split)
-    one.add_argument("root", type=Path)
-    one.add_argument("--val", type=float, default=0.12, help="share for validation (default: 0.12)")
-    one.add_argument("--test", type=float, default=0.0, help="share for testing (default: none)")
-    one.add_argument("--seed", type=int, default=0, help="another number gives another split")
-    one.add_argument(
-        "--group", metavar="REGEX", help="keep images together by a part of their name: '^patient\\d+'"
-    )
-    one.add_argument(
-        "--published",
-        choices=sorted(path.name for path in PUBLISHED.iterdir()),
-        help="write this split instead",
-    )
-    one.add_argument("--force", action="store_true", help="replace existing split files")
-
-    for one in commands.choices.values():
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Callable[..., Any]:
+        one = commands.add_parser(name, help=about)
+        one.set_defaults(run=run)
         one.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         one.add_argument("--quiet", action="store_true", help="no progress bars")
+        return one.add_argument
+
+    def of_data(add: Callable[..., Any]) -> None:
+        add("name", choices=CATALOG, help="a name that `list` prints; `folder` is your own data")
+        add("--root", type=Path, help="the data set's folder (default: as configured)")
+        add("--split", action="append", default=[], help="may be repeated (default: all that exist)")
+        add("--classes", type=Path, help="folder only: another classes.yaml")
+        add("--workers", type=int, default=default_workers(), help="threads (default: all cores)")
+
+    command("list", _list, "the data sets, their terms, sizes and layouts")
+    add = command("check", _check, "read every file and list every fault")
+    of_data(add)
+    add("--all", action="store_true", help=f"list every fault, not the first {SHOWN}")
+    of_data(command("stats", _stats, "mean, standard deviation and class frequencies"))
+    add = command("fetch", _fetch, "download, verify and unpack, or print how to get it")
+    add("name", choices=CATALOG)
+    add("--root", type=Path, help="where to put it (default: as configured, below data/)")
+    add("--url", action="append", help="another address of the same archive; may be repeated")
+    add("--checksum", help="ALGORITHM:HEX of the archive, instead of the known one")
+    add("--attempts", type=int, default=5, help="tries per address (default: 5)")
+    add("--keep", action="store_true", help="keep the archive after unpacking")
+    add = command("split", _split, "write train.txt, val.txt and test.txt for a folder of images/")
+    add("root", type=Path)
+    add("--val", type=float, default=0.12, help="share for validation (default: 0.12)")
+    add("--test", type=float, default=0.0, help="share for testing (default: none)")
+    add("--seed", type=int, default=0, help="another number gives another split")
+    add("--group", metavar="REGEX", help="keep images together by a part of their name: '^patient\\d+'")
+    published = sorted(path.name for path in PUBLISHED.iterdir())
+    add("--published", choices=published, help="write this split instead")
+    add("--force", action="store_true", help="replace existing split files")
     return parser
-
-
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=CATALOG, help="a name that `list` prints; `folder` is your own data")
-    parser.add_argument("--root", type=Path, help="the data set's folder (default: as configured)")
-    parser.add_argument(
-        "--split", action="append", default=[], help="may be repeated (default: all that exist)"
-    )
-    parser.add_argument("--classes", type=Path, help="folder only: another classes.yaml")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="threads (default: all cores)")
 
 
 def _list(args: argparse.Namespace) -> int:
     """Print the catalogue."""
     if args.json:
+        keys = ("about", "size", "licence", "home", "tree")
         _print_json(
             {
-                e.name: {
-                    "about": e.about,
-                    "size": e.size,
-                    "licence": e.licence,
-                    "home": e.home,
-                    "root": str(e.root),
-                    "fetch": e.archive is not None,
-                    "tree": e.tree,
+                entry.name: {
+                    **{key: getattr(entry, key) for key in keys},
+                    "root": str(entry.root),
+                    "fetch": entry.archive is not None,
                 }
-                for e in CATALOG.values()
+                for entry in CATALOG.values()
             }
         )
         return 0

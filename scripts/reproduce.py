@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,44 +40,31 @@ from configs.errors import (
     TrainingError,
 )
 from configs.files import read_json
-from scripts import ROOT
+from scripts import ROOT, paper_tables
 from scripts.common import command_line
-from scripts.grid.running import Display, call, format_time
-from scripts.grid.runs import Run, load_runs
+from scripts.grid import Display, Run, call, format_time, load_runs
 from trainers.results import results_folder
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; flags and overrides may be mixed."""
     parser = command_line(__doc__)
-    parser.add_argument("--models", help="for example smp_unet,smp_pspnet (default: from the configuration)")
-    parser.add_argument("--losses", help="for example ce,focal,bce")
-    parser.add_argument("--seeds", help="for example 0,1,2")
-    parser.add_argument("--rules", default="T,max,rankdice", help="rules to score (default: %(default)s)")
-    parser.add_argument(
-        "--protocols", default="corrected,paper", help="scoring protocols (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        choices=("best_model.pth", "last.pth"),
-        default="best_model.pth",
-        help="checkpoint to score (default: %(default)s; the paper's tables use last.pth)",
-    )
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="also score with a fitted temperature, and focal-loss networks with their correction",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads of each process")
-    parser.add_argument(
-        "--record",
-        type=Path,
-        metavar="DIR",
-        help="copy results, journals, configurations and report.json to DIR",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and their state, run nothing")
-    parser.add_argument("--quiet", action="store_true", help="print the table only")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to train.py")
+    add = parser.add_argument
+    add("--models", help="for example smp_unet,smp_pspnet (default: from the configuration)")
+    add("--losses", help="for example ce,focal,bce")
+    add("--seeds", help="for example 0,1,2")
+    add("--rules", default="T,max,rankdice", help="rules to score (default: %(default)s)")
+    add("--protocols", default="corrected,paper", help="scoring protocols (default: %(default)s)")
+    checkpoint = "checkpoint to score (default: %(default)s; the paper's tables use last.pth)"
+    add("--checkpoint", choices=("best_model.pth", "last.pth"), default="best_model.pth", help=checkpoint)
+    calibrate = "also score with a fitted temperature, and focal-loss networks with their correction"
+    add("--calibrate", action="store_true", help=calibrate)
+    add("--threads", type=int, help="CPU threads of each process")
+    record = "copy results, journals, configurations and report.json to DIR"
+    add("--record", type=Path, metavar="DIR", help=record)
+    add("--dry-run", action="store_true", help="list the runs and their state, run nothing")
+    add("--quiet", action="store_true", help="print the table only")
+    add("overrides", nargs="*", metavar="key=value", help="passed to train.py")
     return parser.parse_intermixed_args(argv)
 
 
@@ -246,8 +232,7 @@ def print_table(grid: Sequence[Run]) -> None:
     for saved in dict.fromkeys(run.cfg.save_dir for run in grid):
         if Path(saved).is_dir():
             print(flush=True)
-            command = [sys.executable, str(ROOT / "scripts" / "paper_tables.py"), "--saved", saved]
-            subprocess.run(command, check=False)
+            paper_tables.main(["--saved", saved])
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ Exit codes: 0 done, 2 bad input, 3 the disk failed.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
@@ -36,10 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs.cli import run_cli
 from configs.errors import UserError
+from configs.files import write_text
 from rankseg import rank_dice
 from rankseg.rules import threshold
 from scripts.analysis.charts import load_pyplot
 from scripts.common import command_line
+from trainers.text import csv_text, markdown_table
 
 EXAMPLES = ("exponential", "linear", "step", "thresholds")
 SIZES = (28, 64, 128, 256)
@@ -126,25 +128,21 @@ def rules(fixed: Sequence[float]) -> dict[str, Rule]:
 def settings(
     example: str, sizes: Sequence[int], seed: int
 ) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """The settings of an example: a name, the size, and a function that makes the next image."""
-    for size in sizes if example != "thresholds" else (64,):
+    """Yield the settings of an example: a name, the size, and a function that makes the next image."""
+    if example == "thresholds":
+        yield "ρ random", 64, partial(random_block, 64, _generator(seed, "thresholds"))
+        return
+    for size in sizes:
         if example == "exponential":
             for base in (1.01, 1.05, 1.10):
-                yield f"b = {base:.2f}", size, lambda size=size, base=base: exponential(size, base)
+                yield f"b = {base:.2f}", size, partial(exponential, size, base)
         elif example == "linear":
             for slope in (1.0, 2.0, 4.0):
-                yield f"b = {slope:g}", size, lambda size=size, slope=slope: linear(size, slope)
-        elif example == "step":
+                yield f"b = {slope:g}", size, partial(linear, size, slope)
+        else:
             for level in (0.1, 0.2, 0.3, 0.4):
                 source = _generator(seed, f"step {size} {level}")
-                yield (
-                    f"β = {level:g}",
-                    size,
-                    lambda size=size, level=level, source=source: block(size, size // 2, 0, 0, level, source),
-                )
-        else:
-            source = _generator(seed, "thresholds")
-            yield "ρ random", size, lambda size=size, source=source: random_block(size, source)
+                yield f"β = {level:g}", size, partial(block, size, size // 2, 0, 0, level, source)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -165,18 +163,10 @@ def simulate(
     """
     if images < 2 or draws < 2:
         raise UserError(f"a standard error needs at least 2 images and 2 draws, got {images} and {draws}")
-    fixed = THRESHOLDS if example == "thresholds" else (0.5,)
+    chosen = rules(THRESHOLDS if example == "thresholds" else (0.5,))
+    images = images if example in ("step", "thresholds") else 1
     return [
-        _row(
-            example,
-            setting,
-            size,
-            make,
-            rules(fixed),
-            images if example in ("step", "thresholds") else 1,
-            draws,
-            seed,
-        )
+        _row(example, setting, size, [make() for _ in range(images)], chosen, draws, seed)
         for setting, size, make in settings(example, sizes, seed)
     ]
 
@@ -185,19 +175,18 @@ def _row(
     example: str,
     setting: str,
     size: int,
-    make: Callable[[], Tensor],
+    images: Sequence[Tensor],
     chosen: dict[str, Rule],
-    images: int,
     draws: int,
     seed: int,
 ) -> Row:
+    """Score the rules on the images of one setting."""
     labels = _generator(seed, f"labels {example} {setting} {size}")
     scores, volumes, cutoffs = [], [], []
-    for _ in range(images):
-        probs = make()
+    for probs in images:
         masks = [rule(probs[None, None])[0, 0] for rule in chosen.values()]
         dice = dice_of_draws(probs, masks, draws, labels)
-        scores.append(dice if images == 1 else dice.mean(0, keepdim=True))
+        scores.append(dice if len(images) == 1 else dice.mean(0, keepdim=True))
         volumes.append([int(mask.sum()) for mask in masks])
         cutoffs.append(float(probs[masks[-1]].min()) if masks[-1].any() else 1.0)
     table = 100 * torch.cat(scores)  # (images or draws, rules)
@@ -219,45 +208,32 @@ def _mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table for each example; RankDice − T 0.5 is paired, draw by draw or image by image."""
+    """Return one table for each example; RankDice − T 0.5 is paired, draw by draw or image by image."""
     blocks = []
     for example in dict.fromkeys(row.example for row in rows):
         own = [row for row in rows if row.example == example]
-        names = list(own[0].dice)
-        head = ["setting", "size", *names, "RankDice − T 0.5", "smallest p chosen", "volume T 0.5 → RankDice"]
-        lines = [
-            f"**{example}**",
-            "",
-            f"| {' | '.join(head)} |",
-            f"|{' :-- |' * 2}{' :-: |' * (len(head) - 2)}",
-        ]
+        head = ["setting", "size", *own[0].dice]
+        head += ["RankDice − T 0.5", "smallest p chosen", "volume T 0.5 → RankDice"]
+        cells = []
         for row in own:
-            cells = [row.setting, f"{row.size}²", *(_cell(*row.dice[name]) for name in names)]
-            cells += [f"{row.gain[0]:+.2f} ({row.gain[1]:.2f})", _span(row.cutoffs)]
-            cells.append(f"{row.volume['T 0.5']:.0f} → {row.volume['RankDice']:.0f}")
-            lines.append(f"| {' | '.join(cells)} |")
-        blocks.append("\n".join(lines))
+            low, mean, high = row.cutoffs
+            span = f"{mean:.3f}" if low == high else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+            scores = [f"{dice:.2f} ({error:.2f})" for dice, error in row.dice.values()]
+            volumes = f"{row.volume['T 0.5']:.0f} → {row.volume['RankDice']:.0f}"
+            gain = f"{row.gain[0]:+.2f} ({row.gain[1]:.2f})"
+            cells.append([row.setting, f"{row.size}²", *scores, gain, span, volumes])
+        blocks.append(f"**{example}**\n\n{markdown_table(head, cells, labels=2)}")
     return "\n\n".join(blocks) + "\n"
 
 
-def _cell(mean: float, error: float) -> str:
-    return f"{mean:.2f} ({error:.2f})"
-
-
-def _span(cutoffs: tuple[float, float, float]) -> str:
-    low, mean, high = cutoffs
-    return f"{mean:.3f}" if low == high else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """A line for each setting and rule."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("example", "setting", "size", "rule", "dice", "standard_error", "volume"))
-        for row in rows:
-            for name, (mean, error) in row.dice.items():
-                numbers = (f"{mean:.4f}", f"{error:.4f}", f"{row.volume[name]:.1f}")
-                writer.writerow((row.example, row.setting, row.size, name, *numbers))
+def as_csv(rows: Sequence[Row]) -> str:
+    """Return a line for each setting and rule."""
+    lines = [("example", "setting", "size", "rule", "dice", "standard_error", "volume")]
+    for row in rows:
+        for name, (mean, error) in row.dice.items():
+            numbers = (f"{mean:.4f}", f"{error:.4f}", f"{row.volume[name]:.1f}")
+            lines.append((row.example, row.setting, str(row.size), name, *numbers))
+    return csv_text(lines)
 
 
 def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
@@ -284,21 +260,16 @@ def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = command_line(__doc__)
-    parser.add_argument(
-        "examples", nargs="*", metavar="EXAMPLE", help=f"some of {', '.join(EXAMPLES)} (default: all)"
-    )
-    parser.add_argument(
-        "--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="widths (default: 28 64 128 256)"
-    )
-    parser.add_argument("--images", type=int, default=100, help="random patterns a setting (default: 100)")
-    parser.add_argument("--draws", type=int, default=100, help="label maps an image (default: 100)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, help="write the numbers to this file too")
-    parser.add_argument(
-        "--heatmaps", type=Path, metavar="FOLDER", help="draw the patterns (needs matplotlib)"
-    )
+    add = parser.add_argument
+    add("examples", nargs="*", metavar="EXAMPLE", help=f"some of {', '.join(EXAMPLES)} (default: all)")
+    add("--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="widths (default: 28 64 128 256)")
+    add("--images", type=int, default=100, help="random patterns of each setting (default: 100)")
+    add("--draws", type=int, default=100, help="label maps of each image (default: 100)")
+    add("--seed", type=int, default=0, help="seed of patterns and labels (default: 0)")
+    add("--csv", type=Path, help="write the numbers to this file too")
+    add("--heatmaps", type=Path, metavar="FOLDER", help="draw the patterns")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.examples if name not in EXAMPLES]
     if unknown:
@@ -312,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"written: {draw_heatmaps(example, args.heatmaps, seed=args.seed)}", file=sys.stderr)
     print(markdown(rows), end="")
     if args.csv:
-        write_csv(rows, args.csv)
+        write_text(args.csv, as_csv(rows))
     return 0
 
 

@@ -18,9 +18,8 @@ from omegaconf import OmegaConf
 
 from configs import build
 from configs.errors import EXIT_BUSY
-from scripts.grid import running
-from scripts.grid.running import Display, format_time, remaining_epochs
-from scripts.grid.runs import Run, load_runs
+from scripts import grid
+from scripts.grid import Display, Run, format_time, load_runs
 from trainers.results import results_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +118,7 @@ def test_two_cells_in_one_folder_are_refused() -> None:
 
 def test_the_time_left_follows_from_the_epochs_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [0.0]
-    monkeypatch.setattr(running.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(grid.time, "monotonic", lambda: now[0])
     runs = load_runs([*SMALL, "loss=ce,bce", f"save_dir={tmp_path}"])
     display = Display(runs, quiet=True)
     assert display.total == 8  # three epochs and the scoring, twice
@@ -258,11 +257,11 @@ def test_the_data_is_named_relative_to_the_repository(tmp_path: Path) -> None:
 
 def test_what_is_left_of_an_interrupted_cell(tmp_path: Path) -> None:
     cell = load_runs([*SMALL, f"save_dir={tmp_path}"])[0]
-    assert remaining_epochs(cell) == 4  # three epochs and the scoring
+    assert cell.epochs_left() == 4  # three epochs and the scoring
     cell.folder.mkdir(parents=True)
     rows = [{"step": 9, "kind": "train", "epoch": e, "loss": 1} for e in (1, 2)]
     (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert remaining_epochs(cell) == 2 and not cell.is_trained()
+    assert cell.epochs_left() == 2 and not cell.is_trained()
 
 
 @pytest.fixture
@@ -270,13 +269,13 @@ def speaker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A script in the place of train.py, and the log that it writes to."""
     script = "import sys, time\nprint('epoch 1')\nprint('error: ' + sys.argv[1], file=sys.stderr)\n"
     (tmp_path / "train.py").write_text(script + "time.sleep(float(sys.argv[2]))\nsys.exit(3)\n")
-    monkeypatch.setattr(running, "ROOT", tmp_path)
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
     return tmp_path / "run" / "reproduce.log"
 
 
 def test_a_process_writes_to_the_log_and_its_last_line_is_the_reason(speaker: Path) -> None:
-    assert running.call(["train.py", "first", "0"], speaker, 1, lambda: None) == (3, "error: first")
-    assert running.call(["train.py", "second", "0"], speaker, 1, lambda: None) == (3, "error: second")
+    assert grid.call(["train.py", "first", "0"], speaker, 1, lambda: None) == (3, "error: first")
+    assert grid.call(["train.py", "second", "0"], speaker, 1, lambda: None) == (3, "error: second")
     text = speaker.read_text()
     assert text.count("$ python train.py") == 2 and "epoch 1" in text and "error: first" in text
 
@@ -287,7 +286,7 @@ def test_the_process_stops_when_the_command_is_stopped(speaker: Path) -> None:
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        running.call(["train.py", "x", "300"], speaker, 1, stop)
+        grid.call(["train.py", "x", "300"], speaker, 1, stop)
     assert time.monotonic() - started < 100  # it waited for the child, which had 300 seconds to go
 
 

@@ -1,1 +1,0 @@
-"""Grids of training runs: which runs there are (runs) and how each is executed (running)."""
