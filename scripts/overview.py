@@ -81,7 +81,7 @@ def main() -> None:
         fitter.save()
         rules, criterion = build.rules(RULES, cfg), build.loss(cfg)
         loader, scoring = build.eval_loader(cfg, data, world), build.scoring(cfg, data.info)
-        options = {"to_probs": to_probs, "precision": precision}
+        options: Any = {"to_probs": to_probs, "precision": precision}
         results = evaluate(network, loader, rules, criterion, scoring, world, progress="scoring", **options)
         dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
         gain = dice["rankdice"] - dice["T"]
@@ -89,8 +89,8 @@ def main() -> None:
         if not order:
             raise UserError(f"split={cfg.split}: no image has a class that is scored; choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
-        seen = (network, data, loader.transform, rules, criterion.link, world, picked)
-        drawn = panels(*seen, _stack, **options)
+        seen: Any = (network, data, loader.transform, rules, criterion.link, world, picked)
+        drawn = panels(*seen, draw=_stack, **options)
         rows: list[Tensor] = []
         for quantile, index, (_, stack) in zip(QUANTILES, picked, drawn, strict=True):
             enlarged = stack.repeat_interleave(args.scale, 2).repeat_interleave(args.scale, 3)

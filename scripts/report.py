@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
@@ -69,7 +69,7 @@ def report(args: argparse.Namespace, world: World) -> Path:
         build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
     compared, fitted = {}, []
     for kind, changes in variants(cfg).items():
-        fitter = Fitter(OmegaConf.merge(cfg, changes), network, path, world)
+        fitter = Fitter(cast(DictConfig, OmegaConf.merge(cfg, changes)), network, path, world)
         rules, values = fitter.rules(names, data)
         compared[kind] = fitter.to_probs(), rules
         fitted += fitter.report(values, data) if kind == "raw" else []

@@ -119,7 +119,7 @@ def dice_of_draws(probs: Tensor, masks: Sequence[Tensor], draws: int, generator:
 
 def rules(fixed: Sequence[float]) -> dict[str, Rule]:
     """Thresholds at fixed values, RankDice by the blind approximation and exact; the exact one comes last."""
-    found: dict[str, Rule] = {f"T {at:g}": lambda p, at=at: threshold(p, at=at) for at in fixed}
+    found: dict[str, Rule] = {f"T {at:g}": partial(threshold, at=at) for at in fixed}
     found["RankDice (BA)"] = lambda p: rank_dice(p, app=2).predict
     found["RankDice"] = lambda p: rank_dice(p).predict
     return found
