@@ -28,13 +28,13 @@ examples:
   python test.py -r RUN/best_model.pth -p rankdice -p T protocol=paper dataset.root=/data/Kvasir-SEG
   python test.py -r checkpoint-epoch300.pth -p rankdice dataset.root=/data/cityscapes      (the authors' files)
 
-Everything else comes from the configuration stored in the checkpoint. Results of best_model.pth are written to
-results/ next to it (results/paper/ under protocol=paper), those of last.pth to results/of_last/; in there to
-calibrated/ with calibrate=temperature (or temperature=),
-calibrated_class/ with calibrate=class, focal_corrected/ with correct_focal=true, gate_fit/ with gate=fit, and
-threshold_0.3/ if T cuts at 0.3. T_fit, auto, calibrate and gate=fit are fitted on the validation split, pooled_dice and
-pooled_iou on the scored split without labels; the values are kept in CHECKPOINT.fitted.json. Exit codes: 0 done, 2 bad
-input, 3 scoring failed (too little memory, a dead or stalled loader process).
+Everything else comes from the configuration stored in the checkpoint.
+Results of best_model.pth are written to results/ next to it (results/paper/ under protocol=paper), those of last.pth to
+results/of_last/. Options have sub-folders there: calibrated/ (calibrate=temperature or temperature=), calibrated_class/
+(calibrate=class), focal_corrected/ (correct_focal=true), gate_fit/ (gate=fit), threshold_0.3/ (threshold=0.3).
+T_fit, auto, calibrate and gate=fit are fitted on the validation split. pooled_dice and pooled_iou are fitted on the
+scored split without labels. The values are kept in CHECKPOINT.fitted.json.
+Exit codes: 0 done, 2 bad input, 3 scoring failed (too little memory, a dead or stalled loader process).
 """
 
 
@@ -49,27 +49,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "-r", "--resume", required=True, metavar="CHECKPOINT", type=Path, help="ours, or a released one"
     )
-    parser.add_argument(
-        "-p",
-        "--predictor",
-        action="append",
-        metavar="RULE",
-        help=f"may be repeated; `all` is {', '.join(ALL)}. One of: {', '.join(options('predictor'))}",
-    )
+    rules = f"may be repeated; `all` is {', '.join(ALL)}. One of: {', '.join(options('predictor'))}"
+    parser.add_argument("-p", "--predictor", action="append", metavar="RULE", help=rules)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--out", type=Path, help="folder for the results instead of the checkpoint's")
     parser.add_argument("--quiet", action="store_true", help="print the comparison only")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="such as split=val, protocol=paper, dataset.root=PATH",
-    )
+    overrides = "such as split=val, protocol=paper, dataset.root=PATH"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
     return parser.parse_intermixed_args(argv)
 
 
 def score(args: argparse.Namespace, world: World) -> None:
-    """Load, score, print and write."""
+    """Load a checkpoint, score the rules, write the results and print them."""
     network, cfg, checkpoint = load(args.resume, args.overrides)
     network = network.to(world.device)
     names = [rule for name in args.predictor or ["rankdice"] for rule in (ALL if name == "all" else (name,))]
@@ -90,11 +81,8 @@ def score(args: argparse.Namespace, world: World) -> None:
     if world.is_main:
         require_writable(folder)
     criterion = build.loss(cfg)
-    with as_training_error(
-        "scoring", "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
-    ):
+    with as_training_error("scoring"):
         fitter = Fitter(cfg, network, args.resume, world)
-        to_probs = fitter.to_probs()
         rules, fitted = fitter.rules(dict.fromkeys(names), data)
         fitter.save()
         loader = build.eval_loader(cfg, data, world)
@@ -105,7 +93,7 @@ def score(args: argparse.Namespace, world: World) -> None:
             criterion,
             build.scoring(cfg, data.info),
             world,
-            to_probs=to_probs,
+            to_probs=fitter.to_probs(),
             confidences=True,
             precision=cfg.trainer.precision,
             progress=f"{cfg.dataset.name} {cfg.split}",
@@ -139,13 +127,11 @@ def score(args: argparse.Namespace, world: World) -> None:
     for line in fitter.report(fitted, data):
         print(line)
     print(comparison(results))
-    if {"T", "rankdice"} <= set(results) and not is_calibrated(cfg) and not cfg.correct_focal:
-        dice = {name: result.scores["mean_dice"] for name, result in results.items()}
-        if dice["rankdice"] < dice["T"]:
-            more = " or correct_focal=true" if cfg.loss.name == "focal" else ""
-            print(
-                f"RankDice needs calibrated probabilities; try calibrate=temperature or calibrate=class{more}"
-            )
+    dice = {name: result.scores["mean_dice"] for name, result in results.items()}
+    raw = not is_calibrated(cfg) and not cfg.correct_focal
+    if raw and dice.get("rankdice", 1.0) < dice.get("T", 0.0):
+        more = " or correct_focal=true" if cfg.loss.name == "focal" else ""
+        print(f"RankDice needs calibrated probabilities; try calibrate=temperature or calibrate=class{more}")
     print(f"results: {folder}")
 
 

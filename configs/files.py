@@ -1,4 +1,4 @@
-"""Read and write small files: text, YAML and JSON within bounds, and writes that never leave half a file.
+"""Read text, YAML and JSON within bounds, write files completely or not at all, and lock files.
 
 Every package may import this module. It imports nothing of the project but the errors.
 """

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from configs.errors import TrainingError, UserError
 
+LESS_MEMORY = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
 # What torch's message contains, what it means, and what to do (None: see `more_memory`).
 _KNOWN = (
     (r"out of memory|can't allocate memory|not enough memory|MemoryError", "out of memory", None),
@@ -30,7 +31,7 @@ _KNOWN = (
 
 
 @contextlib.contextmanager
-def as_training_error(doing: str, more_memory: str) -> Iterator[None]:
+def as_training_error(doing: str, more_memory: str = LESS_MEMORY) -> Iterator[None]:
     """Convert known RuntimeErrors of torch and of the loader to a TrainingError; others are raised unchanged.
 
     Args:

@@ -1,9 +1,9 @@
 """Selective prediction: which images to trust, and a lower bound on their Dice with a guaranteed probability.
 
 A confidence ranks images; the risk of an image is 1 - Dice. The risk-coverage curve is the mean risk of the most
-confident images; its mean, AURC, measures the order. Split conformal prediction turns confidences into bounds: let
-s_i = confidence_i - Dice_i on n images that chose nothing, and q the ⌈(n+1)(1-α)⌉-th smallest s_i. A new exchangeable
-image has Dice >= confidence - q with probability at least 1 - α.
+confident images. The mean of the curve, AURC, measures the ranking. Split conformal prediction turns confidences into
+bounds. Let s_i = confidence_i - Dice_i on n images that were not used for any choice, and q the ⌈(n+1)(1-α)⌉-th
+smallest s_i. A new exchangeable image has Dice >= confidence - q with probability at least 1 - α.
 
 Shapes: n images.
 """

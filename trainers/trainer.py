@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, Protocol
 
 from torch import nn
@@ -26,7 +26,6 @@ from trainers.update import Update
 
 Validate = Callable[[nn.Module, int, int], float]
 _STOP = 2  # a vote that outweighs that for a checkpoint, 1
-_MEMORY_REMEDY = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
 
 
 class EpochLoader(Protocol):
@@ -59,10 +58,11 @@ def last_logged_step(checkpoint: dict[str, Any] | None) -> int:
     return progress["updates"] - (progress["step"] > 0)
 
 
+@dataclass(eq=False)
 class Trainer:
     """Train with one update per step, and write what is needed to resume from any step.
 
-    Args:
+    Attributes:
         update: makes one update from one batch.
         schedule: ``(k, total) -> factor`` of the base learning rates for update k = 1 … total.
         loader: the training batches.
@@ -75,27 +75,22 @@ class Trainer:
         save_minutes: the longest time between two ``last.pth`` inside an epoch (0: only at its end).
     """
 
-    def __init__(
-        self,
-        update: Update,
-        schedule: Schedule,
-        loader: EpochLoader,
-        validate: Validate,
-        checkpoints: Checkpoints,
-        journal: Journal,
-        stored: dict[str, Any],
-        *,
-        epochs: int,
-        validate_every: int = 1,
-        save_every: int = 10,
-        save_minutes: float = 10.0,
-    ) -> None:
-        self.update, self.schedule, self.loader, self.validate = update, schedule, loader, validate
-        self.checkpoints, self.journal, self.stored = checkpoints, journal, stored
-        self.epochs, self.validate_every, self.save_every = epochs, validate_every, save_every
-        self.save_seconds = save_minutes * 60
-        self.world, self.progress = update.world, Progress()
-        for group in update.optimizer.param_groups:
+    update: Update
+    schedule: Schedule
+    loader: EpochLoader
+    validate: Validate
+    checkpoints: Checkpoints
+    journal: Journal
+    stored: dict[str, Any]
+    _: KW_ONLY
+    epochs: int
+    validate_every: int = 1
+    save_every: int = 10
+    save_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        self.world, self.progress = self.update.world, Progress()
+        for group in self.update.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
     def fit(self) -> None:
@@ -106,7 +101,7 @@ class Trainer:
             TrainingError: see :class:`trainers.update.Update`; a failure of the loader or of validation.
         """
         now = self.progress
-        with StopSignals() as stop, as_training_error("training", _MEMORY_REMEDY):
+        with StopSignals() as stop, as_training_error("training"):
             while now.epoch < self.epochs:
                 self._steps(stop)
                 self._finish_epoch(stop)
@@ -130,7 +125,7 @@ class Trainer:
                     loss=f"{now.loss_sum / now.step:.4f}", mDice=_format_score(now.score), refresh=False
                 )
                 bar.update()
-                overdue = bool(self.save_seconds) and clock - saved > self.save_seconds
+                overdue = 0 < 60 * self.save_minutes < clock - saved
                 if vote := max_over_ranks(_STOP if stop.name else int(overdue), self.world):
                     self._write(self.checkpoints.save_last)
                     saved = time.monotonic()
@@ -186,7 +181,7 @@ class Trainer:
         network, random = unwrap(self.update.model), rng_state()
         share_buffers(network, self.world)
         try:
-            with stop.at_once(self.world.size == 1), as_training_error("validating", _MEMORY_REMEDY):
+            with stop.at_once(self.world.size == 1), as_training_error("validating"):
                 return self.validate(network, epoch, self.progress.updates)
         except Interrupted:
             restore_rng(random)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -27,10 +28,11 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
+@dataclass(eq=False)
 class Update:
     """Update the weights from one batch, with one forward pass.
 
-    Args:
+    Attributes:
         model: the network, possibly wrapped; returns an object with ``logits`` and ``aux`` (or None).
         criterion: ``(logits (N, C, H, W), targets (N, H, W)) -> scalar``; its ``weight_of(targets)``, if any,
             returns the number of terms in that mean.
@@ -39,32 +41,28 @@ class Update:
         precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling).
         accumulate: parts that a batch is split into to save memory; the update is that of the whole batch.
         clip_norm: bound of the gradient's norm, or None.
-        channels_last: the memory format of the images (faster convolutions on recent GPUs).
+        channels_last: whether to use that memory format of the images (faster convolutions on recent GPUs).
         second_forward: run the network again after each update, as the paper's code did for its metrics: BatchNorm
             then updates its statistics twice per step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        world: World,
-        *,
-        precision: str = "fp32",
-        accumulate: int = 1,
-        clip_norm: float | None = None,
-        channels_last: bool = False,
-        second_forward: bool = False,
-    ) -> None:
-        autocast(world.device, precision)  # rejects an unknown precision
-        if accumulate < 1:
-            raise ConfigError(f"trainer.accumulate={accumulate} is invalid: expected an integer >= 1")
-        self.model, self.criterion, self.optimizer, self.world = model, criterion, optimizer, world
-        self.accumulate, self.clip_norm, self.second_forward = accumulate, clip_norm, second_forward
-        self.precision = precision
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    model: nn.Module
+    criterion: nn.Module
+    optimizer: torch.optim.Optimizer
+    world: World
+    _: KW_ONLY
+    precision: str = "fp32"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    channels_last: bool = False
+    second_forward: bool = False
+
+    def __post_init__(self) -> None:
+        autocast(self.world.device, self.precision)  # rejects an unknown precision
+        if self.accumulate < 1:
+            raise ConfigError(f"trainer.accumulate={self.accumulate} is invalid: expected an integer >= 1")
+        self.memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.precision == "fp16")
 
     def __call__(self, batch: Any) -> float:
         """Update the weights on a batch with ``images``, ``targets`` and ``names``; return its loss.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import nn
@@ -17,33 +18,28 @@ from trainers.losses import SegmentationLoss
 NEUTRAL = "T"  # the rule whose mDice chooses the best epoch: the threshold favours no ranking rule
 
 
+@dataclass(eq=False)
 class Validation:
     """Score a network on the validation images.
 
-    Args:
+    Attributes:
         data, loader: the images, and their batches; ``loader.transform`` made them.
         rules: name -> rule; the score of rule ``T`` chooses the best epoch.
         epochs: their number, for the printed line.
         panels: how many images are drawn for TensorBoard.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        loader: Any,
-        rules: Mapping[str, Predictor],
-        criterion: SegmentationLoss,
-        scoring: Scoring,
-        journal: Journal,
-        world: World,
-        *,
-        epochs: int,
-        precision: str = "fp32",
-        panels: int = 0,
-    ) -> None:
-        self.data, self.loader, self.rules, self.criterion = data, loader, dict(rules), criterion
-        self.scoring, self.journal, self.world = scoring, journal, world
-        self.epochs, self.precision, self.panels = epochs, precision, panels
+    data: Any
+    loader: Any
+    rules: Mapping[str, Predictor]
+    criterion: SegmentationLoss
+    scoring: Scoring
+    journal: Journal
+    world: World
+    _: KW_ONLY
+    epochs: int
+    precision: str = "fp32"
+    panels: int = 0
 
     def __call__(self, network: nn.Module, epoch: int, step: int) -> float:
         """Return the mDice of rule T, or 0 if no image defines it."""
