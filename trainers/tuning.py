@@ -58,7 +58,7 @@ class ThresholdTable:
         """Count a batch of probabilities (N, C, *S) against its truth."""
         images, classes = probs.shape[:2]
         steps = len(thresholds) + 1
-        grid = torch.tensor(thresholds, dtype=torch.float64, device=probs.device).to(probs.dtype)
+        grid = torch.tensor(thresholds, dtype=torch.float64, device="cpu").to(probs.device, probs.dtype)
         rows = torch.arange(images * classes, device=probs.device).view(-1, 1) * steps
         # Entry k of a row: the pixels that pass k thresholds and not k + 1.
         places = torch.bucketize(probs.flatten(2).flatten(0, 1), grid, right=True) + rows

@@ -2,7 +2,7 @@
 
 Every row is a median of `--rounds` rounds in which all candidates take turns, so that a drifting machine affects
 all alike. Each table has two ratios: of processor time, which other users of the machine hardly change, and of wall
-time. `--busy N` repeats the main table while N processes, started and ended here, keep the processor busy.
+time. `--busy N` measures while N processes, started and ended here, keep the processor busy. `--parts` chooses tables.
 `--peer PYTHON` names the interpreter of an environment with `rankseg==0.0.8` (the names clash).
 """
 
@@ -59,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-trna", action="store_true", help="the peer's T-RNA too (two minutes a round)")
     parser.add_argument("--volume", action="store_true", help="a 1x2x256x256x256 volume too (1 GiB)")
     parser.add_argument("--plot", type=Path, help="write the scaling plot to this file (needs matplotlib)")
-    parser.add_argument("--main-only", action="store_true", help="print the main table alone")
+    parser.add_argument(
+        "--logits", type=Path, help=".npz with `logits` (N, C, H, W) of a network, for real maps"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="tables to print (default all)"
+    )
 
 
 class Seconds(NamedTuple):
@@ -112,19 +117,16 @@ def main(args: argparse.Namespace) -> None:
         f"{rankseg.backend()}{beside}\n"
     )
     with busy(args.busy):
-        speed(args, "cpu")
-        if torch.cuda.is_available():
-            print(f"\non {torch.cuda.get_device_name()}")
-            speed(args, "cuda")
-        if not args.main_only:
-            shapes(args)
-    if args.main_only:
-        return
-    trna(args)
-    memory(args)
-    if args.peer:
-        one_label(args)
-    scaling(args)
+        for name in args.parts:
+            PARTS[name](args)
+
+
+def main_table(args: argparse.Namespace) -> None:
+    """The exact rules on the CPU, and on a GPU if there is one."""
+    speed(args, "cpu")
+    if torch.cuda.is_available():
+        print(f"\non {torch.cuda.get_device_name()}")
+        speed(args, "cuda")
 
 
 def fields(size: int, images: int = 6, classes: int = 19) -> dict[str, Tensor]:
@@ -222,8 +224,7 @@ def calls(run: Callable[[], object], number: int) -> None:
 
 def shapes(args: argparse.Namespace) -> None:
     """Other sizes, numbers of classes and half precision, on saturated maps."""
-    print("\n| saturated | backend | rank_dice, processor ms | against argmax: processor | wall |")
-    print("|---|---|---|---|---|")
+    shape_header("saturated")
     for size, images, classes, dtype in (
         (64, 1, 2, torch.float32),
         (256, 1, 2, torch.float32),
@@ -235,18 +236,42 @@ def shapes(args: argparse.Namespace) -> None:
     ):
         size = min(size, args.largest)
         probs = fields(size, images, classes)["saturated"].to(dtype)
-        # Small maps: one sample is many calls, so that the clock can see it.
-        repeat = max(1, (1 << 17) // probs[0, 0].numel())
-        rules = candidates_for(probs)
-        kept = ["argmax + one-hot", *(f"rank_dice, {name}" for name in ("native", "python"))]
-        rows = timed({name: partial(calls, rules[name], repeat) for name in kept if name in rules}, args)
-        for name, value in rows.items():
-            if name != "argmax + one-hot":
-                shape = f"{images}x{classes}x{size}x{size} {str(dtype).removeprefix('torch.')}"
-                ratio = value.over(rows["argmax + one-hot"])
-                print(
-                    f"| {shape} | {name.split(', ')[1]} | {1000 * value.processor / repeat:.3f} | {ratio} |"
-                )
+        shape_rows(probs, args)
+
+
+def shape_header(title: str) -> None:
+    """Print the head of a table of `shape_rows`."""
+    print(f"\n| {title} | backend | rank_dice, processor ms | against argmax: processor | wall |")
+    print("|---|---|---|---|---|")
+
+
+def shape_rows(probs: Tensor, args: argparse.Namespace) -> None:
+    """rank_dice with each backend on one tensor."""
+    # Small maps: one sample is many calls, so that the clock can see it.
+    repeat = max(1, (1 << 17) // probs[0, 0].numel())
+    rules = candidates_for(probs)
+    kept = ["argmax + one-hot", *(f"rank_dice, {name}" for name in ("native", "python"))]
+    rows = timed({name: partial(calls, rules[name], repeat) for name in kept if name in rules}, args)
+    shape = f"{'x'.join(map(str, probs.shape))} {str(probs.dtype).removeprefix('torch.')}"
+    for name, value in rows.items():
+        if name != "argmax + one-hot":
+            ratio = value.over(rows["argmax + one-hot"])
+            print(f"| {shape} | {name.split(', ')[1]} | {1000 * value.processor / repeat:.3f} | {ratio} |")
+
+
+def real(args: argparse.Namespace) -> None:
+    """Maps of a network, one image a call, at their size and at `--size`: the first, the middle and the last image."""
+    if args.logits is None:
+        return
+    import numpy as np
+
+    logits = torch.from_numpy(np.load(args.logits)["logits"]).float()
+    shape_header(f"softmax of {args.logits.name}")
+    for index in (0, len(logits) // 2, len(logits) - 1):
+        image = logits[index : index + 1]
+        large = torch.nn.functional.interpolate(image, (args.size, args.size), mode="bilinear")
+        for maps in (image, large):
+            shape_rows(maps.softmax(1), args)
 
 
 def trna(args: argparse.Namespace) -> None:
@@ -300,6 +325,8 @@ def memory(args: argparse.Namespace) -> None:
 
 def one_label(args: argparse.Namespace) -> None:
     """Surrogate objective of one-label masks: argmax, the peer's multiclass rule, ours."""
+    if not args.peer:
+        return
     print("\n| one label per pixel, 4x19x256x256 | argmax | peer | rank_dice | bound (overlap allowed) |")
     print("|---|---|---|---|---|")
     for sharpness in (2, 6):
@@ -359,3 +386,14 @@ def plot(points: list[tuple[int, float]], path: Path) -> None:
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "main": main_table,
+    "shapes": shapes,
+    "real": real,
+    "approximations": trna,
+    "memory": memory,
+    "objective": one_label,
+    "scaling": scaling,
+}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import rankseg
-from rankseg import gather
+from rankseg import exact, gather
 from rankseg.calibration import Reliability, focal_correction
+from rankseg.confidence import gate_by_score
 from rankseg.masks import RankResult
 from rankseg.pooled import ProbabilityHistogram
 from tests.rankseg.claiming import DEVICE, Claiming, Ledger
@@ -60,9 +65,9 @@ def test_results_and_costs(name: str, kind: str, smooth: float, monkeypatch: pyt
     for mine, other in zip(here, there, strict=True):
         assert isinstance(other, Claiming) and other.device == DEVICE
         assert torch.equal(mine, other.inner)
-    if name not in ("T-RNA", "BA"):  # kept for comparison, not for speed
-        assert sum(ledger.waits.values()) <= 30, ledger.waits
-        assert sum(ledger.launches.values()) <= 1000, ledger.launches
+    assert sum(ledger.waits.values()) <= 30, ledger.waits
+    # The approximations are kept for comparison, not for speed; the bisection for their search range has 60 steps.
+    assert sum(ledger.launches.values()) <= (3500 if name in ("T-RNA", "BA") else 1000), ledger.launches
 
 
 @pytest.mark.parametrize("kind", list(maps()))
@@ -132,3 +137,74 @@ def test_metrics_of_the_trainers() -> None:
     for name in ("intersection", "predicted", "actual", "pixels"):
         mine, other = getattr(here, name), getattr(there, name)
         assert isinstance(other, Claiming) and torch.equal(mine, other.inner)
+
+
+def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate` and `record_masks`, from the network to the tables with every rule: equal numbers, nothing mixed."""
+    evaluator = pytest.importorskip("trainers.evaluator")
+    forward = pytest.importorskip("trainers.forward")
+    from trainers.distributed import World
+    from trainers.losses import CrossEntropy
+    from trainers.selective import record_masks
+    from trainers.tuning import ThresholdTable
+
+    # torch has no autocast for this device; in fp32 it does nothing.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 3, (4, 20, 24), generator=generator)
+    labels[1:, :3] = 255
+    pixels = torch.randn(4, 3, 10, 12, generator=generator)
+    rules = {
+        "max": rankseg.argmax,
+        "T": functools.partial(rankseg.threshold, at=0.5),
+        "rankdice": rankseg.rankdice,
+        "rankiou": rankseg.rankiou,
+        "gated": lambda probs: gate_by_score(probs, rankseg.rankdice(probs, pruning=False), 0.6),
+        "one label": functools.partial(rankseg.rankdice, allow_overlap=False),
+    }
+
+    class Network(torch.nn.Module):
+        def forward(self, images: Tensor) -> Any:
+            return SimpleNamespace(logits=4 * images, aux=None)
+
+    def results(device: torch.device) -> list[Any]:
+        batches = [
+            SimpleNamespace(images=pixels[i], targets=labels[i], names=["a", "b"], indices=[2 * k, 2 * k + 1])
+            for k, i in enumerate((slice(0, 2), slice(2, 4)))
+        ]
+        world = World(0, 1, device)
+        found: list[Any] = []
+        for void in ("masked", "counted"):
+            scoring = evaluator.Scoring(3, (0, 1, 2), void=void)
+            scored = evaluator.evaluate(
+                Network(), batches, rules, CrossEntropy(), scoring, world, confidences=True
+            )
+            found += [(x.counts, x.confidence, x.scores) for x in scored.values()]
+            record = record_masks(
+                Network(), batches, rankseg.rankdice, forward.ToProbs("softmax", 1.3, True), scoring, world
+            )
+            found.append((record.counts, record.confidence, record.signals()))
+            probs, truth = (4 * pixels.to(device)).softmax(1), scoring.encode(labels[:, ::2, ::2].to(device))
+            found.append(ThresholdTable.of_batch(probs, truth).dice())
+        return found
+
+    here = results(torch.device("cpu"))
+    exact.node_table.cache_clear()  # these tensors cannot be used in inference mode if they were made outside, nor back
+    with Ledger() as ledger:
+        there = results(DEVICE)
+    exact.node_table.cache_clear()
+    assert ledger.launches, "nothing ran on the device"
+    # The probabilities are float32, and the operations of the network are rounded in another order.
+    torch.testing.assert_close(_plain(there), _plain(here), rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+def _plain(found: Any) -> Any:
+    """Dataclasses as dictionaries, and every tensor on the CPU."""
+    if isinstance(found, Tensor):
+        assert not isinstance(found, Claiming), "a result was left on the device"
+        return found
+    if dataclasses.is_dataclass(found):
+        return {field.name: _plain(getattr(found, field.name)) for field in dataclasses.fields(found)}
+    if isinstance(found, dict):
+        return {name: _plain(value) for name, value in found.items() if name not in ("seconds",)}
+    return [_plain(x) for x in found] if isinstance(found, (list, tuple)) else found
