@@ -5,11 +5,15 @@
     python scripts/paired_statistics.py RUN/seed0 --protocol paper --json
     python scripts/paired_statistics.py RUN/seed0 --group '(patient[0-9]+)'    images of a patient belong together
     python scripts/paired_statistics.py RUN/seed0 --rule rankdice --plot differences.png
+    python scripts/paired_statistics.py RUN/seed0 RUN/seed1 --auto 30          would -p auto have gained?
 
 Differences are rule − baseline in points (percent) of the image's mean over classes. The interval is the BCa
 bootstrap over images, or over the groups of --group. It covers the choice of images, not the training run. For
 that, give several seeds: their mean and range are printed, if the runs differ in nothing but the seed. The plot
 shows Dice against the threshold too if report.py has measured it.
+
+With --auto N, rule `auto` chooses among T, max, rankdice and the calibrated rankdice on a random half of the images,
+N times. The other half is scored. T_fit takes no part, because it would need another fit for every half.
 Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """
 
@@ -18,9 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
@@ -40,6 +47,9 @@ from scripts.analysis.scores import (
 from scripts.analysis.statistics import HARM, RESAMPLES
 from scripts.common import command_line
 from trainers.text import markdown_table, markdown_text
+from trainers.tuning import choose
+
+AUTO = ("T", "max", "rankdice")  # what rule auto chooses from, without T_fit
 
 
 def markdown(found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]] = ()) -> str:
@@ -141,13 +151,51 @@ def plot(found: Sequence[dict[str, Any]], sweeps: Sequence[Sweep | None], path: 
     charts.draw(parts, (5.5, tall), path)
 
 
+def auto_gains(folder: Path, metric: str, halves: int, seed: int) -> dict[str, Any]:
+    """Return the mean gains over T of rankdice and of `auto`, in points, over random halves of the images."""
+    found = {rule: read_rule(folder, rule, metric).by_image() for rule in AUTO}
+    calibrated = folder / "calibrated"
+    if "rankdice" in rules_in(calibrated):
+        found["rankdice, calibrated"] = read_rule(calibrated, "rankdice", metric).by_image()
+    images = sorted(set.intersection(*map(set, found.values())))
+    scores = {rule: torch.tensor([of[image] for image in images]).double() for rule, of in found.items()}
+    generator, gains, chosen = torch.Generator().manual_seed(seed), [], Counter()
+    for _ in range(halves):
+        one, other = torch.randperm(len(images), generator=generator).tensor_split(2)
+        rule = choose({name: dice[one] for name, dice in scores.items()}, resamples=999).rule
+        chosen[rule] += 1
+        differences = [scores[name][other] - scores["T"][other] for name in ("rankdice", rule)]
+        gains.append([100 * float(d.nanmean()) for d in differences])
+    rankdice, auto = (sum(column) / halves for column in zip(*gains, strict=True))
+    return {"rankdice": rankdice, "auto": auto, "chosen": dict(chosen.most_common())}
+
+
+def _auto_table(args: argparse.Namespace, folders: Sequence[Path]) -> str:
+    rows, by_loss = [], {}
+    for folder in folders:
+        gains = auto_gains(folder, args.metric, args.auto, args.seed)
+        record = read_rule(folder, "T", args.metric).record
+        by_loss.setdefault(record["loss"], []).append(gains)
+        chosen = ", ".join(f"{rule} {count}" for rule, count in gains["chosen"].items())
+        name = f"{record['dataset']['name']}, {record['model']}, {record['loss']}, {record['seed']}"
+        rows.append([name, f"{gains['rankdice']:+.2f}", f"{gains['auto']:+.2f}", chosen])
+    for loss, found in by_loss.items():
+        means = [sum(one[rule] for one in found) / len(found) for rule in ("rankdice", "auto")]
+        rows.append([f"mean of {len(found)} runs, {loss}", *(f"{mean:+.2f}" for mean in means), ""])
+    head = ["run, seed", "rankdice − T", "auto − T", "chosen"]
+    return markdown_table(head, rows) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
     _check(args)
+    folders = [result_folder(run, args.protocol) for run in args.runs]
+    if args.auto:
+        print(_auto_table(args, folders), end="")
+        return 0
     pairs = []
-    for run in args.runs:
-        folder = result_folder(run, args.protocol)
+    for folder in folders:
         baseline = read_rule(folder, args.baseline, args.metric)
         if args.protocol == "paper" and baseline.record.get("protocol") != "paper":
             raise UserError(f"{folder}: no scores of protocol=paper. Fix: test.py -r ... protocol=paper")
@@ -176,7 +224,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95."
         )
-    for name, least in (("resamples", 1), ("seed", 0)):
+    for name, least in (("resamples", 1), ("seed", 0), ("auto", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} is invalid: expected an integer >= {least}.")
 
@@ -197,6 +245,13 @@ def _parser() -> argparse.ArgumentParser:
         "regular expression for the part of the image's name that is the group"
     )
     add("--group", metavar="FILE|PATTERN", help=group)
+    add(
+        "--auto",
+        type=int,
+        default=0,
+        metavar="N",
+        help="choose on a random half of the images, score the other",
+    )
     add("--json", action="store_true", help="print JSON, with every difference")
     plot = "draw sorted differences, classes and, after report.py, Dice against the threshold"
     add("--plot", type=Path, metavar="FILE", help=plot)

@@ -394,3 +394,26 @@ def test_groups_widen_the_interval_on_the_command_line(tmp_path, capsys):
     assert found["groups"] == 10 and widths[1] > 1.5 * widths[0]
     assert main([str(folder), "--group", r"p\d+"]) == 0
     assert "40 in 10 groups" in capsys.readouterr().out
+
+
+def test_auto_keeps_a_sure_gain_and_avoids_a_sure_loss(tmp_path, capsys):
+    """Images of 8 pixels: T hits 4, the better rule 6 or 5, the worse one 2 or 3; Dice is hits / 8."""
+    folder = tmp_path / "seed0" / "results"
+    images = [f"i{k:02d}" for k in range(40)]
+    put(folder, "T", {(i, 0): (4, 8, 8) for i in images})
+    put(folder, "max", {(i, 0): (4, 8, 8) for i in images})
+    put(folder, "rankdice", {(i, 0): (2 + k % 2, 8, 8) for k, i in enumerate(images)})
+    assert main([str(folder), "--auto", "5"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| drawn"))
+    loss, gain, chosen = [cell.strip() for cell in row.split("|")[2:5]]
+    assert -20 < float(loss) < -17 and (gain, chosen) == ("+0.00", "T 5")
+    put(folder / "calibrated", "rankdice", {(i, 0): (6 - k % 2, 8, 8) for k, i in enumerate(images)})
+    assert main([str(folder), "--auto", "5"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| drawn"))
+    loss, gain, chosen = [cell.strip() for cell in row.split("|")[2:5]]
+    assert 17 < float(gain) < 20 and chosen == "rankdice, calibrated 5"
+
+
+def test_auto_names_the_rule_that_is_missing(results, capsys):
+    assert exit_code(main, [str(results), "--auto", "5"]) == 2
+    assert "max" in capsys.readouterr().err
