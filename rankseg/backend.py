@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from rankseg import native
@@ -73,6 +75,24 @@ def compiled_engine(probs: Tensor) -> Engine | None:
     return None
 
 
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Run the CPU operations inside on one thread.
+
+    Thousands of operations that take microseconds each would spend more time at the barriers of their threads than two
+    threads save, and many times more if other programs use the processor.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def best_masks(
     probs: Tensor,
     score: str,
@@ -102,6 +122,12 @@ def best_masks(
             found = engine.best_masks(probs, score, smooth, pruning, allow_overlap)
         if found is not None:
             return found
+    with one_thread(probs.device):
+        return _with_torch(probs, score, smooth, pruning, allow_overlap)
+
+
+def _with_torch(probs: Tensor, score: str, smooth: float, pruning: bool, allow_overlap: bool) -> RankResult:
+    """`best_masks` of the Python implementation."""
     if not allow_overlap:
         return non_overlapping_masks(check_values(probs), score, smooth, pruning)
     flat = rows_of(probs)

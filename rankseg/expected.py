@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankseg.backend import compiled_engine
+from rankseg.backend import compiled_engine, one_thread
 from rankseg.exact import NEGLIGIBLE, window_scores
 from rankseg.gather import blocks, gather, row_numbers, tile_of, tiles
 from rankseg.masks import rows_of
@@ -45,7 +45,12 @@ def _expected(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor
     engine = compiled_engine(probs)
     if engine is not None and (compiled := engine.expected(probs, masks, score, smooth)) is not None:
         return compiled
-    probs = check_values(probs)
+    with one_thread(probs.device):
+        return _with_torch(score, check_values(probs), masks, smooth)
+
+
+def _with_torch(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor:
+    """`_expected` of the Python implementation."""
     result = torch.zeros(probs.shape[0] * probs.shape[1], dtype=torch.float64, device=probs.device)
     if probs.numel() == 0:
         return result.view(probs.shape[:2])

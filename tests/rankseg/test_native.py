@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,3 +246,27 @@ def test_a_backend_that_does_not_exist_is_rejected(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANKSEG_BACKEND", "fortran")
     with pytest.raises(ValueError, match=r"RANKSEG_BACKEND='fortran'.*python, native, triton"):
         rankseg.rank_dice(torch.zeros(1, 1, 2, 2))
+
+
+def test_the_python_solver_uses_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Barriers of thousands of small operations cost seconds on a busy machine. The setting is as before afterwards."""
+    monkeypatch.setenv("RANKSEG_BACKEND", "python")
+    module, seen = sys.modules["rankseg.backend"], []
+    for name in ("solve", "non_overlapping_masks"):
+        original = getattr(module, name)
+
+        def spy(*arguments: Any, original: Callable[..., Any] = original) -> Any:
+            seen.append(torch.get_num_threads())
+            return original(*arguments)
+
+        monkeypatch.setattr(module, name, spy)
+    threads, probs = torch.get_num_threads(), torch.rand(1, 2, 9, 9)
+    try:
+        torch.set_num_threads(3)
+        rankseg.rank_dice(probs)
+        rankseg.rank_dice(probs, allow_overlap=False)
+        with pytest.raises(ValueError, match="probs"):
+            rankseg.rank_dice(probs + 1)
+        assert seen == [1, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
