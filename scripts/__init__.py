@@ -1,4 +1,4 @@
-"""Commands around the experiments; nothing imports them but each other and the tests."""
+"""Commands around the experiments. Only other commands and the tests import them."""
 
 from pathlib import Path
 

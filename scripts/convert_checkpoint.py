@@ -1,11 +1,11 @@
-"""Rewrite a checkpoint that the authors released in this project's format.
+"""Convert a checkpoint released by the authors into the format of this project.
 
     python scripts/convert_checkpoint.py checkpoint-epoch300.pth converted.pth
     python test.py -r converted.pth -p rankdice dataset.root=/data/cityscapes
 
-The network, its temperature and threshold, its crops and what else is known of its training go over, and
-``protocol=paper`` with them; the optimizer's state stays behind. test.py reads the released file as well; the
-converted one is half as large, and holds no NumPy value, so that ``torch.load(weights_only=True)`` reads it anywhere.
+The network and what is known of its training are kept, with ``protocol=paper``. The state of the optimizer is not.
+test.py reads released files too. A converted file is half as large and has no NumPy value, so
+``torch.load(weights_only=True)`` reads it.
 Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """
 
@@ -29,7 +29,7 @@ from trainers.checkpoint import FORMAT, save
 
 
 def convert(source: Path) -> dict[str, Any]:
-    """A released checkpoint as the dictionary that ``trainers.checkpoint`` describes.
+    """Return a released checkpoint as the dictionary that ``trainers.checkpoint`` describes.
 
     Raises:
         CheckpointError: the file cannot be read, or is not a released checkpoint.
@@ -50,7 +50,7 @@ def convert(source: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = command_line(__doc__)
     parser.add_argument("source", type=Path, help="a released checkpoint")
     parser.add_argument("target", type=Path, help="the file to write")

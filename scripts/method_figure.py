@@ -26,14 +26,14 @@ COLORS = {"T": "#d95f02", "RankDice": "#1f5fbf"}
 
 
 def blurred_object() -> torch.Tensor:
-    """Probabilities (1, 1, H, W): a smooth hill, wider than it is certain."""
+    """Return probabilities (1, 1, H, W): a smooth hill, wider than it is certain."""
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     distance = ((x - 14) / 9) ** 2 + ((y - 16) / 7) ** 2
     return (0.02 + 0.83 * torch.exp(-distance))[None, None].double()
 
 
 def score_every_volume(probs: torch.Tensor) -> torch.Tensor:
-    """Expected Dice of the mask of the τ most probable pixels, for τ = 0 … D: (D + 1,)."""
+    """Return the expected Dice of the mask of the τ most probable pixels, for τ = 0 … D: (D + 1,)."""
     pixels = probs.numel()
     rank = probs.flatten().argsort(descending=True).argsort().view(SIDE, SIDE)
     masks = rank < torch.arange(pixels + 1)[:, None, None]

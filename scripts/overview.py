@@ -89,8 +89,8 @@ def main() -> None:
         if not order:
             raise UserError(f"split={cfg.split}: no image has a class that is scored; choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
-        seen: Any = (network, data, loader.transform, rules, criterion.link, world, picked)
-        drawn = panels(*seen, draw=_stack, **options)
+        link, transform = criterion.link, loader.transform
+        drawn = panels(network, data, transform, rules, link, world, picked, _stack, **options)
         rows: list[Tensor] = []
         for quantile, index, (_, stack) in zip(QUANTILES, picked, drawn, strict=True):
             enlarged = stack.repeat_interleave(args.scale, 2).repeat_interleave(args.scale, 3)

@@ -35,15 +35,7 @@ from configs.cli import run_cli
 from configs.errors import UserError
 from configs.files import finite_or_none
 from scripts.analysis import charts
-from scripts.analysis.scores import (
-    Sweep,
-    compare,
-    over_seeds,
-    read_rule,
-    read_sweep,
-    result_folder,
-    rules_in,
-)
+from scripts.analysis.scores import Sweep, compare, over_seeds, read_rule, read_sweep, result_folder, rules_in
 from scripts.analysis.statistics import HARM, RESAMPLES
 from scripts.common import command_line
 from trainers.text import markdown_table, markdown_text

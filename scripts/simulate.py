@@ -66,12 +66,12 @@ class Row:
 
 
 def exponential(size: int, base: float) -> Tensor:
-    """(size, size) probabilities base^-(i+j)."""
+    """Return (size, size) probabilities base^-(i+j)."""
     return base ** -_diagonal(size)
 
 
 def linear(size: int, slope: float) -> Tensor:
-    """(size, size) probabilities falling along the diagonal, clipped at 0."""
+    """Return (size, size) probabilities falling along the diagonal, clipped at 0."""
     return (1 - slope * _diagonal(size) / (2 * size)).clamp(min=0)
 
 
@@ -81,7 +81,7 @@ def _diagonal(size: int) -> Tensor:
 
 
 def block(size: int, side: int, top: int, left: int, level: float, generator: torch.Generator) -> Tensor:
-    """(size, size): a square of U(1/2, 1) in normal noise around `level`, truncated to [0, 1]."""
+    """Return (size, size): a square of U(1/2, 1) in normal noise around `level`, truncated to [0, 1]."""
     probs = truncated_normal((size, size), level, generator)
     square = torch.rand(side, side, generator=generator, dtype=torch.float64)
     probs[top : top + side, left : left + side] = 0.5 + 0.5 * square
@@ -89,7 +89,7 @@ def block(size: int, side: int, top: int, left: int, level: float, generator: to
 
 
 def truncated_normal(shape: tuple[int, ...], mean: float, generator: torch.Generator) -> Tensor:
-    """Normal of this mean and sd 0.1, truncated (not clipped) to [0, 1], by inversion."""
+    """Draw from the normal law of this mean and sd 0.1, truncated (not clipped) to [0, 1], by inversion."""
     ends = torch.tensor([(0 - mean) / _NOISE, (1 - mean) / _NOISE], dtype=torch.float64)
     low, high = torch.special.ndtr(ends)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -97,7 +97,7 @@ def truncated_normal(shape: tuple[int, ...], mean: float, generator: torch.Gener
 
 
 def random_block(size: int, generator: torch.Generator) -> Tensor:
-    """Example 2: a square of random side at a random place, in noise around 0.1."""
+    """Return the pattern of Example 2: a square of random side at a random place, in noise around 0.1."""
     share, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     side = max(1, round((0.1 + 0.4 * share) * size))
     free = size - side + 1
@@ -105,7 +105,7 @@ def random_block(size: int, generator: torch.Generator) -> Tensor:
 
 
 def dice_of_draws(probs: Tensor, masks: Sequence[Tensor], draws: int, generator: torch.Generator) -> Tensor:
-    """(draws, rules) Dice of masks (H, W) against labels drawn from probs (H, W); 0/0 = 0."""
+    """Return (draws, rules) Dice of masks (H, W) against labels drawn from probs (H, W); 0/0 = 0."""
     flat = torch.stack([mask.flatten() for mask in masks]).double()  # (rules, D)
     volumes, probs, parts = flat.sum(1), probs.flatten(), []
     step = max(1, _CHUNK // len(probs))
@@ -118,7 +118,7 @@ def dice_of_draws(probs: Tensor, masks: Sequence[Tensor], draws: int, generator:
 
 
 def rules(fixed: Sequence[float]) -> dict[str, Rule]:
-    """Thresholds at fixed values, RankDice by the blind approximation and exact; the exact one comes last."""
+    """Return thresholds at fixed values, RankDice by the blind approximation and exact; the exact one comes last."""
     found: dict[str, Rule] = {f"T {at:g}": partial(threshold, at=at) for at in fixed}
     found["RankDice (BA)"] = lambda p: rank_dice(p, app=2).predict
     found["RankDice"] = lambda p: rank_dice(p).predict
@@ -237,7 +237,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
-    """One map for each setting, with the outlines of the masks of T 0.5 (dashed) and RankDice (solid)."""
+    """Draw one map for each setting, with the outlines of the masks of T 0.5 (dashed) and RankDice (solid)."""
     plt = load_pyplot()
     found = list(settings(example, (64,), seed))
     figure, axes = plt.subplots(

@@ -1,1 +1,1 @@
-"""Analysis of scored rules: measure (measure), infer (statistics, scores), draw (charts) and present (page)."""
+"""Analysis of scored rules: measurements, comparisons with their statistics, charts, and the page of the report."""

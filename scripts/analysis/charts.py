@@ -5,6 +5,7 @@ In SVG the colours become CSS variables, so that the page chooses them for light
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -50,6 +51,7 @@ _SETTINGS = {
     "lines.markersize": 4,
 }
 Ends = tuple[float, float]
+Part = Callable[[Any], None]  # draws on an axis
 
 
 def colour(name: str) -> str:
@@ -57,7 +59,7 @@ def colour(name: str) -> str:
     return PALETTE.get(name, PALETTE["other"])
 
 
-def draw(parts: Sequence[Sequence[Callable[[Any], None]]], size: Ends, path: Path) -> None:
+def draw(parts: Sequence[Sequence[Part]], size: Ends, path: Path) -> None:
     """Write a PNG or SVG file with one row of axes for each row of parts; ``size`` is that of one axis, in inches."""
     plt = load_pyplot()
     columns = max(map(len, parts))
@@ -80,7 +82,7 @@ def draw(parts: Sequence[Sequence[Callable[[Any], None]]], size: Ends, path: Pat
         plt.close(figure)
 
 
-def svg(title: str, part: Callable[[Any], None], size: Ends = (5.8, 3.1)) -> Markup:
+def svg(title: str, part: Part, size: Ends = (5.8, 3.1)) -> Markup:
     """Return one chart as an SVG element; ``title`` is its text for screen readers."""
     plt = load_pyplot()
     with plt.rc_context({**_SETTINGS, "svg.hashsalt": title}), warnings.catch_warnings():
@@ -109,146 +111,128 @@ def load_pyplot() -> Any:
     return plt
 
 
+def part(draw_on: Callable[..., None]) -> Callable[..., Part]:
+    """Turn a function of an axis and data into a function of the data that returns a part of a figure."""
+
+    @functools.wraps(draw_on)
+    def with_data(*data: Any, **options: Any) -> Part:
+        return lambda axis: draw_on(axis, *data, **options)
+
+    return with_data
+
+
 def shorten(name: str, most: int = 24) -> str:
     """Shorten a name for the label of an axis."""
     name = " ".join(name.split())
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def intervals(
-    rows: Sequence[tuple[str, float, Ends]], xlabel: str, signed: bool = False
-) -> Callable[[Any], None]:
+@part
+def intervals(axis: Any, rows: Sequence[tuple[str, float, Ends]], xlabel: str, signed: bool = False) -> None:
     """Draw a value with its interval for each row; with ``signed``, coloured by its sign."""
-
-    def part(axis: Any) -> None:
-        for place, (name, value, (low, high)) in enumerate(rows):
-            if math.isfinite(value):
-                shade = colour(("gain" if value > 0 else "loss") if signed else name)
-                axis.plot([low, high], [place, place], color=shade)
-                axis.plot(value, place, "o", color=shade)
-        axis.set_yticks(range(len(rows)), [shorten(name) for name, _, _ in rows])
-        axis.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
-        axis.grid(axis="y", visible=False)
-        if signed:
-            axis.axvline(0, color=PALETTE["soft"], linewidth=0.8)
-
-    return part
+    for place, (name, value, (low, high)) in enumerate(rows):
+        if math.isfinite(value):
+            shade = colour(("gain" if value > 0 else "loss") if signed else name)
+            axis.plot([low, high], [place, place], color=shade)
+            axis.plot(value, place, "o", color=shade)
+    axis.set_yticks(range(len(rows)), [shorten(name) for name, _, _ in rows])
+    axis.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+    axis.grid(axis="y", visible=False)
+    if signed:
+        axis.axvline(0, color=PALETTE["soft"], linewidth=0.8)
 
 
-def sorted_differences(values: Sequence[float], mean: float, ylabel: str) -> Callable[[Any], None]:
+@part
+def sorted_differences(axis: Any, values: Sequence[float], mean: float, ylabel: str) -> None:
     """Draw one bar for each image, from the largest loss to the largest gain."""
-
-    def part(axis: Any) -> None:
-        edges = range(len(values) + 1)
-        for side, ordered in (
-            ("loss", [min(v, 0) for v in sorted(values)]),
-            ("gain", [max(v, 0) for v in sorted(values)]),
-        ):
-            axis.stairs(ordered, edges, fill=True, color=colour(side))
-        axis.axhline(0, color=PALETTE["soft"], linewidth=0.8)
-        axis.axhline(mean, color=PALETTE["ink"], linewidth=1, linestyle="--", label=f"mean {mean:+.2f}")
-        axis.set(xlabel="images, in order", ylabel=ylabel, xlim=(0, len(values)))
-        axis.legend()
-
-    return part
+    edges = range(len(values) + 1)
+    for side, ordered in (
+        ("loss", [min(v, 0) for v in sorted(values)]),
+        ("gain", [max(v, 0) for v in sorted(values)]),
+    ):
+        axis.stairs(ordered, edges, fill=True, color=colour(side))
+    axis.axhline(0, color=PALETTE["soft"], linewidth=0.8)
+    axis.axhline(mean, color=PALETTE["ink"], linewidth=1, linestyle="--", label=f"mean {mean:+.2f}")
+    axis.set(xlabel="images, in order", ylabel=ylabel, xlim=(0, len(values)))
+    axis.legend()
 
 
-def class_bars(rows: Sequence[tuple[str, Mapping[str, float]]], xlabel: str) -> Callable[[Any], None]:
+@part
+def class_bars(axis: Any, rows: Sequence[tuple[str, Mapping[str, float]]], xlabel: str) -> None:
     """Draw a group of bars for each class, one bar for each rule."""
-
-    def part(axis: Any) -> None:
-        rules = list(rows[0][1])
-        height = 0.8 / len(rules)
-        for index, rule in enumerate(rules):
-            places = [place + (index - (len(rules) - 1) / 2) * height for place in range(len(rows))]
-            values = [scores[rule] for _, scores in rows]
-            bars = axis.barh(places, values, height * 0.92, color=colour(rule), label=rule)
-            texts = ["" if math.isnan(value) else f"{value:.1f}" for value in values]
-            axis.bar_label(bars, texts, padding=2, fontsize=7)
-        axis.set_yticks(range(len(rows)), [shorten(name) for name, _ in rows])
-        axis.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
-        axis.grid(axis="y", visible=False)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1 + 0.5 / (len(rows) + 1)), ncols=len(rules))
-
-    return part
+    rules = list(rows[0][1])
+    height = 0.8 / len(rules)
+    for index, rule in enumerate(rules):
+        places = [place + (index - (len(rules) - 1) / 2) * height for place in range(len(rows))]
+        values = [scores[rule] for _, scores in rows]
+        bars = axis.barh(places, values, height * 0.92, color=colour(rule), label=rule)
+        texts = ["" if math.isnan(value) else f"{value:.1f}" for value in values]
+        axis.bar_label(bars, texts, padding=2, fontsize=7)
+    axis.set_yticks(range(len(rows)), [shorten(name) for name, _ in rows])
+    axis.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1 + 0.5 / (len(rows) + 1)), ncols=len(rules))
 
 
-def reliability(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> Callable[[Any], None]:
+@part
+def reliability(axis: Any, curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
     """Draw observed frequency against predicted probability; bars show the share of decisions, on a log scale.
 
     ``curves[name]`` holds (mean probability, frequency, share of all decisions) for each bin.
     """
-
-    def part(axis: Any) -> None:
+    axis.plot([0, 1], [0, 1], color=PALETTE["soft"], linestyle=":", linewidth=1, label="perfect calibration")
+    first = next(iter(curves.values()))
+    heights = [max(0.0, 1 + math.log10(share) / 6) * 0.16 if share > 0 else 0 for *_, share in first]
+    axis.bar([p for p, *_ in first], heights, 0.032, color=PALETTE["soft"], alpha=0.28)
+    shades = ("rankdice", "max", "other", "gain")
+    for (name, curve), shade in zip(curves.items(), shades, strict=False):
         axis.plot(
-            [0, 1], [0, 1], color=PALETTE["soft"], linestyle=":", linewidth=1, label="perfect calibration"
+            [p for p, *_ in curve], [f for _, f, _ in curve], marker="o", color=colour(shade), label=name
         )
-        first = next(iter(curves.values()))
-        heights = [max(0.0, 1 + math.log10(share) / 6) * 0.16 if share > 0 else 0 for *_, share in first]
-        axis.bar([p for p, *_ in first], heights, 0.032, color=PALETTE["soft"], alpha=0.28)
-        shades = ("rankdice", "max", "other", "gain")
-        for (name, curve), shade in zip(curves.items(), shades, strict=False):
-            axis.plot(
-                [p for p, *_ in curve], [f for _, f, _ in curve], marker="o", color=colour(shade), label=name
-            )
-        axis.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(0, 1))
-        axis.legend()
-
-    return part
+    axis.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(0, 1))
+    axis.legend()
 
 
+@part
 def lines(
+    axis: Any,
     series: Mapping[str, Sequence[tuple[float, float]]],
     xlabel: str,
     ylabel: str,
     colours: Mapping[str, str],
-    level: tuple[str, float] | None = None,
     marker: str = "o",
     integers: bool = False,
-) -> Callable[[Any], None]:
-    """Draw lines of (x, y) points; ``level`` is a named value to compare with; ``integers`` are the x values."""
-
-    def part(axis: Any) -> None:
-        for name, points in series.items():
-            style = _STYLES.get(name, "-")
-            xs, ys = [x for x, _ in points], [y for _, y in points]
-            axis.plot(xs, ys, marker=marker, linestyle=style, color=colour(colours[name]), label=name)
-        if level:
-            axis.axhline(level[1], color=colour(level[0]), linewidth=1.2, label=f"{level[0]} {level[1]:.2f}")
-        if integers:
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.legend()
-
-    return part
+) -> None:
+    """Draw lines of (x, y) points; ``integers`` are the x values."""
+    for name, points in series.items():
+        style = _STYLES.get(name, "-")
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axis.plot(xs, ys, marker=marker, linestyle=style, color=colour(colours[name]), label=name)
+    if integers:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend()
 
 
+@part
 def cutoffs(
-    values: Sequence[float], thresholds: Sequence[tuple[float, float]], levels: Mapping[str, float]
-) -> Any:
+    axis: Any, values: Sequence[float], thresholds: Sequence[tuple[float, float]], levels: Mapping[str, float]
+) -> None:
     """Draw mean Dice against one threshold for all, the mean Dice of rules, and behind them RankDice's cut-offs."""
-
-    def part(axis: Any) -> None:
-        behind = axis.twinx()
-        behind.hist(values, bins=[k / 40 for k in range(41)], color=PALETTE["line"])
-        behind.set_ylabel(f"cut-offs of RankDice, {len(values)} masks")
-        behind.grid(visible=False)
-        axis.plot(
-            *zip(*thresholds, strict=True), color=PALETTE["ink"], marker="o", label="one threshold for all"
-        )
-        for rule, dice in levels.items():
-            axis.axhline(
-                dice, color=colour(rule), linestyle=_STYLES.get(rule, "-"), label=f"{rule} {dice:.2f}"
-            )
-        axis.set_zorder(behind.get_zorder() + 1)  # the curve is in front of the bars
-        axis.patch.set_visible(False)
-        axis.set(xlim=(0, 1), xlabel="threshold; cut-off", ylabel="mean Dice, %")
-        axis.legend()
-
-    return part
+    behind = axis.twinx()
+    behind.hist(values, bins=[k / 40 for k in range(41)], color=PALETTE["line"])
+    behind.set_ylabel(f"cut-offs of RankDice, {len(values)} masks")
+    behind.grid(visible=False)
+    axis.plot(*zip(*thresholds, strict=True), color=PALETTE["ink"], marker="o", label="one threshold for all")
+    for rule, dice in levels.items():
+        axis.axhline(dice, color=colour(rule), linestyle=_STYLES.get(rule, "-"), label=f"{rule} {dice:.2f}")
+    axis.set_zorder(behind.get_zorder() + 1)  # the curve is in front of the bars
+    axis.patch.set_visible(False)
+    axis.set(xlim=(0, 1), xlabel="threshold; cut-off", ylabel="mean Dice, %")
+    axis.legend()
 
 
-def risk_coverage(curves: Mapping[str, Sequence[float]]) -> Callable[[Any], None]:
+def risk_coverage(curves: Mapping[str, Sequence[float]]) -> Part:
     """Draw the mean risk of the most confident images, in percent; ``curves[name]`` has it for 1, 2, ... images."""
     shades = dict(zip(curves, ("rankdice", "max", "T", "other", "ink"), strict=False))
     percent = {
@@ -258,18 +242,15 @@ def risk_coverage(curves: Mapping[str, Sequence[float]]) -> Callable[[Any], None
     return lines(percent, "coverage: share of images kept", "mean risk, 100 − Dice, %", shades, marker="")
 
 
-def scatter(points: Sequence[Ends], margin: float | None, xlabel: str, ylabel: str) -> Callable[[Any], None]:
+@part
+def scatter(axis: Any, points: Sequence[Ends], margin: float | None, xlabel: str, ylabel: str) -> None:
     """Draw (x, y) points of images, the line y = x, and below it the bound y = x − margin."""
-
-    def part(axis: Any) -> None:
-        below = [y < x - (margin or 0) for x, y in points] if margin is not None else [False] * len(points)
-        for side, shade in ((False, "rankdice"), (True, "loss")):
-            chosen = [point for point, low in zip(points, below, strict=True) if low == side]
-            axis.plot([x for x, _ in chosen], [y for _, y in chosen], ".", color=colour(shade))
-        axis.plot([0, 1], [0, 1], color=PALETTE["soft"], linestyle=":", linewidth=1, label="as expected")
-        if margin is not None:
-            axis.plot([0, 1], [-margin, 1 - margin], color=PALETTE["ink"], linewidth=1.2, label="lower bound")
-        axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axis.legend()
-
-    return part
+    below = [y < x - (margin or 0) for x, y in points] if margin is not None else [False] * len(points)
+    for side, shade in ((False, "rankdice"), (True, "loss")):
+        chosen = [point for point, low in zip(points, below, strict=True) if low == side]
+        axis.plot([x for x, _ in chosen], [y for _, y in chosen], ".", color=colour(shade))
+    axis.plot([0, 1], [0, 1], color=PALETTE["soft"], linestyle=":", linewidth=1, label="as expected")
+    if margin is not None:
+        axis.plot([0, 1], [-margin, 1 - margin], color=PALETTE["ink"], linewidth=1.2, label="lower bound")
+    axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axis.legend()

@@ -1,1 +1,1 @@
-"""What scripts/prepare_data.py is made of."""
+"""Parts of scripts/prepare_data.py: catalogue, download, check and split."""

@@ -52,16 +52,16 @@ class Entry:
 
     @property
     def tree(self) -> str:
-        """The expected files."""
+        """Return the expected files as text."""
         return getattr(datasets, self.kind).help_tree
 
     @property
     def root(self) -> Path:
-        """The default of dataset.root."""
+        """Return the default of dataset.root."""
         return Path(str(OmegaConf.load(CONFIGS / "dataset" / f"{self.name}.yaml").root))
 
     def complete(self, root: Path) -> bool:
-        """Whether all parts are there."""
+        """Return whether all parts are there."""
         return all((root / name).exists() for name in self.holds)
 
     def refuse_half(self, root: Path) -> None:

@@ -6,11 +6,11 @@ splits) are found here.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from datasets.decode import list_images
 from datasets.paired import PairedDataset, file_size
 from scripts.common import ahead
 from trainers.results import file_sha256
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,16 @@ def pair_faults(splits: Mapping[str, PairedDataset], workers: int, progress: boo
             for text in data.check(index)
         ]
 
-    bar = tqdm(
-        total=len(work), desc="checking", unit="image", disable=None if progress else True, leave=False
-    )
     found: list[Fault] = []
-    with bar:
-        for faults in ahead(examine, work, workers):
-            found += faults
-            bar.update()
-            bar.set_postfix(faults=len(found), refresh=False)
+    for faults in _bar(ahead(examine, work, workers), len(work), "checking", progress):
+        found += faults
     return found
+
+
+def _bar(items: Iterable[Item], total: int, title: str, shown: bool) -> Iterable[Item]:
+    """Return the items with a progress bar over images; without a terminal there is none."""
+    hidden = None if shown else True
+    return tqdm(items, desc=title, total=total, unit="image", disable=hidden, leave=False)
 
 
 def file_faults(splits: Mapping[str, PairedDataset]) -> list[Fault]:
@@ -130,23 +132,21 @@ def shared_content(splits: Mapping[str, PairedDataset], workers: int) -> list[Fa
             if size > 0:
                 sizes[size].setdefault(pair.image, split)
     candidates = [item for group in sizes.values() if len(group) > 1 for item in group.items()]
-    same: dict[str, tuple[Path, str]] = {}
+    digests = ahead(lambda item: _digest(item[0]), candidates, workers)
+    first_of: dict[str, tuple[Path, str]] = {}
     found = []
-    for (path, split), digest in zip(
-        candidates, ahead(lambda item: _digest(item[0]), candidates, workers), strict=True
-    ):
+    for (path, split), digest in zip(candidates, digests, strict=True):
         if not digest:
             continue  # unreadable; pair_faults names it
-        first, first_split = same.setdefault(digest, (path, split))
+        first, other = first_of.setdefault(digest, (path, split))
         if first == path:
             continue
-        if split == first_split:
-            text = f"{path} is the same picture as {first}. Fix: keep one"
+        if split == other:
+            kind, text = "duplicate", f"{path} is the same picture as {first}. Fix: keep one"
         else:
-            text = (
-                f"{path} ({split}) is the same picture as {first} ({first_split}). Fix: keep it in one split"
-            )
-        found.append(Fault("duplicate" if split == first_split else "leak", split, str(path), text))
+            kind = "leak"
+            text = f"{path} ({split}) is the same picture as {first} ({other}). Fix: keep it in one split"
+        found.append(Fault(kind, split, str(path), text))
     return found
 
 
@@ -175,22 +175,21 @@ class Totals:
     pixels: Tensor = field(default_factory=lambda: torch.zeros(3, 256, dtype=torch.int64))
     labels: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.int64))
     present: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.int64))
-    sizes: dict[tuple[int, int], int] = field(default_factory=dict)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, image: Tensor, mask: Tensor) -> Totals:
         """Return the totals of one pair: image (3, H, W) uint8, mask (H, W) uint8."""
         pixels = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in image])
         labels = torch.bincount(mask.flatten(), minlength=256)
-        return cls(pixels, labels, (labels > 0).long(), {(image.shape[-2], image.shape[-1]): 1})
+        return cls(pixels, labels, (labels > 0).long(), Counter([(image.shape[-2], image.shape[-1])]))
 
     def add(self, other: Totals) -> None:
         """Add the counts of other images."""
         self.pixels += other.pixels
         self.labels += other.labels
         self.present += other.present
-        for size, count in other.sizes.items():
-            self.sizes[size] = self.sizes.get(size, 0) + count
+        self.sizes.update(other.sizes)
 
     def mean_std(self) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation of R, G and B over all pixels, in [0, 1]."""
@@ -231,17 +230,12 @@ def count(data: SegmentationDataset, workers: int, progress: bool) -> Totals:
 
     Raises DatasetError for the first that cannot be read.
     """
+
+    def read(index: int) -> Totals:
+        image, mask = (part.as_subclass(Tensor) for part in data.read(index))
+        return Totals.of(image, mask)
+
     totals = Totals()
-    bar = tqdm(
-        total=len(data), desc="counting", unit="image", disable=None if progress else True, leave=False
-    )
-    with bar:
-        for one in ahead(lambda index: _of(data, index), range(len(data)), workers):
-            totals.add(one)
-            bar.update()
+    for one in _bar(ahead(read, range(len(data)), workers), len(data), "counting", progress):
+        totals.add(one)
     return totals
-
-
-def _of(data: SegmentationDataset, index: int) -> Totals:
-    image, mask = (part.as_subclass(Tensor) for part in data.read(index))
-    return Totals.of(image, mask)

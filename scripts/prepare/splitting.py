@@ -78,16 +78,11 @@ def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = Fa
     """
     split = {name: list(stems) for name, stems in split.items()}
     paths = {root / f"{name}.txt": "".join(f"{stem}\n" for stem in stems) for name, stems in split.items()}
-    unfit = [
-        stem
-        for stems in split.values()
-        for stem in stems
-        if stem.splitlines() != [stem] or stem != stem.strip()
-    ]
-    if unfit:
-        raise UserError(
-            f"{root}/images: the name {unfit[0]!r} cannot be a line of a file. Fix: rename it, and its mask"
-        )
+    for stem in (stem for stems in split.values() for stem in stems):
+        if stem.splitlines() != [stem] or stem != stem.strip():
+            raise UserError(
+                f"{root}/images: the name {stem!r} cannot be a line of a file. Fix: rename it, and its mask"
+            )
     changed = [
         p
         for p, text in paths.items()

@@ -1,1 +1,1 @@
-"""Result tables: published (published), ours (results, ours), both (compare), as text (layout), in git (generated)."""
+"""Result tables: the paper's, alone and next to ours (published), ours (results, ours), and their text (layout)."""

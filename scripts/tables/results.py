@@ -48,12 +48,12 @@ class Result:
 
     @property
     def cell(self) -> tuple[str, ...]:
-        """The names of a table cell, which is an average over seeds."""
+        """Return the names of a table cell, which is an average over seeds."""
         return (*self.row, self.predictor)
 
     @property
     def row(self) -> tuple[str, ...]:
-        """The names of a table row: collection, protocol, data set, split, model, loss, variant."""
+        """Return the names of a table row: collection, protocol, data set, split, model, loss, variant."""
         names = ("collection", "protocol", "dataset", "split", "model", "loss", "variant")
         return tuple(getattr(self, name) for name in names)
 
@@ -76,7 +76,7 @@ class Group:
 
     @property
     def first(self) -> Result:
-        """Any of the results: the names of the cell are common to all."""
+        """Return one of the results; the names of the cell are the same for all."""
         return self.results[0]
 
     def summary(self, metric: str) -> tuple[float, float]:

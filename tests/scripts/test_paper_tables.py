@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.paper_tables import main
-from scripts.tables.generated import inject
+from scripts.paper_tables import inject, main
 from scripts.tables.layout import csv_tables, latex, markdown
 from scripts.tables.ours import our_tables
 from scripts.tables.published import (
