@@ -1,6 +1,6 @@
 """Speed and memory, as ratios measured side by side in one run:
 
-python scripts/benchmark.py rules | step | loader | test  [options; --help says which]
+python scripts/benchmark.py rules | step | loader | test | volume  [options; --help says which]
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs.cli import run_cli
-from scripts.benchmarks import loader, rules, step, test
+from scripts.benchmarks import loader, rules, step, test, volume
 
-MODULES = {"rules": rules, "step": step, "loader": loader, "test": test}
+MODULES = {"rules": rules, "step": step, "loader": loader, "test": test, "volume": volume}
 
 
 def main() -> None:

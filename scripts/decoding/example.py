@@ -1,15 +1,20 @@
 """Draw volumes with known truth, as NIfTI files: something to try scripts/decode.py on.
 
     python scripts/decoding/example.py volumes/ --cases 6 --size 48
+    python scripts/decoding/example.py brains/ --cases 3 --template
 
 A case has a large and a small object, ellipsoids with a wavy surface. VOLUMES/probs/CASE.nii.gz is the share of 24
 random variants in which a voxel belongs to the background, the large and the small object; VOLUMES/labels/CASE.nii.gz
 is a 25th variant. The probabilities are therefore calibrated, and neighbouring voxels depend on each other.
+
+--template takes a real volume: the probabilities of grey and white matter of the ICBM 152 template (197 × 233 × 189
+voxels), which the package nilearn contains. The label of a voxel is drawn from them, independent of other voxels.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -18,8 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scri
 import numpy as np
 import torch
 
-from scripts.decoding.arrays import nibabel
+from configs.cli import run_cli
+from configs.errors import UserError
+from scripts.decoding.arrays import load_nifti, nibabel
 
+Case = tuple[np.ndarray, np.ndarray, np.ndarray]  # probabilities (X, Y, Z, C), labels (X, Y, Z), affine
 VARIANTS = 24
 OBJECTS = (((0.42, 0.45, 0.5), (0.28, 0.22, 0.3)), ((0.72, 0.7, 0.45), (0.1, 0.12, 0.09)))  # centres, radii
 
@@ -38,6 +46,38 @@ def variant(size: int, case: np.random.Generator, draw: np.random.Generator) -> 
     return labels
 
 
+def drawn_case(n: int, size: int) -> Case:
+    """Return shares of variants, another variant as labels, and an affine."""
+    draw = np.random.default_rng([n, 1])
+    labels = np.stack([variant(size, np.random.default_rng([n, 0]), draw) for _ in range(VARIANTS + 1)])
+    shares = np.stack([(labels[:-1] == c).mean(0, dtype=np.float32) for c in range(3)], -1)
+    return shares, labels[-1], np.diag([0.8, 0.8, 2.0, 1.0])
+
+
+def template_case(n: int) -> Case:
+    """Return the template's probabilities of background, grey and white matter, drawn labels, and the affine.
+
+    Raises:
+        UserError: nilearn is not installed, or an older or newer release of it without the files.
+    """
+    found = importlib.util.find_spec("nilearn")
+    folder = Path(found.submodule_search_locations[0] if found and found.submodule_search_locations else ".")
+    images = []
+    for name in ("gm", "wm"):
+        path = folder / "datasets" / "data" / f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz"
+        if not path.is_file():
+            raise UserError(
+                f"--template: file {path.name} of the package nilearn not found. Fix: pip install nilearn"
+            )
+        images.append(load_nifti(path))
+    matter = np.stack([np.asarray(image.dataobj, np.float32) / 255 for image in images], -1)
+    matter /= np.maximum(matter.sum(-1, keepdims=True), 1)
+    probs = np.concatenate([1 - matter.sum(-1, keepdims=True), matter], -1).clip(0, 1)
+    draw = np.random.default_rng(n).random(probs.shape[:-1], np.float32)
+    labels = (draw[..., None] >= probs.cumsum(-1)[..., :-1]).sum(-1, dtype=np.uint8)
+    return probs, labels, images[0].affine
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -49,21 +89,21 @@ def main() -> None:
         "--start", type=int, default=0, help="number of the first case: others are other volumes"
     )
     parser.add_argument("--size", type=int, default=48, help="voxels along each axis (default: 48)")
+    parser.add_argument(
+        "--template", action="store_true", help="the ICBM 152 template in place of drawn volumes"
+    )
     args = parser.parse_args()
+    if args.cases < 1 or args.size < 8:
+        raise UserError(f"--cases {args.cases}, --size {args.size}: expected at least 1 case and 8 voxels.")
     nib = nibabel(args.out)
-    affine = np.diag([0.8, 0.8, 2.0, 1.0])
     for folder in ("probs", "labels"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     for n in range(args.start, args.start + args.cases):
-        draw = np.random.default_rng([n, 1])
-        labels = np.stack(
-            [variant(args.size, np.random.default_rng([n, 0]), draw) for _ in range(VARIANTS + 1)]
-        )
-        shares = np.stack([(labels[:-1] == c).mean(0, dtype=np.float32) for c in range(3)], -1)
-        nib.save(nib.Nifti1Image(shares, affine), args.out / "probs" / f"case_{n}.nii.gz")
-        nib.save(nib.Nifti1Image(labels[-1], affine), args.out / "labels" / f"case_{n}.nii.gz")
-    print(f"{args.out}: {args.cases} cases of {args.size}³ voxels")
+        probs, labels, affine = template_case(n) if args.template else drawn_case(n, args.size)
+        for folder, array in (("probs", probs), ("labels", labels)):
+            nib.save(nib.Nifti1Image(array, affine), args.out / folder / f"case_{n}.nii.gz")
+    print(f"{args.out}: {args.cases} cases of {'×'.join(map(str, labels.shape))} voxels")
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

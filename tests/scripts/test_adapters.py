@@ -373,3 +373,16 @@ class TestNnunet:
 def test_each_runs(name: str, needed: list[str], printed: str, capsys: pytest.CaptureFixture[str]) -> None:
     adapter(name, *needed).main()
     assert printed in capsys.readouterr().out
+
+
+def test_template_is_a_real_volume(tmp_path: Path) -> None:
+    """`example.py --template` writes probabilities that add to 1, and labels whose frequencies are these."""
+    pytest.importorskip("nilearn")
+    from scripts.decoding.example import template_case
+
+    probs, labels, affine = template_case(0)
+    assert probs.shape == (197, 233, 189, 3) and labels.shape == probs.shape[:3] and affine.shape == (4, 4)
+    assert probs.min() >= 0 and np.abs(probs.sum(-1) - 1).max() < 1e-5
+    shares = [float((labels == c).mean()) for c in range(3)]
+    assert shares == pytest.approx(probs.mean((0, 1, 2), dtype=np.float64).tolist(), abs=1e-3)
+    assert not np.array_equal(labels, template_case(1)[1])
