@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import multiprocessing
+import multiprocessing.process
 import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from configs.errors import UserError
 from .base import DatasetError, Sample, SegmentationDataset
 
 NO_EPOCH = -1  # evaluation draws nothing at random
+POLL = 1.0  # seconds between two looks at the workers while a batch is waited for
 PATIENCE = 10.0  # seconds after `timeout` for a batch that a worker has started to hand over
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -146,7 +149,7 @@ class Loader:
         self.rank, self.world_size, self.on_error, self.timeout = rank, world_size, on_error, timeout
         self.num_workers = num_workers
         self.skipped: dict[str, str] = {}  # name -> why it was skipped
-        self._started = False  # whether worker processes exist
+        self._workers: list[multiprocessing.process.BaseProcess] = []  # empty until the first batch
         self._plan: list[list[Key]] = []  # the keys of the next epoch, batch by batch
         self._loader: DataLoader = DataLoader(
             Reader(dataset, transform, seed, self.substitutes and on_error == "skip"),
@@ -173,14 +176,16 @@ class Loader:
                 yield from batches
             return
         # A thread waits for the workers: one that is frozen while it hands over a tensor blocks the waiting thread.
-        waiting, limit = ThreadPoolExecutor(1, "batches"), self.timeout + PATIENCE if self.timeout else None
+        waiting = ThreadPoolExecutor(1, "batches")
         try:
-            # The first time in the main thread: otherwise torch does not watch its workers.
-            start = partial(iter, self._loader)
-            iterator = waiting.submit(start).result(limit) if self._started else start()
-            self._started = True
+            if self._workers:
+                iterator = self._result(waiting.submit(iter, self._loader))
+            else:  # in the main thread: otherwise torch does not watch its workers
+                others = multiprocessing.active_children()
+                iterator = iter(self._loader)
+                self._workers = [p for p in multiprocessing.active_children() if p not in others]
             while True:
-                batches, faults = waiting.submit(next, iterator, (None, [])).result(limit)
+                batches, faults = self._result(waiting.submit(next, iterator, (None, [])))
                 if batches is None:
                     return
                 self._note(faults)
@@ -195,6 +200,25 @@ class Loader:
             ) from None
         finally:
             waiting.shutdown(wait=False)
+
+    def _result(self, future: Future) -> Any:
+        """Wait for the thread's answer; raise NoAnswer after the timeout, or as soon as a worker is dead.
+
+        torch reports a death by an exception in the main thread. It is lost if it arrives where Python ignores
+        exceptions, as in a callback after a fork.
+        """
+        limit = time.monotonic() + self.timeout + PATIENCE if self.timeout else math.inf
+        while True:
+            try:
+                return future.result(POLL)
+            except NoAnswer:
+                if future.done():
+                    continue
+                dead = [worker for worker in self._workers if not worker.is_alive()]
+                if dead:
+                    raise NoAnswer(f"DataLoader worker (pid {dead[0].pid}) ended") from None
+                if time.monotonic() > limit:
+                    raise
 
     def _note(self, faults: list[tuple[str, str]]) -> None:
         if faults and self.on_error == "raise":

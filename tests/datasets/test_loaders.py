@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -230,16 +231,52 @@ def test_a_dead_or_stalled_worker_is_named(how):
 
 
 def test_a_worker_that_is_frozen_while_it_hands_over_a_batch_is_named(monkeypatch):
-    """torch's own timeout does not cover that moment, which is too short to aim at."""
-    monkeypatch.setattr("datasets.loaders.PATIENCE", 0.2)
-    monkeypatch.setattr(
-        "torch.utils.data.dataloader._BaseDataLoaderIter.__next__", lambda _self: time.sleep(3)
-    )
-    loader = train_loader(numbered(8), batch_size=4, num_workers=1, timeout=0.3)
+    """torch's own timeout does not cover that moment.
+
+    The worker is stopped when the message of a batch is in the queue: the parent reads it, and then asks the worker
+    for the memory of its tensors, which does not answer.
+    """
+    monkeypatch.setattr("datasets.loaders.PATIENCE", 1.0)
+    others, asked = multiprocessing.active_children(), threading.Event()
+    get_connection = resource_sharer._ResourceSharer.get_connection
+
+    def observed(ident):
+        asked.set()
+        return get_connection(ident)
+
+    monkeypatch.setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(observed))
+    batches = train_loader(numbered(16), batch_size=4, num_workers=1, timeout=1).epoch(0)
+    next(batches)
+    (worker,) = (process for process in multiprocessing.active_children() if process not in others)
+    time.sleep(1)  # the worker reads ahead, and its messages wait in the queue
+    os.kill(worker.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+    asked.clear()
     begin = time.monotonic()
-    with pytest.raises(ChildProcessError, match=r"gave no batch for 0.3 s"):
-        list(loader.epoch(0))
-    assert time.monotonic() - begin < 2.5
+    with pytest.raises(ChildProcessError, match=r"gave no batch for 1 s"):
+        next(batches)
+    assert asked.is_set() and time.monotonic() - begin < 10
+    assert not worker.is_alive()
+
+
+def test_a_death_that_torch_could_not_report_ends_the_epoch(monkeypatch):
+    """As if its exception had been raised where Python ignores exceptions."""
+    others = multiprocessing.active_children()
+    batches = train_loader(Failing("stalls"), batch_size=4, num_workers=1, timeout=60).epoch(0)
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._error_if_any_worker_fails", lambda: None)
+
+    def kill() -> None:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                os.kill(process.pid, signal.SIGKILL)
+
+    killer = threading.Timer(1, kill)
+    killer.start()
+    begin = time.monotonic()
+    with pytest.raises(ChildProcessError, match=r"DataLoader worker \(pid"):
+        next(batches)
+    assert time.monotonic() - begin < 20
+    killer.join()
 
 
 def test_the_death_of_an_idle_worker_ends_the_epoch():
