@@ -18,7 +18,7 @@ import timm
 import torch
 import torchvision
 
-from models import SMP, CheckpointError, DeepLabV3Plus, PSPNet, imagenet
+from models import FCN8, SMP, CheckpointError, DeepLabV3Plus, PSPNet, imagenet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,6 +101,31 @@ def test_weights_are_downloaded_once_and_loaded(
     own = network.state_dict()
     assert own and all(torch.equal(own[key], state[key]) for key in own if key in state)
     assert sum(key in state for key in own) == len(own)
+
+
+def test_fcn8_gets_the_layers_of_vgg16(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The linear layers of VGG16 become convolutions. The file is in float16, which is half as large."""
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in torchvision.models.vgg16().state_dict().items()}
+    state = {key: torch.randn(shape, dtype=torch.float16) / 100 for key, shape in shapes.items()}
+    content = saved(state, tmp_path)
+    file = f"vgg16-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    with server({f"/{file}": content}) as (address, asked):
+        wanted: list[str] = []
+        monkeypatch.setattr(
+            imagenet, "published", lambda source: wanted.append(source) or f"{address}/{file}"
+        )
+        network = FCN8(2, "imagenet")
+    assert wanted == ["torchvision/vgg16"] and asked == [f"GET /{file}"]
+    own = network.state_dict()
+    for key in ("classifier.0", "classifier.3"):
+        assert torch.equal(own[f"{key}.weight"].flatten(1), state[f"{key}.weight"].float()), key
+        assert torch.equal(own[f"{key}.bias"], state[f"{key}.bias"].float())
+    convolutions = [key for key in state if key.startswith("features")]
+    assert len(convolutions) == 26 and all(torch.equal(own[key], state[key].float()) for key in convolutions)
 
 
 def test_a_wrong_checksum_is_rejected(

@@ -361,6 +361,50 @@ class TestNnunet:
         assert found["scores"]["mean_dice"] == 1  # its own segmentation was given as truth
 
 
+def test_nnunet_pictures(tmp_path: Path) -> None:
+    """A 2-D export of nnU-Net's own code: label maps are pictures such as its segmentation."""
+    pytest.importorskip("nnunetv2")
+    from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+    from nnunetv2.inference.export_prediction import export_prediction_from_logits
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from PIL import Image
+
+    from scripts import decode
+
+    settings = TestNnunet.PLANS["configurations"]["3d_fullres"] | {"spacing": [1.0, 1.0]}
+    order = [0, 1, 2]
+    plans = PlansManager(
+        TestNnunet.PLANS
+        | {"image_reader_writer": "NaturalImage2DIO", "transpose_forward": order, "transpose_backward": order}
+        | {"configurations": {"2d": settings}}
+    )
+    folder, out = tmp_path / "predictions", tmp_path / "decoded"
+    folder.mkdir()
+    Image.fromarray(np.zeros((14, 18, 3), np.uint8)).save(tmp_path / "image.png")
+    _, properties = NaturalImage2DIO().read_images([str(tmp_path / "image.png")])
+    properties["shape_before_cropping"] = (1, 14, 18)
+    properties["bbox_used_for_cropping"] = [[0, 1], [0, 12], [2, 18]]
+    properties["shape_after_cropping_and_before_resampling"] = (1, 12, 16)
+    export_prediction_from_logits(
+        torch.randn(3, 1, 9, 10) * 2,
+        properties,
+        plans.get_configuration("2d"),
+        plans,
+        TestNnunet.LABELS | {"file_ending": ".png"},
+        str(folder / "case_0"),
+        save_probabilities=True,
+        num_threads_torch=1,
+    )
+    words = [str(folder), "-p", "max", "-p", "rankdice_nonoverlap", "--out", str(out), "--quiet"]
+    assert decode.main(words) == 0
+    theirs, ours, swapped = (
+        np.asarray(Image.open(path / "case_0.png"))
+        for path in (folder, out / "max", out / "rankdice_nonoverlap")
+    )
+    assert np.array_equal(ours, theirs) and ours.dtype == theirs.dtype
+    assert not np.array_equal(swapped, theirs)
+
+
 @pytest.mark.parametrize(
     ("name", "needed", "printed"),
     [
