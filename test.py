@@ -12,13 +12,13 @@ from configs import build
 from configs.checkpoint import check_classes, load
 from configs.cli import list_skipped, run_cli
 from configs.compose import options
-from configs.files import require_writable
+from configs.files import file_sha256, require_writable
 from configs.fitting import Fitter, is_calibrated
 from trainers.distributed import World, join_world
 from trainers.errors import as_training_error
 from trainers.evaluator import evaluate
 from trainers.reproducibility import provenance
-from trainers.results import comparison, file_sha256, fingerprint, results_folder
+from trainers.results import comparison, fingerprint, results_folder
 
 ROOT = Path(__file__).resolve().parent
 ALL = ("T", "T_fit", "max", "rankdice", "rankiou", "pooled_dice")

@@ -6,6 +6,7 @@ Every package may import this module. It imports nothing of the project but the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -190,6 +191,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON; NaN and infinity become null."""
     write_text(path, json.dumps(finite_or_none(value), indent=1) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def require_writable(folder: Path) -> None:

@@ -7,13 +7,13 @@ names each file by its SHA-256.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from pathlib import Path
 
 import torch
 
+from configs.files import file_sha256
 from models.reading import CheckpointError
 
 IMAGENET = "imagenet"
@@ -98,11 +98,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
 def _check(path: Path, expected: str) -> None:
     """Raise CheckpointError if the SHA-256 of a file does not start with ``expected``."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
+    found = file_sha256(path)
     if not found.startswith(expected):
         raise CheckpointError(f"{path}: SHA-256 {found}, expected {expected}... Fix: remove the file.")
 

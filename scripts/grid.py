@@ -23,12 +23,11 @@ from configs import stored
 from configs.build import absolute_root
 from configs.compose import CONFIGS, quote_overrides
 from configs.errors import ConfigError, UserError
-from configs.files import read_text
+from configs.files import file_sha256, read_text
 from configs.values import check_values
 from scripts import ROOT
 from trainers.checkpoint import epoch_of
 from trainers.journal import read_rows
-from trainers.results import file_sha256
 
 # What git keeps of a run: small text files, no checkpoint.
 RECORDED = (

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs.cli import run_cli
 from configs.compose import CONFIGS
 from configs.errors import UserError
+from configs.files import file_sha256
 from scripts import ROOT
 from scripts.common import command_line
 from scripts.tables.layout import Table, csv_tables, latex, markdown
@@ -38,7 +39,6 @@ from scripts.tables.published import (
     violations,
 )
 from scripts.tables.results import Groups, Problem, group_seeds, read_results, short_variant
-from trainers.results import file_sha256
 
 MODES = ("published", "ours", "both")
 FORMATS = ("md", "csv", "tex")

@@ -50,6 +50,7 @@ from configs.checkpoint import check_classes, load
 from configs.cli import run_cli
 from configs.compose import options
 from configs.errors import UserError
+from configs.files import file_sha256
 from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
@@ -67,7 +68,6 @@ from scripts.inference.review import Review
 from scripts.inference.windows import View, label_map, probabilities
 from trainers.distributed import World, pick_device
 from trainers.forward import logits_of
-from trainers.results import file_sha256
 
 WHOLE = 4 << 20  # pixels up to which an image goes through the network at once
 WINDOW = 1024  # side of the windows of larger ones

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs import build
 from configs.cli import run_cli
 from configs.compose import options
-from configs.files import read_json, write_json, write_text
+from configs.files import file_sha256, read_json, write_json, write_text
 from configs.fitting import Fitter
 from configs.values import check_uncalibrated
 from scripts import ROOT
@@ -36,7 +36,6 @@ from scripts.common import LoadedRun, add_run_options, command_line, load_run
 from trainers.distributed import World, join_world
 from trainers.journal import read_rows
 from trainers.reproducibility import provenance
-from trainers.results import file_sha256
 from trainers.selective import MaskRecord, record_masks
 
 RULES = ("T", "max", "rankdice")

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 import rankseg
 from configs.errors import UserError
-from configs.files import read_json, write_json
+from configs.files import file_sha256, read_json, write_json
 from rankseg import Predictor
 from rankseg.confidence import gate_by_score
 from rankseg.pooled import ProbabilityHistogram
 from trainers.distributed import World, gather_objects
 from trainers.evaluator import Scoring
 from trainers.forward import forward
-from trainers.results import file_sha256
 from trainers.tuning import ThresholdTable
 
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""Text for CSV, Markdown and LaTeX files: escape values that a spreadsheet, a renderer or LaTeX would interpret.
+"""Escape text for CSV, Markdown and LaTeX files.
 
 Names of images, classes and protocols come from files of other people. A spreadsheet runs a cell such as
 ``=HYPERLINK(...)`` as a formula, a ``|`` or a line break splits a Markdown table, and LaTeX runs ``\\input{...}``.
@@ -18,17 +18,10 @@ _FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
 _HARMLESS = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|-+")
 _BREAKS = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    # After \\ or an item, LaTeX reads a bracket or a star as an argument.
+    **{character: f"{{{character}}}" for character in "[]*"},
     "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "[": "{[}",  # after \\ or an item, a bracket or a star would be read as an argument
-    "]": "{]}",
-    "*": "{*}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "|": r"\textbar{}",
@@ -59,14 +52,13 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     """Return rows as the text of a CSV file; text cells are escaped by `csv_cell`."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
+    quoting_writer = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
     for row in rows:
         cells = [csv_cell(value) for value in row]
-        if any(
+        lone_return = any(
             isinstance(cell, str) and "\r" in cell for cell in cells
-        ):  # csv.writer does not quote a lone \r
-            csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
-        else:
-            writer.writerow(cells)
+        )  # csv.writer does not quote it
+        (quoting_writer if lone_return else writer).writerow(cells)
     return buffer.getvalue()
 
 
@@ -77,7 +69,7 @@ def read_csv(text: str) -> Iterator[dict[str, str]]:
 
 
 def one_line(text: str) -> str:
-    """Replace line breaks of any kind by a space."""
+    """Replace each run of line breaks, of any kind, by a space."""
     return _BREAKS.sub(" ", text)
 
 

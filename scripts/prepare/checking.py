@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.files import file_sha256
 from datasets import SegmentationDataset
 from datasets.base import DatasetInfo
 from datasets.decode import list_images
 from datasets.paired import PairedDataset, file_size
 from scripts.common import ahead
-from trainers.results import file_sha256
 
 Item = TypeVar("Item")
 
