@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rankseg.expected import expected_dice
-from rankseg.validation import check_masks, check_probs
+from rankseg.validation import check_masks, check_probs, eager_only
 
 
 @torch.no_grad()
@@ -48,6 +48,7 @@ def mask_scores(probs: Tensor, masks: Tensor) -> Tensor:
     return scores.view(probs.shape[:2])
 
 
+@eager_only
 @torch.no_grad()
 def confidence(probs: Tensor, masks: Tensor) -> Tensor:
     """Return the expected Dice of each mask, and P(class absent) for an empty mask: (N, C) float64.

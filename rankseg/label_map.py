@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankseg.validation import check_masks, check_probs
+from rankseg.validation import check_masks, check_probs, eager_only
 
 VOID = 255
 """Label of pixels without a class, and the usual `ignore_index` of segmentation losses."""
 
 
+@eager_only
 @torch.no_grad()
 def label_map(
     masks: Tensor, unassigned: str | int = "void", probs: Tensor | None = None, *, first: int = 0

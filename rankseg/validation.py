@@ -101,6 +101,10 @@ def _reject_tracing(probs: Tensor) -> None:
         inside = "torch.export"
     elif torch._C._functorch.is_functorch_wrapped_tensor(probs):
         inside = "torch.func.vmap (or another transform of torch.func)"
+    elif torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        inside = "torch.fx.experimental.proxy_tensor.make_fx"
+    elif type(probs).__module__ == "torch._subclasses.fake_tensor":
+        inside = "FakeTensorMode"
     if inside:
         raise TypeError(
             f"{inside} is unsupported, because the computation depends on the values of probs; "

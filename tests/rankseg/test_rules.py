@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import rankseg
 from rankseg.quadrature import jacobi, laguerre
@@ -215,29 +218,61 @@ def test_tensors_without_dense_values_are_rejected(bad, error, words, probs: tor
         assert "\n" not in str(caught.value)
 
 
+TRANSFORMED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **{name: ALL[name] for name in ("threshold", "rankdice", "rankiou", "rankdice_nonoverlap")},
+    "argmax": rankseg.argmax,
+    "rank_dice": lambda p: rankseg.rank_dice(p).predict,
+    "rank_iou": lambda p: rankseg.rank_iou(p).predict,
+    "expected_dice": lambda p: rankseg.expected_dice(p, torch.ones(p.shape, dtype=torch.bool)),
+    "confidence": lambda p: rankseg.confidence(p, torch.ones(p.shape, dtype=torch.bool)),
+    "label_map": lambda p: rankseg.label_map(torch.ones(p.shape, dtype=torch.bool), probs=p),
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["threshold", "rankdice", "rankiou", "rankdice_nonoverlap"])
+@pytest.mark.parametrize("name", TRANSFORMED)
 def test_transforms_are_rejected_in_one_line(name: str, probs: torch.Tensor) -> None:
+    function = TRANSFORMED[name]
+
     class Module(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return ALL[name](x)
+            return function(x)
 
     for transform, words in (
-        (lambda: torch.func.vmap(ALL[name])(probs[None]), "vmap"),
+        (lambda: torch.func.vmap(function)(probs[None]), "vmap"),
         (lambda: torch.jit.trace(Module(), probs), "jit.trace"),
         (lambda: torch.export.export(Module(), (probs,)), "export"),
+        (lambda: make_fx(lambda x: function(x))(probs), "make_fx"),
+        (lambda: function(FakeTensorMode().from_tensor(probs)), "FakeTensorMode"),
+        (lambda: function(probs.to("meta")), "meta"),
     ):
-        with pytest.raises(TypeError, match=f"{words}.*unsupported") as caught:
+        with pytest.raises(TypeError, match=f"{words}.*(unsupported|no values)") as caught:
             transform()
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_compilation_runs_the_function_itself_or_is_rejected(probs: torch.Tensor) -> None:
+    """The compiled function is tried on other values than those it was compiled with."""
+    others = probs.flip(-1) ** 3
+    for name in ("rank_dice", "rankiou"):
+        torch._dynamo.reset()
+        function = TRANSFORMED[name]
+        compiled = torch.compile(lambda x, function=function: function(x), backend="eager")
+        for values in (probs, others):
+            assert torch.equal(compiled(values), function(values))
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(lambda x, function=function: function(x), backend="eager", fullgraph=True)(probs)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_scripting_is_rejected_in_one_line() -> None:
-    for function in (rankseg.rank_dice, rankseg.rank_iou, rankseg.rankdice, rankseg.expected_dice):
-        with pytest.raises(
-            RuntimeError, match=f"{function.__name__} is unsupported by torch.jit.script"
-        ) as caught:
+    for name in rankseg.__all__:
+        function = getattr(rankseg, name)
+        if name in ("RankResult", "Predictor", "backend"):
+            continue
+        with pytest.raises(RuntimeError, match=f"{name} is unsupported by torch.jit.script") as caught:
             torch.jit.script(function)
         assert "\n" not in str(caught.value)
 

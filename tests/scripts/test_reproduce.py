@@ -319,11 +319,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.mark.slow
 def test_two_commands_on_one_grid_share_the_work(tmp_path: Path) -> None:
-    """The second command finds the first run in use, trains the other one, and reports no failure."""
+    """The second command finds the first run in use, trains the other one, and reports no failure.
+
+    So many epochs that the first run is still trained when the second command has started, also on a busy machine.
+    """
     saved = tmp_path / "saved"
-    first = command("scripts/reproduce.py", saved, "epochs=40", "--protocols", "corrected")
+    first = command("scripts/reproduce.py", saved, "epochs=150", "--protocols", "corrected")
     wait_for(saved / "synthetic/smp_unet/ce/seed0/metrics.jsonl", '"epoch": 1', first)
-    second = command("scripts/reproduce.py", saved, "epochs=40", "--protocols", "corrected")
+    second = command("scripts/reproduce.py", saved, "epochs=150", "--protocols", "corrected")
     out, err = second.communicate()
     assert second.returncode in (0, EXIT_BUSY), err
     assert "failed" not in out + err and "in use" in err + out
