@@ -52,6 +52,8 @@ def check_form(probs: Tensor) -> Tensor:
             f"probs must be a torch.Tensor, got {type(probs).__name__}; convert it with torch.as_tensor"
         )
     _reject_tracing(probs)
+    if probs.device.type == "mps":
+        raise TypeError("probs is on the device 'mps', which has no float64; pass probs.cpu()")
     probs = plain(probs, "probs")
     if probs.dtype not in _ROUNDING:
         raise TypeError(
@@ -177,6 +179,8 @@ def to_device(probs: Tensor, device: torch.device | str | None) -> Tensor:
         target = torch.device(device)
         if target.type == "meta":
             raise RuntimeError("it holds no values")
+        if target.type == "mps":
+            raise RuntimeError("it has no float64, in which the scores are computed")
         return probs.to(target)
     except torch.OutOfMemoryError:
         raise

@@ -277,6 +277,27 @@ def test_scripting_is_rejected_in_one_line() -> None:
         assert "\n" not in str(caught.value)
 
 
+class OfMPS(torch.Tensor):
+    """A tensor that claims to be on a Mac's GPU."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> OfMPS:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, device="mps", dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was called, which is not known to work there")
+
+
+def test_a_device_without_float64_is_rejected_in_one_line(probs: torch.Tensor) -> None:
+    for rule in TRANSFORMED.values():
+        with pytest.raises(TypeError, match=r"mps.*float64.*cpu\(\)"):
+            rule(OfMPS(probs))
+    for rule in (rankseg.rank_dice, rankseg.rank_iou):
+        with pytest.raises(ValueError, match=r"device='mps'.*float64"):
+            rule(probs, device="mps")
+
+
 def test_numpy_numbers_are_numbers(probs: torch.Tensor) -> None:
     plain, numpy = (
         rankseg.rank_dice(probs, app=app, smooth=smooth)
