@@ -29,7 +29,7 @@ MAX_GREY_SHARE = 1 / 3  # of the pixels that are not dark; the released masks ha
 def default_split(stems: list[str], seed: int = SPLIT_SEED) -> dict[str, list[str]]:
     """Return the pinned split {"train", "val"} of the released images.
 
-    A hash of its name decides in which split an image is. The result is therefore the same on every machine and in
+    A hash of an image's name decides its split. The result is therefore the same on every machine and in
     every version of Python. The authors' own split is not published.
     """
     ranked = sorted(stems, key=lambda stem: hashlib.sha256(f"{seed}/{stem}".encode()).hexdigest())

@@ -32,7 +32,8 @@ class ProbabilityHistogram:
     """Counts of probabilities per class: feed batches, merge over processes, read the cut-offs.
 
     Attributes:
-        count: (C, K) int64, None before the first batch. Integers, so the order of batches changes nothing.
+        count: (C, K) int64, None before the first batch. The counts are integers: the order of batches
+            does not change them.
     """
 
     def __init__(self) -> None:

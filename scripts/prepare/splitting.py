@@ -1,4 +1,4 @@
-"""Write split files. A hash of its name decides in which split an image is.
+"""Write split files. A hash of an image's name decides its split.
 
 The same names give the same split on every machine and in every version of Python.
 """
