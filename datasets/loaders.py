@@ -15,9 +15,10 @@ import math
 import multiprocessing
 import multiprocessing.process
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass
 from types import TracebackType
@@ -176,16 +177,16 @@ class Loader:
                 yield from batches
             return
         # A thread waits for the workers: one that is frozen while it hands over a tensor blocks the waiting thread.
-        waiting = ThreadPoolExecutor(1, "batches")
         try:
             if self._workers:
-                iterator = self._result(waiting.submit(iter, self._loader))
+                iterator = self._result(_in_thread(iter, self._loader))
             else:  # in the main thread: otherwise torch does not watch its workers
                 others = multiprocessing.active_children()
-                iterator = iter(self._loader)
+                with _hide_lost_workers():
+                    iterator = iter(self._loader)
                 self._workers = [p for p in multiprocessing.active_children() if p not in others]
             while True:
-                batches, faults = self._result(waiting.submit(next, iterator, (None, [])))
+                batches, faults = self._result(_in_thread(next, iterator, (None, [])))
                 if batches is None:
                     return
                 self._note(faults)
@@ -198,8 +199,6 @@ class Loader:
                 f"a loader process died, or gave no batch for {self.timeout:g} s ({_first_line(error)}). "
                 "Fix: check whether memory or /dev/shm ran out, or set num_workers=0"
             ) from None
-        finally:
-            waiting.shutdown(wait=False)
 
     def _result(self, future: Future) -> Any:
         """Wait for the thread's answer; raise NoAnswer after the timeout, or as soon as a worker is dead.
@@ -328,6 +327,37 @@ def _hide_lost_connections(_worker: int) -> None:
             shown(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def _in_thread(function: Callable[..., Any], *args: Any) -> Future:
+    """Call a function in a thread for which nobody waits at exit: it may be blocked for as long as `loader_timeout`."""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="batches", daemon=True).start()
+    return future
+
+
+@contextlib.contextmanager
+def _hide_lost_workers() -> Iterator[None]:
+    """Print no traceback if torch reports a dead worker where Python ignores exceptions: `_result` notices it."""
+    shown = sys.unraisablehook
+
+    def hook(found: sys.UnraisableHookArgs) -> None:
+        error = found.exc_value
+        if not (isinstance(error, RuntimeError) and _is_lost_worker(error)):
+            shown(found)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = shown
 
 
 def _is_lost_worker(error: Exception) -> bool:

@@ -204,10 +204,10 @@ class Display:
 def call(
     arguments: Sequence[str], log: Path, threads: int | None, tick: Callable[[], None]
 ) -> tuple[int, str]:
-    """Run a script of this repository; return its exit code and the last line of its output.
+    """Run a script of this repository; return its exit code and its error, or the last line of its output.
 
-    Output is appended to ``log``; ``tick`` is called twice a second. If this process is stopped or killed, the
-    child receives SIGTERM and saves a checkpoint.
+    Output is appended to ``log``, to which another process may write as well; ``tick`` is called twice a second. If
+    this process is stopped or killed, the child receives SIGTERM and saves a checkpoint.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -240,7 +240,8 @@ def call(
     with log.open(encoding="utf-8", errors="replace") as text:
         text.seek(begin)
         lines = [line.strip() for line in text.read().splitlines() if line.strip()]
-    return child.returncode, lines[-1] if lines else ""
+    errors = [line for line in lines if child.returncode and line.startswith("error: ")]
+    return child.returncode, (errors or lines or [""])[-1]
 
 
 def _stop_with_parent() -> None:

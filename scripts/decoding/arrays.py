@@ -18,6 +18,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.files import temporary_file
+from datasets.decode import UPRIGHT, load_image, orient
 
 SUFFIXES = (".npy", ".npz", ".nii.gz", ".nii", ".tif", ".tiff")
 LABEL_SUFFIXES = (*SUFFIXES, ".png")
@@ -74,10 +75,8 @@ def read_array(path: Path, folder: Path, key: str | None = None, classes_last: b
             with _package("tifffile", path).TiffFile(path) as file:
                 series = file.series[0]
                 return series.asarray(out=scratch(series.shape, series.dtype, folder))
-        from PIL import Image
-
-        with Image.open(path) as image:
-            return np.asarray(image)
+        stored = load_image(path)
+        return np.asarray(orient(stored.image, UPRIGHT, stored.orientation))
     except (UserError, MemoryError):
         raise
     except OSError as error:

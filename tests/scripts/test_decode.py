@@ -536,6 +536,22 @@ def test_a_broken_link_is_named(tmp_path: Path) -> None:
         run(folder, "-p", "max", "--out", tmp_path / "o")
 
 
+def test_label_pictures_are_read_like_masks_of_a_data_set(tmp_path: Path) -> None:
+    """An EXIF orientation is applied; a file of another format under the name .png never reaches its decoder."""
+    Image = pytest.importorskip("PIL.Image")
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4) % 3
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    Image.fromarray(labels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(arrays.read_array(tmp_path / "a.png", tmp_path), labels[::-1, ::-1])
+    Image.fromarray(labels).convert("RGB").save(tmp_path / "b.eps")
+    (tmp_path / "b.eps").rename(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "c.png")
+    for name in ("b.png", "c.png"):
+        with pytest.raises(UserError, match=name):
+            arrays.read_array(tmp_path / name, tmp_path)
+
+
 def test_an_unclear_axis_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = save_all(tmp_path / "p", [np.random.default_rng(0).random((5, 16, 18), np.float32)])
     assert run(folder, "-p", "rankdice", "--out", tmp_path / "o") == 1

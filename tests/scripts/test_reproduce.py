@@ -321,17 +321,23 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_two_commands_on_one_grid_share_the_work(tmp_path: Path) -> None:
     """The second command finds the first run in use, trains the other one, and reports no failure.
 
-    So many epochs that the first run is still trained when the second command has started, also on a busy machine.
+    The training of the first command is stopped meanwhile, so that it surely is in use.
     """
     saved = tmp_path / "saved"
-    first = command("scripts/reproduce.py", saved, "epochs=150", "--protocols", "corrected")
-    wait_for(saved / "synthetic/smp_unet/ce/seed0/metrics.jsonl", '"epoch": 1', first)
-    second = command("scripts/reproduce.py", saved, "epochs=150", "--protocols", "corrected")
-    out, err = second.communicate()
-    assert second.returncode in (0, EXIT_BUSY), err
-    assert "failed" not in out + err and "in use" in err + out
+    run = saved / "synthetic/smp_unet/ce/seed0"
+    first = command("scripts/reproduce.py", saved, "epochs=40", "--protocols", "corrected")
+    wait_for(run / "metrics.jsonl", '"epoch": 1', first)
+    training = int((run / ".lock").read_text().split()[0])
+    os.kill(training, signal.SIGSTOP)
+    try:
+        second = command("scripts/reproduce.py", saved, "epochs=40", "--protocols", "corrected")
+        out, err = second.communicate()
+    finally:
+        os.kill(training, signal.SIGCONT)
+    assert second.returncode == EXIT_BUSY, err
+    assert "failed" not in out + err and "in use" in err and f"pid {training}" in out + err
     _, err = first.communicate()
-    assert first.returncode in (0, EXIT_BUSY) and "failed" not in err
+    assert first.returncode == 0 and "failed" not in err
 
 
 @pytest.mark.slow

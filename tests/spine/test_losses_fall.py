@@ -68,9 +68,9 @@ def table(data: Path) -> Iterator[str]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dataset", ROOTS)
 def test_the_loss_falls(real_data: Path, dataset: str, model: str, loss: str) -> None:
-    """At the end, and at some step of the first half: single steps of Lovász go up and down."""
+    """At the end, and on average over the second half: single steps of Lovász go up and down."""
     values = run(real_data, dataset, model, loss, 2 * STEPS, "+model.narrow=4")
-    assert values[-1] < values[0] and min(values[1 : STEPS + 1]) < values[0], values
+    assert values[-1] < values[0] and sum(values[STEPS + 1 :]) / STEPS < values[0], values
 
 
 if __name__ == "__main__":
