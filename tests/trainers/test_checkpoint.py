@@ -103,6 +103,26 @@ def test_a_full_disk_keeps_the_one_before(
     assert number(these.newest()) == 3
 
 
+def test_a_worker_that_dies_during_a_write_is_not_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises the death in the main thread, and then its own writer fails over the half-written file."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    these = manage(tmp_path)
+    these.save_last(payload(1))
+    before = (tmp_path / "last.pth").read_bytes()
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid 7\)"):
+        these.save_last(payload(2))
+    assert (tmp_path / "last.pth").read_bytes() == before
+
+
 def test_the_kernel_refuses_to_write_more(tmp_path: Path) -> None:
     """A limit of the file size stands for a full disk: every user may set one."""
     these = manage(tmp_path)
