@@ -206,11 +206,11 @@ def fit_calibration(
     A single temperature leaves the biases of rare classes. A pooled calibration error hardly shows them, but RankDice
     relies on the expected volume Σp of each class. The objective is the mean log-loss plus
     strength / 2 · Σ_c [(log T_c - log T)² + b_c²]. T is the scalar temperature of `fit_temperature`, the start of the
-    fit.
+    fit. A class that occurs in no labelled pixel keeps T and 0: its data are negative only, and would remove it.
 
     Args:
         logits, targets, link, ignore_index: see `fit_temperature`.
-        strength: weight of the penalty, above 0; it keeps the parameters of classes without data at T and 0.
+        strength: weight of the penalty, above 0.
         max_iterations: of LBFGS.
 
     Raises:
@@ -223,13 +223,19 @@ def fit_calibration(
     start = -scalar.log()
     log_slope = start.repeat(scores.shape[1]).requires_grad_(True)
     bias = torch.zeros_like(log_slope).requires_grad_(True)
+    occurs = torch.bincount(labels, minlength=scores.shape[1]) > 0
+
+    def parameters() -> tuple[Tensor, Tensor]:
+        return torch.where(occurs, log_slope, start), bias * occurs
 
     def objective() -> Tensor:
-        penalty = ((log_slope - start) ** 2).sum() + (bias**2).sum()
-        return _log_loss(scores * log_slope.exp() + bias, labels, link) + strength / 2 * penalty
+        slopes, biases = parameters()
+        penalty = ((slopes - start) ** 2).sum() + (biases**2).sum()
+        return _log_loss(scores * slopes.exp() + biases, labels, link) + strength / 2 * penalty
 
     _minimise(objective, [log_slope, bias], max_iterations)
-    return Calibration((-log_slope.detach()).exp().clamp(1e-3, 1e3), bias.detach())
+    slopes, biases = (value.detach() for value in parameters())
+    return Calibration((-slopes).exp().clamp(1e-3, 1e3), biases)
 
 
 def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

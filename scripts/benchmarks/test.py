@@ -120,7 +120,7 @@ def parts(checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
     watch.watch(network, "forward", "network")
     rules = {name: functools.partial(watch.call, f"rule {name}", rule) for name, rule in rules.items()}
     original = {name: getattr(evaluator, name) for name in PARTS}
-    begun = watch.now()
+    start = watch.now()
     try:
         for name, part in PARTS.items():
             watch.watch(evaluator, name, part)
@@ -133,7 +133,7 @@ def parts(checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
         for name, function in original.items():
             setattr(evaluator, name, function)
     spent = dict(watch.spent)
-    return {**spent, "the rest": watch.now() - begun - sum(spent.values())}
+    return {**spent, "the rest": watch.now() - start - sum(spent.values())}
 
 
 def small(folder: Path, images: int) -> Path:
@@ -149,14 +149,14 @@ def small(folder: Path, images: int) -> Path:
 
 def call(command: str, *arguments: str) -> Spent:
     """Run a command of the project and return what it took; say what it said if it fails."""
-    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, str(ROOT / command), *arguments],
         capture_output=True,
         text=True,
         env=dict(os.environ),
     )
-    wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise UserError(f"{command} failed: {done.stderr.strip()}")
     return Spent(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

@@ -37,15 +37,15 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         return self.clock()
 
-    def add(self, part: str, begun: float) -> None:
-        """Count the time since `begun` to a part."""
-        self.spent[part] = self.spent.get(part, 0.0) + self.now() - begun
+    def add(self, part: str, start: float) -> None:
+        """Count the time since `start` to a part."""
+        self.spent[part] = self.spent.get(part, 0.0) + self.now() - start
 
     def call(self, part: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a function and count its seconds."""
-        begun = self.now()
+        start = self.now()
         result = function(*arguments, **options)
-        self.add(part, begun)
+        self.add(part, start)
         return result
 
     def watch(self, owner: Any, method: str, part: str) -> None:

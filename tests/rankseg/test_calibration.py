@@ -169,9 +169,14 @@ def test_calibration_of_classes_restores_each_volume() -> None:
     assert scalar[2] > 1.4 and torch.allclose(classwise, torch.ones(3).double(), atol=0.02)
 
 
-def test_calibration_of_a_class_without_pixels_stays_finite() -> None:
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+def test_calibration_leaves_a_class_without_pixels_alone(link: str) -> None:
+    """Its labels are all negative: a fitted bias would remove the class from every new image."""
     logits, labels, _ = sample(2.0, "softmax", seed=5)
-    found = fit_calibration(logits, labels.clamp(max=1))
+    labels = labels.clamp(max=1)
+    found = fit_calibration(logits, labels, link)
+    assert float(found.temperature[2]) == pytest.approx(float(fit_temperature(logits, labels, link)))
+    assert float(found.bias[2]) == 0 and found.bias[:2].abs().min() > 0
     assert torch.isfinite(found.temperature).all() and torch.isfinite(found.bias).all()
     with pytest.raises(ValueError, match="strength=0"):
         fit_calibration(logits, labels, strength=0)
