@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,7 +64,7 @@ class DatasetInfo:
         return len(self.classes)
 
 
-class SegmentationDataset(Dataset):
+class SegmentationDataset(Dataset, ABC):
     """Named pairs of raw image and mask. The loaders augment and normalise them.
 
     A subclass sets `info`, `names` and `split` and implements `read`.
@@ -77,12 +78,12 @@ class SegmentationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
+    @abstractmethod
     def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Return the raw image (3, H, W) uint8 and the mask (H, W) uint8 of class indices.
 
         Raises DatasetError, which names the path and the fix, if the pair cannot be used.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement read()")
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         return self.read(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -67,9 +68,9 @@ class PairedDataset(SegmentationDataset):
         self._labels_seen: set[int] | None = None
         self._checksum: str | None = None
 
+    @abstractmethod
     def find_pairs(self) -> list[Pair]:
         """Return the pairs of this split in a fixed order, from `match` if folders are listed."""
-        raise NotImplementedError(f"{type(self).__name__} must implement find_pairs()")
 
     def missing_error(self, reason: str) -> DatasetError:
         """Return the error for missing files of a data set, with the expected tree."""

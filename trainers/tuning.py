@@ -168,7 +168,7 @@ def fit_gate(expected: Tensor, dice: Tensor, actual: Tensor, scored: Sequence[in
 
 
 class Choice(NamedTuple):
-    """What `choose` decided: the rule, and for each other rule the mean difference to the baseline and its bound."""
+    """What `choose` decided: the rule, and for each other rule the mean difference to the baseline and its interval."""
 
     rule: str
     differences: dict[str, dict[str, float]]
@@ -180,8 +180,8 @@ def choose(
 ) -> Choice:
     """Choose the rule with the largest lower bound of the mean paired difference to `baseline`, if it is positive.
 
-    The bound is one-sided: BCa bootstrap, exceeded with probability `level`. `dice` holds the mean Dice (N,) of the
-    same images for each rule, NaN if undefined.
+    The bound is the lower end of the two-sided BCa bootstrap interval. `dice` holds the mean Dice (N,) of the same
+    images for each rule, NaN if undefined.
     """
     differences: dict[str, dict[str, float]] = {}
     for name, values in dice.items():
@@ -189,7 +189,7 @@ def choose(
             continue
         difference = (values - dice[baseline]).double()
         difference = difference[~difference.isnan()]
-        differences[name] = _bounded_mean(difference, level, seed, resamples)
+        differences[name] = _interval(difference, level, seed, resamples)
     best = max(differences, key=lambda name: differences[name]["low"], default=baseline)
     if best == baseline or differences[best]["low"] <= 0:
         return Choice(baseline, differences, f"no rule is better than {baseline} by its lower bound")
@@ -198,22 +198,22 @@ def choose(
     return Choice(best, differences, why)
 
 
-def _bounded_mean(difference: Tensor, level: float, seed: int, resamples: int) -> dict[str, float]:
+def _interval(difference: Tensor, level: float, seed: int, resamples: int) -> dict[str, float]:
     from scipy import stats  # slow to import
 
     mean = float(difference.mean()) if len(difference) else 0.0
     if len(difference) < 2 or float(difference.std()) == 0:
-        return {"mean": mean, "low": mean}
+        return {"mean": mean, "low": mean, "high": mean}
     found: Any = stats.bootstrap(
         (difference.numpy(),),
         _mean,
         confidence_level=level,
-        alternative="greater",
         method="BCa",
         rng=seed,
         n_resamples=resamples,
     )
-    return {"mean": mean, "low": float(found.confidence_interval.low)}
+    low, high = (float(end) for end in found.confidence_interval)
+    return {"mean": mean, "low": low, "high": high}
 
 
 def _mean(values: Any, axis: int = -1) -> Any:

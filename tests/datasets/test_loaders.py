@@ -236,7 +236,8 @@ def test_a_worker_that_is_frozen_while_it_hands_over_a_batch_is_named(monkeypatc
     The worker is stopped when the message of a batch is in the queue: the parent reads it, and then asks the worker
     for the memory of its tensors, which does not answer.
     """
-    monkeypatch.setattr("datasets.loaders.PATIENCE", 1.0)
+    monkeypatch.setattr("datasets.loaders.PATIENCE", 0.2)
+    monkeypatch.setattr("datasets.loaders.POLL", 0.1)
     others, asked = multiprocessing.active_children(), threading.Event()
     get_connection = resource_sharer._ResourceSharer.get_connection
 
@@ -245,17 +246,19 @@ def test_a_worker_that_is_frozen_while_it_hands_over_a_batch_is_named(monkeypatc
         return get_connection(ident)
 
     monkeypatch.setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(observed))
-    batches = train_loader(numbered(16), batch_size=4, num_workers=1, timeout=1).epoch(0)
+    loader = train_loader(numbered(16), batch_size=4, num_workers=1, timeout=60)
+    batches = loader.epoch(0)
     next(batches)
+    loader.timeout = 0.3  # from here on; the first batch waits for the start of the worker
     (worker,) = (process for process in multiprocessing.active_children() if process not in others)
     time.sleep(1)  # the worker reads ahead, and its messages wait in the queue
     os.kill(worker.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
     asked.clear()
     begin = time.monotonic()
-    with pytest.raises(ChildProcessError, match=r"gave no batch for 1 s"):
+    with pytest.raises(ChildProcessError, match=r"gave no batch for 0.3 s"):
         next(batches)
-    assert asked.is_set() and time.monotonic() - begin < 10
+    assert asked.is_set() and time.monotonic() - begin < 2.5
     assert not worker.is_alive()
 
 

@@ -239,14 +239,14 @@ def test_transforms_are_rejected_in_one_line(name: str, probs: torch.Tensor) -> 
             return function(x)
 
     for transform, words in (
-        (lambda: torch.func.vmap(function)(probs[None]), "vmap"),
-        (lambda: torch.jit.trace(Module(), probs), "jit.trace"),
-        (lambda: torch.export.export(Module(), (probs,)), "export"),
-        (lambda: make_fx(lambda x: function(x))(probs), "make_fx"),
-        (lambda: function(FakeTensorMode().from_tensor(probs)), "FakeTensorMode"),
-        (lambda: function(probs.to("meta")), "meta"),
+        (lambda: torch.func.vmap(function)(probs[None]), "vmap.*unsupported"),
+        (lambda: torch.jit.trace(Module(), probs), "jit.trace.*unsupported"),
+        (lambda: torch.export.export(Module(), (probs,)), "export.*unsupported"),
+        (lambda: make_fx(lambda x: function(x))(probs), "make_fx.*unsupported"),
+        (lambda: function(FakeTensorMode().from_tensor(probs)), "FakeTensorMode.*unsupported"),
+        (lambda: function(probs.to("meta")), "meta.*no values"),
     ):
-        with pytest.raises(TypeError, match=f"{words}.*(unsupported|no values)") as caught:
+        with pytest.raises(TypeError, match=words) as caught:
             transform()
         assert "\n" not in str(caught.value)
 

@@ -531,7 +531,7 @@ def test_integer_logits(tmp_path: Path) -> None:
 
 def test_a_broken_link_is_named(tmp_path: Path) -> None:
     folder = save_all(tmp_path / "p", softmax_maps(1, (24, 20)))
-    (folder / "gone.npy").symlink_to(tmp_path / "nowhere.npy")
+    (folder / "gone.npy").symlink_to(tmp_path / "absent.npy")
     with pytest.raises(UserError, match=r"gone\.npy"):
         run(folder, "-p", "max", "--out", tmp_path / "o")
 

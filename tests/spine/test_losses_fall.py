@@ -28,6 +28,9 @@ MODELS = ("deeplabv3plus", "pspnet", "fcn8")
 LOSSES = ("ce", "focal", "bce", "soft_dice", "b_soft_dice", "lovasz")
 ROOTS = {"kvasir_seg": "Kvasir-SEG", "voc2012": "."}
 STEPS, CROP, BATCH = 6, 64, 2
+RATES = {
+    ("deeplabv3plus", "lovasz"): ["optimizer.lr=0.02"]
+}  # with the default rate, 6 updates move it by noise alone
 
 
 def run(data: Path, dataset: str, model: str, loss: str, steps: int = STEPS, *more: str) -> list[float]:
@@ -68,13 +71,8 @@ def table(data: Path) -> Iterator[str]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dataset", ROOTS)
 def test_the_loss_falls(real_data: Path, dataset: str, model: str, loss: str) -> None:
-    """After 6 and after 12 updates. Single steps of Lovász go up and down: the mean of updates 19 to 24 counts."""
-    if loss == "lovasz":
-        values = run(real_data, dataset, model, loss, 4 * STEPS, "+model.narrow=4")
-        assert sum(values[-STEPS:]) / STEPS < values[0], values
-    else:
-        values = run(real_data, dataset, model, loss, 2 * STEPS, "+model.narrow=4")
-        assert values[-1] < values[0] and values[STEPS] < values[0], values
+    values = run(real_data, dataset, model, loss, 2 * STEPS, "+model.narrow=4", *RATES.get((model, loss), ()))
+    assert values[-1] < values[0] and values[STEPS] < values[0], values
 
 
 if __name__ == "__main__":

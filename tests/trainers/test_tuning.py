@@ -122,13 +122,13 @@ class TestChoice:
         assert found.rule == "steady" and "+" in found.why
         assert found.differences["wild"]["low"] < 0 < found.differences["steady"]["low"] < 0.02 + 0.005
 
-    def test_the_bound_is_the_one_sided_quantile_of_the_mean(self) -> None:
-        """For 2000 normal values the bound is mean − 1.645 standard errors. A two-sided one would be at 1.960."""
+    def test_the_bound_is_the_lower_end_of_the_two_sided_interval(self) -> None:
+        """For 2000 normal values the bound is mean − 1.960 standard errors. A one-sided one would be at 1.645."""
         base = torch.zeros(2000).double()
         other = torch.randn(2000, generator=torch.Generator().manual_seed(2)).double()
         found = choose({"T": base, "rankdice": other}).differences["rankdice"]
         error = float(other.std()) / 2000**0.5
-        assert (found["mean"] - found["low"]) / error == pytest.approx(1.645, abs=0.15)
+        assert (found["mean"] - found["low"]) / error == pytest.approx(1.960, abs=0.15)
 
     def test_keeps_the_baseline_without_evidence(self) -> None:
         base = torch.rand(50, generator=torch.Generator().manual_seed(1)).double()
