@@ -22,9 +22,7 @@ COMPILE = [
     "-Wno-psabi",
 ]
 # The kernel refers to neither torch nor Python. With the C++ runtime inside, it needs only the C library.
-LINK = (
-    ["-s", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
-)
+LINK = ["-s", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
 
 
 class BuildKernel(build_ext):

@@ -127,9 +127,7 @@ def describe(
         print(f"{folder}: {num_images} images, {cfg.epochs} epochs of {steps} steps, {size:.1f} M parameters")
     shared = 1 if world.device.type == "cuda" else world.size  # SyncBatchNorm needs a GPU
     norm = cfg.batch_size // shared // cfg.trainer.accumulate
-    print(
-        f"batch {cfg.batch_size} on {world.size} x {world.device}, BatchNorm over {norm} images", flush=True
-    )
+    print(f"batch {cfg.batch_size} on {world.size} x {world.device}, BatchNorm over {norm} images", flush=True)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     notes = provenance(ROOT, seed=cfg.seed, data=fingerprints, world_size=world.size)
     write_json(folder / "provenance.json", notes)

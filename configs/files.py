@@ -74,9 +74,7 @@ def parse_json(text: str, source: str) -> Any:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{source} is not valid JSON: {error}. Fix: remove the file or restore it."
-        ) from error
+        raise UserError(f"{source} is not valid JSON: {error}. Fix: remove the file or restore it.") from error
     check_plain(content, source)
     return content
 

@@ -191,9 +191,7 @@ class Fitter:
                 lines.append(f"{name}: gate at an expected Dice of {one['least']:g}")
             elif isinstance(one["at"], float):
                 lines.append(f"{name}: threshold {one['at']:g}" + ", gate 0.5" * bool(one.get("gated")))
-        on_validation = self.kind != "none" or any(
-            "mean_dice" in one or "rule" in one for one in values.values()
-        )
+        on_validation = self.kind != "none" or any("mean_dice" in one or "rule" in one for one in values.values())
         if on_validation and self._val("").fingerprint() == scored.fingerprint():
             lines.append(
                 "warning: fitted on the images that are scored, so expect less on new images "
@@ -254,9 +252,7 @@ class Fitter:
     def _val(self, need: str) -> SegmentationDataset:
         """Return the validation split that ``need`` is fitted on."""
         if not self.may_fit:
-            raise UserError(
-                f"{need} was not fitted for this checkpoint. Fix: run test.py -r CHECKPOINT with it first."
-            )
+            raise UserError(f"{need} was not fitted for this checkpoint. Fix: run test.py -r CHECKPOINT with it first.")
         if self._validation is None:
             if not self.cfg.dataset.splits.get("val"):
                 raise UserError(
@@ -294,9 +290,7 @@ class Fitter:
         histogram = probability_histogram(self.network, loader, self.to_probs(), self.world, self.precision)
         return {"at": histogram.cutoffs(node.score, bool(node.pruning)).tolist()}
 
-    def _evaluate(
-        self, rules: Mapping[str, Predictor], progress: str, **options: Any
-    ) -> dict[str, EvalResult]:
+    def _evaluate(self, rules: Mapping[str, Predictor], progress: str, **options: Any) -> dict[str, EvalResult]:
         """Score rules on the validation split."""
         data = self._val(progress)
         return evaluate(

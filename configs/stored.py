@@ -64,9 +64,7 @@ def pack(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """Return the configuration as plain containers for a checkpoint, every reference resolved."""
     for group in GROUPS:
         if not isinstance(choices.get(group), str):
-            raise ConfigError(
-                f"{group}= takes one option, not a list. Fix: choose one of {', '.join(options(group))}."
-            )
+            raise ConfigError(f"{group}= takes one option, not a list. Fix: choose one of {', '.join(options(group))}.")
     values = _drop_keys(OmegaConf.to_container(cfg, resolve=True))
     return {"choices": {group: choices[group] for group in GROUPS}, "values": values}
 
@@ -146,9 +144,7 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, An
     return groups, values
 
 
-def _accept_values(
-    values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]
-) -> Iterator[tuple[str, Any]]:
+def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield the stored keys (``dataset.crop``) that replace a value of ours, and their checked values."""
     raw, ours = OmegaConf.to_container(cfg, resolve=False), OmegaConf.to_container(cfg, resolve=True)
 
@@ -167,9 +163,7 @@ def _accept_values(
             elif isinstance(ours[key], dict):
                 if not isinstance(value, dict):
                     raise _invalid(name, value, "a mapping")
-                yield from walk(
-                    value, raw[key] if isinstance(raw[key], dict) else ours[key], ours[key], f"{name}."
-                )
+                yield from walk(value, raw[key] if isinstance(raw[key], dict) else ours[key], ours[key], f"{name}.")
             elif not _is_reference(raw[key], value):
                 _check_value(name, value, ours[key])
                 yield name, value
@@ -229,10 +223,7 @@ def _check_extra(name: str, value: Any, raw: Any) -> None:
         allowed = _arguments(raw)
     words = [value] if not isinstance(value, list) else value
     plain = all(
-        _is_number(one)
-        or one is None
-        or isinstance(one, bool)
-        or bool(_is_text(one) and _WORD.fullmatch(one))
+        _is_number(one) or one is None or isinstance(one, bool) or bool(_is_text(one) and _WORD.fullmatch(one))
         for one in words
     )
     if name.rpartition(".")[2] not in allowed or not plain or len(words) > 100:

@@ -42,9 +42,7 @@ def or_null(check: Check) -> Check:
 def choice(*allowed: Any) -> Check:
     """Accept one of a few words or constants."""
     words = [str(value).lower() if isinstance(value, bool) else str(value) for value in allowed]
-    return lambda value: any(value is a or (type(value) is str and value == a) for a in allowed), " or ".join(
-        words
-    )
+    return lambda value: any(value is a or (type(value) is str and value == a) for a in allowed), " or ".join(words)
 
 
 def _is_list(value: Any) -> bool:

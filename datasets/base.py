@@ -51,13 +51,9 @@ class DatasetInfo:
                 f"{self.name} has {len(self.classes)} classes but {len(self.palette)} colours: expected one per class"
             )
         if not set(self.scored) <= set(range(len(self.classes))):
-            raise ValueError(
-                f"{self.name}: scored classes {self.scored} go beyond 0..{len(self.classes) - 1}"
-            )
+            raise ValueError(f"{self.name}: scored classes {self.scored} go beyond 0..{len(self.classes) - 1}")
         if not len(self.classes) <= self.ignore_index <= 255:
-            raise ValueError(
-                f"{self.name}: ignore_index={self.ignore_index} must be in {len(self.classes)}..255"
-            )
+            raise ValueError(f"{self.name}: ignore_index={self.ignore_index} must be in {len(self.classes)}..255")
 
     @property
     def num_classes(self) -> int:

@@ -71,10 +71,7 @@ class Cityscapes(PairedDataset):
         frames = {self.key(path, IMAGE_END): path for path in sorted(images.glob(f"*/*{IMAGE_END}"))}
         labels = {self.key(path, MASK_END): path for path in sorted(masks.glob(f"*/*{MASK_END}"))}
         pairs = self.match(frames, labels, masks)
-        return [
-            Pair(Path(key).name, image, labels.get(key, masks / f"{key}{MASK_END}"))
-            for key, image, _ in pairs
-        ]
+        return [Pair(Path(key).name, image, labels.get(key, masks / f"{key}{MASK_END}")) for key, image, _ in pairs]
 
     @staticmethod
     def key(path: Path, end: str) -> str:
@@ -116,6 +113,4 @@ def only_train_ids(raw: np.ndarray) -> bool:
 
 def looks_like_train_ids(path: Path) -> str:
     """Return the message for masks that were converted to train ids."""
-    return (
-        f"{path} holds train ids (0..{LAST_TRAIN_ID}, 255) but label ids are needed. Fix: fetch gtFine again"
-    )
+    return f"{path} holds train ids (0..{LAST_TRAIN_ID}, 255) but label ids are needed. Fix: fetch gtFine again"

@@ -40,9 +40,7 @@ UPRIGHT = {  # EXIF orientation -> how the stored pixels become upright
 }
 STORED = {**UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the inverse
 TIFF_BITS, TIFF_KIND = 258, 254
-TIFF_REDUCED_OR_MASK = (
-    0b101  # bits of TIFF_KIND: a page that is a small copy of another, or a transparency mask
-)
+TIFF_REDUCED_OR_MASK = 0b101  # bits of TIFF_KIND: a page that is a small copy of another, or a transparency mask
 LEVELS = {2: 85, 4: 17}  # Pillow scales grey of 2 and 4 bits to 0..255 by these factors
 
 
@@ -194,13 +192,8 @@ def _missing(path: Path) -> str:
     """Return the message for a missing file; it names a file of the same name in an unsupported format."""
     with contextlib.suppress(OSError):
         for other in sorted(path.parent.iterdir()):
-            if (
-                canonical_name(other.stem) == canonical_name(path.stem)
-                and other.suffix.lower() not in IMAGE_SUFFIXES
-            ):
-                return (
-                    f"{path} is missing; {other.name} has a format that is not read. Fix: convert it to PNG"
-                )
+            if canonical_name(other.stem) == canonical_name(path.stem) and other.suffix.lower() not in IMAGE_SUFFIXES:
+                return f"{path} is missing; {other.name} has a format that is not read. Fix: convert it to PNG"
     return f"{path} is missing. Fix: restore it, or take its name out of the split"
 
 
@@ -217,9 +210,7 @@ def _require_one_page(image: Image.Image, path: Path) -> None:
         image.seek(0)
         frames = 1 + sum(not kind & TIFF_REDUCED_OR_MASK for kind in kinds[1:])
     if frames > 1:
-        raise DatasetError(
-            f"{path} has {frames} pages or frames. Fix: save the one that is meant as its own file"
-        )
+        raise DatasetError(f"{path} has {frames} pages or frames. Fix: save the one that is meant as its own file")
 
 
 def _require_8_bits(image: Image.Image, path: Path) -> None:
@@ -276,9 +267,7 @@ def orient(image: Image.Image, table: dict[int, Image.Transpose], orientation: i
     return image.transpose(table[orientation]) if orientation in table else image
 
 
-def decode_image(
-    path: Path, mask_size: tuple[int, int] | None = None, mask: Path | None = None
-) -> np.ndarray:
+def decode_image(path: Path, mask_size: tuple[int, int] | None = None, mask: Path | None = None) -> np.ndarray:
     """Return an image as (H, W, 3) uint8 RGB. Grey, palette, alpha and CMYK are converted.
 
     `mask_size` is the (width, height) of its decoded mask and `mask` the file of it; they decide about an EXIF

@@ -160,9 +160,7 @@ class Folder(PairedDataset):
         if self.info.num_classes == 19 and max(unknown) <= 33:
             return "these look like Cityscapes label ids, but train ids are needed: use dataset=cityscapes"
         if unknown == [255]:
-            return (
-                "in classes.yaml, add `value: 255` to the class that it means, or `void: 255` if it is void"
-            )
+            return "in classes.yaml, add `value: 255` to the class that it means, or `void: 255` if it is void"
         if unknown == [0]:
             return f"in classes.yaml, add `void: [0, 255]` if 0 is void; the table has {preview(known)}"
         if unknown == [1] and known == [0, 255]:
@@ -243,9 +241,7 @@ class _Reader:
         values = self._values()
         if not listed:
             if ignore_index < len(entries) and not rgb and ignore_index not in values:
-                ignore_index = (
-                    255  # a number in the masks; the index of void must not be the index of a class
-                )
+                ignore_index = 255  # a number in the masks; the index of void must not be the index of a class
             void = [raw for raw in void if raw not in values]
         for raw in () if rgb else void:
             if raw in values:
@@ -339,9 +335,7 @@ class _Reader:
             if all(math.isfinite(x) and 0 <= x <= 1 and (x > 0 or key == "mean") for x in (red, green, blue)):
                 return red, green, blue
         above = "from 0 to 1" if key == "mean" else "above 0, at most 1"
-        raise self.fault(
-            f"{key}={values!r} is invalid: expected three numbers {above}, as `stats` prints them"
-        )
+        raise self.fault(f"{key}={values!r} is invalid: expected three numbers {above}, as `stats` prints them")
 
     def _class_colour(self, entry: Mapping[str, Any], index: int) -> Colour:
         return self._colour(entry.get("color", voc_colour(index)), f"the color of class {entry['name']!r}")

@@ -83,9 +83,7 @@ class KvasirSEG(PairedDataset):
             raise self.missing_error(f"split {self.split!r} has no file {path} (present: {', '.join(files)})")
         split = default_split(released)
         if self.split not in split:
-            raise self.missing_error(
-                f"split {self.split!r} is not one of train, val, and {path} does not exist"
-            )
+            raise self.missing_error(f"split {self.split!r} is not one of train, val, and {path} does not exist")
         return split[self.split]
 
     def read_mask(self, path: Path) -> np.ndarray:

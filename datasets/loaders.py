@@ -73,9 +73,7 @@ def seed_of(*parts: int) -> int:
 class Reader(Dataset):
     """Read and transform one image per key, each with its own random numbers."""
 
-    def __init__(
-        self, dataset: SegmentationDataset, transform: Transform, seed: int, substitute: bool
-    ) -> None:
+    def __init__(self, dataset: SegmentationDataset, transform: Transform, seed: int, substitute: bool) -> None:
         self.dataset, self.transform, self.seed, self.substitute = dataset, transform, seed, substitute
 
     def __getitem__(self, key: Key) -> Loaded:
@@ -139,9 +137,7 @@ class Loader:
         timeout: float = 300,
     ) -> None:
         if batch_size < 1 or num_workers < 0:
-            raise UserError(
-                f"batch_size={batch_size}, num_workers={num_workers} are invalid: expected >= 1 and >= 0"
-            )
+            raise UserError(f"batch_size={batch_size}, num_workers={num_workers} are invalid: expected >= 1 and >= 0")
         if not 0 <= rank < world_size:
             raise UserError(f"rank={rank} is invalid: expected 0..{world_size - 1}")
         if on_error not in ("raise", "skip"):
@@ -306,9 +302,7 @@ class EvalLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         keys = [Key(NO_EPOCH, index) for index in self.indices]
-        yield from self._batches(
-            [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
-        )
+        yield from self._batches([keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,9 +361,7 @@ def _is_lost_worker(error: Exception) -> bool:
     different: its message begins with "Caught ... in DataLoader worker process".
     """
     text = _first_line(error)
-    return (
-        text.startswith("DataLoader") if isinstance(error, RuntimeError) else not text.startswith("Caught ")
-    )
+    return text.startswith("DataLoader") if isinstance(error, RuntimeError) else not text.startswith("Caught ")
 
 
 def _kill_workers() -> None:

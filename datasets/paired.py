@@ -78,9 +78,7 @@ class PairedDataset(SegmentationDataset):
             f"{type(self).__name__}: {reason}. Fix: dataset.root or --root must be a folder like\n{self.help_tree}"
         )
 
-    def match_folders(
-        self, images: ImageFolder, masks: ImageFolder, masks_at: Path, ending: str = ""
-    ) -> list[Pair]:
+    def match_folders(self, images: ImageFolder, masks: ImageFolder, masks_at: Path, ending: str = "") -> list[Pair]:
         """Pair the files of two folders by name; mask names have `ending` at their end."""
         for folder in (images, masks):
             self.clashes += [
@@ -88,9 +86,7 @@ class PairedDataset(SegmentationDataset):
                 for path, other in folder.clashes
             ]
             if folder.ignored:
-                self.ignored.append(
-                    f"files that are not read: {folder.ignored_text}, such as {folder.ignored[0]}"
-                )
+                self.ignored.append(f"files that are not read: {folder.ignored_text}, such as {folder.ignored[0]}")
         return self.match(
             images.images,
             {name.removesuffix(ending): path for name, path in masks.images.items()},
@@ -125,9 +121,7 @@ class PairedDataset(SegmentationDataset):
                 f"{pair.image} is {sizes[0]} but its mask {pair.mask} is {sizes[1]}. Fix: bring both to one size"
             )
         # A view of the decoded array, channels last: only a crop of it is copied later.
-        return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(
-            torch.from_numpy(mask)
-        )
+        return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(mask))
 
     def read_mask(self, path: Path) -> np.ndarray:
         """Return the mask (H, W) uint8 as class indices.

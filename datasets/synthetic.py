@@ -108,9 +108,7 @@ class Synthetic(SegmentationDataset):
 
     def fingerprint(self) -> str:
         """Return a hash of all settings that determine the images."""
-        return digest(
-            ["synthetic", VERSION, self.split, len(self), self.size, self.info.num_classes, self.seed]
-        )
+        return digest(["synthetic", VERSION, self.split, len(self), self.size, self.info.num_classes, self.seed])
 
     def _generator(self, index: int) -> torch.Generator:
         if not 0 <= index < len(self):
@@ -148,9 +146,7 @@ class Synthetic(SegmentationDataset):
         """Paint the image (3, H, W) uint8: blend the colours by opacity, then add light and noise."""
         knots = self._basis.shape[1]
         image = self._colours[0].view(3, 1, 1).expand(3, self.size, self.size)
-        for colour, opacity in zip(
-            self._colours[scene.labels], torch.special.ndtr(scene.probits), strict=True
-        ):
+        for colour, opacity in zip(self._colours[scene.labels], torch.special.ndtr(scene.probits), strict=True):
             image = torch.lerp(image, colour.view(3, 1, 1), opacity)
         light = self._basis @ torch.randn(knots, knots, generator=generator) @ self._basis.T
         image = image + SHADE * light + NOISE * torch.randn(image.shape, generator=generator)

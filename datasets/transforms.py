@@ -36,9 +36,7 @@ def require_pair(image: Tensor, mask: Tensor) -> None:
             "wrap the image and the mask"
         )
     if image.shape[-2:] != mask.shape[-2:]:
-        raise UserError(
-            f"image is {tuple(image.shape[-2:])} and mask {tuple(mask.shape[-2:])}: bring them to one size"
-        )
+        raise UserError(f"image is {tuple(image.shape[-2:])} and mask {tuple(mask.shape[-2:])}: bring them to one size")
 
 
 def as_size(size: Size) -> tuple[int, int]:
@@ -82,9 +80,7 @@ class Normalise:
         return scaled.sub_(self.mean).div_(self.std)
 
 
-def rotate_window(
-    image: Tensor, mask: Tensor, degrees: int, window: Window, label_fill: int
-) -> tuple[Tensor, Tensor]:
+def rotate_window(image: Tensor, mask: Tensor, degrees: int, window: Window, label_fill: int) -> tuple[Tensor, Tensor]:
     """Rotate a pair by whole degrees counter-clockwise, and return a window of it.
 
     The frame keeps its size. It rotates about (W/2, H/2), measured from the centre of the first pixel. The image is

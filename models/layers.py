@@ -32,9 +32,7 @@ class PooledBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(input)
 
 
@@ -86,9 +84,7 @@ def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: ob
     if factor == 1:
         return
     if weights is not None:
-        raise UserError(
-            f"weights={weights} belong to the full network. Fix: with narrow={factor} set weights=null."
-        )
+        raise UserError(f"weights={weights} belong to the full network. Fix: with narrow={factor} set weights=null.")
 
     def fewer(channels: int) -> int:
         if channels in (3, num_classes):  # input and output of the network
@@ -110,18 +106,14 @@ def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: ob
             layer.num_channels = first = fewer(layer.num_channels)
             layer.num_groups = max(1, layer.num_groups // factor)
         elif next(layer.children(), None) is None and next(layer.parameters(), None) is not None:
-            raise UserError(
-                f"narrow={factor} cannot divide a layer of type {type(layer).__name__}; set narrow=1"
-            )
+            raise UserError(f"narrow={factor} cannot divide a layer of type {type(layer).__name__}; set narrow=1")
         else:
             continue
         for name, values in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             cut = values.detach()[:first] if values.ndim else values
             if isinstance(layer, nn.Conv2d) and values.ndim > 1:
                 cut = cut[:, : layer.in_channels // layer.groups]
-            setattr(
-                layer, name, nn.Parameter(cut.clone()) if isinstance(values, nn.Parameter) else cut.clone()
-            )
+            setattr(layer, name, nn.Parameter(cut.clone()) if isinstance(values, nn.Parameter) else cut.clone())
         layer.reset_parameters()
 
 

@@ -75,9 +75,7 @@ class SMP(nn.Module):
         narrow_layers(self.network, narrow, num_classes, weights)
         self.pretrained = weights is not None
         if weights is not None:
-            _load_encoder(
-                self.network.encoder, encoder, weights, truncated=options.get("encoder_depth", 5) < 5
-            )
+            _load_encoder(self.network.encoder, encoder, weights, truncated=options.get("encoder_depth", 5) < 5)
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Map images (N, 3, H, W) to logits (N, C, H, W)."""
@@ -136,9 +134,7 @@ def options_of(arch: str) -> set[str]:
         for name, parameter in signature(ARCHITECTURES[arch.lower()]).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD
     }
-    return (names - {"encoder_name", "encoder_weights", "in_channels", "classes", "aux_params"}) | {
-        "output_stride"
-    }
+    return (names - {"encoder_name", "encoder_weights", "in_channels", "classes", "aux_params"}) | {"output_stride"}
 
 
 def _check_options(arch: str, encoder: str, options: dict[str, Any]) -> None:
@@ -157,11 +153,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     near = get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return (
-        f"choose one of {', '.join(names)}"
-        if len(names) < 20
-        else "choose one of smp's, or tu-NAME of timm's"
-    )
+    return f"choose one of {', '.join(names)}" if len(names) < 20 else "choose one of smp's, or tu-NAME of timm's"
 
 
 def _is_sequence(value: Any) -> bool:

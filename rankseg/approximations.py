@@ -36,9 +36,7 @@ _SPREAD, _SKEW = 0.25, 5.0
 _BUDGET = 1 << 22  # numbers in memory for a group of rows
 
 
-def search(
-    flat: Tensor, app: int, smooth: float, truncate_mean: bool, pruning: bool, variant: str
-) -> Solution:
+def search(flat: Tensor, app: int, smooth: float, truncate_mean: bool, pruning: bool, variant: str) -> Solution:
     """Volumes of the rows `flat` (R, D) by T-RNA or BA; see `rankseg.rank_dice` for the options."""
     rows, pixels = flat.shape
     peak = flat.amax(1)
@@ -67,18 +65,14 @@ def _search_rows(rows: Tensor, app: int, smooth: float, truncate_mean: bool, var
     if truncate_mean:
         mean = (ordered >= 0.5).sum(1).double()
     few = mean <= _FEW
-    upper = torch.where(
-        few, torch.floor(5 * mean + 1).long().clamp(max=rows.shape[1]), _upper(ordered, smooth)
-    )
+    upper = torch.where(few, torch.floor(5 * mean + 1).long().clamp(max=rows.shape[1]), _upper(ordered, smooth))
     tau = torch.zeros_like(upper)
     value = torch.full_like(mean, torch.nan)
     for refined in (True, False):
         members = (sound & ((few | (app == 1)) == refined)).nonzero()[:, 0]
         if members.numel():
             law = (mean[members], variance[members], third[members])
-            tau[members], value[members] = _best(
-                ordered[members], law, upper[members], smooth, refined, variant
-            )
+            tau[members], value[members] = _best(ordered[members], law, upper[members], smooth, refined, variant)
     result = _with_cutpoint(values, tau, value)
     broken = (~sound).nonzero()[:, 0]
     if broken.numel():
@@ -189,9 +183,7 @@ def _coefficients(function: Callable[[float], Tensor]) -> list[Tensor]:
     return list(torch.tensordot(cosines.to(samples.device), samples, dims=1) * (2 / _DEGREE))
 
 
-def _correlate(
-    weights: Tensor, low: Tensor, longest: int, shift: float, numerator: float | None = None
-) -> Tensor:
+def _correlate(weights: Tensor, low: Tensor, longest: int, shift: float, numerator: float | None = None) -> Tensor:
     """Σ_l w_l / (l + τ + shift) for τ = 1..`longest`, l from `low`: (R, longest).
 
     With `numerator`, the terms are w_l (l + τ + numerator) / (l + τ + shift).

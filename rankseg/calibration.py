@@ -55,26 +55,20 @@ class Reliability:
             )
         classes = probs.shape[1]
         if valid is not None and valid.shape != probs.shape[:1] + probs.shape[2:]:
-            raise ValueError(
-                f"valid must be (N, *S), got {tuple(valid.shape)} for probs {tuple(probs.shape)}"
-            )
+            raise ValueError(f"valid must be (N, *S), got {tuple(valid.shape)} for probs {tuple(probs.shape)}")
         if self.count is None:
             empty = torch.zeros(classes, self.bins, dtype=torch.float64, device=probs.device)
             self.count, self.forecast, self.observed = empty, empty.clone(), empty.clone()
         counts, forecasts, observations = self._filled()
         if counts.shape[0] != classes:
-            raise ValueError(
-                f"probs has {classes} classes, earlier batches had {counts.shape[0]}; keep them apart"
-            )
+            raise ValueError(f"probs has {classes} classes, earlier batches had {counts.shape[0]}; keep them apart")
         keep = slice(None) if valid is None else valid.flatten()
         for c in range(classes):
             p = probs[:, c].flatten()[keep]
             place = (p.float() * self.bins).long().clamp_(max=self.bins - 1)
             # index_add_, because bincount with weights is not deterministic on CUDA.
             forecasts[c] += (
-                p.new_zeros(self.bins, dtype=torch.float64)
-                .index_add_(0, place, p.double())
-                .to(forecasts.device)
+                p.new_zeros(self.bins, dtype=torch.float64).index_add_(0, place, p.double()).to(forecasts.device)
             )
             place += self.bins * targets[:, c].flatten()[keep].long()  # one count for both outcomes
             missed, hit = torch.bincount(place, minlength=2 * self.bins).view(2, -1).to(counts.device)
@@ -92,9 +86,7 @@ class Reliability:
         if other.count is None:
             return self
         if self.count is not None and len(self.count) != len(other.count):
-            raise ValueError(
-                f"cannot merge {len(other.count)} classes into {len(self.count)}; keep them apart"
-            )
+            raise ValueError(f"cannot merge {len(other.count)} classes into {len(self.count)}; keep them apart")
         for name in ("count", "forecast", "observed"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
@@ -161,9 +153,7 @@ def fit_temperature(
     classes = logits.shape[1]
     scores, labels = _labelled(logits, targets, ignore_index)
     if not labels.numel():
-        raise ValueError(
-            f"targets has no pixel other than ignore_index={ignore_index}; fit on labelled images"
-        )
+        raise ValueError(f"targets has no pixel other than ignore_index={ignore_index}; fit on labelled images")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"targets hold labels {int(labels.min())}..{int(labels.max())}, but logits have {classes} classes; "

@@ -175,9 +175,7 @@ def _integrate(
     result = torch.zeros_like(volume)
     of_empty = torch.zeros_like(volume[:, 0])
     singly, volume_at = values[:, None], (volume + smooth)[:, None]
-    none_of_all = log_series(rest, torch.ones_like(rest[:, :1])) + torch.log1p(-values).sum(
-        1, keepdim=True
-    )  # log G(∞)
+    none_of_all = log_series(rest, torch.ones_like(rest[:, :1])) + torch.log1p(-values).sum(1, keepdim=True)  # log G(∞)
     for t, weight in _portions(times, weights, values):
         u = -torch.expm1(-t)
         logs = torch.log1p(singly * -u[..., None])  # (B, K, W)

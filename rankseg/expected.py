@@ -67,9 +67,7 @@ def _with_torch(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tens
         inside = (values > 0).sum(1, keepdim=True)
         chosen, rest = got.chosen[members], got.rest[members]
         absent = None if log_absent is None else log_absent[members]
-        scores = window_scores(
-            score, values.abs(), chosen, rest, smooth, volumes == inside, log_absent=absent
-        )
+        scores = window_scores(score, values.abs(), chosen, rest, smooth, volumes == inside, log_absent=absent)
         result[members] = scores.gather(1, inside)[:, 0]
     return result.view(probs.shape[:2])
 

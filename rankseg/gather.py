@@ -199,9 +199,7 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a[0], b[0])[None] if a.shape[0] == 1 else a.mul_(b).sum(1)
 
 
-def _gather_marked(
-    flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None, masks: Tensor | None
-) -> Gathered:
+def _gather_marked(flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None, masks: Tensor | None) -> Gathered:
     """As `gather`, with a single synchronisation: the extracted pixels are marked, and found in the end."""
     count, pixels = index.numel(), flat.shape[1]
     chosen = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)

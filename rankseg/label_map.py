@@ -18,9 +18,7 @@ VOID = 255
 
 @eager_only
 @torch.no_grad()
-def label_map(
-    masks: Tensor, unassigned: str | int = "void", probs: Tensor | None = None, *, first: int = 0
-) -> Tensor:
+def label_map(masks: Tensor, unassigned: str | int = "void", probs: Tensor | None = None, *, first: int = 0) -> Tensor:
     """Return the label of each pixel: (N, *S) int64.
 
     A pixel in several masks gets the class with the largest of `probs` among them (the first one if tied); without

@@ -41,9 +41,7 @@ def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: s
     return (value * present).sum(1) / present.sum(1).clamp(min=1)
 
 
-def over_classes(
-    probs: Tensor, classes: Sequence[int], solve: Callable[[Tensor, bool], RankResult]
-) -> RankResult:
+def over_classes(probs: Tensor, classes: Sequence[int], solve: Callable[[Tensor, bool], RankResult]) -> RankResult:
     """Non-overlapping masks of `probs` (N, C, *S) for the mean expected score of the given `classes` alone.
 
     One class is solved exactly, so that its mask is that of a one-channel problem. A pixel that none of `classes`

@@ -48,9 +48,7 @@ class ProbabilityHistogram:
         """
         probs = check_probs(probs)
         if valid is not None and valid.shape != probs.shape[:1] + probs.shape[2:]:
-            raise ValueError(
-                f"valid must be (N, *S), got {tuple(valid.shape)} for probs {tuple(probs.shape)}"
-            )
+            raise ValueError(f"valid must be (N, *S), got {tuple(valid.shape)} for probs {tuple(probs.shape)}")
         count = []
         for p in probs.movedim(1, 0):
             kept = p.flatten() if valid is None else p[valid]

@@ -21,9 +21,7 @@ def laguerre(nodes: int) -> tuple[Tensor, Tensor]:
     of moderate size where the weights themselves fall to 1e-47.
     """
     order = torch.arange(nodes, dtype=torch.float64, device="cpu")
-    x = torch.linalg.eigvalsh(
-        torch.diag(2 * order + 1) + torch.diag(order[1:], 1) + torch.diag(order[1:], -1)
-    )
+    x = torch.linalg.eigvalsh(torch.diag(2 * order + 1) + torch.diag(order[1:], 1) + torch.diag(order[1:], -1))
     before, function = torch.zeros_like(x), torch.exp(-x / 2)
     for n in range(nodes + 1):
         before, function = function, ((2 * n + 1 - x) * function - n * before) / (n + 1)

@@ -70,13 +70,9 @@ def rank_dice(
     app = check_choice("app", app, (0, 1, 2))
     check_choice("variant", variant, ("published", "experiments"))
     if app == 0 and (truncate_mean or variant != "published"):
-        raise ValueError(
-            "truncate_mean and variant belong to the approximations; pass app=1 or app=2 with them"
-        )
+        raise ValueError("truncate_mean and variant belong to the approximations; pass app=1 or app=2 with them")
     if app != 0 and not allow_overlap:
-        raise ValueError(
-            f"allow_overlap=False is solved for app=0 only, got app={app}; leave out one of the two"
-        )
+        raise ValueError(f"allow_overlap=False is solved for app=0 only, got app={app}; leave out one of the two")
     probs = to_device(probs, device)
     if classes is not None and allow_overlap:
         raise ValueError("classes needs allow_overlap=False; overlapping masks are decided class by class")

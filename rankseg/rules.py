@@ -53,9 +53,7 @@ def threshold(probs: Tensor, at: float | Sequence[float] | Tensor = 0.5) -> Tens
 
 def _is_numbers(at: object) -> bool:
     numbers = at.tolist() if isinstance(at, Tensor) else at
-    return isinstance(numbers, (list, tuple)) and all(
-        isinstance(x, Real) and not isinstance(x, bool) for x in numbers
-    )
+    return isinstance(numbers, (list, tuple)) and all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers)
 
 
 @eager_only

@@ -76,9 +76,7 @@ def solve(flat: Tensor, known: Statistics, score: str, smooth: float, pruning: b
     return Solution(tau, cutpoint, tied, value)
 
 
-def _first_brackets(
-    flat: Tensor, rows: Tensor, mean: Tensor, score: str, smooth: float
-) -> tuple[Tensor, Tensor]:
+def _first_brackets(flat: Tensor, rows: Tensor, mean: Tensor, score: str, smooth: float) -> tuple[Tensor, Tensor]:
     """First guess of the brackets (low, high) of cut-offs, in the dtype of `flat`: (R,) each."""
     low = (0.99 * NEGLIGIBLE * (mean + smooth)).clamp(max=0.1)
     high = torch.ones_like(low)
@@ -145,9 +143,7 @@ def _attempt(
         margin = surrogate.margin(score, volume, captured, mean, smooth, loss)
         margins = torch.stack([margin[:, 0], margin.gather(1, width[:, None])[:, 0]])
         edges = torch.stack([high[members], low[members]]).double()
-        needed[members] = _needed(
-            score, margins, edges, loss[:, 0], mean[:, 0], chosen[:, 0], width, smooth, pixels
-        )
+        needed[members] = _needed(score, margins, edges, loss[:, 0], mean[:, 0], chosen[:, 0], width, smooth, pixels)
         wanted = (margin >= 0) & inside
         if smooth:
             wanted[:, 0] |= chosen[:, 0] == 0  # the bounds do not hold for the empty mask

@@ -64,9 +64,7 @@ def cutoff(score: str, value: Tensor) -> Tensor:
     return value / 2 if score == "dice" else value / (1 + value)
 
 
-def excess_root(
-    score: str, cut: Tensor, excess: Tensor, volume: Tensor, mean: Tensor, smooth: float
-) -> Tensor:
+def excess_root(score: str, cut: Tensor, excess: Tensor, volume: Tensor, mean: Tensor, smooth: float) -> Tensor:
     """One Dinkelbach step: the cut-off after `cut` (R,), from `excess` = Σ_{p > cut} (p - cut) and the volume.
 
     The optimal cut-off is the root of a convex decreasing function, Σ (p - cut)_+ + γ/2 - cut·(μ + γ + 1) for Dice

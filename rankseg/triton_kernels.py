@@ -94,9 +94,7 @@ def guess_kernel(
 
 
 @triton.jit
-def excess_kernel(
-    flat, stride_row, stride_pixel, pixels, span, cut, excess, BLOCK: tl.constexpr, DTYPE: tl.constexpr
-):
+def excess_kernel(flat, stride_row, stride_pixel, pixels, span, cut, excess, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.load(cut + row)
     sums = tl.zeros([BLOCK], tl.float64)

@@ -62,9 +62,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def best_masks(
-    probs: Tensor, score: str, smooth: float, pruning: bool, allow_overlap: bool
-) -> RankResult | None:
+def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_overlap: bool) -> RankResult | None:
     """See `rankseg.backend.best_masks`; None for invalid values and for unsupported arguments."""
     if smooth or not allow_overlap or type(probs) is not Tensor:
         return None
@@ -93,9 +91,7 @@ def best_masks(
     low, high = empty(rows, dtype=dtype), empty(rows, dtype=dtype)
     guess = (mean, peak, cut, volume, density, excess, low, high)
     bracket_kernel[(rows,)](*guess, least, chunks, DICE=dice, CHUNKS=_CHUNKS)
-    capacity = min(
-        triton.next_power_of_2(pixels), max(_SMALLEST_WINDOW, triton.next_power_of_2(pixels // 64))
-    )
+    capacity = min(triton.next_power_of_2(pixels), max(_SMALLEST_WINDOW, triton.next_power_of_2(pixels // 64)))
     window = torch.zeros(rows, capacity, dtype=dtype, device=device)
     cursor = torch.zeros(rows, dtype=torch.int32, device=device)
     sums = empty(*grid, 10)

@@ -48,17 +48,13 @@ def check_form(probs: Tensor) -> Tensor:
             "or pad maps of different sizes with zeros (zeros change nothing) and stack them"
         )
     if not isinstance(probs, Tensor):
-        raise TypeError(
-            f"probs must be a torch.Tensor, got {type(probs).__name__}; convert it with torch.as_tensor"
-        )
+        raise TypeError(f"probs must be a torch.Tensor, got {type(probs).__name__}; convert it with torch.as_tensor")
     _reject_tracing(probs)
     if probs.device.type == "mps":
         raise TypeError("probs is on the device 'mps', which has no float64; pass probs.cpu()")
     probs = plain(probs, "probs")
     if probs.dtype not in _ROUNDING:
-        raise TypeError(
-            f"probs must be float16, bfloat16, float32 or float64, got {probs.dtype}; pass probabilities"
-        )
+        raise TypeError(f"probs must be float16, bfloat16, float32 or float64, got {probs.dtype}; pass probabilities")
     if probs.ndim < 3:
         raise ValueError(
             f"probs must be (N, C, *S), got shape {tuple(probs.shape)}; a single map (H, W) is probs[None, None]"
@@ -153,9 +149,7 @@ def check_smooth(smooth: float) -> float:
 def check_masks(masks: Tensor, probs: Tensor) -> Tensor:
     """Return `masks` (N, C, *S) bool of the shape of `probs`, or raise TypeError / ValueError."""
     if not isinstance(masks, Tensor):
-        raise TypeError(
-            f"masks must be a torch.Tensor, got {type(masks).__name__}; convert it with torch.as_tensor"
-        )
+        raise TypeError(f"masks must be a torch.Tensor, got {type(masks).__name__}; convert it with torch.as_tensor")
     masks = plain(masks, "masks")
     if masks.dtype != torch.bool:
         raise TypeError(f"masks must be bool, got {masks.dtype}; compare first, as in masks > 0.5")

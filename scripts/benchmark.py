@@ -19,9 +19,7 @@ MODULES = {"rules": rules, "step": step, "loader": loader, "test": test, "volume
 
 def main() -> None:
     """Hand over to the module of the benchmark asked for; flags and overrides may mix."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     parsers = {}
     for name, module in MODULES.items():

@@ -38,9 +38,7 @@ def check_checkpoint_options(args: argparse.Namespace) -> None:
         rules = " -p ".join(args.predictor)
         raise UserError(f"-p {rules}: one rule makes the masks; call again with another --out")
     if not 0 < args.alpha < 1:
-        raise UserError(
-            f"--alpha {args.alpha:g} is invalid: expected a number between 0 and 1. Fix: --alpha 0.1"
-        )
+        raise UserError(f"--alpha {args.alpha:g} is invalid: expected a number between 0 and 1. Fix: --alpha 0.1")
 
 
 def add_run_options(parser: argparse.ArgumentParser, overrides: str) -> None:

@@ -50,9 +50,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
     check_checkpoint_options(args)
     if args.resplits < 1:
-        raise ConfigError(
-            f"--resplits {args.resplits} is invalid: expected an integer >= 1. Fix: --resplits 200"
-        )
+        raise ConfigError(f"--resplits {args.resplits} is invalid: expected an integer >= 1. Fix: --resplits 200")
     return args
 
 

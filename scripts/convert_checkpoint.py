@@ -61,10 +61,7 @@ def main() -> None:
     payload = convert(args.source)
     save(payload, args.target)
     names = payload["config"]["choices"]
-    print(
-        f"{args.target}: {names['model']} on {names['dataset']} with {names['loss']}, "
-        f"epoch {payload['epoch']}"
-    )
+    print(f"{args.target}: {names['model']} on {names['dataset']} with {names['loss']}, epoch {payload['epoch']}")
 
 
 if __name__ == "__main__":

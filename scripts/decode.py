@@ -106,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("probs", type=Path, metavar="PROBS", help="folder of probabilities, or one file")
     add("-p", "--predictor", action="append", required=True, metavar="RULE",
@@ -186,9 +184,7 @@ class Job:
             self.fit = Folder(*folders, None, reading, self.output, args.scored)
         settings = {"axis": args.classes_axis, "key": args.key, "link": args.link, "foreground_only": only}
         cfg = configuration(args.probs, args.fit and args.fit[0], args.void, args.calibrate, args.temperature)
-        self.fitter = FolderFitter(
-            args.out, self.fit, values, settings | {"scored": args.scored}, cfg, self.device
-        )
+        self.fitter = FolderFitter(args.out, self.fit, values, settings | {"scored": args.scored}, cfg, self.device)
         self.rules, self.fitted = self.fitter.rules(args.predictor, self.scored)  # type: ignore[arg-type]
         self.reading = dataclasses.replace(reading, values=self.fitter.to_probs())
         self.calibration = self.fitter.describe_calibration()
@@ -278,9 +274,7 @@ class Job:
         }
         if label is not None:
             record["counts"] = {
-                rule: counts_to_plain(found.counts)
-                for rule, found in result.rules.items()
-                if found.counts is not None
+                rule: counts_to_plain(found.counts) for rule, found in result.rules.items() if found.counts is not None
             }
             record["likelihood"] = result.likelihood
             record["reliability"] = reliability_to_plain(result.reliability)
@@ -305,12 +299,8 @@ class Job:
         curves = (reliability_from_plain(record["reliability"]) for record in records.values())
         reliability = functools.reduce(Reliability.merge, curves)
         ratios = reliability.volume_ratio().tolist()
-        likelihoods = [
-            record["likelihood"] for record in records.values() if None not in record["likelihood"]
-        ]
-        log_loss, brier = (
-            torch.tensor(likelihoods or [[float("nan")] * 2], dtype=torch.float64).mean(0).tolist()
-        )
+        likelihoods = [record["likelihood"] for record in records.values() if None not in record["likelihood"]]
+        log_loss, brier = torch.tensor(likelihoods or [[float("nan")] * 2], dtype=torch.float64).mean(0).tolist()
         details = self._details(list(records), classes, failed)
         results = {}
         for rule in self.rules:

@@ -201,9 +201,7 @@ class Display:
         self.bar.close()
 
 
-def call(
-    arguments: Sequence[str], log: Path, threads: int | None, tick: Callable[[], None]
-) -> tuple[int, str]:
+def call(arguments: Sequence[str], log: Path, threads: int | None, tick: Callable[[], None]) -> tuple[int, str]:
     """Run a script of this repository; return its exit code and its error, or the last line of its output.
 
     Output is appended to ``log``, to which another process may write as well; ``tick`` is called twice a second. If

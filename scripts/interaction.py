@@ -60,9 +60,7 @@ def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[
             for rule in rules:
                 if rule != baseline:
                     pairs = zip(read[baseline], read[rule], strict=True)
-                    gains[folder, kind, rule] = [
-                        pair(base.by_image(), one.by_image())[0] for base, one in pairs
-                    ]
+                    gains[folder, kind, rule] = [pair(base.by_image(), one.by_image())[0] for base, one in pairs]
     head = ["runs, probabilities", *(f"{rule} mDice" for rule in rules), *MEASURES]
     lines = markdown_table(head, rows).splitlines()
     rows = []

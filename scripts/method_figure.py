@@ -75,7 +75,5 @@ def draw(path: Path) -> None:
 
 if __name__ == "__main__":
     parser = command_line(__doc__)
-    parser.add_argument(
-        "path", nargs="?", type=Path, default=ROOT / "docs" / "method.png", help="file to write"
-    )
+    parser.add_argument("path", nargs="?", type=Path, default=ROOT / "docs" / "method.png", help="file to write")
     draw(parser.parse_args().path)

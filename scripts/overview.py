@@ -68,9 +68,7 @@ def main() -> None:
     parser = command_line(__doc__)
     add_run_options(parser, "split=val, protocol=paper, calibrate=temperature")
     parser.add_argument("--out", type=Path, default=Path("overview.png"), help="default: %(default)s")
-    parser.add_argument(
-        "--scale", type=int, default=2, help="enlargement of small images (default: %(default)s)"
-    )
+    parser.add_argument("--scale", type=int, default=2, help="enlargement of small images (default: %(default)s)")
     args = parser.parse_intermixed_args()
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg") or args.out.is_dir():
         raise UserError(f"--out {args.out}: give the name of a .png or .jpg file")

@@ -213,9 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for arguments without a meaning, before any file is read."""
     if not 0 < args.confidence < 1:
-        raise UserError(
-            f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95."
-        )
+        raise UserError(f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95.")
     for name, least in (("resamples", 1), ("seed", 0), ("auto", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} is invalid: expected an integer >= {least}.")

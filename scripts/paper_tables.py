@@ -190,9 +190,7 @@ def inject(text: str, named: Mapping[str, str], page: str = "README.md") -> str:
 
     loose = _LOOSE.search(_MARKER.sub("", text))
     if loose:
-        raise UserError(
-            f"{page}: the marker {loose[0]} has no partner. Fix: close it with <!-- /table:NAME -->."
-        )
+        raise UserError(f"{page}: the marker {loose[0]} has no partner. Fix: close it with <!-- /table:NAME -->.")
     return _MARKER.sub(replace, text)
 
 

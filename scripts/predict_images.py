@@ -112,9 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except (MemoryError, RuntimeError) as error:
                 if not OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
                     raise
-                tqdm.write(
-                    f"error: {found[image]} does not fit in memory. Fix: a smaller --window", file=sys.stderr
-                )
+                tqdm.write(f"error: {found[image]} does not fit in memory. Fix: a smaller --window", file=sys.stderr)
                 failed += 1
             del picture  # free it before the next one is read
             bar.update()
@@ -265,9 +263,7 @@ class Segmenter:
     def __call__(self, picture: files.Picture, outputs: Outputs, image: str) -> None:
         """Segment one picture, whose name is `image`, and write its files."""
         pixels, orientation = picture
-        probs = probabilities(
-            pixels, self.forward, self.to_probs, self.normalise, self.view(pixels), self.world.device
-        )
+        probs = probabilities(pixels, self.forward, self.to_probs, self.normalise, self.view(pixels), self.world.device)
 
         def save_mask(index: int, mask: Tensor) -> None:
             if outputs.masks:

@@ -130,9 +130,7 @@ def _check(args: argparse.Namespace) -> int:
     return FAULTY if report.faults else 0
 
 
-def _print_report(
-    report: Report, entry: Entry, info: DatasetInfo, classes: Path | None, shown: int | None
-) -> None:
+def _print_report(report: Report, entry: Entry, info: DatasetInfo, classes: Path | None, shown: int | None) -> None:
     for fault in report.faults[:shown]:
         print(f"{fault.split}: {fault.message}")
     if shown and len(report.faults) > shown:

@@ -149,9 +149,7 @@ def write(
         "scores": scores,
         "gains": {f"rankdice - {rule}": one for rule, one in gains.items()},
     }
-    write_json(
-        folder / "report.json", {"of": of, **found, **numbers(findings, rules), "confidence": confidence}
-    )
+    write_json(folder / "report.json", {"of": of, **found, **numbers(findings, rules), "confidence": confidence})
     return target
 
 
@@ -169,9 +167,7 @@ def numbers(findings: Findings, rules: Sequence[str]) -> dict[str, Any]:
             for kind, one in findings.reliability.items()
         },
         "temperature": findings.temperature,
-        "threshold": {
-            key.rule: findings.mean(key) / 100 for key in findings.counts if key.rule.startswith("at ")
-        },
+        "threshold": {key.rule: findings.mean(key) / 100 for key in findings.counts if key.rule.startswith("at ")},
         "cutoffs": [round(at, 4) for at in chosen_cutoffs(findings).tolist()],
         "images": findings.names,
     }

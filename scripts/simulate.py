@@ -125,9 +125,7 @@ def rules(fixed: Sequence[float]) -> dict[str, Rule]:
     return found
 
 
-def settings(
-    example: str, sizes: Sequence[int], seed: int
-) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+def settings(example: str, sizes: Sequence[int], seed: int) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """Yield the settings of an example: a name, the size, and a function that makes the next image."""
     if example == "thresholds":
         yield "ρ random", 64, partial(random_block, 64, _generator(seed, "thresholds"))

@@ -63,9 +63,7 @@ def released_config(name: str, num_classes: int, **changes: Any) -> dict[str, An
     } | changes
 
 
-def released(
-    recordings: Path, name: str, num_classes: int, full: bool = True, **changes: Any
-) -> dict[str, Any]:
+def released(recordings: Path, name: str, num_classes: int, full: bool = True, **changes: Any) -> dict[str, Any]:
     """The checkpoint of a network, as torch.load would return it; `changes` are of its configuration.
 
     full: whether the gains are those of golden/full, where all branches of FCN8 are visible.

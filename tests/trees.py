@@ -53,9 +53,7 @@ def palette_image(mask: np.ndarray) -> Image.Image:
     return image
 
 
-def make_kvasir(
-    tmp_path: Path, count: int = 25, layout: str = "released", size: tuple[int, int] = (48, 40)
-) -> Path:
+def make_kvasir(tmp_path: Path, count: int = 25, layout: str = "released", size: tuple[int, int] = (48, 40)) -> Path:
     """Kvasir-SEG: layout "released", "files" (with split files) or "split" (the authors' tree)."""
     root = tmp_path / "Kvasir-SEG"
     for index in range(count):

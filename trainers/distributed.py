@@ -44,13 +44,9 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(
-            f"device={name} is not supported. Fix: choose one of auto, cpu, cuda, cuda:N or mps."
-        )
+        raise ConfigError(f"device={name} is not supported. Fix: choose one of auto, cpu, cuda, cuda:N or mps.")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(
-            f"device={name}: this machine has no Apple GPU that torch can use. Fix: pass device=cpu."
-        )
+        raise ConfigError(f"device={name}: this machine has no Apple GPU that torch can use. Fix: pass device=cpu.")
     if device.type != "cuda":
         return torch.device(device.type)
     if not torch.cuda.is_available():
@@ -73,9 +69,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(chosen)
     if size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, timeout=timedelta(minutes=30)
-        )  # the longest wait for another process
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # the longest wait for another process
     try:
         yield World(rank, size, chosen)
     finally:

@@ -55,9 +55,7 @@ def as_training_error(doing: str, more_memory: str = LESS_MEMORY) -> Iterator[No
         for pattern, meaning, remedy in _KNOWN:
             if re.search(pattern, f"{type(error).__name__}: {error}"):
                 reason = _first_sentence(error)
-                raise TrainingError(
-                    f"{meaning} while {doing}: {reason}. Fix: {remedy or more_memory}."
-                ) from error
+                raise TrainingError(f"{meaning} while {doing}: {reason}. Fix: {remedy or more_memory}.") from error
         raise
 
 

@@ -196,9 +196,7 @@ def _collect(local: _Share, scoring: Scoring, world: World) -> dict[str, EvalRes
     order = sorted(range(len(rows)), key=lambda i: rows[i][0])
     loss = [value for _, value in sorted(pair for share in shares for pair in share.losses)]
     merged = functools.reduce(Reliability.merge, (share.reliability for share in shares))
-    log_loss, brier = (
-        torch.cat([part for share in shares for part in share.likelihoods])[order].nanmean(0).tolist()
-    )
+    log_loss, brier = torch.cat([part for share in shares for part in share.likelihoods])[order].nanmean(0).tolist()
     results = {}
     for name in local.counts:
         joined = Counts.cat([part for share in shares for part in share.counts[name]]).select(order)

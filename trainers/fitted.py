@@ -28,9 +28,7 @@ FORMAT = 1
 _PIXELS = 4096  # of an image, at a regular stride: neighbouring pixels hold nearly the same information
 
 
-def fitted_threshold(
-    probs: Tensor, *, at: float | Sequence[float], gated: bool, per_class: bool = False
-) -> Tensor:
+def fitted_threshold(probs: Tensor, *, at: float | Sequence[float], gated: bool, per_class: bool = False) -> Tensor:
     """Rule T_fit: select the pixels with p >= `at`; `gated` empties a mask if no probability exceeds 1/2."""
     masks = rankseg.threshold(probs, at=at)
     if gated:
@@ -38,9 +36,7 @@ def fitted_threshold(
     return masks
 
 
-def pooled_threshold(
-    probs: Tensor, *, at: Sequence[float], score: str = "dice", pruning: bool = True
-) -> Tensor:
+def pooled_threshold(probs: Tensor, *, at: Sequence[float], score: str = "dice", pruning: bool = True) -> Tensor:
     """Rules pooled_dice and pooled_iou: select the pixels with p >= the cut-off of the class for the whole split."""
     return rankseg.threshold(probs, at=at)
 
@@ -91,9 +87,7 @@ def held_out_fit(
     for batch, targets, logits in forward(model, batches, world, precision=precision, progress=title):
         stride = max(1, targets[0].numel() // _PIXELS)
         some, labels = logits.flatten(2)[..., ::stride].clone(), targets.flatten(1)[:, ::stride].clone()
-        rows += zip(
-            batch.indices, some.cpu(), labels.cpu(), strict=True
-        )  # copies: views would keep all pixels
+        rows += zip(batch.indices, some.cpu(), labels.cpu(), strict=True)  # copies: views would keep all pixels
     rows = sorted((row for share in gather_objects(rows, world) for row in share), key=lambda row: row[0])
     if not any((labels != ignore_index).any() for _, _, labels in rows):
         raise UserError(
@@ -118,9 +112,7 @@ def threshold_table(
     parts: list[tuple[list[int], ThresholdTable]] = []
     title = "fitting the threshold"
     for batch, targets, logits in forward(model, batches, world, precision=precision, progress=title):
-        parts.append(
-            (list(batch.indices), ThresholdTable.of_batch(to_probs(logits), scoring.encode(targets)))
-        )
+        parts.append((list(batch.indices), ThresholdTable.of_batch(to_probs(logits), scoring.encode(targets))))
     shares = [part for share in gather_objects(parts, world) for part in share]
     if not shares:
         raise UserError("images=0 in the validation split: nothing to fit on. Fix: check dataset.splits.")

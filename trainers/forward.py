@@ -93,9 +93,7 @@ def logits_of(
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which a network computes in ``fp32``, ``bf16`` or ``fp16``."""
     if precision not in PRECISIONS:
-        raise ConfigError(
-            f"trainer.precision={precision} is invalid: expected one of {', '.join(PRECISIONS)}"
-        )
+        raise ConfigError(f"trainer.precision={precision} is invalid: expected one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 

@@ -37,9 +37,7 @@ class Journal:
         tensorboard: bool = True,
         classes: Sequence[str] = (),
     ) -> None:
-        self.classes = [
-            _clean(name if classes.count(name) == 1 else f"{name}_{c}") for c, name in enumerate(classes)
-        ]
+        self.classes = [_clean(name if classes.count(name) == 1 else f"{name}_{c}") for c, name in enumerate(classes)]
         self.path = None if folder is None else Path(folder) / "metrics.jsonl"
         self.events: Any = None
         if self.path is None:
@@ -138,9 +136,7 @@ def _charts(classes: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     scores = ("mean_dice", "mean_iou", "pooled_mean_dice", "pooled_mean_iou", "ece")
     return {
         "rules": {name: ["Multiline", [f"^val/{name}/"]] for name in scores},
-        "rules, Dice of each class": {
-            name: ["Multiline", [f"^val_class_dice/{re.escape(name)}/"]] for name in classes
-        },
+        "rules, Dice of each class": {name: ["Multiline", [f"^val_class_dice/{re.escape(name)}/"]] for name in classes},
     }
 
 

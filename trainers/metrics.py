@@ -145,9 +145,7 @@ def encode(
     if void not in ("masked", "counted"):
         raise ValueError(f"void={void!r} is invalid: expected 'masked' or 'counted'")
     if legacy_soft_dice_void and void == "masked":
-        raise ValueError(
-            "legacy_soft_dice_void=True contradicts void='masked', which leaves void out: choose one"
-        )
+        raise ValueError("legacy_soft_dice_void=True contradicts void='masked', which leaves void out: choose one")
     valid = valid_pixels(targets, num_classes, ignore_index)
     targets = targets.long()
     if legacy_soft_dice_void and valid.any():

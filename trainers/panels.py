@@ -64,9 +64,7 @@ def denormalise(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
     return (image * 255).round().to(torch.uint8)
 
 
-def row(
-    image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any, scale: int = 1
-) -> Tensor:
+def row(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any, scale: int = 1) -> Tensor:
     """Return one row of tiles: image | truth | probability | the mask of each rule with its mean Dice.
 
     Args:
@@ -111,9 +109,7 @@ def sheet(
     return torch.cat(rows, dim=1)
 
 
-def tiles(
-    image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any
-) -> dict[str, Tensor]:
+def tiles(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any) -> dict[str, Tensor]:
     """Return the tiles (3, H, W) uint8 of one image by title, in order."""
     truth = target == torch.arange(info.num_classes)[:, None, None]
     drawn = {

@@ -80,11 +80,7 @@ def versions() -> dict[str, str]:
 
 def provenance(root: Path, **more: Any) -> dict[str, Any]:
     """Return what is needed to reproduce a result: code, versions, command, device, date, and ``more``."""
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine()
-    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "git_sha": git_sha(root),
         "versions": versions(),

@@ -111,9 +111,7 @@ def conformal_margin(confidence: Tensor, score: Tensor, alpha: float) -> float:
         UserError: `alpha` is outside (0, 1), or there are too few images for it.
     """
     if not 0 < alpha < 1:
-        raise UserError(
-            f"alpha={alpha} is invalid: expected a number between 0 and 1. Fix: alpha=0.1 is usual."
-        )
+        raise UserError(f"alpha={alpha} is invalid: expected a number between 0 and 1. Fix: alpha=0.1 is usual.")
     images = len(score)
     place = math.ceil((images + 1) * (1 - alpha) - 1e-9)
     if place > images:
@@ -195,9 +193,7 @@ def record_masks(
     rows: list[tuple[int, str]] = []
     counts: list[Counts] = []
     values: list[tuple[Tensor, ...]] = []
-    passes = forward(
-        model, batches, world, precision=precision, progress=progress, unneeded=scoring.is_unneeded
-    )
+    passes = forward(model, batches, world, precision=precision, progress=progress, unneeded=scoring.is_unneeded)
     for batch, targets, logits in passes:
         probs = getattr(rule, "to_probs", to_probs)(logits)
         masks = rule(probs)

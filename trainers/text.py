@@ -55,9 +55,7 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     quoting_writer = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
     for row in rows:
         cells = [csv_cell(value) for value in row]
-        lone_return = any(
-            isinstance(cell, str) and "\r" in cell for cell in cells
-        )  # csv.writer does not quote it
+        lone_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)  # csv.writer does not quote it
         (quoting_writer if lone_return else writer).writerow(cells)
     return buffer.getvalue()
 

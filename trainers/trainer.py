@@ -121,9 +121,7 @@ class Trainer:
                 now.loss_sum += self.update(batch)
                 now.step, now.updates = now.step + 1, now.updates + 1
                 now.seconds, clock = now.seconds + time.monotonic() - clock, time.monotonic()
-                bar.set_postfix(
-                    loss=f"{now.loss_sum / now.step:.4f}", mDice=_format_score(now.score), refresh=False
-                )
+                bar.set_postfix(loss=f"{now.loss_sum / now.step:.4f}", mDice=_format_score(now.score), refresh=False)
                 bar.update()
                 overdue = 0 < 60 * self.save_minutes < clock - saved
                 if vote := max_over_ranks(_STOP if stop.name else int(overdue), self.world):
@@ -147,9 +145,7 @@ class Trainer:
         """Log the epoch, score the network, and save. Until then the epoch is not finished."""
         now, epoch = self.progress, self.progress.epoch + 1
         last = epoch == self.epochs
-        rates = {
-            f"lr{number}": group["lr"] for number, group in enumerate(self.update.optimizer.param_groups)
-        }
+        rates = {f"lr{number}": group["lr"] for number, group in enumerate(self.update.optimizer.param_groups)}
         self.journal.log(now.updates, "train", epoch=epoch, loss=now.loss_sum / now.step, **rates)
         score = self._score(epoch, stop) if last or epoch % self.validate_every == 0 else None
         now.epoch, now.step, now.loss_sum = epoch, 0, 0.0

@@ -72,9 +72,7 @@ class ThresholdTable:
         def passing(count: Tensor) -> Tensor:
             return count.view(images, classes, steps).flip(2).cumsum(2).flip(2)[..., 1:].int().cpu()
 
-        return ThresholdTable(
-            passing(hits), passing(selected), truth.actual.cpu(), likely.cpu(), tuple(thresholds)
-        )
+        return ThresholdTable(passing(hits), passing(selected), truth.actual.cpu(), likely.cpu(), tuple(thresholds))
 
     @staticmethod
     def cat(parts: Sequence[ThresholdTable]) -> ThresholdTable:

@@ -19,9 +19,7 @@ from trainers.errors import as_training_error
 from trainers.forward import autocast
 
 SMALLEST_SCALE = 2.0**-14  # of the loss in fp16; below it, a gradient of 1 is lost
-_REMEDY = (
-    "The last checkpoint is good. Try a lower optimizer.lr, trainer.clip_norm=1 or trainer.precision=fp32"
-)
+_REMEDY = "The last checkpoint is good. Try a lower optimizer.lr, trainer.clip_norm=1 or trainer.precision=fp32"
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -119,9 +117,7 @@ class Update:
 
     def _step(self, names: list[str]) -> None:
         self.scaler.unscale_(self.optimizer)
-        parameters = [
-            p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # With loss scaling an overflow occurs now and then, and the scaler skips that update.
         if not self.scaler.is_enabled() and not torch.isfinite(norm):

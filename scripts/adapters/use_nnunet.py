@@ -24,9 +24,7 @@ from scripts import decode
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Decode a folder of nnU-Net predictions; other options are those of decode.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", type=Path)
     parser.add_argument("out", type=Path)
     args, rest = parser.parse_known_args(argv)

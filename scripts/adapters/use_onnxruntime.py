@@ -14,9 +14,7 @@ import torch
 import rankseg
 
 
-def segment(
-    logits: np.ndarray, link: str = "softmax", rule: rankseg.Predictor = rankseg.rankdice
-) -> np.ndarray:
+def segment(logits: np.ndarray, link: str = "softmax", rule: rankseg.Predictor = rankseg.rankdice) -> np.ndarray:
     """Return masks (N, C, *S) bool of logits (N, C, *S); link "sigmoid" if classes do not exclude each other."""
     if link not in ("softmax", "sigmoid"):
         raise ValueError(f"link={link!r} is invalid: expected softmax or sigmoid.")
@@ -30,9 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"  # your own model; here one layer, to have something to run
         images = torch.rand(1, 3, 64, 80)
-        torch.onnx.export(
-            torch.nn.Conv2d(3, 2, 3, padding=1), (images,), path, input_names=["images"], dynamo=False
-        )
+        torch.onnx.export(torch.nn.Conv2d(3, 2, 3, padding=1), (images,), path, input_names=["images"], dynamo=False)
         session = onnxruntime.InferenceSession(path)
         (logits,) = session.run(None, {"images": images.numpy()})
     masks = segment(logits)

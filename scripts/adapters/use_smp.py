@@ -29,9 +29,7 @@ def segment(
 
 
 def main() -> None:
-    model = smp.Unet(
-        "resnet18", encoder_weights=None, classes=3
-    ).eval()  # encoder_weights="imagenet" downloads
+    model = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()  # encoder_weights="imagenet" downloads
     masks = segment(model, torch.rand(2, 3, 64, 96), "multiclass")
     print(f"masks {tuple(masks.shape)}, pixels of each class: {masks[0].sum((1, 2)).tolist()}")
 

@@ -15,9 +15,7 @@ import rankseg
 NONOVERLAP = partial(rankseg.rankdice, allow_overlap=False)  # at most one class per pixel
 
 
-def segment(
-    model: torch.nn.Module, images: torch.Tensor, rule: rankseg.Predictor = NONOVERLAP
-) -> torch.Tensor:
+def segment(model: torch.nn.Module, images: torch.Tensor, rule: rankseg.Predictor = NONOVERLAP) -> torch.Tensor:
     """Return one label per pixel, (N, H, W) int64; a pixel without a class is 255."""
     with torch.inference_mode():
         probs = model(images)["out"].softmax(1)

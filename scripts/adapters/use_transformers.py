@@ -35,9 +35,7 @@ def _resize(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 
-def segment(
-    outputs: Any, sizes: list[tuple[int, int]], rule: rankseg.Predictor = rankseg.rankdice
-) -> list[Tensor]:
+def segment(outputs: Any, sizes: list[tuple[int, int]], rule: rankseg.Predictor = rankseg.rankdice) -> list[Tensor]:
     """Return the masks (C, H, W) bool of each image."""
     return [rule(probs)[0] for probs in probabilities(outputs, sizes)]
 

@@ -186,9 +186,7 @@ def reliability(axis: Any, curves: Mapping[str, Sequence[tuple[float, float, flo
     axis.bar([p for p, *_ in first], heights, 0.032, color=PALETTE["soft"], alpha=0.28)
     shades = ("rankdice", "max", "other", "gain")
     for (name, curve), shade in zip(curves.items(), shades, strict=False):
-        axis.plot(
-            [p for p, *_ in curve], [f for _, f, _ in curve], marker="o", color=colour(shade), label=name
-        )
+        axis.plot([p for p, *_ in curve], [f for _, f, _ in curve], marker="o", color=colour(shade), label=name)
     axis.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(0, 1))
     axis.legend()
 
@@ -236,8 +234,7 @@ def risk_coverage(curves: Mapping[str, Sequence[float]]) -> Part:
     """Draw the mean risk of the most confident images, in percent; ``curves[name]`` has it for 1, 2, ... images."""
     shades = dict(zip(curves, ("rankdice", "max", "T", "other", "ink"), strict=False))
     percent = {
-        name: [((k + 1) / len(curve), 100 * risk) for k, risk in enumerate(curve)]
-        for name, curve in curves.items()
+        name: [((k + 1) / len(curve), 100 * risk) for k, risk in enumerate(curve)] for name, curve in curves.items()
     }
     return lines(percent, "coverage: share of images kept", "mean risk, 100 − Dice, %", shades, marker="")
 

@@ -108,9 +108,7 @@ def measure(
     counts: dict[Key, list[Counts]] = {}
     cutoffs: list[Tensor] = []
     reliability = {kind: Reliability() for kind in compared}
-    other = replace(
-        scoring, void="counted" if scoring.void == "masked" else "masked", legacy_soft_dice_void=False
-    )
+    other = replace(scoring, void="counted" if scoring.void == "masked" else "masked", legacy_soft_dice_void=False)
     sweep = fixed_thresholds()
 
     def add(key: Key, masks: Tensor, truth: Any) -> None:

@@ -93,9 +93,7 @@ def difference_section(gains: Mapping[str, Any]) -> Section:
     """Return the paired differences, with a chart of each."""
     drawn = {}
     for rule, one in gains.items():
-        part = charts.sorted_differences(
-            one["differences"], one["mean"], f"rankdice − {rule}, points of Dice"
-        )
+        part = charts.sorted_differences(one["differences"], one["mean"], f"rankdice − {rule}, points of Dice")
         drawn[rule] = charts.svg(f"rankdice − {rule}, image by image in order", part)
     return {"gains": gains, "charts": drawn}
 
@@ -108,14 +106,10 @@ def class_section(findings: Findings, names: Sequence[str], rules: Sequence[str]
 
     scored = findings.scoring.scored
     dice = {rule: findings.counts[findings.key(rule)].dice() for rule in rules}
-    rows = [
-        (names[c], {rule: 100 * float(one[:, c].nanmean()) for rule, one in dice.items()}) for c in scored
-    ]
+    rows = [(names[c], {rule: 100 * float(one[:, c].nanmean()) for rule, one in dice.items()}) for c in scored]
     half = math.ceil(len(rows) / 2) if len(rows) > 8 else len(rows)
     drawn = [
-        charts.svg(
-            f"Dice of each class and rule, part {k}", charts.class_bars(part, "Dice, %"), tall(part, 0.45)
-        )
+        charts.svg(f"Dice of each class and rule, part {k}", charts.class_bars(part, "Dice, %"), tall(part, 0.45))
         for k, part in enumerate((rows[:half], rows[half:]), 1)
         if part
     ]
@@ -208,9 +202,7 @@ def confidence_section(found: Mapping[str, Any]) -> Section:
 
 def learning_section(rows: Sequence[Mapping[str, Any]]) -> Section:
     """Return charts of loss and scores by epoch, from the run's journal."""
-    train = [
-        (row["epoch"], row["loss"]) for row in rows if row["kind"] == "train" and row["loss"] is not None
-    ]
+    train = [(row["epoch"], row["loss"]) for row in rows if row["kind"] == "train" and row["loss"] is not None]
     scores: dict[str, list[tuple[float, float]]] = {}
     losses: dict[int, float] = {}
     for row in rows:

@@ -126,9 +126,7 @@ def read_groups(text: str, images: Sequence[str]) -> dict[str, str]:
     if path.is_file():
         rows = list(read_csv(read_text(path, errors="surrogateescape")))
         if rows and not {"image", "group"} <= rows[0].keys():
-            raise UserError(
-                f"--group {path}: expected the columns image and group, found {', '.join(rows[0])}."
-            )
+            raise UserError(f"--group {path}: expected the columns image and group, found {', '.join(rows[0])}.")
         groups = {row["image"]: row["group"] for row in rows}
     else:
         try:
@@ -142,9 +140,7 @@ def read_groups(text: str, images: Sequence[str]) -> dict[str, str]:
         groups = {image: m[1 if pattern.groups else 0] or "" for image, m in matches.items() if m}
     missing = [image for image in images if image not in groups]
     if missing:
-        raise UserError(
-            f"--group {text}: {len(missing)} of {len(images)} images have no group: {missing[0]}."
-        )
+        raise UserError(f"--group {text}: {len(missing)} of {len(images)} images have no group: {missing[0]}.")
     return groups
 
 

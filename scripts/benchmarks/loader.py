@@ -23,9 +23,7 @@ DECODE = "Pillow: decode image and mask"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--root", type=Path, help="a Cityscapes folder; frames are made up where it is not given"
-    )
+    parser.add_argument("--root", type=Path, help="a Cityscapes folder; frames are made up where it is not given")
     parser.add_argument("--frames", type=int, default=12, help="how many frames a round reads (default 12)")
     parser.add_argument("--rounds", type=int, default=5, help="how many rounds the median is of (default 5)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0: this one)")
@@ -43,8 +41,7 @@ def main(args: argparse.Namespace) -> None:
         data.pairs, data.names = data.pairs[: args.frames], data.names[: args.frames]
         rows = measure(data, args)
     speeds = {
-        name: len(data) / seconds / (1 if name == DECODE else max(1, args.workers))
-        for name, seconds in rows.items()
+        name: len(data) / seconds / (1 if name == DECODE else max(1, args.workers)) for name, seconds in rows.items()
     }
     print(f"{args.clock} clock, median of {args.rounds} rounds of {len(data)} frames\n")
     print("| frames of 1024x2048 | frames/s a process | against Pillow's decode |\n|---|---|---|")
@@ -55,9 +52,7 @@ def main(args: argparse.Namespace) -> None:
 def measure(data: Cityscapes, args: argparse.Namespace) -> dict[str, float]:
     """Return the median seconds for all frames, each way in turn so that drift meets all alike."""
     mean, std = data.info.mean, data.info.std
-    train = TrainLoader(
-        data, TrainTransform(mean, std, crop=512), 6, seed=0, num_workers=args.workers, drop_last=False
-    )
+    train = TrainLoader(data, TrainTransform(mean, std, crop=512), 6, seed=0, num_workers=args.workers, drop_last=False)
     paper = EvalLoader(data, EvalTransform(mean, std, crop=512, legacy=True), 6, num_workers=args.workers)
     corrected = EvalLoader(data, EvalTransform(mean, std), 1, num_workers=args.workers)
     ways: dict[str, Callable[[], None]] = {

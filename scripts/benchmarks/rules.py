@@ -48,23 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--rounds", type=int, default=5, help="rounds a median is of (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
-    parser.add_argument(
-        "--busy", type=int, default=0, help="busy processes next to the main table (default 0)"
-    )
+    parser.add_argument("--busy", type=int, default=0, help="busy processes next to the main table (default 0)")
     parser.add_argument("--size", type=int, default=512, help="pixels a side of the main row (default 512)")
-    parser.add_argument(
-        "--largest", type=int, default=2048, help="largest side of the scaling rows (default 2048)"
-    )
+    parser.add_argument("--largest", type=int, default=2048, help="largest side of the scaling rows (default 2048)")
     parser.add_argument("--peer", help="python of an environment with rankseg==0.0.8")
     parser.add_argument("--peer-trna", action="store_true", help="the peer's T-RNA too (two minutes a round)")
     parser.add_argument("--volume", action="store_true", help="a 1x2x256x256x256 volume too (1 GiB)")
     parser.add_argument("--plot", type=Path, help="write the scaling plot to this file (needs matplotlib)")
-    parser.add_argument(
-        "--logits", type=Path, help=".npz with `logits` (N, C, H, W) of a network, for real maps"
-    )
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="tables to print (default all)"
-    )
+    parser.add_argument("--logits", type=Path, help=".npz with `logits` (N, C, H, W) of a network, for real maps")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables to print (default all)")
 
 
 class Seconds(NamedTuple):
@@ -157,8 +149,7 @@ def timed(
             if number:
                 seconds[name].append(Seconds(end.processor - begin.processor, end.wall - begin.wall))
     return {
-        name: Seconds(*(median(column) for column in zip(*values, strict=True)))
-        for name, values in seconds.items()
+        name: Seconds(*(median(column) for column in zip(*values, strict=True))) for name, values in seconds.items()
     }
 
 
@@ -201,9 +192,7 @@ def candidates_for(probs: Tensor, device: str = "cpu") -> dict[str, Callable[[],
 
 def speed(args: argparse.Namespace, device: str) -> None:
     """Exact rules against argmax + one-hot, and against the peer's RMA."""
-    print(
-        f"| 6x19x{args.size}x{args.size} float32 | rule | processor s | wall s | against argmax: processor | wall |"
-    )
+    print(f"| 6x19x{args.size}x{args.size} float32 | rule | processor s | wall s | against argmax: processor | wall |")
     print("|---|---|---|---|---|---|")
     for kind, probs in fields(args.size).items():
         probs = probs.to(device)
@@ -374,9 +363,7 @@ def plot(points: list[tuple[int, float]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SystemExit(
-            "error: --plot needs matplotlib; pip install matplotlib, or leave --plot out"
-        ) from error
+        raise SystemExit("error: --plot needs matplotlib; pip install matplotlib, or leave --plot out") from error
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     pixels, seconds = zip(*points, strict=True)

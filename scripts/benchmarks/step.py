@@ -33,9 +33,7 @@ SHOWN = "a second forward pass per step with its metrics: the step of the origin
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--steps", type=int, default=20, help="how many steps the medians are of (default 20)"
-    )
+    parser.add_argument("--steps", type=int, default=20, help="how many steps the medians are of (default 20)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add_clock(parser)
     parser.add_argument("overrides", nargs="*", help="of train.py, such as model=pspnet or batch_size=4")

@@ -47,12 +47,8 @@ class Spent(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "-r", "--resume", type=Path, help="a checkpoint; a small one is trained where none is given"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="how many rounds the medians are of (default 5)"
-    )
+    parser.add_argument("-r", "--resume", type=Path, help="a checkpoint; a small one is trained where none is given")
+    parser.add_argument("--rounds", type=int, default=5, help="how many rounds the medians are of (default 5)")
     parser.add_argument(
         "--images",
         type=int,
@@ -126,9 +122,7 @@ def parts(checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
             watch.watch(evaluator, name, part)
         batches = watch.iterate(loader, "reading images")
         scoring = build.scoring(cfg, data.info)
-        evaluator.evaluate(
-            network, batches, rules, criterion, scoring, where, precision=cfg.trainer.precision
-        )
+        evaluator.evaluate(network, batches, rules, criterion, scoring, where, precision=cfg.trainer.precision)
     finally:
         for name, function in original.items():
             setattr(evaluator, name, function)

@@ -96,9 +96,7 @@ def _package(name: str, path: Path) -> Any:
     try:
         return __import__(name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{path}: needs the package {name}, which is missing. Fix: pip install {name}"
-        ) from error
+        raise UserError(f"{path}: needs the package {name}, which is missing. Fix: pip install {name}") from error
 
 
 def nibabel(path: Path) -> Any:
@@ -127,9 +125,7 @@ def _read_npz(path: Path, folder: Path, key: str | None) -> np.ndarray:
         name = key or (keys[0] if len(keys) == 1 else usual[0] if len(usual) == 1 else None)
         if name is None or name not in keys:
             listed = ", ".join(keys) or "none"
-            raise UserError(
-                f"{path}: array {key or 'unclear'}; arrays in it: {listed}. Fix: pass --key NAME."
-            )
+            raise UserError(f"{path}: array {key or 'unclear'}; arrays in it: {listed}. Fix: pass --key NAME.")
         with archive.open(f"{name}.npy") as file:
             version = np.lib.format.read_magic(file)
             header = {

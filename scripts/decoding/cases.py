@@ -32,9 +32,7 @@ from trainers.losses import Link
 
 SLAB = 1 << 22  # values that are converted or counted at once
 _NIFTI = (".nii", ".nii.gz")
-_SMALLEST = (
-    2**-24
-)  # in place of a probability of 0 or 1, whose logit is infinite; float16 holds no smaller number
+_SMALLEST = 2**-24  # in place of a probability of 0 or 1, whose logit is infinite; float16 holds no smaller number
 _SUM = 0.02  # how far the probabilities of a pixel may be from 1 in sum
 
 
@@ -135,18 +133,12 @@ def find_cases(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, 
     """
     if not folder.exists():
         raise FileNotFoundError(2, "no such file or folder", str(folder))
-    files = (
-        [folder]
-        if folder.is_file()
-        else sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink())
-    )
+    files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink())
     found: dict[str, Path] = {}
     for path in files:
         suffix = suffix_of(path, suffixes)
         if suffix and not path.exists():
-            raise UserError(
-                f"{path}: a link to a file that does not exist. Fix: restore the file or the link."
-            )
+            raise UserError(f"{path}: a link to a file that does not exist. Fix: restore the file or the link.")
         inside = Path(path.name) if folder.is_file() else path.relative_to(folder)
         if not suffix or any(part.startswith(".") for part in inside.parts):
             continue
@@ -158,9 +150,7 @@ def find_cases(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, 
             raise UserError(f"{found[name]} and {path} are both case {name}. Fix: remove or rename one.")
         found[name] = path
     if not found:
-        raise UserError(
-            f"{folder} holds no array ({' '.join(suffixes)}). Fix: give the folder of the arrays."
-        )
+        raise UserError(f"{folder} holds no array ({' '.join(suffixes)}). Fix: give the folder of the arrays.")
     return found
 
 
@@ -193,8 +183,7 @@ def load_case(path: Path, labels: Path | None, valid: Path | None, how: Reading)
     axis = _class_axis(path, array, known, how)
     array = np.moveaxis(array, -1, 0) if axis == "last" else array[None] if axis == "none" else array
     truth, inside = (
-        None if a is None else _fit(a, array.shape[1:], p, path)
-        for a, p in ((truth, labels), (inside, valid))
+        None if a is None else _fit(a, array.shape[1:], p, path) for a, p in ((truth, labels), (inside, valid))
     )
     if inside is not None:
         inside = inside != 0
@@ -312,9 +301,7 @@ def _as_probs(path: Path, array: np.ndarray, inside: np.ndarray | None, how: Rea
 
     Pixels outside the field of view get probability 0, which changes no rule's result inside.
     """
-    dtype = (
-        array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.float32)
-    )  # integer logits
+    dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.float32)  # integer logits
     change = how.values.changes and not how.as_stored
     logits = how.values.link is not None
     if inside is None and array.flags.c_contiguous and array.dtype == dtype and not change:

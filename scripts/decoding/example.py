@@ -66,9 +66,7 @@ def template_case(n: int) -> Case:
     for name in ("gm", "wm"):
         path = folder / "datasets" / "data" / f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz"
         if not path.is_file():
-            raise UserError(
-                f"--template: file {path.name} of the package nilearn not found. Fix: pip install nilearn"
-            )
+            raise UserError(f"--template: file {path.name} of the package nilearn not found. Fix: pip install nilearn")
         images.append(load_nifti(path))
     matter = np.stack([np.asarray(image.dataobj, np.float32) / 255 for image in images], -1)
     matter /= np.maximum(matter.sum(-1, keepdims=True), 1)
@@ -80,18 +78,12 @@ def template_case(n: int) -> Case:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="VOLUMES")
     parser.add_argument("--cases", type=int, default=6)
-    parser.add_argument(
-        "--start", type=int, default=0, help="number of the first case: others are other volumes"
-    )
+    parser.add_argument("--start", type=int, default=0, help="number of the first case: others are other volumes")
     parser.add_argument("--size", type=int, default=48, help="voxels along each axis (default: 48)")
-    parser.add_argument(
-        "--template", action="store_true", help="the ICBM 152 template in place of drawn volumes"
-    )
+    parser.add_argument("--template", action="store_true", help="the ICBM 152 template in place of drawn volumes")
     args = parser.parse_args()
     if args.cases < 1 or args.size < 8:
         raise UserError(f"--cases {args.cases}, --size {args.size}: expected at least 1 case and 8 voxels.")

@@ -17,11 +17,7 @@ from scripts.decoding.arrays import PICTURES, load_nifti, nibabel
 
 _MAX_PICKLE = 16 << 20
 _SAFE = {
-    *(
-        (f"numpy.{core}.multiarray", name)
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("_codecs", "encode"),

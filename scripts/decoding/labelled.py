@@ -109,9 +109,7 @@ class Folder:
         channels = len(case.probs)
         self._channels = self._channels or channels
         if channels != self._channels:
-            raise UserError(
-                f"{path}: {channels} channels, the first case has {self._channels}. Fix: move it away."
-            )
+            raise UserError(f"{path}: {channels} channels, the first case has {self._channels}. Fix: move it away.")
         if case.labels is None:
             return case.probs, torch.zeros((), dtype=torch.int64).expand(case.probs.shape[1:])
         void = self.output.void
@@ -150,9 +148,7 @@ class Folder:
         first, channels = self.first, self.channels
         scored = tuple(c - first for c in self.scored or range(first, channels + first))
         if not set(scored) <= set(range(channels)):
-            raise UserError(
-                f"--scored {self.scored} is invalid: labels are {first} to {channels - 1 + first}."
-            )
+            raise UserError(f"--scored {self.scored} is invalid: labels are {first} to {channels - 1 + first}.")
         return (_ForegroundScoring if first else Scoring)(channels, scored, self.output.void)
 
 
@@ -216,9 +212,7 @@ class FolderFitter(Fitter):
 
         if not data.first:
             found = fit(data.logits(), self.values.link_of(data.channels))
-        elif (
-            kind == "temperature"
-        ):  # without a channel for the background, each is a binary problem of its own
+        elif kind == "temperature":  # without a channel for the background, each is a binary problem of its own
             found = fit(data.binary(range(data.channels)), "softmax")
         else:
             single = [fit(data.binary([c]), "softmax") for c in range(data.channels)]

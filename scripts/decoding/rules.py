@@ -126,9 +126,7 @@ def _confidence(found: Decoded, probs: Tensor, first: int) -> list[float]:
     values = [float("nan")] * first
     for c, channel in enumerate(probs):
         mask = found.array[c] if found.key == "masks" else found.array == c + first
-        part = rankseg.confidence(
-            channel[None, None], torch.from_numpy(np.ascontiguousarray(mask))[None, None]
-        )
+        part = rankseg.confidence(channel[None, None], torch.from_numpy(np.ascontiguousarray(mask))[None, None])
         values.append(float(part))
     return values
 
@@ -172,9 +170,7 @@ def _label_map(case: Case, masks: np.ndarray, output: Output, first: int, folder
     fill = unassigned if isinstance(unassigned, int) else VOID if unassigned == "void" else 0
     top = max(len(masks) - 1 + first, fill, output.void if case.valid is not None else 0)
     dtype = next(
-        t
-        for t in (np.uint8, np.uint16, np.int16, np.int32)
-        if np.iinfo(t).min <= fill and top <= np.iinfo(t).max
+        t for t in (np.uint8, np.uint16, np.int16, np.int32) if np.iinfo(t).min <= fill and top <= np.iinfo(t).max
     )
     labels = scratch(masks.shape[1:], dtype, folder)
     for part in slabs(masks.shape[1:], 2 * len(masks)):
@@ -206,9 +202,7 @@ def _counts(found: Decoded, labels: np.ndarray, classes: int, first: int, void: 
     return total
 
 
-def _observe(
-    result: Scored, probs: Tensor, labels: np.ndarray, first: int, void: int, link: str | None
-) -> None:
+def _observe(result: Scored, probs: Tensor, labels: np.ndarray, first: int, void: int, link: str | None) -> None:
     """Measure the probabilities at the pixels that `trainers.evaluator.observe` takes."""
     flat = labels.reshape(-1)
     step = max(1, flat.size // (1 << 14))

@@ -239,9 +239,7 @@ def settle(
     before = _read(path) if path.exists() else {}
     changed = [key for key, value in settings.items() if before and before.get(key) != value]
     if changed and not force:
-        raise UserError(
-            f"{out} holds masks made with another {', '.join(changed)}: choose another --out, or --force"
-        )
+        raise UserError(f"{out} holds masks made with another {', '.join(changed)}: choose another --out, or --force")
     known = {} if changed else before.get("images", {})  # what was made otherwise is not done
     for name, files in outputs.items() if not force else ():
         there = next((file for file in files.all() if file.exists()), None)

@@ -129,10 +129,7 @@ def _windows(shape: tuple[int, int], view: View) -> Iterator[tuple[list[Box], tu
             continue
         sizes = [min(side, view.window) for side in seen]
         # The same part in pixels of the image itself.
-        sides = [
-            min(full, max(1, round(s * full / side)))
-            for s, side, full in zip(sizes, seen, shape, strict=True)
-        ]
+        sides = [min(full, max(1, round(s * full / side))) for s, side, full in zip(sizes, seen, shape, strict=True)]
         tops, lefts = (starts(full, side, view.overlap) for full, side in zip(shape, sides, strict=True))
         boxes = [(top, left, sides[0], sides[1]) for top in tops for left in lefts]
         for first in range(0, len(boxes), view.batch):

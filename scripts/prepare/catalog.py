@@ -120,9 +120,7 @@ _ENTRIES = (
         "for research and education, citing Jha et al., MMM 2020",
         "https://datasets.simula.no/kvasir-seg/",
         ("images", "masks"),
-        Archive(
-            ("https://datasets.simula.no/downloads/kvasir-seg.zip",), "kvasir-seg.zip", inside="Kvasir-SEG"
-        ),
+        Archive(("https://datasets.simula.no/downloads/kvasir-seg.zip",), "kvasir-seg.zip", inside="Kvasir-SEG"),
     ),
     Entry(
         "cityscapes",

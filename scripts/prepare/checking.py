@@ -59,11 +59,7 @@ def check(name: str, root: Path, splits: Mapping[str, PairedDataset], workers: i
         *file_faults(splits),
         *shared_names(splits),
         *shared_content(splits, workers),
-        *(
-            Fault("set", split, str(root), text)
-            for split, data in splits.items()
-            for text in data.faults_as_a_whole()
-        ),
+        *(Fault("set", split, str(root), text) for split, data in splits.items() for text in data.faults_as_a_whole()),
     ]
     unused = unused_images(splits)
     if unused:

@@ -65,9 +65,7 @@ def download(
     """
     for url in urls:
         if not url.startswith(("https://", "http://")):
-            raise UserError(
-                f"--url {url} is invalid: expected an address that begins with https:// or http://"
-            )
+            raise UserError(f"--url {url} is invalid: expected an address that begins with https:// or http://")
     if attempts < 1:
         raise UserError(f"--attempts {attempts} is invalid: expected a whole number >= 1")
     _algorithm(checksum)
@@ -109,9 +107,7 @@ def _transfer(url: str, path: Path, name: str, limit: int, progress: bool) -> No
         _require_size(name, total, limit)
         require_space(path.parent, total)
         hidden = None if progress else True
-        with tqdm(
-            total=total or None, desc=name, unit="B", unit_scale=True, disable=hidden, leave=False
-        ) as bar:
+        with tqdm(total=total or None, desc=name, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
             while True:
                 try:
                     block = answer.raw.read1(BLOCK)
@@ -139,17 +135,13 @@ def require_space(folder: Path, needed: int) -> None:
     """Raise FetchError if the disk of a folder has too little space."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise FetchError(
-            f"{folder} has {free >> 20} MiB free, but {needed >> 20} MiB are needed. Fix: make room"
-        )
+        raise FetchError(f"{folder} has {free >> 20} MiB free, but {needed >> 20} MiB are needed. Fix: make room")
 
 
 def _algorithm(checksum: str | None) -> tuple[str, str]:
     algorithm, _, expected = (checksum or "sha256:").partition(":")
     if algorithm not in hashlib.algorithms_guaranteed or (checksum and not expected):
-        raise UserError(
-            f"--checksum {checksum} is invalid: expected algorithm:hexdigest, such as sha256:0f3a..."
-        )
+        raise UserError(f"--checksum {checksum} is invalid: expected algorithm:hexdigest, such as sha256:0f3a...")
     return algorithm, expected.lower()
 
 
@@ -192,9 +184,7 @@ def unpack(archive: Path, root: Path, inside: str = "") -> None:
                 file.extractall(temporary)  # strips .. and absolute paths, makes no links, and checks the CRC
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as file:
-                file.extractall(
-                    temporary, filter="data"
-                )  # rejects paths, links and devices that leave the folder
+                file.extractall(temporary, filter="data")  # rejects paths, links and devices that leave the folder
         else:
             with archive.open("rb") as file:
                 start = file.read(40)
@@ -208,9 +198,7 @@ def unpack(archive: Path, root: Path, inside: str = "") -> None:
         entries = sorted(source.iterdir())
         taken = [entry.name for entry in entries if (root / entry.name).exists()]
         if taken:
-            raise UserError(
-                f"{root} has {', '.join(taken)} already. Fix: remove it, or choose another --root"
-            )
+            raise UserError(f"{root} has {', '.join(taken)} already. Fix: remove it, or choose another --root")
         for entry in entries:
             os.replace(entry, root / entry.name)
     except BAD_ARCHIVE as error:

@@ -42,9 +42,7 @@ def make_split(
         groups[_group(stem, group)].append(stem)
     ranked = sorted(groups, key=lambda key: hashlib.sha256(os.fsencode(f"{seed}/{key}")).hexdigest())
     if len(ranked) <= len(shares):
-        raise UserError(
-            f"{len(ranked)} images or groups cannot fill {len(shares) + 1} splits. Fix: add images"
-        )
+        raise UserError(f"{len(ranked)} images or groups cannot fill {len(shares) + 1} splits. Fix: add images")
     result: dict[str, list[str]] = {}
     for position, (name, share) in enumerate(shares.items()):
         wanted, chosen = max(1, round(share * len(stems))), list[str]()
@@ -64,9 +62,7 @@ def _group(stem: str, pattern: str | None) -> str:
         raise UserError(f"--group {pattern!r} is not a regular expression: {error}") from None
     found = match and (match[1] if match.re.groups else match[0])
     if found is None:
-        raise UserError(
-            f"--group {pattern!r} finds nothing in {stem!r}. Fix: change the expression, or the name"
-        )
+        raise UserError(f"--group {pattern!r} finds nothing in {stem!r}. Fix: change the expression, or the name")
     return found
 
 
@@ -83,11 +79,7 @@ def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = Fa
             raise UserError(
                 f"{root}/images: the name {stem!r} cannot be a line of a file. Fix: rename it, and its mask"
             )
-    changed = [
-        p
-        for p, text in paths.items()
-        if p.exists() and p.read_text(encoding="utf-8", errors="replace") != text
-    ]
+    changed = [p for p, text in paths.items() if p.exists() and p.read_text(encoding="utf-8", errors="replace") != text]
     if changed and not force:
         names = ", ".join(path.name for path in changed)
         raise UserError(

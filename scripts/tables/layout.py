@@ -132,9 +132,7 @@ def markdown(table: Table) -> str:
 
     lines = [f"**{markdown_text(table.title)}**{superscript(table.marks)}", ""]
     lines.append("| " + " | ".join(map(markdown_cell, table.head)) + " |")
-    lines.append(
-        "|" + "|".join(" :-- " if i < table.labels else " :-: " for i in range(len(table.head))) + "|"
-    )
+    lines.append("|" + "|".join(" :-- " if i < table.labels else " :-: " for i in range(len(table.head))) + "|")
     for index, row in enumerate(table.rows):
         blank = repeats(table, index)
         lines.append("| " + " | ".join("" if i < blank else text(cell) for i, cell in enumerate(row)) + " |")

@@ -80,9 +80,7 @@ def _caption(groups: Iterable[Group]) -> str:
     return f"Mean ± half the range over seeds; the best of a row in bold.{alone}"
 
 
-def _labels(
-    row: tuple[str, ...], images: int, present: Sequence[Group], numbered: Notes
-) -> tuple[Cell, Cell, Cell]:
+def _labels(row: tuple[str, ...], images: int, present: Sequence[Group], numbered: Notes) -> tuple[Cell, Cell, Cell]:
     """Return the labels of a row: data set with split and size; model; loss with variant and number of seeds."""
     _, _, dataset, split, model, loss, variant = row
     seeds = sorted({len(group.results) for group in present})
@@ -148,6 +146,4 @@ def _number(mean: float, half: float | None) -> str:
 def problem_count(problems: Sequence[Problem]) -> str:
     """Return how many files were skipped, in words."""
     many = len(problems) != 1
-    return (
-        f"{len(problems)} result file{'s' * many} could not be read and {'were' if many else 'was'} skipped"
-    )
+    return f"{len(problems)} result file{'s' * many} could not be read and {'were' if many else 'was'} skipped"

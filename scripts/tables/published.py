@@ -127,9 +127,7 @@ def compared_tables(data: Published, groups: Groups, expected: Iterable[Expected
     return [_table(data, dataset, groups, nearest) for dataset in COLUMNS]
 
 
-def _table(
-    data: Published, dataset: str, groups: Groups | None = None, nearest: Sequence[Expected] = ()
-) -> Table:
+def _table(data: Published, dataset: str, groups: Groups | None = None, nearest: Sequence[Expected] = ()) -> Table:
     """Return one table: rows model × loss, columns rules, (mDice, mIoU) × .01; with ``groups`` also ours."""
     cells = {(c.model, c.loss, c.predictor): c for c in data.cells if c.dataset == dataset}
     numbered, rows = Notes(), []
@@ -176,9 +174,7 @@ def _notes(data: Published, cells: Iterable[PublishedCell]) -> list[Note]:
     for erratum in data.errata:
         concerned = [cell for cell in cells if erratum.concerns(cell)]
         if concerned:
-            found.append(
-                Note(erratum.mark, erratum.reason + (_logged(data, concerned) if erratum.show_log else ""))
-            )
+            found.append(Note(erratum.mark, erratum.reason + (_logged(data, concerned) if erratum.show_log else "")))
     return found
 
 
@@ -220,13 +216,9 @@ def _ours(
         reason = _OTHER_DATA.format(ours=group.first.num_images, theirs=expected)
         return ours, Cell(("–",), marks=(numbered.mark(reason),))
     spoiled = {part for erratum in data.errata if erratum.concerns(cell) for part in erratum.spoils}
-    deltas = {
-        part: group.summary(part)[0] - value for part, value in (("dice", cell.mdice), ("iou", cell.miou))
-    }
+    deltas = {part: group.summary(part)[0] - value for part, value in (("dice", cell.mdice), ("iou", cell.miou))}
     split = (numbered.mark(_UNKNOWN_SPLIT),) if expected is None else ()
-    return ours, Cell(
-        tuple("–" if part in spoiled else _signed(d) for part, d in deltas.items()), marks=split
-    )
+    return ours, Cell(tuple("–" if part in spoiled else _signed(d) for part, d in deltas.items()), marks=split)
 
 
 def _signed(delta: float) -> str:

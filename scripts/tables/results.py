@@ -234,9 +234,7 @@ def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
     elif temperature not in (None, 1):
         parts.append(f"temperature {temperature:g}: logits divided by it")
     if record.get("calibration"):
-        parts.append(
-            "calibrated per class: a temperature and a bias per class fitted on the validation images"
-        )
+        parts.append("calibrated per class: a temperature and a bias per class fitted on the validation images")
     if record.get("gate") not in (None, 0.5):
         parts.append(f"gate {record['gate']}: when ranking rules leave a class out")
     if record.get("threshold") not in (None, 0.5):

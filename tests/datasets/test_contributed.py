@@ -15,9 +15,7 @@ from tests.trees import labels, picture
 def test_the_data_set_of_the_instructions(root: Path, tmp_path: Path) -> None:
     text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text.split("## A data set of your own\n")[1].split("\n## ")[0]
-    (code,), (config,) = (
-        re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("python", "yaml")
-    )
+    (code,), (config,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("python", "yaml"))
     copy = copy_code(root, tmp_path / "repository")
     (copy / "my_data.py").write_text(code)
     (copy / "configs" / "dataset" / "arrays.yaml").write_text(config)

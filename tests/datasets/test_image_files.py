@@ -41,9 +41,7 @@ def with_orientation(path: Path, pixels: np.ndarray, orientation: int) -> Path:
     return path
 
 
-def png(
-    path: Path, kind: int, bits: int, rows: bytes, width: int, extra: tuple[bytes, bytes] | None = None
-) -> Path:
+def png(path: Path, kind: int, bits: int, rows: bytes, width: int, extra: tuple[bytes, bytes] | None = None) -> Path:
     """Write a PNG of any kind (0 grey, 2 RGB, ...) and depth, whose rows are all the same."""
     content = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, 4, bits, kind, 0, 0, 0)

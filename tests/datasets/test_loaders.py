@@ -42,9 +42,7 @@ class Numbered(SegmentationDataset):
             raise DatasetError(f"/data/image{index}.jpg is damaged: fetch it again")
         height, width = self.sizes[index]
         noise = np.random.default_rng(index).integers(0, 256, (3, height, width), dtype=np.uint8)
-        return tv_tensors.Image(torch.from_numpy(noise)), tv_tensors.Mask(
-            torch.full((height, width), index % 2).byte()
-        )
+        return tv_tensors.Image(torch.from_numpy(noise)), tv_tensors.Mask(torch.full((height, width), index % 2).byte())
 
 
 def numbered(count: int = 11, broken: tuple[int, ...] = ()) -> Numbered:
@@ -173,9 +171,7 @@ def test_broken_images_can_be_skipped_and_are_listed(workers):
     batches = list(loader.epoch(0))
     assert [len(batch.indices) for batch in batches] == [4, 4, 3]  # the next readable image steps in
     assert not {6, 7} & {k for batch in batches for k in batch.indices}
-    assert (
-        loader.skipped.keys() == {"image6", "image7"} and "image6.jpg is damaged" in loader.skipped["image6"]
-    )
+    assert loader.skipped.keys() == {"image6", "image7"} and "image6.jpg is damaged" in loader.skipped["image6"]
     scored = eval_loader(data, on_error="skip", num_workers=workers)
     assert [k for batch in scored for k in batch.indices] == [0, 1, 2, 3, 4, 5, 8, 9, 10]
     assert list(scored.skipped) == ["image6", "image7"]

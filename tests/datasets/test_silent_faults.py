@@ -117,9 +117,7 @@ def test_another_index_of_void_collides_with_nothing(tmp_path: Path, void: int) 
         mask[0] = void
         return mask
 
-    root = redraw(
-        make_folder(tmp_path, classes=f"classes: [background, lesion]\nignore_index: {void}\n"), draw
-    )
+    root = redraw(make_folder(tmp_path, classes=f"classes: [background, lesion]\nignore_index: {void}\n"), draw)
     assert seen(root) == [0, 1, void]
     Image.fromarray(np.full((32, 40), 77, dtype=np.uint8)).save(root / "masks" / "case0.png")
     with pytest.raises(DatasetError, match="holds labels 77"):

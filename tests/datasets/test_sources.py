@@ -118,9 +118,7 @@ def test_every_source_has_a_checksum_that_follows_its_masks(tmp_path):
         assert first.checksum() == again.checksum(), name
         mask.write_bytes(first.pairs[1].mask.read_bytes())
         assert type(first)(first.root, "train").checksum() != first.checksum(), name
-    hard, dithered = (
-        KvasirSEG(tmp_path / "k" / "Kvasir-SEG", "train", dithered_masks=d) for d in (False, True)
-    )
+    hard, dithered = (KvasirSEG(tmp_path / "k" / "Kvasir-SEG", "train", dithered_masks=d) for d in (False, True))
     assert hard.checksum() != dithered.checksum()
 
 

@@ -106,9 +106,7 @@ def test_resize_keeps_the_ratio_for_the_shorter_side_only():
 @pytest.mark.parametrize("source", [Cityscapes, VOC2012, KvasirSEG])
 def test_evaluation_of_the_paper_is_recorded_to_the_bit(recordings, source):
     recorded, name = np.load(recordings / "preprocess.npz"), source.info.name
-    transform = EvalTransform(
-        source.info.mean, source.info.std, crop=int(recorded[f"{name}_crop"]), legacy=True
-    )
+    transform = EvalTransform(source.info.mean, source.info.std, crop=int(recorded[f"{name}_crop"]), legacy=True)
     x, y = transform(*pair(recorded[f"{name}_image"], recorded[f"{name}_label"]))
     assert np.array_equal(x, recorded[f"{name}_x"]) and np.array_equal(y, recorded[f"{name}_y"])
 

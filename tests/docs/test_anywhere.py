@@ -42,6 +42,4 @@ def test_the_binary_counts_are_true() -> None:
 
 
 def test_every_adapter_is_listed() -> None:
-    assert set(re.findall(r"`(use_\w+\.py)`", PAGE)) == {
-        p.name for p in (ROOT / "scripts/adapters").glob("use_*.py")
-    }
+    assert set(re.findall(r"`(use_\w+\.py)`", PAGE)) == {p.name for p in (ROOT / "scripts/adapters").glob("use_*.py")}

@@ -18,11 +18,7 @@ from tests.trees import make_cityscapes, make_folder, make_kvasir, make_voc
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
-    *(
-        f"docs/{path.name}"
-        for path in (ROOT / "docs").glob("*.md")
-        if path.stem not in ("own-data", "anywhere")
-    ),
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem not in ("own-data", "anywhere")),
 )
 BEFORE = "python train.py loss=focal"  # leaves a checkpoint for the commands that name none
 CHECKPOINT = "saved/synthetic/tiny/focal/seed0/best_model.pth"
@@ -59,14 +55,10 @@ def shrink(configs: Path) -> None:
     for path in configs.rglob("*.yaml"):
         text = path.read_text(encoding="utf-8")
         for key, most in AT_MOST.items():
-            text = re.sub(
-                rf"(?m)^( *{key}: +)(\d+)", lambda m, most=most: f"{m[1]}{min(int(m[2]), most)}", text
-            )
+            text = re.sub(rf"(?m)^( *{key}: +)(\d+)", lambda m, most=most: f"{m[1]}{min(int(m[2]), most)}", text)
         text = re.sub(r"(?m)^( *num_images: )\{.*\}", r"\1{train: 8, val: 12, test: 4}", text)
         text = re.sub(r"(?m)^( *weights: )imagenet.*", r"\1null", text)
-        text = re.sub(
-            r"(?m)^( +(model|loss): (?!ce,ce_dice)\w+),.*", r"\1", text
-        )  # the study compares these two
+        text = re.sub(r"(?m)^( +(model|loss): (?!ce,ce_dice)\w+),.*", r"\1", text)  # the study compares these two
         text = text.replace("seed: 0,1,2", "seed: 0,1")
         path.write_text(text.replace("tensorboard: true", "tensorboard: false"), encoding="utf-8")
 

@@ -16,9 +16,7 @@ slow = pytest.mark.slow
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "tiny": TinyUNet,
     "smp_unet": functools.partial(SMP, "unet", "resnet18"),
-    "smp_unet_shallow": functools.partial(
-        SMP, "unet", "tu-resnet18", encoder_depth=3, decoder_channels=(32, 16, 8)
-    ),
+    "smp_unet_shallow": functools.partial(SMP, "unet", "tu-resnet18", encoder_depth=3, decoder_channels=(32, 16, 8)),
     "smp_deeplabv3plus": functools.partial(SMP, "deeplabv3plus", "tu-tf_efficientnet_lite0"),
     "smp_pspnet": functools.partial(SMP, "pspnet", "resnet18"),
     "deeplabv3plus": DeepLabV3Plus,

@@ -19,9 +19,7 @@ slow = pytest.mark.slow
 
 
 def images(height: int, width: int) -> torch.Tensor:
-    return torch.from_numpy(
-        np.random.default_rng(7).standard_normal((2, 3, height, width)).astype(np.float32)
-    )
+    return torch.from_numpy(np.random.default_rng(7).standard_normal((2, 3, height, width)).astype(np.float32))
 
 
 def training_path(network: nn.Module) -> nn.Module:

@@ -103,9 +103,7 @@ def test_weights_are_downloaded_once_and_loaded(
     assert sum(key in state for key in own) == len(own)
 
 
-def test_fcn8_gets_the_layers_of_vgg16(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fcn8_gets_the_layers_of_vgg16(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The linear layers of VGG16 become convolutions. The file is in float16, which is half as large."""
     torch.manual_seed(5)
     with torch.device("meta"):
@@ -115,9 +113,7 @@ def test_fcn8_gets_the_layers_of_vgg16(
     file = f"vgg16-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     with server({f"/{file}": content}) as (address, asked):
         wanted: list[str] = []
-        monkeypatch.setattr(
-            imagenet, "published", lambda source: wanted.append(source) or f"{address}/{file}"
-        )
+        monkeypatch.setattr(imagenet, "published", lambda source: wanted.append(source) or f"{address}/{file}")
         network = FCN8(2, "imagenet")
     assert wanted == ["torchvision/vgg16"] and asked == [f"GET /{file}"]
     own = network.state_dict()
@@ -128,9 +124,7 @@ def test_fcn8_gets_the_layers_of_vgg16(
     assert len(convolutions) == 26 and all(torch.equal(own[key], state[key].float()) for key in convolutions)
 
 
-def test_a_wrong_checksum_is_rejected(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_checksum_is_rejected(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with server({"/a-00000000.pth": b"something else"}) as (address, _):
         monkeypatch.setattr(imagenet, "published", lambda source: f"{address}/a-00000000.pth")
         with pytest.raises(CheckpointError, match=r"a-00000000\.pth"):

@@ -65,9 +65,7 @@ def test_configurations_older_than_two_settings():
     """One of the released configurations lacks temperature and threshold."""
     old = CONFIG | {"predict": {"CoI": "all", "train": "T", "val": "T", "test": "max"}}
     translated = translate_config(old)
-    assert (
-        translated["temperature"] == 1.0 and translated["threshold"] == 0.5 and translated["scored"] is None
-    )
+    assert translated["temperature"] == 1.0 and translated["threshold"] == 0.5 and translated["scored"] is None
 
 
 @pytest.mark.parametrize(

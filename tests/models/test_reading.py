@@ -64,9 +64,7 @@ def test_nothing_else_is_admitted(tmp_path, value):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize(
-    "place", [lambda x: x, lambda x: {"state_dict": x}, lambda x: {"config": [1, {"a": x}]}]
-)
+@pytest.mark.parametrize("place", [lambda x: x, lambda x: {"state_dict": x}, lambda x: {"config": [1, {"a": x}]}])
 def test_an_attack_is_refused_and_named(tmp_path, zipped, place):
     marker = tmp_path / "owned"
     path = tmp_path / "a.pth"
@@ -97,9 +95,7 @@ def test_a_bare_pickle_is_refused(tmp_path):
 )
 def test_unreadable_files_share_a_message(tmp_path, content, message):
     (tmp_path / "a.pth").write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=rf"a\.pth cannot be read: [\w ]*{message}.*copy it again"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=rf"a\.pth cannot be read: [\w ]*{message}.*copy it again") as caught:
         read_checkpoint(tmp_path / "a.pth")
     assert "\n" not in str(caught.value)
 

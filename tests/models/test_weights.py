@@ -28,9 +28,7 @@ def test_torchvision_names(tmp_path, suffix, encoder):
     inner = network.network.encoder.model if encoder.startswith("tu-") else network.network.encoder
     loaded = inner.state_dict()
     assert all(torch.equal(loaded[key], state[key]) for key in loaded)
-    assert {id(p) for p in network.backbone_parameters()} == {
-        id(p) for p in network.network.encoder.parameters()
-    }
+    assert {id(p) for p in network.backbone_parameters()} == {id(p) for p in network.network.encoder.parameters()}
 
 
 def test_timm_names_of_flattened_stages_and_wrappers(tmp_path):

@@ -71,9 +71,7 @@ def test_bounded_costs() -> None:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             frames = traceback.walk_stack(None)
             if not any("/triton/" in frame.f_code.co_filename for frame, _ in frames):
-                kinds[func.overloadpacket.__name__] += (
-                    1  # the interpreter copies the arguments of each kernel
-                )
+                kinds[func.overloadpacket.__name__] += 1  # the interpreter copies the arguments of each kernel
             return func(*args, **(kwargs or {}))
 
     probs = maps()["uniform"]

@@ -27,8 +27,6 @@ def expectations(p: np.ndarray, smooth: float, score: str) -> tuple[np.ndarray, 
         union = tau + missed + 0 * hits
         bottom = (union + hits if score == "dice" else union) + smooth
         loss = bottom - smooth - top
-        scores.append(
-            first @ np.divide(top + smooth, bottom, out=np.zeros(bottom.shape), where=bottom > 0) @ second
-        )
+        scores.append(first @ np.divide(top + smooth, bottom, out=np.zeros(bottom.shape), where=bottom > 0) @ second)
         losses.append(first @ np.divide(loss, bottom, out=np.ones(bottom.shape), where=bottom > 0) @ second)
     return np.array(scores), np.array(losses)

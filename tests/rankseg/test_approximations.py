@@ -23,9 +23,7 @@ def recorded(file: Path) -> list[tuple[str, Tensor, np.ndarray, dict]]:
         name, probs = key.removesuffix("__tau"), data["probs"] if "probs" in data else data[f"{key[0]}_prob"]
         parts = name.split("__")[-4:]
         variant = "published" if parts[0] in ("top", "rankseg") else "experiments"
-        truncated = parts[3] in ("truncate1", "trunc_True") or (
-            parts[3] == "trunc_default" and parts[0] == "rankdice"
-        )
+        truncated = parts[3] in ("truncate1", "trunc_True") or (parts[3] == "trunc_default" and parts[0] == "rankdice")
         options = {"app": int(parts[1][3:]), "smooth": float(parts[2][6:]), "truncate_mean": truncated}
         cases.append((name, torch.from_numpy(probs), data[key], options | {"variant": variant}))
     return cases
@@ -142,11 +140,7 @@ def test_close_to_exact_on_ordinary_maps(app: int) -> None:
 
 def test_interpolated_scores_equal_the_sums_they_replace() -> None:
     """T-RNA's score by Chebyshev and FFT against the plain double sum over pixels and counts."""
-    p = (
-        torch.rand(1, 150, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        .sort(1, True)
-        .values
-    )
+    p = torch.rand(1, 150, generator=torch.Generator().manual_seed(1), dtype=torch.float64).sort(1, True).values
     law = poisson_binomial.moments(p)
     low = torch.tensor([50])
     support = low[:, None] + torch.arange(60)
@@ -186,9 +180,7 @@ def test_refined_normal_law() -> None:
     skew = torch.tensor([-1.0, 0.0, 0.3], dtype=torch.float64)
     for level in (1e-4, 0.5, 1 - 1e-4):
         root = poisson_binomial.refined_quantile(level, skew)
-        assert torch.allclose(
-            poisson_binomial.refined_cdf(root, skew), torch.full_like(skew, level), atol=1e-12
-        )
+        assert torch.allclose(poisson_binomial.refined_cdf(root, skew), torch.full_like(skew, level), atol=1e-12)
     p = torch.rand(200, generator=torch.Generator().manual_seed(3))
     law, (mean, variance, third) = poisson_binomial.pmf(p).cumsum(0), poisson_binomial.moments(p)
     count = (torch.arange(201) + 0.5 - mean) / variance.sqrt()

@@ -126,9 +126,9 @@ def test_calibration_of_classes_is_the_minimum_of_its_objective(link: str) -> No
     from scipy import optimize, special
 
     true, labels, _ = sample(1.0, "softmax", seed=3)
-    logits = (true[:, :, :20, :20] - torch.tensor([1.0, 0, -1]).view(3, 1, 1)) * torch.tensor(
-        [3.0, 1, 0.5]
-    ).view(3, 1, 1)
+    logits = (true[:, :, :20, :20] - torch.tensor([1.0, 0, -1]).view(3, 1, 1)) * torch.tensor([3.0, 1, 0.5]).view(
+        3, 1, 1
+    )
     labels, strength = labels[:, :20, :20], 1e-2
     found = fit_calibration(logits, labels, link, strength=strength)
     scalar = float(fit_temperature(logits, labels, link))
@@ -137,18 +137,12 @@ def test_calibration_of_classes_is_the_minimum_of_its_objective(link: str) -> No
 
     def objective(x: np.ndarray) -> float:
         s = z / np.exp(x[:3]) + x[3:]
-        loss = (
-            -(y * special.log_softmax(s, 1)).sum()
-            if link == "softmax"
-            else (np.logaddexp(0, s) - y * s).mean()
-        )
+        loss = -(y * special.log_softmax(s, 1)).sum() if link == "softmax" else (np.logaddexp(0, s) - y * s).mean()
         loss = loss / len(z) if link == "softmax" else loss
         return float(loss + strength / 2 * (((x[:3] - np.log(scalar)) ** 2).sum() + (x[3:] ** 2).sum()))
 
     start = np.concatenate([np.full(3, np.log(scalar)), np.zeros(3)])
-    best = optimize.minimize(
-        objective, start, method="Nelder-Mead", options={"maxiter": 20000, "fatol": 1e-12}
-    )
+    best = optimize.minimize(objective, start, method="Nelder-Mead", options={"maxiter": 20000, "fatol": 1e-12})
     ours = np.concatenate([found.temperature.log().numpy(), found.bias.numpy()])
     assert objective(ours) <= best.fun + 1e-7
     assert ours == pytest.approx(best.x, abs=0.02)

@@ -42,9 +42,7 @@ def test_confidence_against_enumeration(pixels: int, seed: int) -> None:
         objects, weight = outcomes(probs[row])
         mask = masks[row].double()
         total = objects.sum(1) + mask.sum()
-        right = torch.where(
-            total > 0, 2 * objects @ mask / total.clamp(min=1), 1.0
-        )  # empty and empty is right
+        right = torch.where(total > 0, 2 * objects @ mask / total.clamp(min=1), 1.0)  # empty and empty is right
         assert float(found[row]) == pytest.approx(float(weight @ right), abs=1e-12)
 
 

@@ -176,9 +176,7 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
         found: list[Any] = []
         for void in ("masked", "counted"):
             scoring = evaluator.Scoring(3, (0, 1, 2), void=void)
-            scored = evaluator.evaluate(
-                Network(), batches, rules, CrossEntropy(), scoring, world, confidences=True
-            )
+            scored = evaluator.evaluate(Network(), batches, rules, CrossEntropy(), scoring, world, confidences=True)
             found += [(x.counts, x.confidence, x.scores) for x in scored.values()]
             record = record_masks(
                 Network(), batches, rankseg.rankdice, forward.ToProbs("softmax", 1.3, True), scoring, world

@@ -152,10 +152,7 @@ def test_deterministic_maps_are_their_own_mask(score: str) -> None:
 
 def test_volume_grows_with_the_probability_of_the_rest() -> None:
     """In the family {0.9 × 10, q × 40} the optimal volume is 10 for small q and 50 for large: a single step."""
-    taus = [
-        int(rankseg.rank_dice(as_map(np.r_[np.full(10, 0.9), np.full(40, q)])).tau)
-        for q in np.linspace(0, 1, 41)
-    ]
+    taus = [int(rankseg.rank_dice(as_map(np.r_[np.full(10, 0.9), np.full(40, q)])).tau) for q in np.linspace(0, 1, 41)]
     assert taus[0] == 10 and taus[-1] == 50 and taus == sorted(taus)
 
 
@@ -176,9 +173,7 @@ def test_zeros_change_nothing(score: str, overlap: bool) -> None:
     """Padding and void set to 0, as the FAQ says: the masks of the images one by one, and nothing beyond."""
     generator = torch.Generator().manual_seed(4)
     maps = [torch.softmax(2 * torch.randn(3, *size, generator=generator), 0) for size in ((20, 31), (27, 16))]
-    together = torch.stack(
-        [torch.nn.functional.pad(m, (0, 31 - m.shape[2], 0, 27 - m.shape[1])) for m in maps]
-    )
+    together = torch.stack([torch.nn.functional.pad(m, (0, 31 - m.shape[2], 0, 27 - m.shape[1])) for m in maps])
     found = RULES[score](together, allow_overlap=overlap)
     for one, mask, tau in zip(maps, found.predict, found.tau, strict=True):
         alone = RULES[score](one[None], allow_overlap=overlap)

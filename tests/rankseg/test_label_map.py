@@ -10,9 +10,7 @@ import torch
 import rankseg
 
 
-def by_pixel(
-    masks: torch.Tensor, unassigned: str | int, probs: torch.Tensor | None, first: int
-) -> torch.Tensor:
+def by_pixel(masks: torch.Tensor, unassigned: str | int, probs: torch.Tensor | None, first: int) -> torch.Tensor:
     """The definition, pixel by pixel."""
     images, classes, *shape = masks.shape
     flat, labels = masks.flatten(2), torch.empty(images, math.prod(shape), dtype=torch.int64)
@@ -35,9 +33,7 @@ def by_pixel(
 @pytest.mark.parametrize("unassigned", ["void", "max", 0, -1])
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("with_probs", [True, False])
-def test_equals_the_definition(
-    shape: tuple[int, ...], unassigned: str | int, first: int, with_probs: bool
-) -> None:
+def test_equals_the_definition(shape: tuple[int, ...], unassigned: str | int, first: int, with_probs: bool) -> None:
     generator = torch.Generator().manual_seed(len(shape))
     probs = torch.rand(shape, generator=generator).mul(4).round().div(4)  # with ties
     masks = torch.rand(shape, generator=generator) < 0.3
@@ -104,9 +100,7 @@ def test_one_and_two_channels_give_one_foreground(rule, seed: int) -> None:
 @pytest.mark.parametrize("score", ["dice", "iou"])
 def test_scoring_the_foreground_alone_raises_its_expected_score(score: str) -> None:
     rule, expected = (
-        (rankseg.rank_dice, rankseg.expected_dice)
-        if score == "dice"
-        else (rankseg.rank_iou, rankseg.expected_iou)
+        (rankseg.rank_dice, rankseg.expected_dice) if score == "dice" else (rankseg.rank_iou, rankseg.expected_iou)
     )
     probs = torch.randn(20, 4, 16, 16, generator=torch.Generator().manual_seed(2)).mul(2).softmax(1)
     means = {}

@@ -121,9 +121,7 @@ def test_non_overlapping_masks_equal(kernel, score: str) -> None:
         objectives = []
         for result in (slow, fast):
             labels = torch.where(result.predict.any(1), result.predict.float().argmax(1), probs.shape[1])
-            objectives.append(
-                surrogate_objective(probs.double().flatten(2), labels.flatten(1), present, score, 0.0)
-            )
+            objectives.append(surrogate_objective(probs.double().flatten(2), labels.flatten(1), present, score, 0.0))
         torch.testing.assert_close(*objectives, rtol=1e-6, atol=0)
         assert (slow.predict != fast.predict).sum() <= 1e-3 * probs.numel() + 2
 
@@ -154,9 +152,7 @@ def test_maps_of_zeros_and_ones_need_no_large_bracket(kernel, score: str) -> Non
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 1.5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("overlap", [True, False])
-def test_invalid_values_are_reported_in_the_same_words(
-    kernel, value: float, dtype: torch.dtype, overlap: bool
-) -> None:
+def test_invalid_values_are_reported_in_the_same_words(kernel, value: float, dtype: torch.dtype, overlap: bool) -> None:
     probs = torch.full((2, 3, 50, 41), 0.25, dtype=dtype)
     probs[1, 2, 49, 40] = value
     messages = []
@@ -196,9 +192,7 @@ def test_a_forked_process_has_threads_of_its_own(kernel) -> None:
     if child == 0:
         try:
             found = with_backend("native", rankseg.rank_dice, probs)
-            os.write(
-                write, b"equal" if bytes_of(found.predict) == bytes_of(expected.predict) else b"different"
-            )
+            os.write(write, b"equal" if bytes_of(found.predict) == bytes_of(expected.predict) else b"different")
         finally:
             os._exit(0)
     os.close(write)

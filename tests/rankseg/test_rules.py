@@ -163,9 +163,7 @@ class WithMetadata(torch.Tensor):
     """A subclass in the way of MONAI's MetaTensor: attributes, and factory methods with signatures of its own."""
 
     def new_empty(self, size, dtype=None, device=None, requires_grad=False):  # type: ignore[override]
-        return torch.empty(size=size, dtype=dtype or self.dtype, device=device or self.device).as_subclass(
-            WithMetadata
-        )
+        return torch.empty(size=size, dtype=dtype or self.dtype, device=device or self.device).as_subclass(WithMetadata)
 
 
 @pytest.mark.parametrize("name", list(ALL))
@@ -300,8 +298,7 @@ def test_a_device_without_float64_is_rejected_in_one_line(probs: torch.Tensor) -
 
 def test_numpy_numbers_are_numbers(probs: torch.Tensor) -> None:
     plain, numpy = (
-        rankseg.rank_dice(probs, app=app, smooth=smooth)
-        for app, smooth in ((2, 1.5), (np.int64(2), np.float32(1.5)))
+        rankseg.rank_dice(probs, app=app, smooth=smooth) for app, smooth in ((2, 1.5), (np.int64(2), np.float32(1.5)))
     )
     assert torch.equal(plain.predict, numpy.predict)
     assert torch.equal(rankseg.threshold(probs, at=np.float64(0.3)), rankseg.threshold(probs, at=0.3))

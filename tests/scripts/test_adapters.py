@@ -256,13 +256,9 @@ class TestOnnx:
         use = adapter("use_onnxruntime", "onnxruntime", "onnx")
         import onnxruntime
 
-        network = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1)
-        )
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
         images = torch.rand(2, 3, 40, 48)
-        torch.onnx.export(
-            network.eval(), (images,), tmp_path / "m.onnx", input_names=["images"], dynamo=False
-        )
+        torch.onnx.export(network.eval(), (images,), tmp_path / "m.onnx", input_names=["images"], dynamo=False)
         session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
         (logits,) = session.run(None, {"images": images.numpy()})
         same = rankseg.label_map(torch.from_numpy(use.segment(logits, "softmax", rankseg.argmax)))
@@ -398,8 +394,7 @@ def test_nnunet_pictures(tmp_path: Path) -> None:
     words = [str(folder), "-p", "max", "-p", "rankdice_nonoverlap", "--out", str(out), "--quiet"]
     assert decode.main(words) == 0
     theirs, ours, swapped = (
-        np.asarray(Image.open(path / "case_0.png"))
-        for path in (folder, out / "max", out / "rankdice_nonoverlap")
+        np.asarray(Image.open(path / "case_0.png")) for path in (folder, out / "max", out / "rankdice_nonoverlap")
     )
     assert np.array_equal(ours, theirs) and ours.dtype == theirs.dtype
     assert not np.array_equal(swapped, theirs)

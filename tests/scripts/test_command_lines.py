@@ -16,9 +16,7 @@ from configs.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 from tests.exits import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted(
-    p for p in (ROOT / "scripts").glob("[a-z]*.py") if "__main__" in p.read_text(encoding="utf-8")
-)
+SCRIPTS = sorted(p for p in (ROOT / "scripts").glob("[a-z]*.py") if "__main__" in p.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -104,9 +102,7 @@ def test_a_disk_that_fails_is_no_bad_input(capsys: pytest.CaptureFixture[str]) -
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a.md")
 
     assert exit_code(main) == 3
-    assert (
-        capsys.readouterr().err == "error: a.md: Read-only file system: choose a folder that can be written\n"
-    )
+    assert capsys.readouterr().err == "error: a.md: Read-only file system: choose a folder that can be written\n"
 
 
 def test_ctrl_c_makes_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:

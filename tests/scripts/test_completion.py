@@ -50,9 +50,7 @@ class Terminal:
                 shown += os.read(self.end, 1 << 16)
 
 
-@pytest.mark.parametrize(
-    ("shell", "options"), [("bash", ["--norc", "--noprofile", "-i"]), ("zsh", ["-f", "-i"])]
-)
+@pytest.mark.parametrize(("shell", "options"), [("bash", ["--norc", "--noprofile", "-i"]), ("zsh", ["-f", "-i"])])
 def test_a_tab_completes(shell: str, options: list[str], tmp_path: Path) -> None:
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
@@ -71,9 +69,7 @@ def test_a_tab_completes_in_fish(tmp_path: Path) -> None:
     """Fish tells what it would offer."""
     if not shutil.which("fish"):
         pytest.skip("fish is not installed")
-    typed = (
-        f"""eval "$({PYTHON.name} train.py -sc install=fish)"; complete -C '{PYTHON.name} train.py loss=lo'"""
-    )
+    typed = f"""eval "$({PYTHON.name} train.py -sc install=fish)"; complete -C '{PYTHON.name} train.py loss=lo'"""
     done = subprocess.run(
         ["fish", "--no-config", "-c", typed],
         capture_output=True,

@@ -66,9 +66,7 @@ class TestScores:
         labels = [drawn(p, i, void=0.1) for i, p in enumerate(maps)]
         rules = build.rules(RULES)
         batches = [
-            SimpleNamespace(
-                images=p.log()[None], targets=torch.from_numpy(t)[None], names=[f"c{i}"], indices=[i]
-            )
+            SimpleNamespace(images=p.log()[None], targets=torch.from_numpy(t)[None], names=[f"c{i}"], indices=[i])
             for i, (p, t) in enumerate(zip(maps, labels, strict=True))
         ]
         expected = evaluate(
@@ -101,8 +99,7 @@ class TestScores:
         for i, t in enumerate(labels):
             written = np.load(out / "rankdice" / f"c{i}.npy")
             per_class = [
-                2 * ((written == c) & (t == c)).sum() / ((written == c).sum() + (t == c).sum())
-                for c in range(3)
+                2 * ((written == c) & (t == c)).sum() / ((written == c).sum() + (t == c).sum()) for c in range(3)
             ]
             dice.append(np.mean(per_class))
         assert result(out, "rankdice")["scores"]["mean_dice"] == pytest.approx(np.mean(dice), abs=1e-9)
@@ -243,9 +240,7 @@ def test_logits_and_temperature(link: str, tmp_path: Path) -> None:
     flags = ["--link", link, "--classes-axis", "last", "--temperature", 2, "--write", "masks"]
     assert run(folder, "-p", "rankdice", *flags, "--out", tmp_path / "o") == 0
     probs = (logits / 2).softmax(0) if link == "softmax" else (logits / 2).sigmoid()
-    assert np.array_equal(
-        np.load(tmp_path / "o" / "rankdice" / "c0.npy"), rankseg.rankdice(probs[None])[0].numpy()
-    )
+    assert np.array_equal(np.load(tmp_path / "o" / "rankdice" / "c0.npy"), rankseg.rankdice(probs[None])[0].numpy())
     # A temperature on probabilities is one on their logits.
     if link == "softmax":
         again = save_all(tmp_path / "q", [logits.softmax(0)])
@@ -281,15 +276,11 @@ class TestNifti:
         for rule in ("max", "rankdice"):
             got = nib.load(tmp_path / "o" / rule / "c.nii.gz")
             assert np.array_equal(got.affine, affine)
-            assert got.header.get_xyzt_units()[0] == "mm" and b"from a scanner" in bytes(
-                got.header["descrip"]
-            )
+            assert got.header.get_xyzt_units()[0] == "mm" and b"from a scanner" in bytes(got.header["descrip"])
             assert (got.header["sform_code"], got.header["qform_code"]) == (1, 4)
             assert got.get_data_dtype() == np.uint8
 
-    def test_labels_with_another_affine_are_named(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture
-    ) -> None:
+    def test_labels_with_another_affine_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         nib = pytest.importorskip("nibabel")
         probs = softmax_maps(1, (8, 9, 10))[0]
         truth, flipped = drawn(probs, 0), np.diag([-1.0, 1, 1, 1])
@@ -297,9 +288,7 @@ class TestNifti:
         for folder in ("p", "l"):
             (tmp_path / folder).mkdir()
         for name in "abc":
-            nib.save(
-                nib.Nifti1Image(np.moveaxis(probs.numpy(), 0, -1), np.eye(4)), tmp_path / "p" / f"{name}.nii"
-            )
+            nib.save(nib.Nifti1Image(np.moveaxis(probs.numpy(), 0, -1), np.eye(4)), tmp_path / "p" / f"{name}.nii")
         nib.save(nib.Nifti1Image(truth, np.eye(4)), tmp_path / "l" / "a.nii.gz")
         nib.save(nib.Nifti1Image(truth, np.diag([1.0, 1, 2, 1])), tmp_path / "l" / "b.nii.gz")
         nib.save(nib.Nifti1Image(truth[::-1].copy(), flipped), tmp_path / "l" / "c.nii.gz")  # the same place
@@ -322,9 +311,7 @@ class _Touch:
 
 
 class TestNnunet:
-    def _export(
-        self, folder: Path, properties: object, segmentation: bool
-    ) -> tuple[torch.Tensor, np.ndarray]:
+    def _export(self, folder: Path, properties: object, segmentation: bool) -> tuple[torch.Tensor, np.ndarray]:
         """What nnU-Net writes for a case: <case>.npz (C, Z, Y, X), <case>.pkl and <case>.nii.gz (X, Y, Z)."""
         nib = pytest.importorskip("nibabel")
         folder.mkdir(exist_ok=True)
@@ -337,9 +324,7 @@ class TestNnunet:
         affine = np.diag([-0.5, -0.6, 2.0, 1])
         affine[:3, 3] = 3, 4, 5
         if segmentation:
-            nib.save(
-                nib.Nifti1Image(probs.argmax(0).numpy().astype(np.uint8).T, affine), folder / "case_1.nii.gz"
-            )
+            nib.save(nib.Nifti1Image(probs.argmax(0).numpy().astype(np.uint8).T, affine), folder / "case_1.nii.gz")
         return probs, affine
 
     @pytest.mark.parametrize("segmentation", [True, False])
@@ -369,9 +354,7 @@ class TestNnunet:
         assert np.array_equal(masks, rankseg.rankdice(probs[None])[0].numpy().T)
         rows = (tmp_path / "o" / "results" / "max.csv").read_text().splitlines()[1:]
         truth, labels = drawn(probs, 0), probs.argmax(0).numpy()
-        assert [int(row.split(",")[2]) for row in rows] == [
-            int(((truth == c) & (labels == c)).sum()) for c in range(3)
-        ]
+        assert [int(row.split(",")[2]) for row in rows] == [int(((truth == c) & (labels == c)).sum()) for c in range(3)]
 
     @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
     def test_pictures(self, suffix: str, tmp_path: Path) -> None:
@@ -435,9 +418,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_cases_are_named_and_the_others_go_on(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_bad_cases_are_named_and_the_others_go_on(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     maps = [p.numpy() for p in softmax_maps(3, (24, 20))]
     labels = [drawn(torch.from_numpy(p), i) for i, p in enumerate(maps)]
     make, words = BAD[kind]
@@ -508,9 +489,7 @@ def test_damaged_volumes_are_named(damage: str, tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "o" / "max" / "good.nii.gz").is_file()
 
 
-def test_one_hot_labels_are_not_taken_for_a_volume(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_hot_labels_are_not_taken_for_a_volume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     maps = softmax_maps(2, (24, 20))
     labels = save_all(tmp_path / "l", [drawn(maps[0], 0), maps[1].numpy() > 0.5])
     words = ["--labels", labels, "-p", "max", "--out", tmp_path / "o"]

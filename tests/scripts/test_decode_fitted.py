@@ -161,9 +161,7 @@ def test_the_report_has_the_scores_of_the_results(tmp_path: Path, capsys: pytest
     for rule in ("T", "max", "rankdice"):
         expected = result(out, rule)["scores"]
         assert page["scores"][rule]["mean_dice"] == pytest.approx(expected["mean_dice"], abs=1e-12)
-        assert page["scores"][rule]["pooled_mean_iou"] == pytest.approx(
-            expected["pooled_mean_iou"], abs=1e-12
-        )
+        assert page["scores"][rule]["pooled_mean_iou"] == pytest.approx(expected["pooled_mean_iou"], abs=1e-12)
     assert page["probabilities"]["raw"]["ece"] == pytest.approx(result(out, "T")["scores"]["ece"])
     assert page["probabilities"]["calibrated"]["ece"] < page["probabilities"]["raw"]["ece"]
     assert page["confidence"]["margin_images"] == 12

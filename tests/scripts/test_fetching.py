@@ -193,9 +193,7 @@ def kvasir_zip() -> bytes:
     return memory.getvalue()
 
 
-def test_fetch_check_and_fetch_again(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fetch_check_and_fetch_again(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.content, server.breaks = kvasir_zip(), [2000]
     root = tmp_path / "data" / "Kvasir-SEG"
     fetch = ["fetch", "kvasir_seg", "--root", str(root), "--url", server.url, "--quiet"]

@@ -47,11 +47,7 @@ def test_the_interval_is_bca_up_to_resampling_noise(confidence):
     replicates = rng.choice(values, (20_000, len(values))).mean(1)
     ours = mean_interval(values, confidence, resamples=20_000, seed=3)
     assert ours == pytest.approx(bca_by_hand(values, replicates, confidence), abs=0.02)
-    assert (
-        ours
-        == mean_interval(values, confidence, 20_000, seed=3)
-        != mean_interval(values, confidence, 20_000, 4)
-    )
+    assert ours == mean_interval(values, confidence, 20_000, seed=3) != mean_interval(values, confidence, 20_000, 4)
 
 
 def test_the_bootstrap_leaves_the_global_generators_alone():
@@ -231,12 +227,7 @@ def test_bad_files_are_named(results):
 def test_command_line_prints_markdown_and_json(results, capsys):
     assert main([str(results.parent)]) == 0
     text = capsys.readouterr().out
-    assert (
-        "rankdice − T, 0" in text
-        and "+0.00 [" in text
-        and "| sky |" in text
-        and "left out: at most 1" in text
-    )
+    assert "rankdice − T, 0" in text and "+0.00 [" in text and "| sky |" in text and "left out: at most 1" in text
     assert main([str(results), "--json", "--rule", "rankdice"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["comparisons"]
     assert found["rule"] == "rankdice" and found["classes"][2]["mean"] is None

@@ -66,9 +66,7 @@ def saved(tmp_path):
     def put(config=None, where="", **changes) -> Path:
         data = record(**changes)
         run = folder / where / data["dataset"]["name"] / data["model"] / data["loss"] / f"seed{data['seed']}"
-        path = (
-            run / "results" / ("paper" if data["protocol"] == "paper" else "") / f"{data['predictor']}.json"
-        )
+        path = run / "results" / ("paper" if data["protocol"] == "paper" else "") / f"{data['predictor']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data))
         if config:
@@ -120,10 +118,7 @@ def test_every_disagreement_between_table_and_log_carries_a_mark():
             assert bool(own & {"k", "f"}) == bool(cell.log), cell
             continue
         log = data.logs[cell.log]
-        agrees = (
-            abs(100 * log["mean_dice"] - cell.mdice) < 0.051
-            and abs(100 * log["mean_iou"] - cell.miou) < 0.051
-        )
+        agrees = abs(100 * log["mean_dice"] - cell.mdice) < 0.051 and abs(100 * log["mean_iou"] - cell.miou) < 0.051
         assert bool(own & {"b", "c", "d"}) != agrees, cell
         assert ("a" in own) == (abs(cell.miou - cell.mdice / 2) < 0.051), cell
 
@@ -224,9 +219,7 @@ def test_calibrated_scores_have_rows_of_their_own(saved):
     for seed in (0, 1):
         run = {"seed": seed, "loss": "focal", "checkpoint__sha256": f"s{seed}"}
         saved(**run, temperature=1.0, scores__mean_dice=0.5)
-        fitted = record(
-            **run, temperature=1.2 + seed, temperature_fitted_on="abcd", scores__mean_dice=0.6 + seed / 10
-        )
+        fitted = record(**run, temperature=1.2 + seed, temperature_fitted_on="abcd", scores__mean_dice=0.6 + seed / 10)
         corrected = record(**run, correct_focal=True, config_hash="c", scores__mean_dice=0.7)
         here = saved.folder / "cityscapes" / "pspnet" / "focal" / f"seed{seed}" / "results" / "paper"
         for name, data in (("calibrated", fitted), ("focal_corrected", corrected)):
@@ -257,10 +250,7 @@ def test_temperatures_fitted_on_unlike_images_are_refused(saved):
     saved(temperature=1.2, temperature_fitted_on="one")
     saved(seed=1, temperature=1.3, temperature_fitted_on="two", checkpoint__sha256="bb")
     (table,) = tables_of(saved.folder)
-    assert (
-        table.rows[0][3].text == "rejected"
-        and "images of the temperature one against two" in table.notes[1].text
-    )
+    assert table.rows[0][3].text == "rejected" and "images of the temperature one against two" in table.notes[1].text
 
 
 def test_other_temperatures_and_thresholds_are_told_apart(saved):
@@ -458,13 +448,9 @@ def test_expectations_of_the_experiments_are_the_logs(root):
     found = {e.dataset: e for e in read_expected(root / "configs") if e.path.parent.name == "paper"}
     assert set(found) == set(COLUMNS)
     for dataset, expected in found.items():
-        held = {
-            (m, lo, r): v for m, a in expected.scores.items() for lo, b in a.items() for r, v in b.items()
-        }
+        held = {(m, lo, r): v for m, a in expected.scores.items() for lo, b in a.items() for r, v in b.items()}
         logged = {
-            (c.model, c.loss, c.predictor): data.logs[c.log]
-            for c in data.cells
-            if c.dataset == dataset and c.log
+            (c.model, c.loss, c.predictor): data.logs[c.log] for c in data.cells if c.dataset == dataset and c.log
         }
         assert held.keys() == logged.keys()
         for key, (dice, iou) in held.items():
@@ -516,9 +502,7 @@ def test_write_then_check_and_a_stale_file_fails(repository, capsys):
     assert first == {p: p.read_bytes() for p in repository.rglob("tables.*")} and len(first) == 6
     readme = (repository / "README.md").read_text()
     assert (
-        readme.startswith("before\n<!-- table:ours -->\n")
-        and "(50.00, 40.00)" in readme
-        and "stale text" not in readme
+        readme.startswith("before\n<!-- table:ours -->\n") and "(50.00, 40.00)" in readme and "stale text" not in readme
     )
     assert "90.00" not in readme  # a run that is not in git changes no file that is
     stale = repository / "saved" / "published" / "tables.tex"
@@ -540,9 +524,7 @@ def test_check_fails_on_a_number_outside_its_tolerance(repository, capsys):
     assert "out of tolerance" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "text", ["<!-- table:a -->\nx", "x <!-- /table:a -->", "<!-- table:a -->\n<!-- /table:b -->"]
-)
+@pytest.mark.parametrize("text", ["<!-- table:a -->\nx", "x <!-- /table:a -->", "<!-- table:a -->\n<!-- /table:b -->"])
 def test_a_lone_marker_is_refused(text):
     with pytest.raises(ValueError, match="no partner"):
         inject(text, {"a": "t", "b": "t"})
@@ -580,9 +562,7 @@ def test_tables_follow_from_the_counts(evidence, capsys):
     """A score that the counts do not give is found even if it is listed and the tables agree with it."""
     path = next((evidence / "saved/results").rglob("T.json"))
     content = json.loads(path.read_text())
-    assert (
-        f"({100 * content['scores']['mean_dice']:.2f}," in (evidence / "saved/results/tables.md").read_text()
-    )
+    assert f"({100 * content['scores']['mean_dice']:.2f}," in (evidence / "saved/results/tables.md").read_text()
     content["scores"]["mean_dice"] += 0.01
     path.write_text(json.dumps(content))
     manifest = evidence / "saved/results/MANIFEST.sha256"

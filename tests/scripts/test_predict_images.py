@@ -66,9 +66,7 @@ def look(image: Tensor, network: nn.Module, **options: object) -> Tensor:
 def test_windows_of_a_pixelwise_network_equal_the_whole(size: tuple[int, int], overlap: float) -> None:
     image, spy = picture(*size), Spy()
     whole = look(image, Spy())
-    torch.testing.assert_close(
-        look(image, spy, window=32, overlap=overlap, batch=3), whole, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(look(image, spy, window=32, overlap=overlap, batch=3), whole, atol=1e-5, rtol=0)
     assert all(n <= 3 and h <= 32 and w <= 32 for n, _, h, w in spy.seen)
 
 
@@ -112,9 +110,7 @@ def test_probabilities_beyond_the_memory_are_the_same(tmp_path: Path) -> None:
     assert torch.equal(zeros((2, 3), 0), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize(
-    "options", [{"window": 3}, {"overlap": 0.9}, {"scales": ()}, {"scales": (0,)}, {"batch": 0}]
-)
+@pytest.mark.parametrize("options", [{"window": 3}, {"overlap": 0.9}, {"scales": ()}, {"scales": (0,)}, {"batch": 0}])
 def test_impossible_views_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         View(**options)  # type: ignore[arg-type]
@@ -352,9 +348,7 @@ def test_a_folder_becomes_masks(checkpoint: Path, photos: Path, tmp_path: Path) 
     torch.testing.assert_close(probs.sum(0), torch.ones(90, 50), atol=2e-3, rtol=0)
     labels = np.asarray(Image.open(out / "deep" / "two.png"))
     assert labels.shape == (90, 50) and Image.open(out / "overlay" / "deep" / "two.png").size == (50, 90)
-    masks = [
-        np.asarray(Image.open(out / "classes" / "deep" / "two" / f"{c}.png")) > 0 for c in ("disc", "box")
-    ]
+    masks = [np.asarray(Image.open(out / "classes" / "deep" / "two" / f"{c}.png")) > 0 for c in ("disc", "box")]
     assert ((labels > 0) == (masks[0] | masks[1])).all()
 
     from configs.checkpoint import load  # the same image as test.py would see it
@@ -499,9 +493,7 @@ def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path
         main(["-r", str(checkpoint), str(image), "--out", str(out / "x"), "--scales", "big"])
 
 
-def test_fitted_values_are_applied_and_others_are_rejected(
-    checkpoint: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_fitted_values_are_applied_and_others_are_rejected(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     own = tmp_path / "last.pth"
     own.write_bytes(checkpoint.read_bytes())
     command = ["-r", str(own), str(photos / "one.png"), "--quiet", "--probabilities", "--out"]
@@ -573,9 +565,7 @@ def test_review_lists_the_least_sure_mask_first(
 ) -> None:
     own, out = tmp_path / "last.pth", tmp_path / "out"
     own.write_bytes(checkpoint.read_bytes())
-    network, cfg, _ = load(
-        own, ["gate=none"]
-    )  # the network is untrained: the usual gate leaves hardly a mask
+    network, cfg, _ = load(own, ["gate=none"])  # the network is untrained: the usual gate leaves hardly a mask
     fitter = Fitter(cfg, network, own, World(0, 1, torch.device("cpu")))
     margins = {"image": 0.1, "classes": {"1": 0.125, "2": None}}
     fitter.file.put("margin 0.1", fitter.rule_settings("rankdice"), margins, {"split": "val"})

@@ -38,9 +38,7 @@ def mine(tmp_path: Path) -> Path:
     for k in range(10):
         pixels = generator.integers(0, 256, (20 + k, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "images" / f"i{k}.png")
-        Image.fromarray(generator.integers(0, 2, (20 + k, 30), dtype=np.uint8)).save(
-            root / "masks" / f"i{k}.png"
-        )
+        Image.fromarray(generator.integers(0, 2, (20 + k, 30), dtype=np.uint8)).save(root / "masks" / f"i{k}.png")
     (root / "classes.yaml").write_text("classes: [background, lesion]\n")
     (root / "train.txt").write_text("".join(f"i{k}\n" for k in range(8)))
     (root / "val.txt").write_text("i8\ni9\n")
@@ -54,9 +52,7 @@ def check(root: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tupl
 
 def test_check_passes_a_sound_folder(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = check(mine, capsys)
-    assert (
-        code == 0 and report["ok"] and report["faults"] == [] and report["splits"] == {"train": 8, "val": 2}
-    )
+    assert code == 0 and report["ok"] and report["faults"] == [] and report["splits"] == {"train": 8, "val": 2}
 
 
 def spoil_truncated(root: Path) -> Path:
@@ -149,9 +145,7 @@ def test_check_names_every_fault(
     assert path.name in report["faults"][0]["message"]
 
 
-def test_check_lists_many_faults_at_once_and_what_no_split_uses(
-    mine: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_lists_many_faults_at_once_and_what_no_split_uses(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoiled = {str(spoil(mine)) for spoil in (spoil_truncated, spoil_text, spoil_missing_mask, spoil_label)}
     Image.new("RGB", (5, 5)).save(mine / "images" / "extra.png")
     code, report = check(mine, capsys)
@@ -174,9 +168,7 @@ def test_check_notices_masks_of_0_and_255_only(mine: Path, capsys: pytest.Captur
     assert len(whole) == 2 and all("add `value: 255`" in text for text in whole)
 
 
-def test_one_mask_with_another_label_shows_that_255_is_void(
-    mine: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_mask_with_another_label_shows_that_255_is_void(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (mine / "masks").iterdir():
         Image.fromarray(np.array(Image.open(path)) * np.uint8(255)).save(path)
     for name in ("i7", "i9"):
@@ -271,9 +263,7 @@ def test_split_is_a_partition_that_keeps_groups_together() -> None:
     assert sum(map(len, patients)) == len(set.union(*patients)) == 12
     assert {name: len(names) for name, names in split.items()} == {"train": 30, "val": 15, "test": 15}
     assert make_split(stems[::-1], {"val": 0.2, "test": 0.2}, group=r"^(p\d+)_") == split
-    assert make_split(stems, {"val": 0.2, "test": 0.2}, seed=1) != make_split(
-        stems, {"val": 0.2, "test": 0.2}
-    )
+    assert make_split(stems, {"val": 0.2, "test": 0.2}, seed=1) != make_split(stems, {"val": 0.2, "test": 0.2})
 
 
 @pytest.mark.parametrize(
@@ -341,9 +331,7 @@ def test_split_files_are_not_replaced_unasked(mine: Path, capsys: pytest.Capture
     assert main(split) == 0
     assert f"images without a mask: 1, such as {mine / 'images' / 'i4.png'};" in capsys.readouterr().err
     (mine / "masks" / "i4.hidden").rename(mine / "masks" / "i4.png")
-    write_split(
-        mine, make_split([f"i{k}" for k in range(10)], {"val": 0.3, "test": 0.2})
-    )  # the same: no error
+    write_split(mine, make_split([f"i{k}" for k in range(10)], {"val": 0.3, "test": 0.2}))  # the same: no error
     assert check(mine, capsys)[1]["splits"] == {"train": 5, "val": 3, "test": 2}
 
 

@@ -75,9 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             criterion(network(batch.images).logits, batch.targets).backward()
             optimizer.step()
     named = ("dataset", "model", "loss", "predictor", "protocol")
-    choices = {"optimizer": "adamw", "schedule": "poly", "trainer": "default"} | {
-        g: cfg[g].name for g in named
-    }
+    choices = {"optimizer": "adamw", "schedule": "poly", "trainer": "default"} | {g: cfg[g].name for g in named}
     payload = {"format": 1, "model": network.state_dict(), "config": stored.pack(cfg, choices), "epoch": 2}
     save(payload, folder / "best_model.pth")
     rows = [{"step": 2 * e, "kind": "train", "epoch": e, "loss": 1 / e} for e in (1, 2)]
@@ -119,9 +117,7 @@ class Strict(HTMLParser):
         assert len(names) == len(set(names)), f"<{tag}> has an attribute twice"
         self.handlers += [name for name in names if name.startswith("on")]
         self.count[tag] = self.count.get(tag, 0) + 1
-        self.references += [
-            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")
-        ]
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
         self.ids |= {value or "" for name, value in attrs if name == "id"}
         self.identified += "id" in names
         if tag not in VOID_TAGS:
@@ -258,9 +254,7 @@ def test_twice_the_logits_are_twice_the_temperature() -> None:
     targets = torch.distributions.Categorical(logits=logits.movedim(1, -1)).sample()
     targets[:, :3] = 255
     batch = SimpleNamespace(images=logits, targets=targets, names=["a", "b", "c"], indices=[0, 1, 2])
-    once, twice = (
-        float(held_out_fit(fit_temperature, Given(scale), [batch], "softmax", HERE)) for scale in (1.0, 2.0)
-    )
+    once, twice = (float(held_out_fit(fit_temperature, Given(scale), [batch], "softmax", HERE)) for scale in (1.0, 2.0))
     assert once == pytest.approx(1, abs=0.1) and twice == pytest.approx(2 * once, rel=1e-3)
 
 

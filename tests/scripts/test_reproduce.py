@@ -142,9 +142,7 @@ def test_cells_run_a_failure_is_named_and_what_is_done_is_skipped(
     before = {path: path.stat().st_mtime_ns for path in stand_ins.rglob("*") if "bce" not in str(path)}
     assert run(reproduce, monkeypatch, *command) == 3
     assert "3 runs, 2 finished before, 1 to do" in capfd.readouterr().out
-    assert before == {
-        path: path.stat().st_mtime_ns for path in stand_ins.rglob("*") if "bce" not in str(path)
-    }
+    assert before == {path: path.stat().st_mtime_ns for path in stand_ins.rglob("*") if "bce" not in str(path)}
 
     # A checkpoint that changed is scored again, another configuration is not taken for this one.
     (stand_ins / "synthetic/tiny/ce/seed0/best_model.pth").write_text("better weights")
@@ -245,9 +243,7 @@ def test_a_record_holds_small_files_and_no_absolute_path(
 
 
 def test_the_data_is_named_relative_to_the_repository(tmp_path: Path) -> None:
-    cell = load_runs(["dataset=kvasir_seg", f"dataset.root={ROOT.parent}/elsewhere", f"save_dir={tmp_path}"])[
-        0
-    ]
+    cell = load_runs(["dataset=kvasir_seg", f"dataset.root={ROOT.parent}/elsewhere", f"save_dir={tmp_path}"])[0]
     cell.folder.mkdir(parents=True)
     OmegaConf.save(cell.cfg, cell.folder / "config.yaml", resolve=True)
     assert cell.record(tmp_path / "kept", ROOT) == 1
@@ -342,9 +338,7 @@ def test_two_commands_on_one_grid_share_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_half_way_and_resumed(
-    number: signal.Signals, uninterrupted: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_killed_half_way_and_resumed(number: signal.Signals, uninterrupted: tuple[Path, str], tmp_path: Path) -> None:
     """The real commands: a signal while the second cell trains, then the same command again, to the table."""
     saved, (whole, table) = tmp_path / "saved", uninterrupted
     first, second = (saved / f"synthetic/{model}/ce/seed0" for model in ("smp_unet", "smp_fpn"))

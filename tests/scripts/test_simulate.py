@@ -121,7 +121,5 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, capsys):
 
 def test_heat_maps_are_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert (
-        main(["exponential", "--sizes", "28", "--draws", "2", "--heatmaps", str(tmp_path / "figures")]) == 0
-    )
+    assert main(["exponential", "--sizes", "28", "--draws", "2", "--heatmaps", str(tmp_path / "figures")]) == 0
     assert (tmp_path / "figures" / "simulate_exponential.png").read_bytes()[:4] == b"\x89PNG"

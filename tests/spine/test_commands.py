@@ -148,9 +148,7 @@ def test_train_test_table(trained: Path, run: Path, tmp_path: Path) -> None:
     assert f"{100 * result['scores']['mean_dice']:.1f}" in table.stdout
 
 
-def test_calibrated_scores_lie_beside_the_usual_ones_and_get_rows_of_their_own(
-    trained: Path, run: Path
-) -> None:
+def test_calibrated_scores_lie_beside_the_usual_ones_and_get_rows_of_their_own(trained: Path, run: Path) -> None:
     score = ("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "-p", "max")
     for change in ("temperature=fit", "correct_focal=true", "threshold=0.3"):
         call(*score, change, cwd=trained)
@@ -170,9 +168,7 @@ def test_fitted_rules_are_scored_stored_and_used_again(run: Path, tmp_path: Path
     score = ("test.py", "-r", str(run / "last.pth"), "-p", "all", "-p", "auto", "gate=fit", "calibrate=class")
     first = call(*score, cwd=tmp_path)
     fitted = json.loads((run / "last.fitted.json").read_text())
-    assert (
-        "calibrate=class" in first.stdout and "T_fit: threshold" in first.stdout and "auto:" in first.stdout
-    )
+    assert "calibrate=class" in first.stdout and "T_fit: threshold" in first.stdout and "auto:" in first.stdout
     call(*score, cwd=tmp_path)
     assert json.loads((run / "last.fitted.json").read_text()) == fitted
     folder = run / "results" / "of_last" / "calibrated_class_gate_fit"
@@ -181,15 +177,9 @@ def test_fitted_rules_are_scored_stored_and_used_again(run: Path, tmp_path: Path
     for rule, record in read.items():
         assert ("fitted" in record) == (rule not in ("T", "max")), rule
         assert len(record["image_confidence"]) == len(record["images"]) and record["gate"] == "fit"
-        assert (
-            len(record["calibration"]["bias"])
-            == len(record["classes"])
-            == len(record["scores"]["volume_ratio"])
-        )
+        assert len(record["calibration"]["bias"]) == len(record["classes"]) == len(record["scores"]["volume_ratio"])
         assert all(0 <= value <= 1 for value in record["image_confidence"])
-    assert (
-        read["auto"]["fitted"]["rule"] in ("T", "max", "T_fit", "rankdice") and read["auto"]["fitted"]["why"]
-    )
+    assert read["auto"]["fitted"]["rule"] in ("T", "max", "T_fit", "rankdice") and read["auto"]["fitted"]["why"]
     rows = (folder / "rankdice.csv").read_text().splitlines()
     assert rows[0].endswith(",confidence") and all(0 <= float(row.split(",")[-1]) <= 1 for row in rows[1:])
 
@@ -220,15 +210,10 @@ def test_rules_that_need_validation_images_say_so(run: Path, tmp_path: Path) -> 
         )  # fmt: skip
         assert "validation split" in done.stderr and "dataset.splits.val" in done.stderr
     for bad, named in (("gate=0.4", "gate="), ("calibrate=scalar", "calibrate=")):
-        done = call(
-            "test.py", "-r", str(run / "last.pth"), bad, "--out", str(tmp_path), cwd=tmp_path, expect=2
-        )
+        done = call("test.py", "-r", str(run / "last.pth"), bad, "--out", str(tmp_path), cwd=tmp_path, expect=2)
         assert named in done.stderr
     both = ("temperature=0.7", "calibrate=class")
-    assert (
-        "temperature=0.7"
-        in call("test.py", "-r", str(run / "last.pth"), *both, cwd=tmp_path, expect=2).stderr
-    )
+    assert "temperature=0.7" in call("test.py", "-r", str(run / "last.pth"), *both, cwd=tmp_path, expect=2).stderr
 
 
 def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: Path, tmp_path: Path) -> None:
@@ -255,9 +240,7 @@ def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: 
     assert (tmp_path / "alone" / "T.csv").read_text() == (tmp_path / "all" / "T.csv").read_text()
 
 
-def test_help_is_worth_reading_and_imports_nothing_slow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_is_worth_reading_and_imports_nothing_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # lists on stderr what is imported
     train, test = (call(name, "--help", cwd=tmp_path, fork=False) for name in ("train.py", "test.py"))
     assert "dataset: " in train.stdout and "python train.py experiment=" in train.stdout
@@ -312,8 +295,6 @@ def test_bad_checkpoints_are_one_line(run: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_bad_testing_input_is_one_line(
-    run: Path, arguments: list[str], words: list[str], tmp_path: Path
-) -> None:
+def test_bad_testing_input_is_one_line(run: Path, arguments: list[str], words: list[str], tmp_path: Path) -> None:
     done = call("test.py", "-r", str(run / "best_model.pth"), *arguments, cwd=tmp_path, expect=2)
     assert all(word in done.stderr for word in words), done.stderr

@@ -104,21 +104,14 @@ def test_what_hydra_reads_stays_as_it_is() -> None:
     assert quote_overrides(words) == words
     with pytest.raises(OverrideParseException) as caught:
         compose("train", ["validation=[T,"])
-    assert (
-        explain(caught.value)
-        == "validation=[T, cannot be read. Fix: write key=value, and lists as 'key=[a,b]'."
-    )
+    assert explain(caught.value) == "validation=[T, cannot be read. Fix: write key=value, and lists as 'key=[a,b]'."
 
 
 def test_what_the_system_says_comes_with_a_remedy() -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/last.pth")
     assert add_remedy(full).startswith("/disk/last.pth: No space left on device: make room")
-    assert "change its permissions" in add_remedy(
-        PermissionError(errno.EACCES, "Permission denied", "/root/x")
-    )
-    assert add_remedy(OSError(errno.ENOSPC, "No space left on device")).startswith(
-        "No space left on device: make"
-    )
+    assert "change its permissions" in add_remedy(PermissionError(errno.EACCES, "Permission denied", "/root/x"))
+    assert add_remedy(OSError(errno.ENOSPC, "No space left on device")).startswith("No space left on device: make")
     assert add_remedy(OSError("the line is broken")) == "the line is broken"
     assert add_remedy(FileNotFoundError("x does not exist: fix it")) == "x does not exist: fix it"
 

@@ -56,9 +56,7 @@ def fit(tmp_path: Path, *overrides: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.split(".")[0])
 @pytest.mark.parametrize("error", ["ValueError('mine')", "ImportError('mine')", "KeyError('mine')"])
-def test_a_bug_keeps_its_traceback(
-    place: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_keeps_its_traceback(place: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"own_{error[:3].lower()}_{place.split('.')[0]}"
     (tmp_path / f"{name}.py").write_text(OWN.format(error=error))
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -127,9 +127,7 @@ def test_keys_that_are_not_ours_are_rejected(key: Any, value: Any, packed: dict[
 def test_values_of_another_kind_are_rejected(key: str, value: Any, packed: dict[str, Any]) -> None:
     hostile = copy.deepcopy(packed)
     put(hostile["values"], key, value)
-    with pytest.raises(
-        UserError, match=key.rpartition("/")[2] if "splits" in key else key.replace("/", r"\.")
-    ):
+    with pytest.raises(UserError, match=key.rpartition("/")[2] if "splits" in key else key.replace("/", r"\.")):
         stored.unpack(hostile)
 
 
@@ -194,9 +192,7 @@ def deep(levels: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("make", [lambda: share(60), itself, lambda: deep(3000)])
-def test_lists_without_end_are_rejected(
-    make: Callable[[], Any], packed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_lists_without_end_are_rejected(make: Callable[[], Any], packed: dict[str, Any], tmp_path: Path) -> None:
     hostile = copy.deepcopy(packed)
     hostile["values"]["dataset"]["splits"] = make()
     with pytest.raises(UserError):

@@ -28,9 +28,7 @@ MODELS = ("deeplabv3plus", "pspnet", "fcn8")
 LOSSES = ("ce", "focal", "bce", "soft_dice", "b_soft_dice", "lovasz")
 ROOTS = {"kvasir_seg": "Kvasir-SEG", "voc2012": "."}
 STEPS, CROP, BATCH = 6, 64, 2
-RATES = {
-    ("deeplabv3plus", "lovasz"): ["optimizer.lr=0.02"]
-}  # with the default rate, 6 updates move it by noise alone
+RATES = {("deeplabv3plus", "lovasz"): ["optimizer.lr=0.02"]}  # with the default rate, 6 updates move it by noise alone
 
 
 def run(data: Path, dataset: str, model: str, loss: str, steps: int = STEPS, *more: str) -> list[float]:

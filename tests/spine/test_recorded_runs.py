@@ -100,9 +100,7 @@ def checkpoint(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     """The network in a file of the released format, whose configuration says how it was tested."""
     loader = {"type": "VOC", "args": {"batch_size": 2, "crop_size": 64}}
     predict = {"temperature": 0.05, "threshold": 0.3, "CoI": list(range(1, 21)), "test": "T"}
-    content = recipe.released(
-        recordings, "pspnet", 21, train_loader=loader, test_loader=loader, predict=predict
-    )
+    content = recipe.released(recordings, "pspnet", 21, train_loader=loader, test_loader=loader, predict=predict)
     path = tmp_path_factory.mktemp("released") / "checkpoint-epoch150.pth"
     torch.save(content, path)
     yield path
@@ -213,9 +211,7 @@ def test_the_checkpoint_says_how_it_is_tested(network, checkpoint) -> None:
 
 def read_counts(path: Path, names: list[str]) -> Counts:
     """The pixels per image and scored class of a result's CSV; it lacks those of the background."""
-    parts = {
-        key: torch.zeros(len(names), 21, dtype=torch.int64) for key in ("intersection", "predicted", "actual")
-    }
+    parts = {key: torch.zeros(len(names), 21, dtype=torch.int64) for key in ("intersection", "predicted", "actual")}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             for key, part in parts.items():

@@ -114,9 +114,7 @@ def train(recordings: Path, loss: str) -> SimpleNamespace:
 
     def validate(model: PSPNet, epoch: int, updates: int) -> float:
         norm = model.backbone.bn1
-        norms.append(
-            {"tracked": int(norm.num_batches_tracked), "sum": norm.running_mean.double().sum().item()}
-        )
+        norms.append({"tracked": int(norm.num_batches_tracked), "sum": norm.running_mean.double().sum().item()})
         scores.append(evaluate(model, val_loader, rules, criterion, scoring, HERE)["T"].scores)
         return 0.0
 
@@ -138,9 +136,7 @@ def test_two_epochs(recordings: Path, recorded: dict[str, Any], loss: str) -> No
     np.testing.assert_allclose(ours.losses[2:4], losses[2:4], rtol=0, atol=second)
     np.testing.assert_allclose(ours.losses, losses, rtol=0, atol=later)
 
-    for norm, state, mean in zip(
-        ours.norms, theirs["bn_state_at_start_of_each_validation"], means, strict=True
-    ):
+    for norm, state, mean in zip(ours.norms, theirs["bn_state_at_start_of_each_validation"], means, strict=True):
         assert norm["tracked"] == state["num_batches_tracked"]  # 8 after 4 steps: two forward passes a step
         assert norm["sum"] == pytest.approx(state["initial.1.running_mean_sum"], abs=mean)
     for scores, log in zip(ours.scores, theirs["validation_logs"], strict=True):

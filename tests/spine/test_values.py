@@ -64,6 +64,4 @@ def test_nothing_is_written_for_a_run_that_cannot_be(tmp_path: Path) -> None:
     assert len(said) == 1 and said[0].startswith("error: epochs=0 is invalid")
     assert [path.name for path in (tmp_path / "saved").rglob("*") if path.is_file()] == ["log.txt"]
     said = train(tmp_path / "saved", "dataset=", expect=2).splitlines()
-    assert len(said) == 1 and said[0].startswith(
-        "error: dataset= is unknown; dataset is one of: cityscapes, "
-    )
+    assert len(said) == 1 and said[0].startswith("error: dataset= is unknown; dataset is one of: cityscapes, ")

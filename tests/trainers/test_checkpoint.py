@@ -84,9 +84,7 @@ def test_without_hard_links_there_is_a_copy(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("moment", ["write", "flush", "rename"])
-def test_a_full_disk_keeps_the_one_before(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_one_before(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     these = manage(tmp_path)
     these.save_last(payload(1))
 
@@ -103,9 +101,7 @@ def test_a_full_disk_keeps_the_one_before(
     assert number(these.newest()) == 3
 
 
-def test_a_worker_that_dies_during_a_write_is_not_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_dies_during_a_write_is_not_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch raises the death in the main thread, and then its own writer fails over the half-written file."""
 
     def interrupted(*_: Any, **__: Any) -> None:
@@ -141,15 +137,11 @@ def test_the_kernel_refuses_to_write_more(tmp_path: Path) -> None:
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("this machine does not let us mount")
     try:
-        printed = train(
-            disk, expect=3
-        )  # the weights fit once, not with the one before and the best beside them
+        printed = train(disk, expect=3)  # the weights fit once, not with the one before and the best beside them
         assert "error: " in printed and "could not be written" in printed and "Traceback" not in printed
         assert read_checkpoint(run_dir(disk) / "last.pth")["training"]["progress"]["updates"] >= 1
     finally:

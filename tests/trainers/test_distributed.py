@@ -201,9 +201,7 @@ def test_two_processes_score_as_one_and_each_image_once(pair: Path, tmp_path: Pa
         assert two["images"] == one["images"] == ["val_00000", "val_00001", "val_00002"]
         flat = [json.dumps(found["scores"], sort_keys=True) for found in (one, two)]
         assert numbers(flat[0]) == pytest.approx(numbers(flat[1]), abs=1e-12)
-        assert (tmp_path / "one" / f"{rule}.csv").read_text() == (
-            tmp_path / "two" / f"{rule}.csv"
-        ).read_text()
+        assert (tmp_path / "one" / f"{rule}.csv").read_text() == (tmp_path / "two" / f"{rule}.csv").read_text()
     # The validation inside the training of two, too: its BatchNorm statistics are those that were saved.
     inside = [row for row in rows(run_dir(pair)) if row["kind"] == "val_max"][-1]
     outside = json.loads((tmp_path / "one" / "max.json").read_text())["scores"]

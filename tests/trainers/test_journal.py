@@ -44,9 +44,7 @@ def events(tmp_path: Path) -> EventAccumulator:
     return accumulator
 
 
-def test_rules_stand_side_by_side_and_classes_have_their_names(
-    events: EventAccumulator, tmp_path: Path
-) -> None:
+def test_rules_stand_side_by_side_and_classes_have_their_names(events: EventAccumulator, tmp_path: Path) -> None:
     rules, classes = ("T", "rankdice_nonoverlap"), ("background", "traffic_light")
     expected = {f"val/mean_dice/{rule}" for rule in rules} | {"train/epoch", "train/loss", "train/lr0"}
     expected |= {f"val_class_dice/{name}/{rule}" for name in classes for rule in rules}

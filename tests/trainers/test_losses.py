@@ -186,9 +186,7 @@ def test_an_all_void_batch_costs_nothing(name: str, legacy: bool) -> None:
     void = torch.full_like(labels, VOID)
     value, grad = value_and_grad(LOSSES[name](legacy=legacy), logits, void)
     if legacy and name in ("bce", "bce_focal", "b_soft_dice"):
-        assert (
-            value > 0 and grad.abs().sum() > 0 and LOSSES[name](legacy=True).weight_of(void) == void.numel()
-        )
+        assert value > 0 and grad.abs().sum() > 0 and LOSSES[name](legacy=True).weight_of(void) == void.numel()
     else:
         assert value == 0 and grad.shape == logits.shape and grad.eq(0).all()
 
@@ -346,9 +344,7 @@ def test_torch_agrees(name: str) -> None:
     else:
         kept = labels != VOID
         rows = logits.movedim(1, -1)[kept]
-        theirs = nn.functional.binary_cross_entropy_with_logits(
-            rows, nn.functional.one_hot(labels[kept], 4).double()
-        )
+        theirs = nn.functional.binary_cross_entropy_with_logits(rows, nn.functional.one_hot(labels[kept], 4).double())
     torch.testing.assert_close(LOSSES[name]()(logits, labels), theirs)
 
 
@@ -366,9 +362,7 @@ def test_every_configuration_is_tested(root: Path) -> None:
     assert {path.stem for path in (root / "configs/loss").glob("*.yaml")} == set(LOSSES)
 
 
-def assert_recorded(
-    name: str, logits: np.ndarray, labels: np.ndarray, value: float, grad: np.ndarray
-) -> None:
+def assert_recorded(name: str, logits: np.ndarray, labels: np.ndarray, value: float, grad: np.ndarray) -> None:
     """Values to 1e-6, gradients to 1e-5 of the largest one."""
     ours = value_and_grad(LOSSES[name](legacy=True), torch.from_numpy(logits), torch.from_numpy(labels))
     assert ours[0].item() == pytest.approx(value, abs=1e-6)

@@ -79,9 +79,7 @@ def test_any_number_of_pixels_is_counted_exactly(pixels: int, share: float, seed
 
 def test_counts_above_what_float32_can_hold_are_exact() -> None:
     size = 2**24 + 1
-    counts = count(
-        torch.ones(1, 1, size, dtype=torch.bool), encode(torch.zeros(1, size, dtype=torch.uint8), 1)
-    )
+    counts = count(torch.ones(1, 1, size, dtype=torch.bool), encode(torch.zeros(1, size, dtype=torch.uint8), 1))
     assert counts.predicted.item() == counts.actual.item() == counts.pixels.item() == size
     assert Counts.cat([counts, counts]).pooled().intersection.item() == 2 * size
 
@@ -113,9 +111,7 @@ def test_soft_dice_void_counts_as_the_smallest_class_of_the_batch() -> None:
     legacy = score(masks, labels, void="counted", legacy_soft_dice_void=True)
     assert torch.equal(labels, before)
     expected = score(masks, labels.where(labels != VOID, 1), void="counted")
-    assert torch.equal(legacy.actual, expected.actual) and torch.equal(
-        legacy.intersection, expected.intersection
-    )
+    assert torch.equal(legacy.actual, expected.actual) and torch.equal(legacy.intersection, expected.intersection)
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 0, 7])
@@ -215,9 +211,7 @@ def test_averages_leave_undefined_scores_out_and_follow_the_papers_order() -> No
     assert mean_over_classes(scores, [0, 1]).isnan().tolist() == [False, True, True]
 
     # Image 1: dice 1 and 0, image 2: dice 1 and undefined. Images first: (1/2 + 1) / 2, not (1 + 0) / 2.
-    two = Counts(
-        *(torch.tensor(rows) for rows in ([[1, 0], [1, 0]], [[1, 1], [1, 0]], [[1, 0], [1, 0]], [2, 2]))
-    )
+    two = Counts(*(torch.tensor(rows) for rows in ([[1, 0], [1, 0]], [[1, 1], [1, 0]], [[1, 0], [1, 0]], [2, 2])))
     result = summary(two, [0, 1])
     assert result["mean_dice"] == 0.75
     assert result["class_dice"] == {"0": 1.0, "1": 0.0}
@@ -282,9 +276,7 @@ def assert_recorded(counts: Counts, recorded: dict[str, np.ndarray], halved: boo
 @pytest.mark.parametrize("prediction", ["label", "multi"])
 @pytest.mark.parametrize("target_kind", ["index", "float_onehot"])
 @pytest.mark.parametrize("scored", ["all", "fg", "one"])
-def test_metrics_equal_the_short_recordings(
-    recordings: Path, prediction: str, target_kind: str, scored: str
-) -> None:
+def test_metrics_equal_the_short_recordings(recordings: Path, prediction: str, target_kind: str, scored: str) -> None:
     data = np.load(recordings / "metrics.npz")
     masks = torch.from_numpy(data[f"{prediction}_pred"])
     if prediction == "label":
@@ -309,9 +301,7 @@ def test_metrics_equal_the_full_recordings(recordings: Path, prediction: str, ta
         bits = np.unpackbits(data["pred_multihot_packed"])[: math.prod(shape)]
         masks = torch.from_numpy(bits.reshape(shape)).bool()
     labels = torch.from_numpy(data["target"])
-    counts = Counts.cat(
-        [score(masks[part], labels[part], void="counted") for part in (slice(0, 3), slice(3, 5))]
-    )
+    counts = Counts.cat([score(masks[part], labels[part], void="counted") for part in (slice(0, 3), slice(3, 5))])
     halved = target_kind == "onehot_f32"
     dice, iou = counts.dice(PAPER_EPSILON), counts.iou(PAPER_EPSILON, legacy_bce_iou=halved)
 

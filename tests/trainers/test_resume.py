@@ -36,9 +36,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
     while done < kills:
         before = stamp(run)
         workers = f"num_workers={(0, 1, 3)[done % 3]}"
-        process = begin(
-            "train.py", *SMALL, f"save_dir={folder}", workers, *options, log=folder / "killed.txt"
-        )
+        process = begin("train.py", *SMALL, f"save_dir={folder}", workers, *options, log=folder / "killed.txt")
         # After the next state came, somewhere in the steps, the writing, the validation that follow.
         if not wait_for(lambda before=before: stamp(run) != before, process):
             break

@@ -42,9 +42,7 @@ def test_polynomial_equals_the_recordings_to_machine_precision(recordings: Path)
     full = json.loads((recordings / "full/lr_poly.json").read_text())
     for key, total in {"sequence": 21, "epochs2_iters4": 8, "epochs1_iters1": 1}.items():
         recorded_lr = np.array(full[key])[:, 2:]
-        np.testing.assert_allclose(
-            np.outer(rates(Polynomial(), total), [0.01, 0.001]), recorded_lr, rtol=4e-16, atol=0
-        )
+        np.testing.assert_allclose(np.outer(rates(Polynomial(), total), [0.01, 0.001]), recorded_lr, rtol=4e-16, atol=0)
 
 
 def test_polynomial_power_one_is_a_line() -> None:

@@ -79,9 +79,7 @@ def trainer(folder: Path, loader: Loader, signal_in_validation: int = -1, **opti
         return score
 
     update = Update(net, nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters(), 0.01), ALONE)
-    made = Trainer(
-        update, lambda k, n: 1 - k / n, loader, validate, checkpoints, journal, {}, epochs=EPOCHS, **options
-    )
+    made = Trainer(update, lambda k, n: 1 - k / n, loader, validate, checkpoints, journal, {}, epochs=EPOCHS, **options)
     if found:
         net.load_state_dict(found["model"])
         made.restore(found)
@@ -207,9 +205,7 @@ def test_a_batch_of_one_value_says_what_to_enlarge(tmp_path: Path) -> None:
         trainer(tmp_path, Loader(5, ValueError("another"))).fit()
 
 
-def test_a_signal_to_all_processes_of_the_job_is_an_interruption(
-    whole: tuple[Any, ...], tmp_path: Path
-) -> None:
+def test_a_signal_to_all_processes_of_the_job_is_an_interruption(whole: tuple[Any, ...], tmp_path: Path) -> None:
     """The loader's processes die of it: no next batch, but the state of this moment, and code 75."""
 
     class Job(Loader):

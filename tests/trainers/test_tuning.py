@@ -18,11 +18,7 @@ SCORED = (1, 2, 3)
 def maps(images: int = 6, seed: int = 0) -> tuple[Tensor, Truth]:
     """Probabilities that know something of the labels; class 3 is absent from half of the images; some void."""
     generator = torch.Generator().manual_seed(seed)
-    labels = (
-        torch.randint(0, 4, (images, 3, 3), generator=generator)
-        .repeat_interleave(5, 1)
-        .repeat_interleave(5, 2)
-    )
+    labels = torch.randint(0, 4, (images, 3, 3), generator=generator).repeat_interleave(5, 1).repeat_interleave(5, 2)
     labels[::2] = labels[::2].clamp(max=2)
     onehot = torch.nn.functional.one_hot(labels, 4).movedim(-1, 1)
     probs = (1.5 * onehot + torch.randn(onehot.shape, generator=generator)).softmax(1)
