@@ -109,11 +109,7 @@ def score(args: argparse.Namespace, world: World) -> None:
         "correct_focal": cfg.correct_focal,
         **({"threshold": threshold} if threshold != 0.5 else {}),
         **({"gate": cfg.gate} if cfg.gate != 0.5 else {}),
-        "checkpoint": {
-            "file": args.resume.name,
-            "epoch": checkpoint["epoch"],
-            "sha256": file_sha256(args.resume),
-        },
+        "checkpoint": {"file": args.resume.name, "epoch": checkpoint["epoch"], "sha256": file_sha256(args.resume)},
         "provenance": provenance(ROOT),
     }
     # Values that differ between the seeds of one experiment, or that records of an earlier version lack.

@@ -60,9 +60,7 @@ def _make(node: Any) -> Any:
 
 
 def rules(
-    names: Iterable[str],
-    cfg: DictConfig | None = None,
-    fitted: Mapping[str, Mapping[str, Any]] | None = None,
+    names: Iterable[str], cfg: DictConfig | None = None, fitted: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Predictor]:
     """Build the prediction rules of these names from ``configs/predictor``, or from ``cfg`` where it has overrides.
 

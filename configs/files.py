@@ -235,10 +235,7 @@ def lock_file(path: Path, doing: str, patience: float = 10.0) -> Any:
     except (NotImplementedError, PermissionError):
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise
-        print(
-            f"warning: {path.parent} is on a file system without locks: start one process only",
-            file=sys.stderr,
-        )
+        print(f"warning: {path.parent} is on a file system without locks: start one process only", file=sys.stderr)
     with contextlib.suppress(OSError):  # Windows locks the file against its own process
         path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
     return lock

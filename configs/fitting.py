@@ -21,14 +21,7 @@ from rankseg import Predictor
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from trainers.distributed import World
 from trainers.evaluator import Scoring, evaluate
-from trainers.fitted import (
-    FittedFile,
-    GatedRule,
-    OtherProbs,
-    held_out_fit,
-    probability_histogram,
-    threshold_table,
-)
+from trainers.fitted import FittedFile, GatedRule, OtherProbs, held_out_fit, probability_histogram, threshold_table
 from trainers.forward import ToProbs
 from trainers.losses import Link, SegmentationLoss
 from trainers.metrics import mean_over_classes
@@ -171,10 +164,7 @@ class Fitter:
         found = self.calibration(self.kind)
         if isinstance(found, Calibration):
             values = {name: _plain(value) for name, value in found._asdict().items()}
-            return {
-                "temperature": None,
-                "calibration": {"kind": "class", **values, "fitted_on": self._fitted_on()},
-            }
+            return {"temperature": None, "calibration": {"kind": "class", **values, "fitted_on": self._fitted_on()}}
         return {"temperature": found, "temperature_fitted_on": self._val("").fingerprint()}
 
     def report(self, values: Mapping[str, Mapping[str, Any]], scored: SegmentationDataset) -> list[str]:

@@ -105,15 +105,9 @@ CHECKS: dict[str, Check] = {
     "schedule.power": number(),
     "loss.gamma": number(),
     "predictor.at": number(most=1),
-    "temperature": (
-        lambda value: value == "fit" or number(exclusive=True)[0](value),
-        "a number > 0, or fit",
-    ),
+    "temperature": (lambda value: value == "fit" or number(exclusive=True)[0](value), "a number > 0, or fit"),
     "calibrate": choice("none", "temperature", "class"),
-    "gate": (
-        lambda value: value in ("none", "fit") or (type(value) is float and value == 0.5),
-        "0.5, none or fit",
-    ),
+    "gate": (lambda value: value in ("none", "fit") or (type(value) is float and value == 0.5), "0.5, none or fit"),
     "threshold": or_null(number(most=1)),
     "correct_focal": FLAG,
     "trainer.precision": choice("fp32", "bf16", "fp16"),

@@ -88,10 +88,7 @@ class PairedDataset(SegmentationDataset):
             if folder.ignored:
                 self.ignored.append(f"files that are not read: {folder.ignored_text}, such as {folder.ignored[0]}")
         return self.match(
-            images.images,
-            {name.removesuffix(ending): path for name, path in masks.images.items()},
-            masks_at,
-            ending,
+            images.images, {name.removesuffix(ending): path for name, path in masks.images.items()}, masks_at, ending
         )
 
     def match(

@@ -56,10 +56,7 @@ def resize_to(shape: Sequence[int], size: Size) -> list[int]:
         return list(as_size(size))
     height, width = shape
     short = min(height, width)
-    return [
-        size if height == short else size * height // short,
-        size if width == short else size * width // short,
-    ]
+    return [size if height == short else size * height // short, size if width == short else size * width // short]
 
 
 def resize_pair(image: Tensor, mask: Tensor, size: Size) -> tuple[Tensor, Tensor]:

@@ -44,10 +44,7 @@ class DeepLabV3Plus(nn.Module):
         self.aspp = ASPP(2048, 256)
         self.low_level = conv_bn_relu(256, 48)
         self.decoder = nn.Sequential(
-            *conv_bn_relu(48 + 256, 256, 3),
-            *conv_bn_relu(256, 256, 3),
-            nn.Dropout(0.1),
-            nn.Conv2d(256, num_classes, 1),
+            *conv_bn_relu(48 + 256, 256, 3), *conv_bn_relu(256, 256, 3), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
         )
         initialise_new_layers(self.aspp, self.low_level, self.decoder)
         narrow_layers(self, narrow, num_classes, weights)

@@ -70,11 +70,7 @@ _KEYS: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 # A tensor that only this network has. Its first dimension is the number of classes.
-_SCORES = {
-    "deeplabv3plus": "decoder.output.7.bias",
-    "pspnet": "master_branch.1.bias",
-    "fcn8": "output.6.bias",
-}
+_SCORES = {"deeplabv3plus": "decoder.output.7.bias", "pspnet": "master_branch.1.bias", "fcn8": "output.6.bias"}
 _FIXED = {"up_output.weight": 4, "up_pool4_out.weight": 4, "up_final.weight": 16}
 
 

@@ -49,11 +49,7 @@ class Scoring:
     def encode(self, targets: Tensor) -> Truth:
         """Encode labels (N, H, W) for counting."""
         return encode(
-            targets,
-            self.num_classes,
-            self.ignore_index,
-            self.void,
-            legacy_soft_dice_void=self.legacy_soft_dice_void,
+            targets, self.num_classes, self.ignore_index, self.void, legacy_soft_dice_void=self.legacy_soft_dice_void
         )
 
     def is_unneeded(self, targets: Tensor) -> bool:

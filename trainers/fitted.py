@@ -194,12 +194,7 @@ class FittedFile:
         self, kind: str, settings: Mapping[str, Any], values: Mapping[str, Any], fitted_on: Mapping[str, Any]
     ) -> None:
         """Add an entry; it replaces one with the same kind, settings and images."""
-        entry = {
-            "kind": kind,
-            "settings": dict(settings),
-            "values": dict(values),
-            "fitted_on": dict(fitted_on),
-        }
+        entry = {"kind": kind, "settings": dict(settings), "values": dict(values), "fitted_on": dict(fitted_on)}
         same = ("kind", "settings", "fitted_on")
         self.entries = [old for old in self.entries if any(old[key] != entry[key] for key in same)] + [entry]
         self.changed = True

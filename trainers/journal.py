@@ -31,11 +31,7 @@ class Journal:
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        step: int = 0,
-        tensorboard: bool = True,
-        classes: Sequence[str] = (),
+        self, folder: Path | None, step: int = 0, tensorboard: bool = True, classes: Sequence[str] = ()
     ) -> None:
         self.classes = [_clean(name if classes.count(name) == 1 else f"{name}_{c}") for c, name in enumerate(classes)]
         self.path = None if folder is None else Path(folder) / "metrics.jsonl"

@@ -14,15 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "segmentation-models-pytorch",
-    "timm",
-    "hydra-core",
-    "omegaconf",
-    "pillow",
-)
+PACKAGES = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "hydra-core", "omegaconf", "pillow")
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from rankseg import Predictor
-from rankseg.confidence import (
-    confidence,
-    image_confidence,
-    mean_entropy,
-    mean_max_probability,
-    soft_dice_confidence,
-)
+from rankseg.confidence import confidence, image_confidence, mean_entropy, mean_max_probability, soft_dice_confidence
 from trainers.distributed import World, gather_objects
 from trainers.evaluator import Scoring
 from trainers.forward import forward

@@ -203,12 +203,7 @@ def _interval(difference: Tensor, level: float, seed: int, resamples: int) -> di
     if len(difference) < 2 or float(difference.std()) == 0:
         return {"mean": mean, "low": mean, "high": mean}
     found: Any = stats.bootstrap(
-        (difference.numpy(),),
-        _mean,
-        confidence_level=level,
-        method="BCa",
-        rng=seed,
-        n_resamples=resamples,
+        (difference.numpy(),), _mean, confidence_level=level, method="BCa", rng=seed, n_resamples=resamples
     )
     low, high = (float(end) for end in found.confidence_interval)
     return {"mean": mean, "low": low, "high": high}
