@@ -114,11 +114,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="FOLDER")
     add("--labels", type=Path, metavar="FOLDER", help="true labels: scores are computed and written")
     add("--valid", type=Path, metavar="FOLDER", help="fields of view: pixels of value 0 are void")
-    add(
-        "--link",
-        choices=("softmax", "sigmoid"),
-        help="PROBS holds logits; this turns them into probabilities",
-    )
+    add("--link", choices=("softmax", "sigmoid"), help="PROBS holds logits; this turns them into probabilities")
     add("--temperature", type=float, default=1.0, help="divides the logits; 1: unchanged")
     add("--fit", type=Path, nargs=2, metavar=("PROBS", "LABELS"), help="labelled cases to fit on; see above")
     add("--calibrate", choices=("none", "temperature", "class"), default="none",
@@ -189,12 +185,7 @@ class Job:
         self.reading = dataclasses.replace(reading, values=self.fitter.to_probs())
         self.calibration = self.fitter.describe_calibration()
         settings |= {"version": VERSION, "rules": args.predictor, **dataclasses.asdict(self.output)}
-        settings |= {
-            "void": args.void,
-            "labels": bool(args.labels),
-            "valid": bool(args.valid),
-            **self.calibration,
-        }
+        settings |= {"void": args.void, "labels": bool(args.labels), "valid": bool(args.valid), **self.calibration}
         settings |= {"fitted": self.fitted}
         self.settings = fingerprint(settings)
         self._refuse_other_settings()

@@ -235,13 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         "regular expression for the part of the image's name that is the group"
     )
     add("--group", metavar="FILE|PATTERN", help=group)
-    add(
-        "--auto",
-        type=int,
-        default=0,
-        metavar="N",
-        help="choose on a random half of the images, score the other",
-    )
+    add("--auto", type=int, default=0, metavar="N", help="choose on a random half of the images, score the other")
     add("--json", action="store_true", help="print JSON, with every difference")
     plot = "draw sorted differences, classes and, after report.py, Dice against the threshold"
     add("--plot", type=Path, metavar="FILE", help=plot)

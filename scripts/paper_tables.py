@@ -31,23 +31,13 @@ from scripts import ROOT
 from scripts.common import command_line
 from scripts.tables.layout import Table, csv_tables, latex, markdown
 from scripts.tables.ours import our_tables, problem_count
-from scripts.tables.published import (
-    compared_tables,
-    load_published,
-    published_tables,
-    read_expected,
-    violations,
-)
+from scripts.tables.published import compared_tables, load_published, published_tables, read_expected, violations
 from scripts.tables.results import Groups, Problem, group_seeds, read_results, short_variant
 
 MODES = ("published", "ours", "both")
 FORMATS = ("md", "csv", "tex")
 MANIFEST = "MANIFEST.sha256"
-_PLACES = {
-    "published": "saved/published/tables",
-    "ours": "saved/results/tables",
-    "both": "saved/results/comparison",
-}
+_PLACES = {"published": "saved/published/tables", "ours": "saved/results/tables", "both": "saved/results/comparison"}
 _MARKER = re.compile(r"<!-- table:(?P<name>[\w./-]+) -->\n(?P<body>.*?)<!-- /table:(?P=name) -->", re.DOTALL)
 _LOOSE = re.compile(r"<!-- /?table:[\w./-]+ -->")
 

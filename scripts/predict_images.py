@@ -55,13 +55,7 @@ from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
 from rankseg import Predictor
-from scripts.common import (
-    add_checkpoint_options,
-    ahead,
-    check_checkpoint_options,
-    command_line,
-    default_workers,
-)
+from scripts.common import add_checkpoint_options, ahead, check_checkpoint_options, command_line, default_workers
 from scripts.inference import files
 from scripts.inference.files import Outputs, dataset_info, refuse_collisions, settle
 from scripts.inference.review import Review
@@ -138,30 +132,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--window", type=int, metavar="PIXELS",
         help=f"side of sliding windows, as the network sees them (default: whole images up to "
         f"{WHOLE >> 20} Mpixel, {WINDOW} above; 0: always whole)")  # fmt: skip
-    add(
-        "--overlap",
-        type=float,
-        default=0.25,
-        help="share of a window that the next one repeats (default: 0.25)",
-    )
+    add("--overlap", type=float, default=0.25, help="share of a window that the next one repeats (default: 0.25)")
     add("--scales", default="1", help="relative sizes of the image, such as 0.75,1,1.25")
     add("--flip", action="store_true", help="average with the mirror image")
     add("--batch", type=int, default=1, help="windows per forward pass (default: 1)")
-    add(
-        "--classes",
-        type=Path,
-        metavar="YAML",
-        help="names and colours of a folder data set that is elsewhere",
-    )
+    add("--classes", type=Path, metavar="YAML", help="names and colours of a folder data set that is elsewhere")
     add("--workers", type=int, default=default_workers(), help="threads that read ahead (default: all cores)")
     add("--force", action="store_true", help="replace existing masks")
     add("--quiet", action="store_true", help="no progress bar")
-    add(
-        "images",
-        nargs="+",
-        metavar="IMAGE | FOLDER | key=value",
-        help="images to segment; overrides as for test.py",
-    )
+    add("images", nargs="+", metavar="IMAGE | FOLDER | key=value", help="images to segment; overrides as for test.py")
     args = parser.parse_intermixed_args(argv)
     is_override = [("=" in given and not Path(given).exists()) for given in args.images]
     args.overrides = [given for given, yes in zip(args.images, is_override, strict=True) if yes]

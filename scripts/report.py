@@ -145,10 +145,7 @@ def write(
     }
     target = folder / "index.html"
     write_text(target, page.render(title, lead, sections))
-    found: dict[str, Any] = {
-        "scores": scores,
-        "gains": {f"rankdice - {rule}": one for rule, one in gains.items()},
-    }
+    found: dict[str, Any] = {"scores": scores, "gains": {f"rankdice - {rule}": one for rule, one in gains.items()}}
     write_json(folder / "report.json", {"of": of, **found, **numbers(findings, rules), "confidence": confidence})
     return target
 

@@ -30,15 +30,7 @@ from omegaconf import OmegaConf
 from configs import build
 from configs.cli import run_cli
 from configs.compose import CONFIGS, options, unknown_option
-from configs.errors import (
-    EXIT_BUSY,
-    EXIT_FAILED,
-    EXIT_RESUME,
-    BusyError,
-    ConfigError,
-    Interrupted,
-    TrainingError,
-)
+from configs.errors import EXIT_BUSY, EXIT_FAILED, EXIT_RESUME, BusyError, ConfigError, Interrupted, TrainingError
 from configs.files import read_json
 from scripts import ROOT, paper_tables
 from scripts.common import command_line

@@ -170,13 +170,7 @@ def simulate(
 
 
 def _row(
-    example: str,
-    setting: str,
-    size: int,
-    images: Sequence[Tensor],
-    chosen: dict[str, Rule],
-    draws: int,
-    seed: int,
+    example: str, setting: str, size: int, images: Sequence[Tensor], chosen: dict[str, Rule], draws: int, seed: int
 ) -> Row:
     """Score the rules on the images of one setting."""
     labels = _generator(seed, f"labels {example} {setting} {size}")

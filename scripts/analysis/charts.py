@@ -66,11 +66,7 @@ def draw(parts: Sequence[Sequence[Part]], size: Ends, path: Path) -> None:
     with plt.rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # names may have letters that the font lacks
         figure, axes = plt.subplots(
-            len(parts),
-            columns,
-            figsize=(size[0] * columns, size[1] * len(parts)),
-            squeeze=False,
-            layout="constrained",
+            len(parts), columns, figsize=(size[0] * columns, size[1] * len(parts)), squeeze=False, layout="constrained"
         )
         for row, drawn in zip(axes, parts, strict=True):
             for axis in row[len(drawn) :]:
@@ -146,10 +142,7 @@ def intervals(axis: Any, rows: Sequence[tuple[str, float, Ends]], xlabel: str, s
 def sorted_differences(axis: Any, values: Sequence[float], mean: float, ylabel: str) -> None:
     """Draw one bar for each image, from the largest loss to the largest gain."""
     edges = range(len(values) + 1)
-    for side, ordered in (
-        ("loss", [min(v, 0) for v in sorted(values)]),
-        ("gain", [max(v, 0) for v in sorted(values)]),
-    ):
+    for side, ordered in (("loss", [min(v, 0) for v in sorted(values)]), ("gain", [max(v, 0) for v in sorted(values)])):
         axis.stairs(ordered, edges, fill=True, color=colour(side))
     axis.axhline(0, color=PALETTE["soft"], linewidth=0.8)
     axis.axhline(mean, color=PALETTE["ink"], linewidth=1, linestyle="--", label=f"mean {mean:+.2f}")

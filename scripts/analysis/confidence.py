@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from trainers.selective import (
-    MaskRecord,
-    aurc,
-    compare_aurc,
-    conformal_margin,
-    resplit_coverages,
-    risk_coverage,
-)
+from trainers.selective import MaskRecord, aurc, compare_aurc, conformal_margin, resplit_coverages, risk_coverage
 
 EXPECTED = "expected Dice"  # the confidence of this project; the others are for comparison
 

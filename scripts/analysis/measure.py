@@ -69,10 +69,7 @@ class Findings:
 
 def variants(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     """Return the kinds of probabilities that the report compares, each with the options that make it."""
-    found: dict[str, dict[str, Any]] = {
-        "raw": {"calibrate": "none"},
-        "calibrated": {"calibrate": "temperature"},
-    }
+    found: dict[str, dict[str, Any]] = {"raw": {"calibrate": "none"}, "calibrated": {"calibrate": "temperature"}}
     if cfg.loss.name == "focal":
         found["focal-corrected"] = {"calibrate": "none", "correct_focal": True}
     if cfg.calibrate == "class":

@@ -17,15 +17,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.files import read_json, read_text
 from scripts.analysis.statistics import RESAMPLES, describe_differences, mean_interval
-from scripts.tables.results import (
-    group_seeds,
-    mean,
-    mean_by_key,
-    parse_result,
-    read_counts,
-    short_variant,
-    variant_of,
-)
+from scripts.tables.results import group_seeds, mean, mean_by_key, parse_result, read_counts, short_variant, variant_of
 from trainers.text import read_csv
 
 # Two rules saw the same probabilities if these keys of their result files agree.

@@ -128,10 +128,7 @@ def _read_npz(path: Path, folder: Path, key: str | None) -> np.ndarray:
             raise UserError(f"{path}: array {key or 'unclear'}; arrays in it: {listed}. Fix: pass --key NAME.")
         with archive.open(f"{name}.npy") as file:
             version = np.lib.format.read_magic(file)
-            header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, fortran, dtype = header[version](file)
             if dtype.hasobject:
                 raise UserError(f"{path}: {name} holds Python objects. Fix: save an array of numbers.")

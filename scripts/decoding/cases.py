@@ -17,15 +17,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from rankseg.calibration import Calibration
-from scripts.decoding.arrays import (
-    LABEL_SUFFIXES,
-    SUFFIXES,
-    load_nifti,
-    nibabel,
-    read_array,
-    scratch,
-    suffix_of,
-)
+from scripts.decoding.arrays import LABEL_SUFFIXES, SUFFIXES, load_nifti, nibabel, read_array, scratch, suffix_of
 from scripts.decoding.geometry import Geometry, nnunet_geometry, nnunet_picture, read_geometry
 from trainers.forward import ToProbs
 from trainers.losses import Link

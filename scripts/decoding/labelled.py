@@ -180,13 +180,7 @@ class FolderFitter(Fitter):
     """
 
     def __init__(
-        self,
-        out: Path,
-        fit: Folder | None,
-        values: FromStored,
-        options: dict[str, Any],
-        cfg: Any,
-        device: torch.device,
+        self, out: Path, fit: Folder | None, values: FromStored, options: dict[str, Any], cfg: Any, device: torch.device
     ) -> None:
         self.fit, self.values, self.options, self.out = fit, values, options, out
         super().__init__(cfg, Stored(), out / "decode", World(0, 1, device))

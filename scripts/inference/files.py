@@ -224,11 +224,7 @@ def refuse_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]
 
 
 def settle(
-    out: Path,
-    settings: dict[str, Any],
-    outputs: Mapping[str, Outputs],
-    images: Mapping[str, Path],
-    force: bool,
+    out: Path, settings: dict[str, Any], outputs: Mapping[str, Outputs], images: Mapping[str, Path], force: bool
 ) -> None:
     """Store in the folder how its masks are made, and from which images.
 

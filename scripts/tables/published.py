@@ -17,11 +17,7 @@ from scripts.tables.ours import our_cell
 from scripts.tables.results import Group, Groups, matching
 
 FOLDER = ROOT / "saved" / "published"
-COLUMNS = {
-    "cityscapes": ("T", "max", "rankdice"),
-    "voc2012": ("T", "max", "rankdice"),
-    "kvasir_seg": ("T", "rankdice"),
-}
+COLUMNS = {"cityscapes": ("T", "max", "rankdice"), "voc2012": ("T", "max", "rankdice"), "kvasir_seg": ("T", "rankdice")}
 # Images that the paper scored; its Kvasir-SEG split is unpublished.
 IMAGES = {"cityscapes": 500, "voc2012": 1449, "kvasir_seg": None}
 HEADS = {"T": "Threshold (at 0.5)", "max": "Argmax", "rankdice": "mRankDice"}
