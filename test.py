@@ -12,6 +12,7 @@ from configs import build
 from configs.checkpoint import check_classes, load
 from configs.cli import list_skipped, run_cli
 from configs.compose import options
+from configs.errors import one_line
 from configs.files import file_sha256, require_writable
 from configs.fitting import Fitter, is_calibrated
 from trainers.distributed import World, join_world
@@ -128,7 +129,7 @@ def score(args: argparse.Namespace, world: World) -> None:
     if raw and dice.get("rankdice", 1.0) < dice.get("T", 0.0):
         more = " or correct_focal=true" if cfg.loss.name == "focal" else ""
         print(f"RankDice needs calibrated probabilities; try calibrate=temperature or calibrate=class{more}")
-    print(f"results: {folder}")
+    print(one_line(f"results: {folder}"))
 
 
 def main() -> None:

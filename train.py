@@ -6,7 +6,6 @@ torch is imported inside the functions, so that shell completion answers at once
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.cli import list_skipped, run_cli
 from configs.compose import GROUPS, quote_overrides
+from configs.errors import one_line
+from configs.files import shell_word
 from configs.values import check_values
 
 if TYPE_CHECKING:
@@ -106,9 +107,9 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
         list_skipped({**loader.skipped, **val_loader.skipped})
     journal.close()
     if world.is_main and finished:
-        print(f"{cfg.run_dir}: finished before, nothing to do (resume=false trains again)", flush=True)
+        print(one_line(f"{cfg.run_dir}: finished before, nothing to do (resume=false trains again)"), flush=True)
     elif world.is_main:
-        print(f"done. Score it: python test.py -r {shlex.quote(str(checkpoints.best))} -p all", flush=True)
+        print(f"done. Score it: python test.py -r {shell_word(str(checkpoints.best))} -p all", flush=True)
 
 
 def describe(
@@ -120,11 +121,12 @@ def describe(
 
     world, now, folder = trainer.world, trainer.progress, Path(cfg.run_dir)
     if now.updates:
-        print(f"{folder}: resuming after epoch {now.epoch}, step {now.step}")
+        print(one_line(f"{folder}: resuming after epoch {now.epoch}, step {now.step}"))
     else:
         size = sum(p.numel() for p in network.parameters()) / 1e6
         steps = len(trainer.loader)
-        print(f"{folder}: {num_images} images, {cfg.epochs} epochs of {steps} steps, {size:.1f} M parameters")
+        text = f"{folder}: {num_images} images, {cfg.epochs} epochs of {steps} steps, {size:.1f} M parameters"
+        print(one_line(text))
     shared = 1 if world.device.type == "cuda" else world.size  # SyncBatchNorm needs a GPU
     norm = cfg.batch_size // shared // cfg.trainer.accumulate
     print(f"batch {cfg.batch_size} on {world.size} x {world.device}, BatchNorm over {norm} images", flush=True)

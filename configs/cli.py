@@ -28,6 +28,7 @@ from configs.errors import (
     Interrupted,
     TrainingError,
     UserError,
+    one_line,
 )
 
 # Paths of the wrong kind are bad input; other errors of the system, as of a full disk, are failures.
@@ -75,7 +76,7 @@ def run_cli(main: Callable[[], Any]) -> None:
         code = main()
         sys.stdout.flush()
     except (HydraException, OmegaConfBaseException) as error:
-        _leave(EXIT_BAD_INPUT, " ".join(explain(error).split()))
+        _leave(EXIT_BAD_INPUT, one_line(" ".join(explain(error).split())))
     except TrainingError as error:
         _leave(EXIT_FAILED, str(error))
     except Interrupted as error:
@@ -91,11 +92,11 @@ def run_cli(main: Callable[[], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the very end
         sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
-        _leave(EXIT_BAD_INPUT if isinstance(error, WRONG_PATH) else EXIT_FAILED, add_remedy(error))
+        _leave(EXIT_BAD_INPUT if isinstance(error, WRONG_PATH) else EXIT_FAILED, one_line(add_remedy(error)))
     except RuntimeError as error:
         if "Symlink loop" not in str(error):  # of pathlib, before Python 3.13
             raise
-        _leave(EXIT_BAD_INPUT, f"{error}: {REMEDIES[errno.ELOOP]}")
+        _leave(EXIT_BAD_INPUT, one_line(f"{error}: {REMEDIES[errno.ELOOP]}"))
     else:
         if isinstance(code, int) and code:
             sys.exit(code)
@@ -129,7 +130,7 @@ def list_skipped(skipped: Mapping[str, str]) -> None:
     if skipped:
         print(f"skipped {len(skipped)} unreadable images:", file=sys.stderr)
     for name, reason in skipped.items():
-        print(f"  {name}: {reason}", file=sys.stderr)
+        print(one_line(f"  {name}: {reason}"), file=sys.stderr)
 
 
 def add_remedy(error: OSError) -> str:

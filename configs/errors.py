@@ -8,7 +8,24 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # the reader of the output has gone (`| head`), 128 + SIGPIPE
 
 
-class UserError(ValueError):
+def one_line(text: object) -> str:
+    """Return text with line breaks, and characters that hide or move other text, as Python's escapes.
+
+    Names of files may hold any of them: a line break splits a message, and a terminal obeys control characters.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class _Message:
+    """An error whose arguments are the lines of its message."""
+
+    args: tuple[object, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(one_line, self.args))
+
+
+class UserError(_Message, ValueError):
     """Input that cannot be used. The message says what is wrong (name = value), why, and how to fix it.
 
     Commands print it in one line and exit with 2. Every other ValueError is a bug and keeps its traceback.
@@ -23,7 +40,7 @@ class BusyError(UserError):
     """Another process works on the same run or file. Commands print it in one line and exit with 4."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(_Message, RuntimeError):
     """The work failed for a reason that is not a bug. Commands print it in one line and exit with 3.
 
     The last good checkpoint is kept.

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import socket
 import sys
 import tempfile
@@ -189,6 +190,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON; NaN and infinity become null."""
     write_text(path, json.dumps(finite_or_none(value), indent=1) + "\n")
+
+
+def shell_word(text: str) -> str:
+    """Return text as one word of a shell, on one line: a character that does not print is written as its bytes."""
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = text.replace("\\", "\\\\").replace("'", "\\'")
+    shown = (c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in plain)
+    return f"$'{''.join(shown)}'"
 
 
 def file_sha256(path: Path) -> str:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from configs.errors import one_line
+
 from . import DatasetError
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ class DatasetInfo:
     def __post_init__(self) -> None:
         if not 1 <= len(self.classes) <= MAX_CLASSES:
             raise ValueError(f"{self.name} has {len(self.classes)} classes: expected 1 to {MAX_CLASSES}")
+        if bad := [name for name in self.classes if not (name.isprintable() and len(name) <= 200)]:
+            raise ValueError(
+                f"{self.name}: the class name {bad[0][:200]!r} is invalid: expected at most 200 characters that print"
+            )
         if len(self.palette) != len(self.classes):
             raise ValueError(
                 f"{self.name} has {len(self.classes)} classes but {len(self.palette)} colours: expected one per class"
@@ -105,11 +111,11 @@ class SegmentationDataset(Dataset, ABC):
         faults = self.faults(progress, sample)
         if on_error == "skip":
             for fault in faults:
-                print(fault, file=sys.stderr)
+                print(one_line(fault), file=sys.stderr)
             faults = []
         raise_faults(self, faults + self.faults_as_a_whole())
         for note in self.notes():
-            print(f"note: {note}", file=sys.stderr)
+            print(one_line(f"note: {note}"), file=sys.stderr)
 
     def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
         """Return the faults of single pairs, one line each."""
@@ -155,10 +161,10 @@ def raise_faults(dataset: SegmentationDataset, faults: list[str], shown: int = 1
     """Raise DatasetError with the first few of the faults, if there are any."""
     if not faults:
         return
-    rest = f"\n  ... and {len(faults) - shown} more" if len(faults) > shown else ""
-    lines = "".join(f"\n  {fault}" for fault in faults[:shown])
+    rest = [f"  ... and {len(faults) - shown} more"] if len(faults) > shown else []
     count = f"{len(faults)} fault" + "s" * (len(faults) > 1)
-    raise DatasetError(f"{dataset.info.name} {dataset.split} has {count}:{lines}{rest}")
+    lines = [f"  {fault}" for fault in faults[:shown]]
+    raise DatasetError(f"{dataset.info.name} {dataset.split} has {count}:", *lines, *rest)
 
 
 def digest(parts: Iterable[object], length: int = 16) -> str:

@@ -22,7 +22,6 @@ Both folders may have sub-folders, the same in each; split files then hold patie
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from configs.files import read_yaml
+from configs.files import read_yaml, shell_word
 
 from .base import DatasetError, DatasetInfo
 from .decode import canonical_name, common_suffix, decode_colour_mask, decode_mask, list_images, read_split
@@ -105,7 +104,7 @@ class Folder(PairedDataset):
         if not path.is_file():
             raise self.missing_error(
                 f"split {self.split!r} has neither {path} nor {images / self.split}: "
-                f"`python scripts/prepare_data.py split {shlex.quote(str(self.root))}` writes split files"
+                f"`python scripts/prepare_data.py split {shell_word(str(self.root))}` writes split files"
             )
         known = {pair.name: pair for pair in pairs}
         listed = []

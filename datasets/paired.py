@@ -75,7 +75,8 @@ class PairedDataset(SegmentationDataset):
     def missing_error(self, reason: str) -> DatasetError:
         """Return the error for missing files of a data set, with the expected tree."""
         return DatasetError(
-            f"{type(self).__name__}: {reason}. Fix: dataset.root or --root must be a folder like\n{self.help_tree}"
+            f"{type(self).__name__}: {reason}. Fix: dataset.root or --root must be a folder like",
+            *self.help_tree.splitlines(),
         )
 
     def match_folders(self, images: ImageFolder, masks: ImageFolder, masks_at: Path, ending: str = "") -> list[Pair]:

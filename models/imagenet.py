@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 
 from configs.files import file_sha256
-from models.reading import CheckpointError
+from models.reading import HASH_IN_NAME, CheckpointError
 
 IMAGENET = "imagenet"
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 _HUB_FILE = "model.safetensors"
 
 
@@ -45,7 +44,7 @@ def published(source: str) -> str | tuple[str, str | None]:
         import timm
 
         config = timm.get_pretrained_cfg(name)
-        if config is not None and isinstance(config.url, str) and _HASH_IN_NAME.search(config.url):
+        if config is not None and isinstance(config.url, str) and HASH_IN_NAME.search(config.url):
             return config.url
         if config is not None and config.hf_hub_id and not config.hf_hub_filename:
             return str(config.hf_hub_id), None
@@ -64,7 +63,7 @@ def published(source: str) -> str | tuple[str, str | None]:
 def _from_url(url: str) -> Path:
     """Download into torch's cache, and check against the hash in the file's name."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    match = _HASH_IN_NAME.search(path.name)
+    match = HASH_IN_NAME.search(path.name)
     expected = match[1] if match else ""
     if not path.is_file():
         try:

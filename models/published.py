@@ -186,7 +186,7 @@ def translate_config(config: dict[str, Any], source: str = "the configuration") 
             "threshold": float(predict.get("threshold", 0.5)),
             "scored": None if scored == "all" else [int(index) for index in scored],
         }
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{source} has an invalid setting of its predictor: {error}") from None
     return {
         "dataset": _known(DATASETS, train[0].get("type") if train else None, "data set", source),

@@ -2,13 +2,15 @@
 
 ``torch.load(weights_only=True)`` builds tensors and plain containers only. The checkpoints that the authors released
 also hold the best score as a NumPy scalar; only the names that this needs are allowed in addition. torch writes
-checksums but does not compare them. They are compared here first, so that a flipped bit is an error.
+checksums but does not compare them. They are compared here first, so that a flipped bit is an error. Files without
+them, which torch wrote before 1.6, are compared with a SHA-256 next to them, or reported.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +20,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
-from configs.files import check_plain
+from configs.errors import UserError, one_line
+from configs.files import check_plain, file_sha256, read_text
 
 MAX_PICKLE_BYTES = 256 << 20  # of the containers, without tensors
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # the start of the SHA-256, as in files of torchvision
 WRAPPERS = ("_orig_mod.", "module.")  # prefixes of torch.compile and DistributedDataParallel
 
 
@@ -29,8 +32,12 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used. The message names it, the reason and a remedy."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, verified: bool = False) -> dict[str, Any]:
     """Read a checkpoint, ours or a published one, onto the CPU, without running anything in it.
+
+    Args:
+        path: the file.
+        verified: whether the caller has compared the file with its SHA-256.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -43,7 +50,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} is a folder or a device. Fix: give the path of a .pth file.")
     try:
-        _check_archive(path)
+        verified = _check_archive(path) or verified
         with torch.serialization.safe_globals(_numpy_scalar()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
@@ -66,18 +73,41 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 f"checkpoint {path} holds a tensor of {tuple(tensor.shape)} that is sparse, quantized or larger than "
                 "its data. Fix: choose a checkpoint with ordinary tensors."
             )
+    if not verified:
+        check_sha256(path)
     return content
+
+
+def check_sha256(path: Path) -> None:
+    """Compare a file that holds no checksums with the SHA-256 in ``PATH.sha256`` or in its name, or print a warning.
+
+    Raises:
+        CheckpointError: ``PATH.sha256`` holds another one.
+    """
+    known, found, named = path.with_name(f"{path.name}.sha256"), file_sha256(path), HASH_IN_NAME.search(path.name)
+    if known.exists():
+        if read_text(known, 4096).split()[:1] != [found]:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged, or {known.name} is not its own: its SHA-256 is {found}. "
+                "Fix: download or copy both again."
+            )
+    elif not (named and found.startswith(named[1])):  # a date in a name looks like a hash
+        text = (
+            f"warning: {path} is in a format without checksums, so damage cannot be noticed; its SHA-256 is {found}. "
+            f"Fix: compare it with the publisher's, then keep it: sha256sum {path.name} > {known.name}"
+        )
+        print(one_line(text), file=sys.stderr)
 
 
 class _Damaged(Exception):
     """The archive is damaged."""
 
 
-def _check_archive(path: Path) -> None:
-    """Compare the checksums in a zip archive with its contents; older formats have none."""
+def _check_archive(path: Path) -> bool:
+    """Compare the checksums in a zip archive with its contents; return False for an older format, without any."""
     with path.open("rb") as file:
         if file.read(2) != b"PK":
-            return
+            return False
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
@@ -88,6 +118,7 @@ def _check_archive(path: Path) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise _Damaged(f"it is damaged: the checksum of {damaged!r} is wrong")
+    return True
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

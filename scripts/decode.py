@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from configs.cli import run_cli
 from configs.compose import options
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.files import read_json, require_writable, write_json, write_text
 from rankseg.calibration import Reliability
 from scripts import ROOT
@@ -99,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(job.compare())
         if args.report:
             print(f"report: {job.report([name for name in scored if name not in failed])}")
-    print(f"{args.out}: {', '.join(parts)}")
+    print(one_line(f"{args.out}: {', '.join(parts)}"))
     for problem in failed.values():
-        print(f"  {problem}", file=sys.stderr)
+        print(one_line(f"  {problem}"), file=sys.stderr)
     return SOME_FAILED if failed else 0
 
 

@@ -23,7 +23,7 @@ from configs import stored
 from configs.build import absolute_root
 from configs.compose import CONFIGS, quote_overrides
 from configs.errors import ConfigError, UserError
-from configs.files import file_sha256, read_text
+from configs.files import file_sha256, read_text, shell_word
 from configs.values import check_values
 from scripts import ROOT
 from trainers.checkpoint import epoch_of
@@ -213,7 +213,7 @@ def call(arguments: Sequence[str], log: Path, threads: int | None, tick: Callabl
         environment["OMP_NUM_THREADS"] = str(threads)
     script, *rest = arguments
     with log.open("a", encoding="utf-8") as out:
-        print(f"$ python {' '.join(arguments)}", file=out, flush=True)
+        print(f"$ python {' '.join(map(shell_word, arguments))}", file=out, flush=True)
         begin = out.tell()
         child = subprocess.Popen(
             [sys.executable, str(ROOT / script), *rest],

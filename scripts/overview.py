@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs import build
 from configs.cli import run_cli
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.fitting import Fitter
 from scripts.common import add_run_options, command_line, load_run
 from trainers.distributed import join_world
@@ -99,7 +99,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(torch.cat(rows, dim=1)).save(args.out)
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
-    print(f"{args.out}: RankDice against T: better on {better} images, worse on {worse}, of {len(order)}")
+    print(one_line(f"{args.out}: RankDice against T: better on {better} images, worse on {worse}, of {len(order)}"))
     gains = ", ".join(f"{q:.0%} ({100 * gain[i]:+.1f})" for q, i in zip(QUANTILES, picked, strict=True))
     print(f"rows: gain at the quantiles {gains}")
 

@@ -49,7 +49,7 @@ from tqdm import tqdm
 from configs.checkpoint import check_classes, load
 from configs.cli import run_cli
 from configs.compose import options
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.files import file_sha256
 from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     found, notes = files.find(args.images, args.out)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(one_line(f"note: {note}"), file=sys.stderr)
     network, cfg, checkpoint = load(args.resume, args.overrides)
     info = dataset_info(cfg, args.classes)
     check_classes(checkpoint, info.classes, args.resume)
@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except (MemoryError, RuntimeError) as error:
                 if not OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
                     raise
-                tqdm.write(f"error: {found[image]} does not fit in memory. Fix: a smaller --window", file=sys.stderr)
+                text = one_line(f"error: {found[image]} does not fit in memory. Fix: a smaller --window")
+                tqdm.write(text, file=sys.stderr)
                 failed += 1
             del picture  # free it before the next one is read
             bar.update()
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = len(found) - len(todo)
     parts = [f"{len(todo) - failed} images segmented with {name}"]
     parts += [f"{before} done before"] * bool(before) + [f"{failed} failed"] * bool(failed)
-    print(f"{args.out}: {', '.join(parts)}")
+    print(one_line(f"{args.out}: {', '.join(parts)}"))
     return SOME_FAILED if failed else 0
 
 

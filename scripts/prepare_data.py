@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs.cli import run_cli
-from configs.errors import UserError
-from configs.files import lock_file
+from configs.errors import UserError, one_line
+from configs.files import lock_file, shell_word
 from datasets import DatasetError
 from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images
 from scripts.common import command_line, default_workers
@@ -132,15 +131,15 @@ def _check(args: argparse.Namespace) -> int:
 
 def _print_report(report: Report, entry: Entry, info: DatasetInfo, classes: Path | None, shown: int | None) -> None:
     for fault in report.faults[:shown]:
-        print(f"{fault.split}: {fault.message}")
+        print(one_line(f"{fault.split}: {fault.message}"))
     if shown and len(report.faults) > shown:
         print(f"... and {len(report.faults) - shown} more (--all lists them)")
     for note in report.notes:
-        print(f"note: {note}")
+        print(one_line(f"note: {note}"))
     sizes = ", ".join(f"{split} {size}" for split, size in report.splits.items())
     count = len(report.faults)
     verdict = f"{count or 'no'} fault{'s' * (count > 1)}"
-    print(f"{report.dataset} in {report.root}: {sizes} images, {info.num_classes} classes, {verdict}")
+    print(one_line(f"{report.dataset} in {report.root}: {sizes} images, {info.num_classes} classes, {verdict}"))
     if not report.faults and {"train", "val"} <= set(report.splits):
         words = [f"dataset={entry.name}", f"dataset.root={report.root}"]
         if entry.name == "folder":
@@ -148,7 +147,7 @@ def _print_report(report: Report, entry: Entry, info: DatasetInfo, classes: Path
             words += [f"dataset.ignore_index={info.ignore_index}"] * (info.ignore_index != 255)
             words += [f"dataset.classes={classes}"] * (classes is not None)
         words += ["dataset.splits.test=test"] * ("test" in report.splits)
-        print(f"train on it: python train.py {shlex.join(words)}")
+        print(f"train on it: python train.py {' '.join(map(shell_word, words))}")
 
 
 def _stats(args: argparse.Namespace) -> int:
@@ -187,7 +186,7 @@ def _fetch(args: argparse.Namespace) -> int:
         fetch_cityscapes(downloader, root, args.keep)
         return _fetched(args, entry, root, "fetched")
     if entry.archive is None:
-        steps = [step.format(root=shlex.quote(str(root))) for step in entry.steps]
+        steps = [step.format(root=shell_word(str(root))) for step in entry.steps]
         if args.json:
             _print_json({"name": entry.name, "root": str(root), "status": "by hand", "steps": steps})
         else:
@@ -226,8 +225,8 @@ def _fetched(args: argparse.Namespace, entry: Entry, root: Path, status: str) ->
     if args.json:
         _print_json({"name": entry.name, "root": str(root), "status": status, "steps": []})
     else:
-        print(f"{entry.name}: {status}, in {root}")
-        print(f"next: python scripts/prepare_data.py check {entry.name} --root {shlex.quote(str(root))}")
+        print(one_line(f"{entry.name}: {status}, in {root}"))
+        print(f"next: python scripts/prepare_data.py check {entry.name} --root {shell_word(str(root))}")
     return 0
 
 
@@ -264,7 +263,7 @@ def _split(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"root": str(args.root), "seed": args.seed, "splits": sizes})
     else:
-        print("\n".join(f"{path}: {sizes[path.stem]} images" for path in paths))
+        print("\n".join(one_line(f"{path}: {sizes[path.stem]} images") for path in paths))
     drawn = list_images(args.root / "masks", below=True) if (args.root / "masks").is_dir() else ImageFolder()
     suffix = common_suffix(images, drawn.images)
     bare = [str(path) for name, path in images.items() if name + suffix not in drawn.images]
@@ -273,7 +272,7 @@ def _split(args: argparse.Namespace) -> int:
         notes += [f"files in {name}/ that are not read: {files.ignored_text}"] if files.ignored else []
         notes += [f"{path.name} and {other.name} have one name" for path, other in files.clashes[:1]]
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(one_line(f"note: {note}"), file=sys.stderr)
     return 0
 
 

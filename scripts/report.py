@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs import build
 from configs.cli import run_cli
 from configs.compose import options
+from configs.errors import one_line
 from configs.files import file_sha256, read_json, write_json, write_text
 from configs.fitting import Fitter
 from configs.values import check_uncalibrated
@@ -199,7 +200,7 @@ def main() -> None:
     """Run the command."""
     args = arguments()
     with join_world(args.device) as world:
-        print(f"report: {report(args, world)}")
+        print(one_line(f"report: {report(args, world)}"))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from configs.errors import one_line
+
 # Text that a spreadsheet may read as a formula; plain numbers and dashes are harmless and stay as they are.
 _FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
 _HARMLESS = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|-+")
-_BREAKS = re.compile(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_ESCAPE = re.compile(r"\\(?:[\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")  # of `one_line`, and a backslash
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     # After \\ or an item, LaTeX reads a bracket or a star as an argument.
@@ -37,26 +39,26 @@ _LATEX = {
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a cell that no spreadsheet runs as a formula: such text gets an apostrophe in front."""
-    if isinstance(value, str) and _FORMULA.match(value) and not _HARMLESS.fullmatch(value):
-        return f"'{value}"
-    return value
+    """Return a cell on one line that no spreadsheet runs as a formula: such text gets an apostrophe in front.
+
+    Characters that do not print are written as Python's escapes, and a backslash as two.
+    """
+    if not isinstance(value, str):
+        return value
+    text = one_line(value.replace("\\", "\\\\"))
+    return f"'{text}" if _FORMULA.match(text) and not _HARMLESS.fullmatch(text) else text
 
 
 def csv_value(cell: str) -> str:
-    """Return the text that `csv_cell` was given: remove the apostrophe that it added."""
-    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+    """Return the text that `csv_cell` was given."""
+    text = cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+    return _ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), text)
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     """Return rows as the text of a CSV file; text cells are escaped by `csv_cell`."""
     buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    quoting_writer = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    for row in rows:
-        cells = [csv_cell(value) for value in row]
-        lone_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)  # csv.writer does not quote it
-        (quoting_writer if lone_return else writer).writerow(cells)
+    csv.writer(buffer, lineterminator="\n").writerows([csv_cell(value) for value in row] for row in rows)
     return buffer.getvalue()
 
 
@@ -64,11 +66,6 @@ def read_csv(text: str) -> Iterator[dict[str, str]]:
     """Yield the rows of a CSV file as dictionaries; text is as it was before `csv_text` escaped it."""
     for row in csv.DictReader(io.StringIO(text, newline="")):
         yield {key: csv_value(cell or "") for key, cell in row.items() if key is not None}
-
-
-def one_line(text: str) -> str:
-    """Replace each run of line breaks, of any kind, by a space."""
-    return _BREAKS.sub(" ", text)
 
 
 def markdown_text(text: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 from torch import Tensor
 
+from configs.errors import one_line
 from rankseg.calibration import Reliability
 from scripts.analysis import charts
 from scripts.analysis.confidence import EXPECTED
@@ -28,7 +29,11 @@ SQUARE = (4.4, 4.1)  # inches
 def render(title: str, lead: Sequence[str], sections: Mapping[str, Section]) -> str:
     """Return the page with these sections; it refers to no other file."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: one_line(value) if type(value) is str else value,  # the charts are Markup
     )
     environment.filters |= {"points": points, "ends": ends}
     template = environment.get_template("page.html.j2")

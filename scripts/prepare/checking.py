@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.errors import one_line
 from configs.files import file_sha256
 from datasets import SegmentationDataset
 from datasets.base import DatasetInfo
@@ -75,8 +76,9 @@ def pair_faults(splits: Mapping[str, PairedDataset], workers: int, progress: boo
     def examine(item: tuple[str, PairedDataset, int]) -> list[Fault]:
         split, data, index = item
         pair = data.pairs[index]
+        of_mask = one_line(pair.mask)
         return [
-            Fault("pair", split, str(pair.mask if text.startswith(str(pair.mask)) else pair.image), text)
+            Fault("pair", split, str(pair.mask if text.startswith(of_mask) else pair.image), text)
             for text in data.check(index)
         ]
 

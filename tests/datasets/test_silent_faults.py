@@ -211,3 +211,25 @@ def test_a_published_split_needs_its_images(tmp_path: Path) -> None:
             (root / "images" / f"{split}_{k:03d}.jpg").touch()
     assert main(["split", str(root), "--published", "kvasir_seg_800_100_100", "--quiet"]) == 0
     assert [len((root / f"{s}.txt").read_text().split()) for s in ("train", "val", "test")] == [800, 100, 100]
+
+
+def test_a_name_cannot_split_or_hide_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names may hold line breaks, a terminal's commands and marks that turn the direction of writing."""
+    root = make_folder(tmp_path, layout="split")
+    name = "a\nnote: sound\x1b[2K\u202e"
+    (root / "images" / "train" / f"{name}.png").write_bytes(b"not an image")
+    for mask in (f"{name}.png", f"b\n{name}.png"):
+        Image.new("L", (4, 4)).save(root / "masks" / "train" / mask)
+    (root / "images" / "train" / f"{name}.xyz").touch()
+    assert main(["check", "folder", "--root", str(root), "--quiet"]) == 1
+    shown = capsys.readouterr()
+    lines = (shown.out + shown.err).splitlines()
+    assert all(line.isprintable() for line in lines) and not any(line.startswith("note: sound") for line in lines)
+    assert any(r"a\nnote: sound\x1b[2K\u202e" in line and "is not an image" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2K", "\u202e", "x" * 201])
+def test_a_class_name_that_no_checkpoint_could_hold_is_named(tmp_path: Path, name: str) -> None:
+    root = make_folder(tmp_path, classes=json.dumps({"classes": ["background", name]}))
+    with pytest.raises(DatasetError, match="class name"):
+        Folder(root, "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import zipfile
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models import CheckpointError, TinyUNet, load_state, read_checkpoint
+from models.weights import read_weights
 
 
 class Attack:
@@ -46,6 +49,40 @@ def test_plain_containers_and_a_numpy_scalar(tmp_path, zipped):
     read = read_checkpoint(str(tmp_path / "a.pth"))
     assert torch.equal(read["weights"], content["weights"])
     assert read["best"] == 2.5 and read["config"] == content["config"]
+
+
+def flipped(source: Path, target: Path, tensor: torch.Tensor) -> Path:
+    """Copy a file with one bit of a tensor flipped."""
+    content = bytearray(source.read_bytes())
+    content[content.index(tensor.numpy().tobytes()) + 5] ^= 4
+    target.write_bytes(content)
+    return target
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_file_without_checksums_is_reported_unless_its_sha256_is_there(tmp_path, kind, capfd):
+    """torch's older format and safetensors: a flipped bit loads."""
+    tensors, path = {"a": torch.arange(9.0)}, tmp_path / f"old.{kind}"
+    if kind == "pth":
+        torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    else:
+        save_file(tensors, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert torch.equal(read_weights(path)["a"], tensors["a"])
+    (warning,) = capfd.readouterr().err.splitlines()
+    assert str(path) in warning and digest in warning and "sha256sum" in warning
+    named = path.rename(tmp_path / f"resnet-{digest[:8]}.{kind}")
+    read_weights(named)
+    assert not capfd.readouterr().err
+    assert not torch.equal(read_weights(flipped(named, path, tensors["a"]))["a"], tensors["a"])
+    read_weights(flipped(named, tmp_path / f"of-20231125.{kind}", tensors["a"]))  # a date is no hash
+    assert len(capfd.readouterr().err.splitlines()) == 2
+    path.with_name(f"{path.name}.sha256").write_text(f"{digest}  old\n")
+    with pytest.raises(CheckpointError, match=rf"old\.{kind} is damaged"):
+        read_weights(path)
+    named.replace(path)
+    read_weights(path)
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])

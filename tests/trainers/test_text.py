@@ -6,12 +6,14 @@ import csv
 import json
 import os
 import re
+import subprocess
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.files import shell_word
 from trainers.metrics import Counts
 from trainers.results import EvalResult
 from trainers.text import csv_text, latex_label, latex_text, markdown_cell, read_csv
@@ -40,14 +42,22 @@ HOSTILE = [
     "[h]",
     "*",
     "'",
+    "a\\nb",
+    "a\\",
+    "a\\\nb",
+    "\x1b[2Kerror: b",
+    "a\u202egnp.b",
+    "\u2028",
+    "\udce9",
 ]
 FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r\n]")
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1))
-def test_csv_text_is_read_back_unchanged(names: list[str]) -> None:
-    found = list(read_csv(csv_text([("image", "x"), *((name, 1) for name in [*names, *HOSTILE])])))
-    assert [row["image"] for row in found] == [*names, *HOSTILE]
+@given(st.lists(st.text(st.characters() | st.sampled_from("\\nrtxu01'=\n\t")), min_size=1))
+def test_csv_text_is_one_line_per_row_and_read_back_unchanged(names: list[str]) -> None:
+    text = csv_text([("image", "x"), *((name, 1) for name in [*names, *HOSTILE])])
+    assert len(text.splitlines()) == 1 + len(names) + len(HOSTILE) and text.replace("\n", "").isprintable()
+    assert [row["image"] for row in read_csv(text)] == [*names, *HOSTILE]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -64,7 +74,7 @@ def test_numbers_stay_numbers(value: object) -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_markdown_cell_stays_one_cell(name: str) -> None:
     cell = markdown_cell(name)
-    assert "\n" not in cell and "\r" not in cell and "<" not in cell and "![" not in cell
+    assert cell.isprintable() and "<" not in cell and "![" not in cell
     # GitHub splits at each | that is not escaped: pairs of backslashes are backslashes
     assert not re.search(r"(?<!\\)(?:\\\\)*\|", cell)
 
@@ -72,7 +82,7 @@ def test_a_markdown_cell_stays_one_cell(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_latex_prints_every_character(name: str) -> None:
     text = latex_text(name)
-    assert "\n" not in text and not text.startswith(("[", "*"))
+    assert text.isprintable() and not text.startswith(("[", "*"))
     commands = set(re.findall(r"\\[a-zA-Z]+", text))
     assert commands <= {
         "\\textbackslash",
@@ -83,6 +93,13 @@ def test_latex_prints_every_character(name: str) -> None:
     } | {"\\textgreater"}
     assert text.count("{") == text.count("}")
     assert re.fullmatch(r"[A-Za-z0-9_:.-]*", latex_label(name))
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "it's\n\\x", "a b"])
+def test_a_printed_command_is_one_line_with_the_name_itself(name: str) -> None:
+    word = shell_word(name)
+    done = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
+    assert word.isprintable() and done.stdout == os.fsencode(name)
 
 
 def test_results_with_hostile_image_names_are_read_back(tmp_path) -> None:
