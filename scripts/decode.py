@@ -27,9 +27,10 @@ The same command again continues where it was stopped. Exit codes: 0 done, 1 som
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,19 @@ from configs.files import read_json, require_writable, write_json, write_text
 from rankseg.calibration import Reliability
 from scripts import ROOT
 from scripts.analysis.scores import compare, read_rule
-from scripts.common import ahead
-from scripts.decoding.arrays import LABEL_SUFFIXES, write_array
-from scripts.decoding.cases import Case, FromStored, Reading, find_cases, load_case, named
-from scripts.decoding.labelled import Folder, FolderFitter, configuration, write_report
+from scripts.common import ahead, command_line
+from scripts.decoding.arrays import write_array
+from scripts.decoding.cases import Folder, first_label, named
+from scripts.decoding.labelled import FolderFitter, write_report
 from scripts.decoding.rules import (
-    Output,
-    counts_from_plain,
-    counts_to_plain,
-    decode,
-    reliability_from_plain,
-    reliability_to_plain,
+    confidence,
+    count_pixels,
+    counts_of,
+    is_label_map,
+    label_map,
+    observe,
+    reliability_of,
+    select,
 )
 from scripts.paired_statistics import markdown
 from trainers.distributed import pick_device
@@ -67,38 +70,34 @@ from trainers.results import EvalResult, comparison, fingerprint
 from trainers.text import csv_text
 
 SOME_FAILED = 1
-VERSION = 2  # of the records; another one decodes again
+VERSION = 3  # of the records; another one decodes again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command; return the exit code."""
     args = _arguments(argv)
     require_writable(args.out)
-    cases = find_cases(args.probs)
-    job = Job(args, cases)
+    job = Job(args)
+    cases = job.folder.cases
     failed = {f"--fit {name}": problem for name, problem in job.fit.failed.items()} if job.fit else {}
     todo = [name for name in cases if args.force or not job.is_done(name)]
-    with tqdm(total=len(todo), desc="decode", unit="case", disable=True if args.quiet else None) as bar:
-        for name, problem in zip(todo, ahead(job, todo, args.workers), strict=True):
-            if problem:
-                failed[name] = problem
-            bar.update()
+    bar = tqdm(ahead(job, todo, args.workers), "decode", len(todo), unit="case", disable=args.quiet or None)
+    failed |= {name: problem for name, problem in zip(todo, bar, strict=True) if problem}
     done = [name for name in cases if name not in failed]
     before, decoded = len(cases) - len(todo), sum(name not in failed for name in todo)
     parts = [f"{decoded} cases decoded with {', '.join(job.rules)}"]
     parts += [f"{before} done before"] * bool(before) + [f"{len(failed)} failed"] * bool(failed)
-    for line in job.fitter.report(job.fitted, job.scored):  # type: ignore[arg-type]
+    for line in job.fitter.report(job.fitted, job.folder):  # type: ignore[arg-type]
         print(line)
     if args.confidence and done:
         job.write_confidence(done)
     if args.labels and done:
-        scored = [name for name in done if name not in failed]
         print(comparison(job.score(done, failed)))
         print(f"results: {args.out / 'results'}")
         if len(job.rules) > 1:
             print(job.compare())
         if args.report:
-            print(f"report: {job.report([name for name in scored if name not in failed])}")
+            print(f"report: {job.report(failed)}")
     print(one_line(f"{args.out}: {', '.join(parts)}"))
     for problem in failed.values():
         print(one_line(f"  {problem}"), file=sys.stderr)
@@ -106,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("probs", type=Path, metavar="PROBS", help="folder of probabilities, or one file")
     add("-p", "--predictor", action="append", required=True, metavar="RULE",
@@ -163,48 +162,29 @@ def _integers(option: str, text: str) -> list[int]:
 class Job:
     """Decode cases by name and keep a record of each, so that a second call continues."""
 
-    def __init__(self, args: argparse.Namespace, cases: dict[str, Path]) -> None:
-        self.args, self.cases = args, cases
-        self._refuse_folders_that_are_read()
-        self.labels = find_cases(args.labels, LABEL_SUFFIXES) if args.labels else None
-        self.valid = find_cases(args.valid, LABEL_SUFFIXES) if args.valid else None
-        self.device = pick_device(args.device)
-        only = args.foreground_only or None
-        self.output = Output(args.write, args.unassigned, only, args.void, args.confidence, args.link)
-        values = FromStored(args.link, args.temperature, args.foreground_only)
-        reading = Reading(args.out, values, args.classes_axis, args.key, args.void)
-        self.scored = Folder(cases, self.labels, self.valid, reading, self.output, args.scored)
-        self.fit = None
-        if args.fit:
-            folders = find_cases(args.fit[0]), find_cases(args.fit[1], LABEL_SUFFIXES)
-            self.fit = Folder(*folders, None, reading, self.output, args.scored)
-        settings = {"axis": args.classes_axis, "key": args.key, "link": args.link, "foreground_only": only}
-        cfg = configuration(args.probs, args.fit and args.fit[0], args.void, args.calibrate, args.temperature)
-        self.fitter = FolderFitter(args.out, self.fit, values, settings | {"scored": args.scored}, cfg, self.device)
-        self.rules, self.fitted = self.fitter.rules(args.predictor, self.scored)  # type: ignore[arg-type]
-        self.reading = dataclasses.replace(reading, values=self.fitter.to_probs())
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, pick_device(args.device)
+        for given in (args.probs, args.labels, args.valid, *(args.fit or ())):
+            if given is not None and args.out.resolve() == given.resolve():
+                raise UserError(f"--out {args.out} is a folder that is read. Fix: choose another one.")
+        self.folder = Folder(args, args.probs, args.labels, args.valid)
+        self.fit = Folder(args, *args.fit) if args.fit else None
+        self.fitter = FolderFitter(args, self.fit, self.device)
+        self.rules, self.fitted = self.fitter.rules(args.predictor, self.folder)  # type: ignore[arg-type]
+        self.values = self.fitter.to_probs()
         self.calibration = self.fitter.describe_calibration()
-        settings |= {"version": VERSION, "rules": args.predictor, **dataclasses.asdict(self.output)}
-        settings |= {"void": args.void, "labels": bool(args.labels), "valid": bool(args.valid), **self.calibration}
-        settings |= {"fitted": self.fitted}
-        self.settings = fingerprint(settings)
-        self._refuse_other_settings()
-        self.fitter.save()
-
-    def _refuse_folders_that_are_read(self) -> None:
-        for given in (self.args.probs, self.args.labels, self.args.valid, *(self.args.fit or ())):
-            if given is not None and self.args.out.resolve() == given.resolve():
-                raise UserError(f"--out {self.args.out} is a folder that is read. Fix: choose another one.")
-
-    def _refuse_other_settings(self) -> None:
-        """Raise UserError if OUT holds results of other settings."""
-        path = self.args.out / "decode.json"
-        if path.is_file() and not self.args.force and read_json(path).get("settings") != self.settings:
+        names = ("predictor", "classes_axis", "key", "link", "write", "unassigned", "foreground_only", "void")
+        settings = {name: getattr(args, name) for name in (*names, "confidence")}
+        settings |= {"version": VERSION, "labels": bool(args.labels), "valid": bool(args.valid)}
+        self.settings = fingerprint({**settings, **self.calibration, "fitted": self.fitted})
+        path = args.out / "decode.json"
+        if path.is_file() and not args.force and read_json(path).get("settings") != self.settings:
             raise UserError(
-                f"{self.args.out} holds results of other rules or options. "
+                f"{args.out} holds results of other rules or options. "
                 "Fix: choose another --out, or pass --force to replace them."
             )
-        write_json(path, {"settings": self.settings, "rules": self.args.predictor})
+        write_json(path, {"settings": self.settings, "rules": args.predictor})
+        self.fitter.save()
 
     def record(self, name: str) -> Path:
         """Return the file that says that a case is done, and holds its counts."""
@@ -217,7 +197,7 @@ class Job:
         record = read_json(self.record(name))
         return (
             record.get("settings") == self.settings
-            and record.get("sources") == self.scored.sources(name)
+            and record.get("sources") == self.folder.sources(name)
             and all(Path(path).is_file() for path in record["written"])
         )
 
@@ -230,45 +210,36 @@ class Job:
         return None
 
     def _decode(self, name: str) -> None:
-        path = self.cases[name]
-        sources = [(self.args.labels, self.labels, "label"), (self.args.valid, self.valid, "field of view")]
-        for folder, group, kind in sources:
-            if group is not None and name not in group:
-                raise UserError(f"{path}: no {kind} {folder / name}.*. Fix: add it, or move the case away.")
-        label = self.labels[name] if self.labels else None
-        case = load_case(path, label, self.valid[name] if self.valid else None, self.reading)
-        classes = len(case.probs) + self.output.first(len(case.probs))
-        if self.fit and self.fit.channels != len(case.probs):
+        args, case = self.args, self.folder.load(name, self.values)
+        channels = len(case.probs)
+        first = first_label(channels, args)
+        if self.fit and self.fit.channels != channels:
             raise UserError(
-                f"{path}: {len(case.probs)} channels, the cases of --fit have {self.fit.channels}. Fix: move it away."
+                f"{self.folder.cases[name]}: {channels} channels, the cases of --fit have {self.fit.channels}. "
+                "Fix: move it away."
             )
-
-        def other(values: FromStored) -> Case:
-            """Load the case with the calibration that a rule has of its own."""
-            how = dataclasses.replace(self.reading, values=values)
-            return load_case(path, label, self.valid[name] if self.valid else None, how)
-
-        with named(label or path):
-            result = decode(case, self.rules, self.output, self.args.out, self.device, other)
-        written = []
-        for rule, found in result.rules.items():
-            out = self.args.out / rule / f"{name}{case.suffix[found.key == 'labels']}"
-            write_array(found.array, out, case.geometry, found.key)
-            written.append(str(out))
-        record: dict[str, Any] = {
-            "settings": self.settings,
-            "sources": self.scored.sources(name),
-            "written": written,
-            "classes": classes,
-            "seconds": {rule: found.seconds for rule, found in result.rules.items()},
-            "confidence": {rule: found.confidence for rule, found in result.rules.items()},
-        }
-        if label is not None:
-            record["counts"] = {
-                rule: counts_to_plain(found.counts) for rule, found in result.rules.items() if found.counts is not None
-            }
-            record["likelihood"] = result.likelihood
-            record["reliability"] = reliability_to_plain(result.reliability)
+        record: dict[str, Any] = {"settings": self.settings, "sources": self.folder.sources(name), "written": []}
+        record |= {"classes": channels + first, "rules": {}}
+        for rule_name, rule in self.rules.items():
+            own = getattr(rule, "to_probs", None)  # a calibration of its own
+            given = self.folder.load(name, own) if own else case
+            one_label = is_label_map(rule, channels, args.write)
+            started = time.perf_counter()
+            with named(self.folder.cases[name]):
+                written = select(given.probs, rule, args.out, self.device)
+                of_rule: dict[str, Any] = {"seconds": time.perf_counter() - started}
+                if one_label:
+                    written = label_map(given, written, args)
+            path = args.out / rule_name / f"{name}{case.suffixes[one_label]}"
+            write_array(written, path, case.geometry, "labels" if one_label else "masks")
+            if args.confidence:
+                of_rule["confidence"] = confidence(written, given.probs, first)
+            if case.labels is not None:
+                of_rule["counts"] = count_pixels(written, case.labels, channels, args)
+            record["rules"][rule_name] = of_rule
+            record["written"].append(str(path))
+        if case.labels is not None:
+            record |= observe(case.probs, case.labels, args)
         write_json(self.record(name), record)
 
     def score(self, names: list[str], failed: dict[str, str]) -> dict[str, EvalResult]:
@@ -278,40 +249,41 @@ class Job:
         classes = max(sizes.values(), key=list(sizes.values()).count)
         for name in [name for name, size in sizes.items() if size != classes]:
             failed[name] = (
-                f"{self.cases[name]}: {sizes[name]} classes, the other cases have {classes}; it is not scored. "
+                f"{self.folder.cases[name]}: {sizes[name]} classes, the other cases have {classes}; it is not scored. "
                 "Fix: move it away."
             )
             del records[name]
-        first = self.output.first(len(next(iter(records.values()))["reliability"]["count"]))
+        curves = [reliability_of(record["reliability"]) for record in records.values()]
+        reliability = functools.reduce(Reliability.merge, curves)
+        first = classes - len(reliability.volume_ratio())
         scored = tuple(self.args.scored or range(first, classes))
         if not set(scored) <= set(range(classes)):
             raise UserError(f"--scored {self.args.scored} is invalid: labels are 0 to {classes - 1}.")
-        scoring = Scoring(classes, scored, self.args.void)
-        curves = (reliability_from_plain(record["reliability"]) for record in records.values())
-        reliability = functools.reduce(Reliability.merge, curves)
-        ratios = reliability.volume_ratio().tolist()
         likelihoods = [record["likelihood"] for record in records.values() if None not in record["likelihood"]]
-        log_loss, brier = torch.tensor(likelihoods or [[float("nan")] * 2], dtype=torch.float64).mean(0).tolist()
+        log_loss, brier = torch.tensor(likelihoods or [[math.nan] * 2], dtype=torch.float64).mean(0).tolist()
+        ratios = enumerate(reliability.volume_ratio().tolist(), first)
+        of_probs = {
+            "ece": reliability.ece(),
+            "classwise_ece": float(reliability.classwise_ece().nanmean()),
+            "log_loss": log_loss,
+            "brier": brier,
+            "volume_ratio": {str(c): ratio for c, ratio in ratios},
+        }
         details = self._details(list(records), classes, failed)
         results = {}
         for rule in self.rules:
-            counts = Counts.cat([counts_from_plain(record["counts"][rule]) for record in records.values()])
+            rows = [record["rules"][rule] for record in records.values()]
+            counts = Counts.cat([counts_of(row["counts"]) for row in rows])
+            summary = Scoring(classes, scored, self.args.void).summary(counts)
+            sure = [[math.nan if x is None else x for x in row["confidence"]] for row in rows if "confidence" in row]
             results[rule] = EvalResult(
                 predictor=rule,
                 names=list(records),
                 counts=counts,
                 scored=scored,
-                scores={
-                    "test_loss": float("nan"),
-                    **scoring.summary(counts),
-                    "ece": reliability.ece(),
-                    "classwise_ece": float(reliability.classwise_ece().nanmean()),
-                    "log_loss": log_loss,
-                    "brier": brier,
-                    "volume_ratio": {str(c + first): v for c, v in enumerate(ratios)},
-                },
-                seconds=sum(record["seconds"][rule] for record in records.values()),
-                confidence=self._confidence([record["confidence"][rule] for record in records.values()]),
+                scores={"test_loss": math.nan, **summary, **of_probs},
+                seconds=sum(row["seconds"] for row in rows),
+                confidence=torch.tensor(sure, dtype=torch.float64) if sure else None,
             )
             values = {"fitted": self.fitted[rule]} if rule in self.fitted else {}
             results[rule].save(self.args.out / "results", {**details, **values})
@@ -334,38 +306,30 @@ class Job:
         ]
         return "\n".join([*lines, f"paired statistics: {path}"])
 
-    def report(self, names: list[str]) -> Path:
-        """Write OUT/report/index.html over these cases; return its path."""
-        cases = {name: self.cases[name] for name in names}
-        scored = Folder(cases, self.labels, self.valid, self.scored.reading, self.output, self.args.scored)
-        classes = self._classes(scored.channels + scored.first)[scored.first :]
-        now = provenance(ROOT)
+    def report(self, failed: dict[str, str]) -> Path:
+        """Write OUT/report/index.html over the cases that did not fail; return its path."""
+        data, args, now = self.folder, self.args, provenance(ROOT)
+        data.failed = {name: problem for name, problem in failed.items() if name in data.cases}
         facts = {
-            "probabilities": self.args.probs,
-            "labels": self.args.labels,
-            "cases": f"{len(names)}, fingerprint {scored.fingerprint()}",
-            "fitted on": " and ".join(map(str, self.args.fit or ())),
+            "probabilities": args.probs,
+            "labels": args.labels,
+            "cases": f"{len(data)}, fingerprint {data.fingerprint()}",
+            "fitted on": " and ".join(map(str, args.fit or ())),
             "command": now["command"],
             "date": now["date"],
             "code": now["git_sha"],
             "versions": ", ".join(f"{name} {version}" for name, version in now["versions"].items()),
         }
-        title = f"Saved probabilities: {self.args.probs.resolve().name}"
-        return write_report(self.args.out, title, scored, self.fitter, self.args.predictor, classes, facts)
-
-    @staticmethod
-    def _confidence(rows: list[list[float | None] | None]) -> torch.Tensor | None:
-        """Return the confidences (N, C) of the records; null, which is NaN in JSON, becomes NaN again."""
-        plain = [[float("nan") if x is None else x for x in row] for row in rows if row is not None]
-        return torch.tensor(plain, dtype=torch.float64) if plain else None
+        title = f"Saved probabilities: {args.probs.resolve().name}"
+        classes = self._classes(data.channels + data.first)[data.first :]
+        return write_report(title, data, self.fitter, classes, facts)
 
     def write_confidence(self, names: list[str]) -> None:
         """Write OUT/confidence.csv: case, rule, label and the expected Dice of the mask."""
         rows: list[tuple[Any, ...]] = [("case", "rule", "class", "confidence")]
         for name in names:
-            record = read_json(self.record(name))
-            for rule, values in record["confidence"].items():
-                rows += [(name, rule, c, f"{x:.6f}") for c, x in enumerate(values) if x is not None]
+            for rule, found in read_json(self.record(name))["rules"].items():
+                rows += [(name, rule, c, f"{x:.6f}") for c, x in enumerate(found["confidence"]) if x is not None]
         write_text(self.args.out / "confidence.csv", csv_text(rows))
 
     def _classes(self, count: int) -> list[str]:
@@ -376,13 +340,13 @@ class Job:
         return given or [str(c) for c in range(count)]
 
     def _details(self, names: list[str], classes: int, failed: dict[str, str]) -> dict[str, Any]:
-        """What a result file reports of the origin of its numbers."""
+        """Return what a result file reports of the origin of its numbers."""
         details = {
             "protocol": "corrected",
             "dataset": {
                 "name": self.args.probs.name,
                 "split": "test",
-                "fingerprint": fingerprint({name: self.scored.sources(name) for name in names}),
+                "fingerprint": fingerprint({name: self.folder.sources(name) for name in names}),
                 "num_images": len(names),
             },
             "model": self.args.probs.name,
@@ -394,10 +358,8 @@ class Job:
             "correct_focal": False,
             "failed": list(failed),
             "checkpoint": None,
-            "provenance": provenance(ROOT),
         }
-        details["config_hash"] = fingerprint({k: v for k, v in details.items() if k != "provenance"})
-        return details
+        return {**details, "provenance": provenance(ROOT), "config_hash": fingerprint(details)}
 
 
 if __name__ == "__main__":

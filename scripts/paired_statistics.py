@@ -9,8 +9,7 @@
 
 Differences are rule − baseline in points (percent) of the image's mean over classes. The interval is the BCa
 bootstrap over images, or over the groups of --group. It covers the choice of images, not the training run. For
-that, give several seeds: their mean and range are printed, if the runs differ in nothing but the seed. The plot
-shows Dice against the threshold too if report.py has measured it.
+that, give several seeds: their mean and range are printed, if the runs differ in nothing but the seed.
 
 With --auto N, rule `auto` chooses among T, max, rankdice and the calibrated rankdice on a random half of the images,
 N times. The other half is scored. T_fit takes no part, because it would need another fit for every half.
@@ -35,7 +34,7 @@ from configs.cli import run_cli
 from configs.errors import UserError
 from configs.files import finite_or_none
 from scripts.analysis import charts
-from scripts.analysis.scores import Sweep, compare, over_seeds, read_rule, read_sweep, result_folder, rules_in
+from scripts.analysis.scores import compare, over_seeds, read_rule, result_folder, rules_in
 from scripts.analysis.statistics import HARM, RESAMPLES
 from scripts.common import command_line
 from trainers.text import markdown_table, markdown_text
@@ -128,17 +127,15 @@ def _range(ends: Sequence[float]) -> str:
     return f"{ends[0]:+.2f}, {ends[1]:+.2f}"
 
 
-def plot(found: Sequence[dict[str, Any]], sweeps: Sequence[Sweep | None], path: Path) -> None:
-    """Draw each comparison in a row: sorted differences, classes, and Dice by threshold if it was measured."""
+def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw each comparison in a row: sorted differences and classes."""
     parts = []
-    for one, sweep in zip(found, sweeps, strict=True):
+    for one in found:
         ylabel = f"{title(one, found)}, seed {one['seed']}, points"
-        row = [charts.sorted_differences(one["differences"], one["mean"], ylabel)]
         classes = [(c["name"], c["mean"], c["interval"]) for c in one["classes"] if c["images"]]
-        row.append(charts.intervals(classes, f"{one['metric']} difference by class, points", signed=True))
-        if sweep:
-            row.append(charts.cutoffs(sweep.cutoffs, sweep.curve, sweep.levels))
-        parts.append(row)
+        xlabel = f"{one['metric']} difference by class, points"
+        bars = charts.sorted_differences(one["differences"], one["mean"], ylabel)
+        parts.append([bars, charts.intervals(classes, xlabel, signed=True)])
     tall = max(2.8, 0.24 * max(len(one["classes"]) for one in found) + 1)
     charts.draw(parts, (5.5, tall), path)
 
@@ -202,10 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(markdown(found, seeds), end="")
     if args.plot:
-        sweeps = [read_sweep(*pair) for pair in pairs]
-        plot(found, [one for one, _ in sweeps], args.plot)
-        for reason in dict.fromkeys(why for _, why in sweeps if why):
-            print(f"no panel of thresholds: {reason}", file=sys.stderr)
+        plot(found, args.plot)
         print(f"written: {args.plot}", file=sys.stderr)
     return 0
 
@@ -237,8 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--group", metavar="FILE|PATTERN", help=group)
     add("--auto", type=int, default=0, metavar="N", help="choose on a random half of the images, score the other")
     add("--json", action="store_true", help="print JSON, with every difference")
-    plot = "draw sorted differences, classes and, after report.py, Dice against the threshold"
-    add("--plot", type=Path, metavar="FILE", help=plot)
+    add("--plot", type=Path, metavar="FILE", help="draw sorted differences and classes")
     return parser
 
 

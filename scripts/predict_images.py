@@ -43,7 +43,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle thread
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from configs.checkpoint import check_classes, load
@@ -54,7 +54,6 @@ from configs.files import file_sha256
 from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
-from rankseg import Predictor
 from scripts.common import add_checkpoint_options, ahead, check_checkpoint_options, command_line, default_workers
 from scripts.inference import files
 from scripts.inference.files import Outputs, dataset_info, refuse_collisions, settle
@@ -70,7 +69,7 @@ OUT_OF_MEMORY = re.compile("out of memory|OutOfMemory|can't allocate memory|not 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command; return the exit code."""
     args = _arguments(argv)
     found, notes = files.find(args.images, args.out)
     for note in notes:
@@ -80,22 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_classes(checkpoint, info.classes, args.resume)
     default = "rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap"
     (name,) = args.predictor or [default]
-    device = pick_device(args.device)
-    fitter = Fitter(cfg, network, args.resume, World(0, 1, device), may_fit=False)
-    rule = fitter.rules([name])[0][name]
-    to_probs = getattr(rule, "to_probs", fitter.to_probs())
+    fitter = Fitter(cfg, network, args.resume, World(0, 1, pick_device(args.device)), may_fit=False)
+    review = _review(args, fitter, name, info)
+    segment = Segmenter(fitter, name, info, _view(args, cfg), review)
     if fitter.warns_about(name):
         print(f"warning: {fitter.warns_about(name)}", file=sys.stderr)
-    review = _review(args, fitter, name, info)
-    segment = Segmenter(network, cfg, info, rule, to_probs, _view(args, cfg), device, review)
     outputs = {image: Outputs(args, image, info) for image in found}
     refuse_collisions(outputs, found)
     settle(args.out, _settings(args, name, info), outputs, found, args.force)
     todo = [image for image in found if args.force or not outputs[image].done()]
     failed = 0
-    bar = tqdm(total=len(todo), desc=name, unit="image", disable=True if args.quiet else None)
-    with bar:
-        for image, picture in zip(todo, ahead(_reading(found), todo, args.workers), strict=True):
+    pictures = ahead(lambda image: _read(found[image]), todo, args.workers)
+    with tqdm(total=len(todo), desc=name, unit="image", disable=args.quiet or None) as bar:
+        for image, picture in zip(todo, pictures, strict=True):
             try:
                 if isinstance(picture, DatasetError):
                     raise picture
@@ -158,7 +154,7 @@ def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]
         scales = tuple(float(scale) for scale in args.scales.split(","))
     except ValueError:
         raise UserError(f"--scales {args.scales} is invalid: expected numbers, such as 0.75,1,1.25") from None
-    resize = OmegaConf.to_container(cfg.dataset)["resize"]  # type: ignore[index,call-overload]
+    resize: Any = OmegaConf.to_container(cfg.dataset)["resize"]  # type: ignore[index,call-overload]
     if cfg.protocol.legacy_preprocessing:
         resize = cfg.dataset.eval_crop  # the paper's networks are scored on images of this shorter side
 
@@ -166,15 +162,7 @@ def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]
         window = args.window
         if window is None:
             window = WINDOW if pixels[0].numel() > WHOLE else 0
-        return View(
-            window=window or None,
-            overlap=args.overlap,
-            scales=scales,
-            flip=args.flip,
-            resize=resize,
-            batch=args.batch,
-            scratch=args.out,
-        )
+        return View(window or None, args.overlap, scales, args.flip, resize, args.batch, scratch=args.out)
 
     view(torch.empty(1, 1))  # reject impossible options before the work starts
     return view
@@ -205,45 +193,35 @@ def _settings(args: argparse.Namespace, rule: str, info: DatasetInfo) -> dict[st
     }
 
 
-def _reading(found: dict[str, Path]) -> Callable[[str], files.Picture | DatasetError]:
-    """Return a function that reads an image ahead, and hands on what is wrong with it."""
-
-    def read(image: str) -> files.Picture | DatasetError:
-        try:
-            return files.read(found[image])
-        except DatasetError as error:
-            return error
-
-    return read
+def _read(path: Path) -> files.Picture | DatasetError:
+    """Read an image, or return what is wrong with it: it is read ahead of its turn."""
+    try:
+        return files.read(path)
+    except DatasetError as error:
+        return error
 
 
 class Segmenter:
     """A network, a rule and a view: pictures in, files out."""
 
     def __init__(
-        self,
-        network: nn.Module,
-        cfg: DictConfig,
-        info: DatasetInfo,
-        rule: Predictor,
-        to_probs: Callable[[Tensor], Tensor],
-        view: Callable[[Tensor], View],
-        device: torch.device,
-        review: Review | None = None,
+        self, fitter: Fitter, rule: str, info: DatasetInfo, view: Callable[[Tensor], View], review: Review | None
     ) -> None:
-        self.network, self.cfg, self.info = network.to(device).eval(), cfg, info
-        self.rule, self.view, self.world = rule, view, World(0, 1, device)
-        self.to_probs, self.review = to_probs, review
+        self.fitter, self.info, self.view, self.review = fitter, info, view, review
+        self.rule = fitter.rules([rule])[0][rule]
+        self.to_probs = getattr(self.rule, "to_probs", fitter.to_probs())
         self.normalise = Normalise(info.mean, info.std)
+        fitter.network.to(fitter.world.device).eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the logits (N, C, h, w) of normalised images (N, 3, h, w)."""
-        return logits_of(self.network, pixels, None, self.world, self.cfg.trainer.precision)
+        return logits_of(self.fitter.network, pixels, None, self.fitter.world, self.fitter.precision)
 
     def __call__(self, picture: files.Picture, outputs: Outputs, image: str) -> None:
         """Segment one picture, whose name is `image`, and write its files."""
         pixels, orientation = picture
-        probs = probabilities(pixels, self.forward, self.to_probs, self.normalise, self.view(pixels), self.world.device)
+        view, device = self.view(pixels), self.fitter.world.device
+        probs = probabilities(pixels, self.forward, self.to_probs, self.normalise, view, device)
 
         def save_mask(index: int, mask: Tensor) -> None:
             if outputs.masks:

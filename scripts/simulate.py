@@ -117,14 +117,6 @@ def dice_of_draws(probs: Tensor, masks: Sequence[Tensor], draws: int, generator:
     return torch.cat(parts)
 
 
-def rules(fixed: Sequence[float]) -> dict[str, Rule]:
-    """Return thresholds at fixed values, RankDice by the blind approximation and exact; the exact one comes last."""
-    found: dict[str, Rule] = {f"T {at:g}": partial(threshold, at=at) for at in fixed}
-    found["RankDice (BA)"] = lambda p: rank_dice(p, app=2).predict
-    found["RankDice"] = lambda p: rank_dice(p).predict
-    return found
-
-
 def settings(example: str, sizes: Sequence[int], seed: int) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """Yield the settings of an example: a name, the size, and a function that makes the next image."""
     if example == "thresholds":
@@ -132,11 +124,9 @@ def settings(example: str, sizes: Sequence[int], seed: int) -> Iterator[tuple[st
         return
     for size in sizes:
         if example == "exponential":
-            for base in (1.01, 1.05, 1.10):
-                yield f"b = {base:.2f}", size, partial(exponential, size, base)
+            yield from ((f"b = {base:.2f}", size, partial(exponential, size, base)) for base in (1.01, 1.05, 1.10))
         elif example == "linear":
-            for slope in (1.0, 2.0, 4.0):
-                yield f"b = {slope:g}", size, partial(linear, size, slope)
+            yield from ((f"b = {slope:g}", size, partial(linear, size, slope)) for slope in (1.0, 2.0, 4.0))
         else:
             for level in (0.1, 0.2, 0.3, 0.4):
                 source = _generator(seed, f"step {size} {level}")
@@ -161,38 +151,34 @@ def simulate(
     """
     if images < 2 or draws < 2:
         raise UserError(f"a standard error needs at least 2 images and 2 draws, got {images} and {draws}")
-    chosen = rules(THRESHOLDS if example == "thresholds" else (0.5,))
+    fixed = THRESHOLDS if example == "thresholds" else (0.5,)
+    rules: dict[str, Rule] = {f"T {at:g}": partial(threshold, at=at) for at in fixed}
+    rules["RankDice (BA)"] = lambda p: rank_dice(p, app=2).predict
+    rules["RankDice"] = lambda p: rank_dice(p).predict
     images = images if example in ("step", "thresholds") else 1
-    return [
-        _row(example, setting, size, [make() for _ in range(images)], chosen, draws, seed)
-        for setting, size, make in settings(example, sizes, seed)
-    ]
-
-
-def _row(
-    example: str, setting: str, size: int, images: Sequence[Tensor], chosen: dict[str, Rule], draws: int, seed: int
-) -> Row:
-    """Score the rules on the images of one setting."""
-    labels = _generator(seed, f"labels {example} {setting} {size}")
-    scores, volumes, cutoffs = [], [], []
-    for probs in images:
-        masks = [rule(probs[None, None])[0, 0] for rule in chosen.values()]
-        dice = dice_of_draws(probs, masks, draws, labels)
-        scores.append(dice if len(images) == 1 else dice.mean(0, keepdim=True))
-        volumes.append([int(mask.sum()) for mask in masks])
-        cutoffs.append(float(probs[masks[-1]].min()) if masks[-1].any() else 1.0)
-    table = 100 * torch.cat(scores)  # (images or draws, rules)
-    half = list(chosen).index("T 0.5")
-    means = torch.tensor(volumes, dtype=torch.float64).mean(0).tolist()
-    return Row(
-        example,
-        setting,
-        size,
-        {name: _mean_and_error(table[:, i]) for i, name in enumerate(chosen)},
-        dict(zip(chosen, means, strict=True)),
-        _mean_and_error(table[:, -1] - table[:, half]),
-        (min(cutoffs), math.fsum(cutoffs) / len(cutoffs), max(cutoffs)),
-    )
+    rows = []
+    for setting, size, make in settings(example, sizes, seed):
+        labels = _generator(seed, f"labels {example} {setting} {size}")
+        scores, volumes, cutoffs = [], [], []
+        for probs in [make() for _ in range(images)]:
+            masks = [rule(probs[None, None])[0, 0] for rule in rules.values()]
+            dice = dice_of_draws(probs, masks, draws, labels)
+            scores.append(dice if images == 1 else dice.mean(0, keepdim=True))
+            volumes.append([int(mask.sum()) for mask in masks])
+            cutoffs.append(float(probs[masks[-1]].min()) if masks[-1].any() else 1.0)
+        table = dict(zip(rules, 100 * torch.cat(scores).T, strict=True))  # of the images or draws
+        means = torch.tensor(volumes, dtype=torch.float64).mean(0).tolist()
+        row = Row(
+            example,
+            setting,
+            size,
+            dice={name: _mean_and_error(values) for name, values in table.items()},
+            volume=dict(zip(rules, means, strict=True)),
+            gain=_mean_and_error(table["RankDice"] - table["T 0.5"]),
+            cutoffs=(min(cutoffs), math.fsum(cutoffs) / len(cutoffs), max(cutoffs)),
+        )
+        rows.append(row)
+    return rows
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

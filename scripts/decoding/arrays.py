@@ -25,7 +25,6 @@ LABEL_SUFFIXES = (*SUFFIXES, ".png")
 PICTURES = (".png", ".bmp")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 IN_MEMORY = 64 << 20  # bytes of an array above which it lives in a temporary file
-_BLOCK = 4 << 20
 _USUAL_KEYS = ("probabilities", "softmax", "probs", "logits")
 
 
@@ -43,12 +42,16 @@ def scratch(shape: Sequence[int], dtype: Any, folder: Path) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= IN_MEMORY:
         return np.empty(shape, dtype)
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(28, f"{size >> 20} MiB are needed and {free >> 20} MiB are free", str(folder))
+    _require_space(folder, size)
     with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives the name of the file
         file.truncate(size)
         return np.memmap(file, dtype, "r+", shape=tuple(shape))
+
+
+def _require_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(errno.ENOSPC, f"{size >> 20} MiB are needed and {free >> 20} MiB are free", str(folder))
 
 
 def read_array(path: Path, folder: Path, key: str | None = None, classes_last: bool = False) -> np.ndarray:
@@ -72,7 +75,7 @@ def read_array(path: Path, folder: Path, key: str | None = None, classes_last: b
         if suffix in (".nii", ".nii.gz"):
             return _read_nifti(path, folder, classes_last)
         if suffix in (".tif", ".tiff"):
-            with _package("tifffile", path).TiffFile(path) as file:
+            with require("tifffile", path).TiffFile(path) as file:
                 series = file.series[0]
                 return series.asarray(out=scratch(series.shape, series.dtype, folder))
         stored = load_image(path)
@@ -92,16 +95,12 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read ({reason}). Fix: write or copy the file again.")
 
 
-def _package(name: str, path: Path) -> Any:
+def require(package: str, path: Path) -> Any:
+    """Import a package, or raise UserError that names the file which needs it."""
     try:
-        return __import__(name)
+        return __import__(package)
     except ModuleNotFoundError as error:
-        raise UserError(f"{path}: needs the package {name}, which is missing. Fix: pip install {name}") from error
-
-
-def nibabel(path: Path) -> Any:
-    """Import nibabel, or raise UserError that names the file which needs it."""
-    return _package("nibabel", path)
+        raise UserError(f"{path}: needs the package {package}, which is missing. Fix: pip install {package}") from error
 
 
 def load_nifti(path: Path, **options: Any) -> Any:
@@ -110,7 +109,7 @@ def load_nifti(path: Path, **options: Any) -> Any:
     Raises:
         UserError: it is damaged, or not a NIfTI file.
     """
-    nib = nibabel(path)
+    nib = require("nibabel", path)
     try:
         return nib.load(path, **options)
     except (OSError, ValueError, EOFError, nib.filebasedimages.ImageFileError) as error:
@@ -118,48 +117,33 @@ def load_nifti(path: Path, **options: Any) -> Any:
 
 
 def _read_npz(path: Path, folder: Path, key: str | None) -> np.ndarray:
-    """Stream one array of an .npz file; unlike numpy.load, never hold all of it in memory."""
-    with zipfile.ZipFile(path) as archive:
+    """Map one array of an .npz file, unpacked into a temporary file; numpy.load would hold all of it in memory."""
+    scratch_folder = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)  # Windows keeps a mapped file
+    with zipfile.ZipFile(path) as archive, scratch_folder as temporary:
         keys = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         usual = [name for name in _USUAL_KEYS if name in keys]
         name = key or (keys[0] if len(keys) == 1 else usual[0] if len(usual) == 1 else None)
         if name is None or name not in keys:
             listed = ", ".join(keys) or "none"
             raise UserError(f"{path}: array {key or 'unclear'}; arrays in it: {listed}. Fix: pass --key NAME.")
-        with archive.open(f"{name}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran, dtype = header[version](file)
-            if dtype.hasobject:
-                raise UserError(f"{path}: {name} holds Python objects. Fix: save an array of numbers.")
-            array = scratch(shape[::-1] if fortran else shape, dtype, folder)
-            view = memoryview(array.reshape(-1).view(np.uint8))
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done : done + _BLOCK])  # type: ignore[attr-defined]
-                if not count:
-                    raise ValueError(f"{name} ends after {done} of {len(view)} bytes")
-                done += count
-    return array.T if fortran else array
+        _require_space(folder, archive.getinfo(f"{name}.npy").file_size)
+        return np.load(archive.extract(f"{name}.npy", temporary), mmap_mode="c", allow_pickle=False)
 
 
 def _read_nifti(path: Path, folder: Path, classes_last: bool) -> np.ndarray:
-    image = load_nifti(path, keep_file_open=True)  # class after class is one pass through a .gz
-    data = image.dataobj
-    whole = data.dtype if (data.slope, data.inter) == (1.0, 0.0) else np.dtype(np.float32)
+    data = load_nifti(path, keep_file_open=True).dataobj  # class after class is one pass through a .gz
+    dtype = data.dtype if (data.slope, data.inter) == (1.0, 0.0) else np.dtype(np.float32)
     shape = data.shape
-    if not classes_last or len(shape) <= 3:
-        array = scratch(shape[::-1], whole, folder).T  # in the order of the file
-        if array.ndim < 3:
-            array[...] = np.asanyarray(data)
-        else:
-            for last in range(shape[-1]):
-                array[..., last] = data[..., last]
-        return array
-    spatial = shape[:3] if len(shape) == 4 or shape[3] == 1 else shape[:-1]
-    array = scratch((shape[-1], *spatial), whole, folder)
-    for c in range(shape[-1]):
-        array[c] = data[..., c].reshape(spatial)
+    if len(shape) < 3:
+        return np.asarray(data, dtype)
+    if classes_last and len(shape) > 3:
+        spatial = shape[:3] if len(shape) == 4 or shape[3] == 1 else shape[:-1]
+        array = parts = scratch((shape[-1], *spatial), dtype, folder)
+    else:
+        array = scratch(shape[::-1], dtype, folder).T  # in the order of the file
+        parts = np.moveaxis(array, -1, 0)
+    for index, part in enumerate(parts):
+        part[...] = data[..., index].reshape(part.shape)
     return array
 
 
@@ -184,6 +168,6 @@ def write_array(array: np.ndarray, path: Path, geometry: Any, key: str) -> None:
             Image.fromarray(array.reshape(array.shape[-2:])).save(temporary, suffix[1:])
         elif suffix in (".tif", ".tiff"):
             pixels = array.view(np.uint8) if array.dtype == bool else array
-            _package("tifffile", path).imwrite(temporary, pixels, photometric="minisblack", compression=None)
+            require("tifffile", path).imwrite(temporary, pixels, photometric="minisblack", compression=None)
         else:
             geometry.save(array, temporary, has_classes=key == "masks")

@@ -1,15 +1,19 @@
-"""Find cases and load one: probabilities, its labels, its field of view and its geometry.
+"""Find cases and load them: probabilities, labels, field of view and geometry.
 
-Shapes: C classes, *S spatial axes.
+``args`` is the command line of scripts/decode.py; temporary files are written to ``args.out``.
+
+Shapes: C channels, *S spatial axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,10 +21,13 @@ from torch import Tensor
 
 from configs.errors import UserError
 from rankseg.calibration import Calibration
-from scripts.decoding.arrays import LABEL_SUFFIXES, SUFFIXES, load_nifti, nibabel, read_array, scratch, suffix_of
+from scripts.decoding.arrays import LABEL_SUFFIXES, SUFFIXES, load_nifti, read_array, require, scratch, suffix_of
 from scripts.decoding.geometry import Geometry, nnunet_geometry, nnunet_picture, read_geometry
+from trainers.evaluator import Scoring
 from trainers.forward import ToProbs
 from trainers.losses import Link
+from trainers.metrics import Truth, encode
+from trainers.results import fingerprint
 
 SLAB = 1 << 22  # values that are converted or counted at once
 _NIFTI = (".nii", ".nii.gz")
@@ -80,38 +87,17 @@ class FromStored:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How files are read.
-
-    Attributes:
-        scratch: folder of temporary files.
-        values: what the files hold, and how it becomes probabilities.
-        axis: which axis of the array holds the classes: "auto", "first", "last" or "none".
-        key: the array in .npz files.
-        void: label value of pixels that are not scored.
-        as_stored: whether to leave logits, and probabilities before a calibration, as they are.
-    """
-
-    scratch: Path
-    values: FromStored = FromStored()
-    axis: str = "auto"
-    key: str | None = None
-    void: int = 255
-    as_stored: bool = False
-
-
-@dataclass(frozen=True)
 class Case:
     """One case: `probs` (C, *S), `labels` and `valid` (*S), or None if they were not asked for.
 
-    ``suffix`` is that of the files that are written: of masks and of label maps.
+    Labels are void outside the field of view. ``suffixes`` are those of the files of masks and of label maps.
     """
 
     probs: Tensor
     labels: np.ndarray | None
     valid: np.ndarray | None
     geometry: Geometry | None
-    suffix: tuple[str, str]
+    suffixes: tuple[str, str]
 
 
 def find_cases(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Path]:
@@ -146,55 +132,191 @@ def find_cases(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, 
     return found
 
 
-def load_case(path: Path, labels: Path | None, valid: Path | None, how: Reading) -> Case:
-    """Load a case; large arrays stay in files.
+def first_label(channels: int, args: Namespace) -> int:
+    """Return the label of the first channel: 1 if label 0, the background, has no channel."""
+    return int(channels == 1 or args.foreground_only)
 
-    Raises:
-        UserError: names the file and what is wrong with it.
+
+class _ForegroundScoring(Scoring):
+    """Channel c is label c + 1. Label 0, the background, has no channel."""
+
+    def encode(self, targets: Tensor) -> Truth:
+        truth = encode(targets, self.num_classes + 1, self.ignore_index, self.void)
+        return Truth(truth.onehot[:, 1:], truth.valid, truth.actual[:, 1:], truth.pixels)
+
+
+class Folder:
+    """Cases with their labels and fields of view: load one, or iterate over all as over the batches of a data set.
+
+    Without ``labels``, the batches have label 0 everywhere.
+
+    Attributes:
+        failed: case name -> what is wrong with it; such a case is left out of the batches.
     """
-    geometry, masks = None, suffix_of(path)
-    labels_suffix = masks
-    if masks in _NIFTI:
-        geometry = read_geometry(path)
-    elif path.name.endswith(".npz") and path.with_name(path.name[:-4] + ".pkl").is_file():
-        geometry = nnunet_geometry(path)
-        masks = ".npz" if geometry is None else ".nii.gz"
-        labels_suffix = (nnunet_picture(path) or masks) if geometry is None else masks
-    array = read_array(path, how.scratch, how.key, classes_last=how.axis in ("auto", "last"))
-    if not array.size:
-        raise UserError(f"{path}: shape {array.shape} holds no value. Fix: write the file again.")
-    whole_logits = how.values.link is not None and np.issubdtype(array.dtype, np.integer)
-    if not (whole_logits or np.issubdtype(array.dtype, np.floating)) or array.dtype.itemsize > 8:
-        raise UserError(
-            f"{path}: its values are {array.dtype}, not probabilities. Fix: save float16, float32 or float64 values, "
-            "or logits with --link."
+
+    def __init__(self, args: Namespace, probs: Path, labels: Path | None = None, valid: Path | None = None) -> None:
+        self.args, self.cases = args, find_cases(probs)
+        self.labels = find_cases(labels, LABEL_SUFFIXES) if labels else None
+        self.valid = find_cases(valid, LABEL_SUFFIXES) if valid else None
+        self.values = FromStored(args.link, args.temperature, args.foreground_only)
+        self.failed: dict[str, str] = {}
+        self.num_images = len(self.cases)
+        self._channels: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.cases) - len(self.failed)
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the first case that can be read."""
+        if self._channels is None and next(iter(self), None) is None:
+            raise UserError("\n".join(["no case can be read:", *self.failed.values()]))
+        assert self._channels is not None
+        return self._channels
+
+    @property
+    def first(self) -> int:
+        """The label of the first channel."""
+        return first_label(self.channels, self.args)
+
+    def scoring(self) -> Scoring:
+        """Return the conventions, whose classes are the channels."""
+        first, channels, labels = self.first, self.channels, self.args.scored
+        scored = tuple(c - first for c in labels or range(first, channels + first))
+        if not set(scored) <= set(range(channels)):
+            raise UserError(f"--scored {labels} is invalid: labels are {first} to {channels - 1 + first}.")
+        return (_ForegroundScoring if first else Scoring)(channels, scored, self.args.void)
+
+    @property
+    def info(self) -> SimpleNamespace:
+        """The scored channels."""
+        return SimpleNamespace(scored=self.scoring().scored)
+
+    def sources(self, name: str) -> list[list[Any]]:
+        """Return path, size and time of change of the files that a case is made of."""
+        groups = (self.cases, self.labels or {}, self.valid or {})
+        paths = [group[name] for group in groups if name in group]
+        return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+    def fingerprint(self) -> str:
+        """Return a hash of path, size and time of change of all files that are read."""
+        return fingerprint({name: self.sources(name) for name in self.cases if name not in self.failed})
+
+    checksum = fingerprint  # volumes are too large to read their contents for this
+
+    def load(self, name: str, values: FromStored, as_stored: bool = False) -> Case:
+        """Load a case; large arrays stay in files.
+
+        Args:
+            values: what the file holds, and how it becomes probabilities.
+            as_stored: leave logits, and probabilities before a calibration, as they are.
+
+        Raises:
+            UserError: names the file and what is wrong with it.
+        """
+        path, args = self.cases[name], self.args
+        for kind, group in (("label", self.labels), ("field of view", self.valid)):
+            if group is not None and name not in group:
+                raise UserError(f"{path}: no {kind} of this name. Fix: add it, or move the case away.")
+        geometry, masks = None, suffix_of(path)
+        labels_suffix = masks
+        if masks in _NIFTI:
+            geometry = read_geometry(path)
+        elif path.name.endswith(".npz") and path.with_name(path.name[:-4] + ".pkl").is_file():
+            geometry = nnunet_geometry(path)
+            masks = ".npz" if geometry is None else ".nii.gz"
+            labels_suffix = (nnunet_picture(path) or masks) if geometry is None else masks
+        array = read_array(path, args.out, args.key, classes_last=args.classes_axis in ("auto", "last"))
+        if not array.size:
+            raise UserError(f"{path}: shape {array.shape} holds no value. Fix: write the file again.")
+        integer_logits = values.link is not None and np.issubdtype(array.dtype, np.integer)
+        if not (integer_logits or np.issubdtype(array.dtype, np.floating)) or array.dtype.itemsize > 8:
+            raise UserError(
+                f"{path}: its values are {array.dtype}, not probabilities. Fix: save float16, float32 or float64 "
+                "values, or logits with --link."
+            )
+        paths = [group[name] if group else None for group in (self.labels, self.valid)]
+        maps = [None if p is None else _read_labels(p, args.out, geometry) for p in paths]
+        axis = _class_axis(path, array, next((m.shape for m in maps if m is not None), None), values.link, args)
+        array = np.moveaxis(array, -1, 0) if axis == "last" else array[None] if axis == "none" else array
+        labels, inside = (
+            None if p is None or m is None else _fit(m, array.shape[1:], p, path)
+            for p, m in zip(paths, maps, strict=True)
         )
-    truth = None if labels is None else _read_labels(labels, how, geometry)
-    inside = None if valid is None else _read_labels(valid, how, geometry)
-    known = next((a.shape for a in (truth, inside) if a is not None), None)
-    axis = _class_axis(path, array, known, how)
-    array = np.moveaxis(array, -1, 0) if axis == "last" else array[None] if axis == "none" else array
-    truth, inside = (
-        None if a is None else _fit(a, array.shape[1:], p, path) for a, p in ((truth, labels), (inside, valid))
-    )
-    if inside is not None:
-        inside = inside != 0
-    probs = _as_probs(path, array, inside, how)
-    return Case(probs, truth, inside, geometry, (masks, labels_suffix))
+        inside = None if inside is None else inside != 0
+        if labels is not None:
+            labels = labels if inside is None else np.where(inside, labels, np.asarray(args.void, np.int64))
+            _check_labels(paths[0], labels, len(array) + first_label(len(array), args), args.void)
+        probs = _as_probs(path, array, inside, values, as_stored, args.out)
+        return Case(probs, labels, inside, geometry, (masks, labels_suffix))
+
+    def __iter__(self) -> Iterator[SimpleNamespace]:
+        """Yield a batch for each case, as stored and in memory as a whole."""
+        for index, name in enumerate(self.cases):
+            if name in self.failed:
+                continue
+            try:
+                case = self.load(name, self.values, as_stored=True)
+                found = len(case.probs)
+                self._channels = self._channels or found
+                if found != self._channels:
+                    raise UserError(
+                        f"{self.cases[name]}: {found} channels, the first case has {self._channels}. Fix: move it away."
+                    )
+            except UserError as error:
+                self.failed[name] = str(error)
+                continue
+            targets = torch.zeros((), dtype=torch.int64).expand(case.probs.shape[1:])
+            if case.labels is not None:
+                targets = torch.from_numpy(case.labels.astype("int64"))
+            yield SimpleNamespace(images=case.probs[None], targets=targets[None], names=[name], indices=[index])
+
+    def logits(self) -> Iterator[SimpleNamespace]:
+        """Iterate over batches of logits."""
+        for batch in self:
+            with named(self.cases[batch.names[0]]):
+                batch.images = self.values.logits(batch.images)
+            yield batch
+
+    def binary(self, channels: Sequence[int]) -> Iterator[SimpleNamespace]:
+        """Iterate over channels as problems of two classes: batches of logits (0, z) and of labels 0 and 1."""
+        void = self.args.void
+        for batch in self.logits():
+            for c in channels:
+                z = batch.images[:, c : c + 1]
+                yield SimpleNamespace(
+                    images=torch.cat([torch.zeros_like(z), z], 1),
+                    targets=(batch.targets == c + 1).long().masked_fill(batch.targets == void, void),
+                    names=batch.names,
+                    indices=[batch.indices[0] * len(channels) + c],
+                )
 
 
-def _class_axis(path: Path, array: np.ndarray, known: tuple[int, ...] | None, how: Reading) -> str:
-    """Return which axis holds the classes: "first", "last" or "none"."""
-    if how.axis == "none" or array.ndim == 2:
+def _check_labels(path: Path | None, labels: np.ndarray, count: int, void: int) -> None:
+    """Raise UserError for labels without a channel."""
+    wrong = set[int]()
+    for part in slabs(labels.shape):
+        wrong |= {int(v) for v in np.unique(labels[part])} - {*range(count), void}
+    if wrong:
+        raise UserError(
+            f"{path}: labels {sorted(wrong)[:5]} are neither in 0..{count - 1} nor void={void}. "
+            "Fix: pass --void VALUE or --foreground-only, or change the labels."
+        )
+
+
+def _class_axis(path: Path, array: np.ndarray, known: tuple[int, ...] | None, link: str | None, args: Namespace) -> str:
+    """Return which axis holds the classes: "first", "last" or "none"; ``known`` is the shape of the labels."""
+    given = args.classes_axis
+    if given == "none" or array.ndim == 2:
         return "none"
     if array.ndim < 2:
         raise UserError(f"{path}: shape {array.shape} is not a map. Fix: save (C, *S) or (*S, C).")
     if suffix_of(path) in _NIFTI:  # the reader moved the last of four axes to the front
         if array.ndim > 3:
             return "first"
-        return "none" if how.axis == "auto" else how.axis
-    if how.axis != "auto":
-        return how.axis
+        return "none" if given == "auto" else given
+    if given != "auto":
+        return given
     if path.with_name(path.name.removesuffix(".npz") + ".pkl").is_file() and path.suffix == ".npz":
         return "first"  # nnU-Net's
     shapes = {"none": array.shape, "first": array.shape[1:], "last": array.shape[:-1]}
@@ -208,7 +330,7 @@ def _class_axis(path: Path, array: np.ndarray, known: tuple[int, ...] | None, ho
             )
         if len(fits) == 1:
             return fits[0]
-    if how.values.link is None:
+    if link is None:
         fits = [name for name, index in (("first", 0), ("last", -1)) if _sums_to_one(array, index)]
         if len(fits) == 1:
             return fits[0]
@@ -233,9 +355,9 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _read_labels(path: Path, how: Reading, geometry: Geometry | None) -> np.ndarray:
+def _read_labels(path: Path, folder: Path, geometry: Geometry | None) -> np.ndarray:
     """Read integer labels (*S), with the axes of the probabilities if both files say where they are."""
-    array = read_array(path, how.scratch)
+    array = read_array(path, folder)
     if suffix_of(path, LABEL_SUFFIXES) in _NIFTI:
         array = _aligned(path, array, geometry)
     if np.issubdtype(array.dtype, np.floating):
@@ -252,7 +374,7 @@ def _aligned(path: Path, array: np.ndarray, geometry: Geometry | None) -> np.nda
     """Turn NIfTI labels to the axes of the probabilities, and check that both are in the same place."""
     if geometry is None:
         return array
-    nib = nibabel(path)
+    nib = require("nibabel", path)
     affine = load_nifti(path).affine
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(geometry.affine))
     turned = affine @ nib.orientations.inv_ornt_aff(turn, array.shape[:3])
@@ -288,32 +410,34 @@ def slabs(shape: tuple[int, ...], depth: int = 1) -> Iterator[slice]:
         yield slice(start, min(shape[0], start + step))
 
 
-def _as_probs(path: Path, array: np.ndarray, inside: np.ndarray | None, how: Reading) -> Tensor:
+def _as_probs(
+    path: Path, array: np.ndarray, inside: np.ndarray | None, values: FromStored, as_stored: bool, folder: Path
+) -> Tensor:
     """Return probabilities (C, *S), each class contiguous; a file that has this layout is not copied.
 
     Pixels outside the field of view get probability 0, which changes no rule's result inside.
     """
     dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.float32)  # integer logits
-    change = how.values.changes and not how.as_stored
-    logits = how.values.link is not None
+    change = values.changes and not as_stored
+    logits = values.link is not None
     if inside is None and array.flags.c_contiguous and array.dtype == dtype and not change:
         out = array
     else:
-        out = scratch(array.shape, np.float32 if change else dtype, how.scratch)
+        out = scratch(array.shape, np.float32 if change else dtype, folder)
     outside = -np.inf if logits and not change else 0
     low, high = np.inf, -np.inf
     for part in slabs(array.shape[1:], len(array)):
-        values = np.ascontiguousarray(array[:, part], dtype)
-        low, high = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
-        if np.isnan(values).any():
+        some = np.ascontiguousarray(array[:, part], dtype)
+        low, high = min(low, some.min(initial=np.inf)), max(high, some.max(initial=-np.inf))
+        if np.isnan(some).any():
             raise UserError(f"{path}: holds NaN. Fix: look for an overflow in the network.")
         if out is array:
             continue
         if change:
             _check_range(path, low, high, dtype, logits)
             with named(path):
-                values = how.values(torch.from_numpy(values)[None])[0].numpy()
-        out[:, part] = values if inside is None else np.where(inside[part], values, outside)
+                some = values(torch.from_numpy(some)[None])[0].numpy()
+        out[:, part] = some if inside is None else np.where(inside[part], some, outside)
     _check_range(path, low, high, dtype, logits)
     return torch.from_numpy(np.asarray(out))
 
@@ -332,7 +456,7 @@ def _check_range(path: Path, low: float, high: float, dtype: np.dtype, logits: b
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Add a path to the ValueError of a rule, of labels or of a calibration."""
+    """Add a path to the ValueError of a rule or a calibration."""
     try:
         yield
     except ValueError as error:

@@ -25,7 +25,7 @@ import torch
 
 from configs.cli import run_cli
 from configs.errors import UserError
-from scripts.decoding.arrays import load_nifti, nibabel
+from scripts.decoding.arrays import load_nifti, require
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]  # probabilities (X, Y, Z, C), labels (X, Y, Z), affine
 VARIANTS = 24
@@ -87,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.cases < 1 or args.size < 8:
         raise UserError(f"--cases {args.cases}, --size {args.size}: expected at least 1 case and 8 voxels.")
-    nib = nibabel(args.out)
+    nib = require("nibabel", args.out)
     for folder in ("probs", "labels"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     for n in range(args.start, args.start + args.cases):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from scripts.decoding.arrays import PICTURES, load_nifti, nibabel
+from scripts.decoding.arrays import PICTURES, load_nifti, require
 
 _MAX_PICKLE = 16 << 20
 _SAFE = {
@@ -35,7 +35,7 @@ class Geometry:
 
     def save(self, array: np.ndarray, path: Path, has_classes: bool) -> None:
         """Write labels or, with the classes as last axis, masks, with this affine and header."""
-        nib = nibabel(path)
+        nib = require("nibabel", path)
         spatial = array.ndim - has_classes
         if self.reversed:
             order = range(spatial)[::-1]

@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from configs.errors import UserError
-from scripts.analysis.scores import compare, pair, read_groups, read_rule, read_sweep
+from scripts.analysis.scores import compare, pair, read_groups, read_rule
 from scripts.analysis.statistics import describe_differences, mean_interval, signed_rank, standardized_mean
 from scripts.paired_statistics import main
 from tests.exits import exit_code
@@ -318,44 +318,6 @@ def test_bad_input_is_one_line_and_exit_code_two(results, capsys, arguments):
 def test_plot_is_drawn(results, tmp_path):
     assert main([str(results), "--plot", str(tmp_path / "p.png"), "--resamples", "200"]) == 0
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_plot_has_thresholds_where_a_report_measured_them(results, tmp_path, capsys):
-    from matplotlib import pyplot as plt
-
-    pair = [read_rule(results, rule) for rule in ("T", "rankdice")]
-    sweep, why = read_sweep(*pair)
-    assert sweep is None and "report.json: file not found" in why and "python scripts/report.py" in why
-
-    of = {"checkpoint": "x", "protocol": "corrected", "split": "test"}
-    report = {"of": of, "threshold": {"at 0.1": 0.6, "at 0.5": 0.7}, "cutoffs": [0.2, 0.3, 0.3]}
-    path = results.parent / "report" / "report.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(report))
-    sweep, why = read_sweep(*pair)
-    assert not why and sweep.curve == [(0.1, 60.0), (0.5, 70.0)] and sweep.cutoffs == [0.2, 0.3, 0.3]
-    by_image = {rule.rule: 100 * sum(rule.by_image().values()) / len(rule.by_image()) for rule in pair}
-    assert sweep.levels == pytest.approx(by_image)
-
-    drawn = []
-    plt.close, closed = drawn.append, plt.close
-    try:
-        assert main([str(results), "--plot", str(tmp_path / "p.png"), "--resamples", "200"]) == 0
-    finally:
-        plt.close = closed
-    (_, _, third, behind) = drawn[0].axes
-    assert third.get_xlabel() == "threshold; cut-off" and list(third.lines[0].get_ydata()) == [60, 70]
-    assert sum(bar.get_height() for bar in behind.patches) == 3
-    assert "no panel" not in capsys.readouterr().err
-
-    for text, reason in (
-        (json.dumps({**report, "of": {**of, "checkpoint": "y"}}), "another checkpoint"),
-        ("{", "damaged"),
-    ):
-        path.write_text(text)
-        assert reason in read_sweep(*pair)[1]
-    assert main([str(results), "--plot", str(tmp_path / "p.png"), "--resamples", "200"]) == 0
-    assert "no panel of thresholds" in capsys.readouterr().err
 
 
 def test_groups_from_a_file_or_a_pattern(tmp_path):
