@@ -1,6 +1,6 @@
 """Score prediction rules on a checkpoint: one pass, every rule on the same probabilities.
 
-``-r`` and ``-p`` belong to Hydra's own command line, so this is argparse in front of Hydra's compose.
+Hydra uses ``-r`` and ``-p`` itself, so this command parses its own arguments and passes the others to Hydra's compose.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def score(args: argparse.Namespace, world: World) -> None:
         "provenance": provenance(ROOT),
     }
     # Values that differ between the seeds of one experiment, or that records of an earlier version lack.
-    free = {"seed", "checkpoint", "provenance", "contents"}
-    free |= {"temperature", "calibration"} if fitter.kind != "none" else set()
-    details["config_hash"] = fingerprint({k: v for k, v in details.items() if k not in free})
+    not_hashed = {"seed", "checkpoint", "provenance", "contents"}
+    not_hashed |= {"temperature", "calibration"} if fitter.kind != "none" else set()
+    details["config_hash"] = fingerprint({k: v for k, v in details.items() if k not in not_hashed})
     for name, result in results.items():
         result.save(folder, {**details, **({"fitted": fitted[name]} if name in fitted else {})})
         if not args.quiet:

@@ -127,9 +127,9 @@ def describe(
         steps = len(trainer.loader)
         text = f"{folder}: {num_images} images, {cfg.epochs} epochs of {steps} steps, {size:.1f} M parameters"
         print(one_line(text))
-    shared = 1 if world.device.type == "cuda" else world.size  # SyncBatchNorm needs a GPU
-    norm = cfg.batch_size // shared // cfg.trainer.accumulate
-    print(f"batch {cfg.batch_size} on {world.size} x {world.device}, BatchNorm over {norm} images", flush=True)
+    parts = 1 if world.device.type == "cuda" else world.size  # SyncBatchNorm needs a GPU
+    images = cfg.batch_size // parts // cfg.trainer.accumulate
+    print(f"batch {cfg.batch_size} on {world.size} x {world.device}, BatchNorm over {images} images", flush=True)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     notes = provenance(ROOT, seed=cfg.seed, data=fingerprints, world_size=world.size)
     write_json(folder / "provenance.json", notes)

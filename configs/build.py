@@ -80,7 +80,7 @@ def rules(
             node = OmegaConf.merge(node, dict((fitted or {})[name]))
         built[name] = _make(node)
         if str(node._target_).startswith("rankseg."):
-            try:
+            try:  # a call on four pixels reports invalid options now
                 built[name](torch.full((1, 2, 1, 2), 0.5))
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"predictor={name}: {error}") from error
@@ -100,7 +100,7 @@ def rule_node(name: str, cfg: DictConfig | None) -> Any:
     if actual == "T" and cfg is not None and cfg.get("threshold") is not None:
         node.at = cfg.threshold
     if is_ranking(node) and cfg is not None and cfg.get("gate", 0.5) != 0.5:
-        node = OmegaConf.merge(node, {"pruning": False})
+        node = OmegaConf.merge(node, {"pruning": False})  # the gate takes its place
     return node
 
 
@@ -110,7 +110,7 @@ def is_ranking(node: Any) -> bool:
 
 
 def needs_fit(node: Any) -> bool:
-    """Return whether the rule of a node needs values that are fitted for a checkpoint."""
+    """Return whether the rule of a node needs values that are fitted for a checkpoint; `auto` has no _target_."""
     return str(node.get("_target_", "trainers.fitted.")).startswith("trainers.fitted.")
 
 

@@ -1,9 +1,10 @@
 """Write and read the configuration in a checkpoint or in a run's folder.
 
 A checkpoint may come from anywhere, so its configuration is data. It holds the *names* of options
-(``model: smp_unet``), which must be files in ``configs/``, and plain values. A value is accepted if our own
-configuration has its key and the value has the type of ours. Nothing in it is interpolated, and nothing in it chooses
-which Python object is built, which rule a name stands for, or where results are written. ``dataset.root`` is accepted:
+(``model: smp_unet``), which must be files in ``configs/``, and plain values. A value is accepted if it passes the check
+of its key. A key that our configuration does not have is accepted only as the name of a split or an argument of the
+object that is built. Nothing is interpolated, and nothing chooses which Python object is built, which rule a name
+stands for, or where results are written. ``dataset.root`` is accepted:
 it is the folder that a data set is read from unless ``dataset.root=PATH`` is given.
 """
 
@@ -24,7 +25,7 @@ from configs.errors import ConfigError, UserError
 from configs.files import check_plain, read_yaml
 from configs.values import CHECKS, check_values
 
-# Config keys that cannot change a result. They are ignored when two runs are compared.
+# Config keys that do not define the experiment. They are ignored when two runs are compared.
 NON_RESULT_KEYS = frozenset(
     {
         "expected",
@@ -45,8 +46,8 @@ NON_RESULT_KEYS = frozenset(
         "trainer.keep",
     }
 )
-# Keys that are never read from a file: the scoring conventions, names of rules, folders that are written, the file of
-# pre-trained weights (a checkpoint replaces them), and settings of the machine.
+# Keys whose values are never read from a file: the content of a protocol, names of rules, folders that are written, the
+# file of pre-trained weights (a checkpoint replaces them), and settings of the machine.
 NOT_FROM_FILE = frozenset(
     {
         "protocol", "save_dir", "run_dir", "device", "verify", "resume", "validation", "expected", "hydra",

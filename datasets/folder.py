@@ -7,8 +7,8 @@ mine/classes.yaml:
       - background                                    names in the order of their indices, or with details:
       - {name: lesion, value: 255, color: [255, 0, 0]}    `value`: the number, or numbers, in the masks
     scored: [1]                                       default: all but a first class called background
-    ignore_index: 255                                 void; read as void unless it is the value of a class
-    void: [0, 255]                                    the numbers of void in the masks; default: ignore_index
+    void: [0, 255]                                    the numbers of void in the mask files; default: ignore_index
+    ignore_index: 255                                 the number that void has after reading
     mean: [0.485, 0.456, 0.406]                       default: ImageNet's
     std: [0.229, 0.224, 0.225]
     rgb_masks: false                                  true: masks are RGB images in the colours of the classes
@@ -157,7 +157,7 @@ class Folder(PairedDataset):
         """Return how to fix labels that are not in the table."""
         known = sorted(raw for raw, label in self.table.mapping.items() if label < self.info.num_classes)
         if self.info.num_classes == 19 and max(unknown) <= 33:
-            return "these look like Cityscapes label ids, but train ids are needed: use dataset=cityscapes"
+            return "these look like Cityscapes label ids: use dataset=cityscapes, which reads them"
         if unknown == [255]:
             return "in classes.yaml, add `value: 255` to the class that it means, or `void: 255` if it is void"
         if unknown == [0]:

@@ -110,7 +110,7 @@ def load_published(
     state = {plain_key(key): tensor for key, tensor in state.items()}
     name = config["model"]
     if _SCORES[name] not in state or not state[_SCORES[name]].ndim:
-        raise CheckpointError(f"{source} has arch={name} but no tensor {_SCORES[name]!r}. Fix: use an undamaged file.")
+        raise CheckpointError(f"{source} is of a {name} but has no tensor {_SCORES[name]!r}. Fix: use a released file.")
     num_classes = state[_SCORES[name]].shape[0]
     if num_classes != NUM_CLASSES[config["dataset"]]:
         raise CheckpointError(
@@ -139,7 +139,7 @@ def translate_state(name: str, state: dict[str, Tensor], source: str = "the stat
         if name == "fcn8" and key in _FIXED:
             if not _is_bilinear(tensor, _FIXED[key]):
                 raise CheckpointError(
-                    f"{source} has a trained {key!r}, which is fixed in FCN8. Fix: use an undamaged file."
+                    f"{source} has a trained {key!r}, which is fixed in FCN8. Fix: use a released file."
                 )
             continue
         translated[_translate_key(name, key, source)] = tensor
@@ -166,8 +166,8 @@ def translate_config(config: dict[str, Any], source: str = "the configuration") 
     Returns:
         ``dataset``, ``model``, ``loss`` and ``predictor`` (names of configurations), ``temperature``,
         ``threshold``, ``scored`` (class indices, or None for all), ``batch_size``, ``epochs``, ``crop`` and
-        ``eval_crop`` (pixels); None if the file does not have it. Data set and crop come from ``train_loader``,
-        evaluation's batch size and crop from ``test_loader``, or from another loader if that is missing.
+        ``eval_crop`` (pixels). The last four are None if the file lacks them. Data set and crop come from
+        ``train_loader``, evaluation's batch size and crop from ``test_loader``, or from another if that is missing.
 
     Raises:
         CheckpointError: a name does not occur in the experiments of the paper.

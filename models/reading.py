@@ -156,7 +156,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
         kind, keys = ("lacks", missing) if missing else ("has unknown", unknown)
         raise CheckpointError(
             f"{source} does not fit the network {type(model).__name__}: it {kind} {keys[0]!r} "
-            f"({len(keys)} tensors in all). Fix: choose the model that it was made with."
+            f"({len(keys)} such tensors). Fix: choose the model that it was made with."
         )
     num_classes = getattr(model, "num_classes", None)
     for key, tensor in own.items():
@@ -176,14 +176,14 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
     broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(
-            f"{source} holds NaN or infinity in {broken[0]!r} ({len(broken)} tensors in all). "
+            f"{source} holds NaN or infinity in {broken[0]!r} ({len(broken)} such tensors). "
             "Fix: choose a checkpoint from before the training diverged."
         )
     model.load_state_dict(state)
 
 
 def _numpy_scalar() -> list[Any]:
-    """Return what unpickling a float64 NumPy scalar calls, under NumPy's present and former names."""
+    """Return the functions and classes that torch.load has to allow for a float64 NumPy scalar, by both names."""
     scalar = numpy.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return [*((scalar, name) for name in names), numpy.dtype, numpy.dtypes.Float64DType]

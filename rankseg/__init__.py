@@ -6,6 +6,7 @@
 Method: Dai & Li, "RankSEG: A Consistent Ranking-based Framework for Segmentation", JMLR 24(224), 2023.
 """
 
+from rankseg import calibration
 from rankseg.backend import backend
 from rankseg.confidence import confidence
 from rankseg.expected import expected_dice, expected_iou
@@ -20,6 +21,7 @@ __all__ = [
     "RankResult",
     "argmax",
     "backend",
+    "calibration",
     "confidence",
     "expected_dice",
     "expected_iou",

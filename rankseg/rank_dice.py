@@ -45,17 +45,15 @@ def rank_dice(
         allow_overlap: classes are decided one by one; False gives each pixel one label at most
             (`rankseg.nonoverlap`), with `app=0` only.
         classes: with `allow_overlap=False`, the classes whose mean score is maximised, such as the foreground; default
-            all. The other classes get the pixels that are left. Without it the background of a two-channel binary
-            problem is scored too, and its foreground is smaller than that of the one-channel form;
-            `classes=[1]` makes both equal.
+            all. The other classes get the pixels that are left. With two channels (background, foreground) the default
+            scores the background too, so the foreground mask is smaller; `classes=[1]` gives the mask of one channel.
         truncate_mean: count the pixels with p >= 1/2 in place of the mean (`app` 1 and 2 only).
         pruning: give the empty mask to classes whose largest probability is at most 1/2, as published. Such a
-            class is probably absent, and where it is, any pixel selected turns an image that would not have
-            counted for this class into a zero. Without pruning the expected Dice alone decides, and (for
-            smooth = 0) hardly any mask is empty.
-        variant: "published" or "experiments", what made the paper's tables (`app` 1 and 2 only): pruned are
-            classes whose largest probability is below 1/2, and the mask stays empty where the published
-            function takes the end of its search range for an answer.
+            class is probably absent. One selected pixel of an absent class scores 0; an empty mask is not counted.
+            Without pruning (and with smooth = 0) nearly every class gets a mask.
+        variant: "published" or "experiments", the code that made the paper's tables (`app` 1 and 2 only). It prunes
+            classes whose largest probability is below 1/2. If no volume is found in the search range, the mask is
+            empty; the published function returns the last volume of the range.
         device: where to compute; the results are there too. Default: where `probs` is.
         verbose: 1 prints the volumes.
 

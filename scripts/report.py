@@ -186,11 +186,11 @@ def facts(run: LoadedRun) -> dict[str, Any]:
         "threshold of T": build.threshold(cfg),
         "training": f"{cfg.epochs} epochs, batch {cfg.batch_size}, seed {cfg.seed}",
         "trained by": trained.get("command"),
-        "trained on": trained.get("date"),
+        "date of the training": trained.get("date"),
         "code of the training": trained.get("git_sha"),
         "hardware of the training": trained.get("hardware"),
         "report by": now["command"],
-        "report on": now["date"],
+        "date of the report": now["date"],
         "code of the report": now["git_sha"],
         "versions": versions,
     }

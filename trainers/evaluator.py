@@ -23,7 +23,7 @@ from trainers.losses import SegmentationLoss
 from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, summary
 from trainers.results import EvalResult
 
-_OBSERVED = 1 << 14  # pixels of a large image, or a few more, that its reliability is computed from
+_OBSERVED = 1 << 14  # reliability uses every k-th pixel of a large image: at least so many, fewer than twice as many
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class _Share:
 def _losses(
     criterion: SegmentationLoss, logits: Tensor, targets: Tensor, indices: list[int], scoring: Scoring
 ) -> list[tuple[int, float]]:
-    """Return (index, loss) of each labelled image, which is independent of the batch size; ``paper``: of the batch."""
+    """Return (index, loss) of each labelled image, whatever the batch size; under ``paper`` one pair for the batch."""
     if scoring.paper:
         return [(indices[0], criterion(logits, targets).item())]
     labelled = (targets != scoring.ignore_index).flatten(1).any(1).tolist()
@@ -167,7 +167,7 @@ def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
 
 
 def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
-    """Return the mean log-loss and Brier score over the labelled pixels of each image: (N, 2) float64, NaN without any.
+    """Return the log-loss and Brier score of each image, (N, 2) float64: means over its counted pixels, or NaN.
 
     The log-loss of a softmax is -log p of the true class; that of a sigmoid is the sum of the binary log-losses of all
     classes. The Brier score is Σ_c (p_c - y_c)². Large images are read at a regular stride, as in `observe`.

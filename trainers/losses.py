@@ -4,10 +4,10 @@ Shapes: N images, C classes, *S spatial axes (two or three). Every loss is calle
 `loss(logits (N, C, *S), targets (N, *S) integer) -> scalar` with any link: a loss makes one-hot targets itself if it
 needs them. It computes in float32 also under autocast, and never modifies the targets.
 
-Void pixels (`ignore_index`) do not count; on a batch of void alone the loss is 0 with zero gradients. With
-`legacy=True` each loss treats void as in the experiments of Dai & Li (JMLR 24(224), 2023); see the docstrings. On a
-batch of void alone, legacy losses that count void as a negative of every class have the value of the original. The
-others are 0; the original's are NaN (cross-entropy), 0 (focal) or an error.
+Void pixels (`ignore_index`) do not count; if all pixels are void, the loss is 0 with zero gradients. With
+`legacy=True` each loss treats void as in the experiments of Dai & Li (JMLR 24(224), 2023); see the docstrings. If all
+pixels are void, legacy losses that count void as a negative of every class return the value of the original. All other
+losses return 0, where the original returns NaN (cross-entropy), 0 (focal) or fails.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SegmentationLoss(nn.Module, ABC):
     def weight_of(self, targets: Tensor) -> Tensor:
         """Return the number of pixels that the loss of targets (N, *S) is a mean over.
 
-        Losses of the parts of a batch, averaged with these weights, give the loss of the whole batch.
+        Parts of a batch are averaged with these weights. For a mean over pixels, that is the loss of the whole batch.
         """
         if self.legacy and self.void_is_negative:
             return torch.tensor(targets.numel())
@@ -159,7 +159,7 @@ class SoftDice(SegmentationLoss):
     """Soft Dice: 1 - (2 Σ p·y + 1) / (Σ p + Σ y + 1), one ratio over images, classes and pixels.
 
     A softmax sums to 1, so the denominator is constant and the loss is affine in the mean probability of the true
-    class. With `legacy` void pixels get the smallest class in the batch.
+    class. With `legacy` void pixels get the smallest class index in the batch.
     """
 
     link = "softmax"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Notes, Table, label, missing
-from scripts.tables.results import Group, Groups, Problem, short_variant
+from scripts.tables.results import Group, Groups, Problem, Result, short_variant
 
 _ROUNDING = 2
 
@@ -26,12 +26,12 @@ def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Pr
     here = {key: group for key, group in groups.items() if key[:2] == (collection, protocol)}
     rules = rule_order(group.first.predictor for group in here.values())
     lines, numbered = [], Notes()
-    counts = {group.first.row[:4]: group.first.num_images for group in here.values()}
+    of_data = {group.first.row[:4]: group.first for group in here.values()}
     for row in sorted(_grid({group.first.row for group in here.values()}), key=_row_order):
         of_row = [here.get((*row, rule)) for rule in rules]
         present = [group for group in of_row if group]
-        images = present[0].first.num_images if present else counts[row[:4]]
-        lines.append((*_labels(row, images, present, numbered), *_cells(of_row, numbered)))
+        any_result = present[0].first if present else of_data[row[:4]]
+        lines.append((*_labels(row, any_result, present, numbered), *_cells(of_row, numbered)))
     if problems:
         numbered.mark(problem_count(problems) + ": " + "; ".join(f"{p.name} ({p.reason})" for p in problems))
     place = f" ({collection})" if collection else ""
@@ -80,21 +80,24 @@ def _caption(groups: Iterable[Group]) -> str:
     return f"Mean ± half the range over seeds; the best of a row in bold.{alone}"
 
 
-def _labels(row: tuple[str, ...], images: int, present: Sequence[Group], numbered: Notes) -> tuple[Cell, Cell, Cell]:
-    """Return the labels of a row: data set with split and size; model; loss with variant and number of seeds."""
+def _labels(row: tuple[str, ...], result: Result, present: Sequence[Group], numbered: Notes) -> tuple[Cell, Cell, Cell]:
+    """Return the labels of a row: data set with split and size; model; loss with variant and number of seeds.
+
+    The split is that of the data set's folder: the role `test` of a run may be the images of `val`.
+    """
     _, _, dataset, split, model, loss, variant = row
+    folder_split = result.config.get(f"dataset.splits.{split}", split)
     seeds = sorted({len(group.results) for group in present})
     count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds not in ([1], []) else ""
-    marks = [numbered.mark(_VARIANT.format(variant[0].upper() + variant[1:]))] if variant else []
+    marks = [numbered.mark(f"{variant[0].upper()}{variant[1:]}.")] if variant else []
     marks += [numbered.mark(_UNLIKE)] if not comparable(present) else []
     return (
-        label(f"{DATASETS.get(dataset, dataset)} {split}, {images} images"),
+        label(f"{DATASETS.get(dataset, dataset)} {folder_split}, {result.num_images} images"),
         label(MODELS.get(model, model)),
         label(LOSSES.get(loss, loss) + (variant and f", {short_variant(variant)}") + count, marks),
     )
 
 
-_VARIANT = "The same checkpoints, scored otherwise. {}."
 _UNLIKE = "The rules of this row were scored on different checkpoints or data, so none is bold."
 
 

@@ -224,7 +224,7 @@ def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
     """Describe what was done to the probabilities, and an unusual threshold of T: "WORD: REASON; ..."."""
     parts, temperature = [], record.get("temperature")
     others = [name.removeprefix("of_") for name in folders if name.startswith("of_")]
-    parts += [f"{name}: scored on {name}.pth, not on the best epoch" for name in others]
+    parts += [f"{name}: scored on {name}.pth instead of best_model.pth" for name in others]
     if record.get("correct_focal"):
         parts.append("corrected: the bias of the focal loss undone in closed form")
     if "temperature_fitted_on" in record:

@@ -21,6 +21,7 @@ from datasets import (
     Synthetic,
 )
 from datasets.kvasir_seg import default_split
+from datasets.paired import END_BYTES
 from datasets.voc2012 import CLASSES, voc_colour
 from tests.trees import labels, make_cityscapes, make_folder, make_kvasir, make_voc
 
@@ -103,6 +104,23 @@ def test_the_checksum_tells_contents_apart(tmp_path):
     first.mask.unlink()
     seen.append(checksum())
     assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "tif"])
+def test_the_checksum_finds_one_pixel_in_the_middle_of_a_large_image(tmp_path, kind):
+    root = make_folder(tmp_path)
+    image = Folder(root, "train").pairs[0].image
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    path, seen = image.with_suffix(f".{kind}"), []
+    image.unlink()
+    for value in (0, 1):
+        pixels[200, 200] = value
+        Image.fromarray(pixels).save(path, **({"quality": 95} if kind == "jpg" else {}))
+        seen.append((path.stat().st_size, Folder(root, "train").checksum()))
+    assert seen[0][0] > 2 * END_BYTES
+    assert seen[0][1] != seen[1][1]
+    if kind in ("bmp", "tif"):  # uncompressed: nothing but the middle differs
+        assert seen[0][0] == seen[1][0]
 
 
 def test_every_source_has_a_checksum_that_follows_its_masks(tmp_path):

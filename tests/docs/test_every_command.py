@@ -34,7 +34,7 @@ PLACEHOLDERS = {
     " --peer /tmp/peer/bin/python": "",  # an environment with another package
     " --logits voc2012_espnetv2.npz": "",  # maps of a public network, not in the repository
     " --volume": "",  # 1 GiB
-    " saved/results/*/*/*/focal/seed*": "",  # `shrink` leaves this loss out of the grid
+    " records/*/*/*/focal/seed*": "",  # `shrink` leaves this loss out of the grid
 }  # fmt: skip
 # Numbers that configurations get at most, and options that make the other scripts small; the last of two counts.
 AT_MOST = {"epochs": 1, "crop": 64, "eval_crop": 64, "resize": 64, "batch_size": 4}

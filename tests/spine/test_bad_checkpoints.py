@@ -60,7 +60,7 @@ def argument(checkpoint: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (nan, rf"bad\.pth holds NaN or infinity in '{FIRST}' \(1 tensors in all\)"),
+        (nan, rf"bad\.pth holds NaN or infinity in '{FIRST}' \(1 such tensors\)"),
         (text, r"bad\.pth holds no tensors by name"),
         (listed, "the checkpoint holds no configuration of this project"),
         (number, "model=3 is unknown; model is one of"),
