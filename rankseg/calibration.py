@@ -8,13 +8,14 @@ Shapes: N images, C classes, *S spatial axes, M bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rankseg.validation import check_choice, check_probs
+from rankseg.validation import check_choice, check_probs, check_valid
 
 
 class ReliabilityCurve(NamedTuple):
@@ -45,7 +46,8 @@ class Reliability:
         """Add a batch: `probs` (N, C, *S), one-hot `targets` (N, C, *S), `valid` (N, *S) bool, default all.
 
         Raises:
-            ValueError: the shapes do not agree, or the number of classes changed.
+            TypeError, ValueError: the shapes do not agree, `targets` are not 0 and 1, `valid` is not bool, or the
+                number of classes changed.
         """
         probs = check_probs(probs)
         if targets.shape != probs.shape:
@@ -54,8 +56,9 @@ class Reliability:
                 "torch.nn.functional.one_hot(labels, C).movedim(-1, 1) makes it"
             )
         classes = probs.shape[1]
-        if valid is not None and valid.shape != probs.shape[:1] + probs.shape[2:]:
-            raise ValueError(f"valid must be (N, *S), got {tuple(valid.shape)} for probs {tuple(probs.shape)}")
+        if not ((targets == 0) | (targets == 1)).all():
+            raise ValueError("targets must be one-hot: 0 or 1 for each class and pixel")
+        check_valid(valid, probs)
         if self.count is None:
             empty = torch.zeros(classes, self.bins, dtype=torch.float64, device=probs.device)
             self.count, self.forecast, self.observed = empty, empty.clone(), empty.clone()
@@ -128,6 +131,7 @@ def ece(probs: Tensor, targets: Tensor, bins: int = 15, valid: Tensor | None = N
     return reliability.ece()
 
 
+@torch.inference_mode(False)
 def fit_temperature(
     logits: Tensor,
     targets: Tensor,
@@ -147,11 +151,12 @@ def fit_temperature(
         link: "softmax" or "sigmoid" (one against rest).
 
     Raises:
-        ValueError: no valid pixel, a label that is not a class, unknown link, or non-finite logits.
+        TypeError, ValueError: no valid pixel, labels that are not classes or have another shape, unknown link, or
+            non-finite logits.
     """
     check_choice("link", link, ("softmax", "sigmoid"))
-    classes = logits.shape[1]
     scores, labels = _labelled(logits, targets, ignore_index)
+    classes = logits.shape[1]
     if not labels.numel():
         raise ValueError(f"targets has no pixel other than ignore_index={ignore_index}; fit on labelled images")
     if labels.min() < 0 or labels.max() >= classes:
@@ -182,6 +187,7 @@ class Calibration(NamedTuple):
         return logits / temperature + bias
 
 
+@torch.inference_mode(False)
 def fit_calibration(
     logits: Tensor,
     targets: Tensor,
@@ -206,7 +212,7 @@ def fit_calibration(
     Raises:
         ValueError: as `fit_temperature`; or `strength` is not positive.
     """
-    if not strength > 0:
+    if not 0 < strength < math.inf:
         raise ValueError(f"strength={strength} is invalid: expected a number above 0, such as 1e-4")
     scalar = fit_temperature(logits, targets, link, ignore_index=ignore_index)
     scores, labels = _labelled(logits, targets, ignore_index)
@@ -230,9 +236,17 @@ def fit_calibration(
 
 def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return logits (P, C) float64 and labels (P,) of the labelled pixels."""
+    if targets.is_floating_point() or targets.is_complex():
+        raise TypeError(f"targets are {targets.dtype}; pass integer labels (N, *S)")
+    if logits.ndim < 2 or targets.shape != logits.shape[:1] + logits.shape[2:]:
+        raise ValueError(
+            f"targets must be labels (N, *S), got {tuple(targets.shape)} for logits {tuple(logits.shape)}; "
+            "onehot.argmax(1) turns one-hot targets into labels"
+        )
+    targets = targets.long()  # comparing uint8 with a negative ignore_index would wrap
     valid = targets.flatten() != ignore_index
     scores = logits.detach().movedim(1, -1).reshape(-1, logits.shape[1])[valid].double()
-    return scores, targets.flatten()[valid].long()
+    return scores, targets.flatten()[valid]
 
 
 def _log_loss(scores: Tensor, labels: Tensor, link: str) -> Tensor:
@@ -270,8 +284,8 @@ def focal_correction(probs: Tensor, gamma: float = 2.0) -> Tensor:
         ValueError: gamma is negative; see also `rankseg.validation.check_probs`.
     """
     probs = check_probs(probs)
-    if not gamma >= 0:
-        raise ValueError(f"gamma must be at least 0, got {gamma!r}; 2.0 is the usual focal loss")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must be a finite number of at least 0, got {gamma!r}; 2.0 is the usual focal loss")
     if gamma == 0:
         return probs.clone()
     v = probs.double()

@@ -108,10 +108,11 @@ def gate_by_score(probs: Tensor, masks: Tensor, least: float | Tensor) -> Tensor
     Raises:
         ValueError: `least` is outside [0, 1].
     """
-    bound = torch.as_tensor(least, dtype=torch.float64)
-    if not ((bound >= 0) & (bound <= 1)).all():
-        raise ValueError(f"least={least} is invalid: expected a Dice in [0, 1], such as 0.4")
-    return _keep(masks, mask_scores(probs, masks) >= bound.to(probs.device))
+    scores = mask_scores(probs, masks)
+    bound = torch.as_tensor(least, dtype=torch.float64, device=probs.device)
+    if bound.shape not in ((), scores.shape[1:]) or not ((bound >= 0) & (bound <= 1)).all():
+        raise ValueError(f"least={least} is invalid: expected a Dice in [0, 1], such as 0.4, or one for each class")
+    return _keep(masks, scores >= bound)
 
 
 @torch.no_grad()

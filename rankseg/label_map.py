@@ -7,10 +7,13 @@ Shapes: N images, C classes, *S spatial axes.
 
 from __future__ import annotations
 
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rankseg.validation import check_masks, check_probs, eager_only
+from rankseg.validation import check_masks, check_probs, eager_only, plain
 
 VOID = 255
 """Label of pixels without a class, and the usual `ignore_index` of segmentation losses."""
@@ -39,18 +42,19 @@ def label_map(masks: Tensor, unassigned: str | int = "void", probs: Tensor | Non
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
         got = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
         raise TypeError(f"masks must be a bool torch.Tensor, got {got}; compare first, as in masks > 0.5")
+    masks = plain(masks, "masks")
     if masks.ndim < 3 or masks.shape[1] == 0:
         raise ValueError(
             f"masks must be (N, C, *S) with C >= 1, got shape {tuple(masks.shape)}; a single mask (H, W) is "
             "masks[None, None]"
         )
-    if isinstance(first, bool) or not isinstance(first, int):
+    if not _is_label(first):
         raise TypeError(f"first must be an integer, got {first!r}; 0 is the usual label of the first class")
     if probs is not None:
         probs = check_probs(probs)
         masks = check_masks(masks, probs)
     classes = masks.shape[1]
-    fill = _fill_value(unassigned, probs, first, classes)
+    first, fill = int(first), _fill_value(unassigned, probs, int(first), classes)
     labels = masks.new_full((masks.shape[0], *masks.shape[2:]), fill, dtype=torch.int64)
     if probs is None:
         for c in reversed(range(classes)):
@@ -79,6 +83,11 @@ def _fill_value(unassigned: str | int, probs: Tensor | None, first: int, classes
                 "or another integer that is not a class"
             )
         return VOID
-    if isinstance(unassigned, bool) or not isinstance(unassigned, int):
+    if not _is_label(unassigned):
         raise ValueError(f"unassigned must be 'void', 'max' or an integer, got {unassigned!r}")
-    return unassigned
+    return int(unassigned)
+
+
+def _is_label(value: Any) -> bool:
+    """Return whether a value is an integer, also of NumPy, and small enough that the labels of all classes are int64."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 1 << 62

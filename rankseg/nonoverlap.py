@@ -16,7 +16,8 @@ Shapes: N images, C classes, D pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -52,20 +53,21 @@ def over_classes(probs: Tensor, classes: Sequence[int], solve: Callable[[Tensor,
         ValueError: `classes` are not distinct channels of `probs`.
     """
     total = probs.shape[1]
-    integers = all(isinstance(c, int) and not isinstance(c, bool) and 0 <= c < total for c in classes)
-    if not classes or not integers or len(set(classes)) != len(classes):
+    chosen = list(classes) if isinstance(classes, Iterable) else []
+    integers = all(isinstance(c, Integral) and not isinstance(c, bool) and 0 <= c < total for c in chosen)
+    if not chosen or not integers or len(set(chosen)) != len(chosen):
         raise ValueError(
             f"classes must be distinct integers in 0..{total - 1}, at least one, got {classes!r}; leave classes out "
             "to score all of them"
         )
-    others = [c for c in range(total) if c not in classes]
+    others = [c for c in range(total) if c not in chosen]
     masks = torch.zeros_like(probs, dtype=torch.bool, memory_format=torch.contiguous_format)
-    inner, outer = (torch.tensor(part, device="cpu").to(probs.device) for part in (list(classes), others))
-    chosen = solve(probs.index_select(1, inner), len(classes) == 1).predict
-    masks.index_copy_(1, inner, chosen)
+    inner, outer = (torch.tensor(part, device="cpu").to(probs.device) for part in (chosen, others))
+    solved = solve(probs.index_select(1, inner), len(chosen) == 1).predict
+    masks.index_copy_(1, inner, solved)
     if others:
         top, index = probs.index_select(1, outer).max(1, keepdim=True)
-        free = ~chosen.any(1, keepdim=True) & (top > 0)
+        free = ~solved.any(1, keepdim=True) & (top > 0)
         masks.scatter_(1, outer[index], free)
     flat_masks = masks.flatten(2)
     return RankResult(masks, flat_masks.sum(2), _largest_left_out(probs.flatten(2), flat_masks))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankseg.validation import check_choice, check_probs
+from rankseg.validation import check_choice, check_probs, check_valid
 
 BINS = 0x3C00 + 1  # the float16 numbers from 0 to 1
 _HALF = 0x3800  # the bin of 1/2
@@ -47,12 +47,11 @@ class ProbabilityHistogram:
             TypeError, ValueError: see `rankseg.validation.check_probs`; or `valid` or the number of classes is wrong.
         """
         probs = check_probs(probs)
-        if valid is not None and valid.shape != probs.shape[:1] + probs.shape[2:]:
-            raise ValueError(f"valid must be (N, *S), got {tuple(valid.shape)} for probs {tuple(probs.shape)}")
+        check_valid(valid, probs)
         count = []
         for p in probs.movedim(1, 0):
             kept = p.flatten() if valid is None else p[valid]
-            keys = kept.to(torch.float16).view(torch.int16).to(torch.int32)
+            keys = kept.to(torch.float16).abs().view(torch.int16).to(torch.int32)  # abs: -0.0 has other bits
             count.append(torch.bincount(keys, minlength=BINS))
         self._add(torch.stack(count))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from rankseg import approximations
 from rankseg.backend import best_masks
 from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.validation import check_choice, check_form, check_smooth, check_values, eager_only, to_device
+from rankseg.validation import check_choice, check_flag, check_form, check_smooth, check_values, eager_only, to_device
 
 
 @eager_only
@@ -66,6 +66,8 @@ def rank_dice(
     probs = check_form(probs)
     smooth = check_smooth(smooth)
     app = check_choice("app", app, (0, 1, 2))
+    allow_overlap, pruning = check_flag("allow_overlap", allow_overlap), check_flag("pruning", pruning)
+    truncate_mean = check_flag("truncate_mean", truncate_mean)
     check_choice("variant", variant, ("published", "experiments"))
     if app == 0 and (truncate_mean or variant != "published"):
         raise ValueError("truncate_mean and variant belong to the approximations; pass app=1 or app=2 with them")

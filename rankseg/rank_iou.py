@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankseg.backend import best_masks
 from rankseg.masks import RankResult
-from rankseg.validation import check_form, check_smooth, eager_only, to_device
+from rankseg.validation import check_flag, check_form, check_smooth, eager_only, to_device
 
 
 @eager_only
@@ -34,6 +34,7 @@ def rank_iou(
     """
     probs = check_form(probs)
     smooth = check_smooth(smooth)
+    allow_overlap, pruning = check_flag("allow_overlap", allow_overlap), check_flag("pruning", pruning)
     probs = to_device(probs, device)
     if classes is not None and allow_overlap:
         raise ValueError("classes needs allow_overlap=False; overlapping masks are decided class by class")

@@ -117,6 +117,10 @@ def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
     )
     # What torch.compiler.disable sets, without the seconds that importing torch._dynamo takes.
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # shown by fullgraph=True and strict export
+        f"{function.__name__} is unsupported inside of a graph, because it depends on the values of probs; "
+        "call it outside, or leave out fullgraph=True"
+    )
     return function
 
 
@@ -161,6 +165,23 @@ def check_masks(masks: Tensor, probs: Tensor) -> Tensor:
     return masks.to(probs.device)
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return `value` as a bool; raise TypeError for other objects, such as the text "false", which counts as true."""
+    if isinstance(value, (str, Tensor)) or value not in (False, True):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def check_valid(valid: Tensor | None, probs: Tensor) -> None:
+    """Raise TypeError / ValueError unless `valid` is None or (N, *S) bool for `probs` (N, C, *S)."""
+    if valid is None:
+        return
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid must be bool, got {valid.dtype}; compare first, as in labels != 255")
+    if valid.shape != probs.shape[:1] + probs.shape[2:]:
+        raise ValueError(f"valid must be (N, *S), got {tuple(valid.shape)} for probs {tuple(probs.shape)}")
+
+
 def to_device(probs: Tensor, device: torch.device | str | None) -> Tensor:
     """Return `probs` on `device`; None leaves it where it is.
 
@@ -178,7 +199,7 @@ def to_device(probs: Tensor, device: torch.device | str | None) -> Tensor:
         return probs.to(target)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError) as error:  # the latter if torch is built without the device
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch is built without the device
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"device={str(device)!r} cannot be used ({reason}); leave device out to compute where probs are"

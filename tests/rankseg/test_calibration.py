@@ -186,3 +186,51 @@ def test_reliability_under_deterministic_algorithms(monkeypatch: pytest.MonkeyPa
     reliability.update(probs, onehot)
     total = reliability.curve().confidence.nan_to_num() * reliability.curve().pixels
     assert torch.allclose(total.sum(1), probs.sum((0, 2, 3)).double(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda t: t[:, None], ValueError, r"targets.*\(N, \*S\)"),
+        (lambda t: t.transpose(1, 2)[:, :-1], ValueError, r"targets.*\(N, \*S\)"),
+        (lambda t: torch.nn.functional.one_hot(t, 3).movedim(-1, 1), ValueError, "argmax"),
+        (lambda t: t + 0.7, TypeError, "float32"),
+        (lambda t: torch.full_like(t, 255, dtype=torch.uint8), ValueError, r"255\.\.255"),  # -1 as uint8 is 255
+    ],
+)
+def test_labels_of_another_form_are_rejected(change, error, words: str) -> None:
+    logits, labels, _ = sample(2.0, "softmax")
+    for fit in (fit_temperature, fit_calibration):
+        with pytest.raises(error, match=words):
+            fit(logits, change(labels), ignore_index=-1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "valid", "error", "words"),
+    [
+        (lambda t: t.long() * 255, None, ValueError, "one-hot"),
+        (lambda t: t * 0.7, None, ValueError, "one-hot"),
+        (lambda t: t, torch.long, TypeError, "valid.*bool"),  # would be read as indices
+        (lambda t: t, torch.uint8, TypeError, "valid.*bool"),
+    ],
+)
+def test_reliability_rejects_what_is_not_one_hot_or_not_a_mask(targets, valid, error, words: str) -> None:
+    logits, labels, onehot = sample(1.0, "softmax")
+    with pytest.raises(error, match=words):
+        Reliability().update(
+            logits.softmax(1), targets(onehot), None if valid is None else torch.ones(labels.shape, dtype=valid)
+        )
+
+
+def test_fits_in_inference_mode() -> None:
+    logits, labels, _ = sample(2.0, "softmax")
+    expected = fit_calibration(logits, labels)
+    with torch.inference_mode():
+        found = fit_calibration(logits.clone(), labels.clone())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("gamma", [math.inf, math.nan, -1.0])
+def test_focal_correction_rejects_an_invalid_gamma(gamma: float) -> None:
+    with pytest.raises(ValueError, match="gamma"):
+        focal_correction(torch.rand(1, 3, 4, 4).softmax(1), gamma)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,8 +121,8 @@ def test_pixels_of_probability_0_stay_of_no_class() -> None:
         assert not rankseg.rankdice(probs, allow_overlap=False, classes=classes)[..., :4].any()
 
 
-@pytest.mark.parametrize("classes", [[], [3], [-1], [1, 1], [True], [0.5]])
-def test_classes_that_are_not_channels(classes: list) -> None:
+@pytest.mark.parametrize("classes", [[], [3], [-1], [1, 1], [True], [0.5], 1, "12"])
+def test_classes_that_are_not_channels(classes: object) -> None:
     with pytest.raises(ValueError, match="classes"):
         rankseg.rank_dice(torch.rand(1, 3, 4, 4), allow_overlap=False, classes=classes)
 
@@ -130,3 +131,18 @@ def test_classes_need_one_label_per_pixel() -> None:
     for rule in (rankseg.rank_dice, rankseg.rank_iou):
         with pytest.raises(ValueError, match="allow_overlap"):
             rule(torch.rand(1, 3, 4, 4), classes=[1])
+
+
+def test_numpy_integers_are_integers_and_labels_have_a_limit() -> None:
+    probs = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(4))
+    masks = rankseg.threshold(probs)
+    plain = rankseg.label_map(masks, 7, first=2)
+    assert torch.equal(rankseg.label_map(masks, np.int64(7), first=np.int64(2)), plain)
+    one = rankseg.rankdice(probs, allow_overlap=False, classes=np.array([1]))
+    assert torch.equal(one, rankseg.rankdice(probs, allow_overlap=False, classes=[1]))
+    for labels in ({"unassigned": 1 << 63}, {"first": 1 << 63}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(labels))):
+            rankseg.label_map(masks, **labels)
+    for other in (masks.to_sparse(), masks.to("meta")):
+        with pytest.raises(TypeError, match="masks"):
+            rankseg.label_map(other)

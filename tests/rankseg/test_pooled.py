@@ -154,3 +154,16 @@ class TestRealMaps:
             found = counts[name]
             assert float(found.pooled().dice()[0, occur].mean()) == pytest.approx(pooled, abs=6e-5)
             assert float(found.dice()[:, occur].nanmean(0).mean()) == pytest.approx(by_image, abs=6e-5)
+
+
+def test_minus_zero_is_zero_and_valid_is_a_mask() -> None:
+    probs = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    probs[..., :4] = 0
+    found = []
+    for values in (probs, torch.where(probs == 0, -0.0, probs)):
+        histogram = ProbabilityHistogram()
+        histogram.update(values)
+        found.append(histogram.count)
+    assert torch.equal(*found)
+    with pytest.raises(TypeError, match=r"valid.*bool"):
+        ProbabilityHistogram().update(probs, torch.ones(1, 8, 8, dtype=torch.long))

@@ -260,7 +260,7 @@ def test_compilation_runs_the_function_itself_or_is_rejected(probs: torch.Tensor
         for values in (probs, others):
             assert torch.equal(compiled(values), function(values))
         torch._dynamo.reset()
-        with pytest.raises(torch._dynamo.exc.Unsupported):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"unsupported inside of a graph.*call it outside"):
             torch.compile(lambda x, function=function: function(x), backend="eager", fullgraph=True)(probs)
 
 
@@ -327,3 +327,13 @@ def test_imports_torch_alone() -> None:
                 top = name.split(".")[0]
                 allowed = {"torch", "rankseg"} | ({"triton"} if file.stem == "triton_kernels" else set())
                 assert top in allowed or top in sys.stdlib_module_names, (file.name, name)
+
+
+@pytest.mark.parametrize("rule", [rankseg.rank_dice, rankseg.rank_iou])
+def test_flags_are_true_or_false(rule, probs: torch.Tensor) -> None:
+    """The text "false" is true in Python."""
+    for flag in ("allow_overlap", "pruning"):
+        for value in ("false", None, 2):
+            with pytest.raises(TypeError, match=flag):
+                rule(probs, **{flag: value})
+        assert torch.equal(rule(probs, **{flag: np.bool_(False)}).predict, rule(probs, **{flag: False}).predict)
