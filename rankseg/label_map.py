@@ -89,5 +89,5 @@ def _fill_value(unassigned: str | int, probs: Tensor | None, first: int, classes
 
 
 def _is_label(value: Any) -> bool:
-    """Return whether a value is an integer, also of NumPy, and small enough that the labels of all classes are int64."""
+    """Return whether a value is an integer, also of NumPy, so small that the labels of all classes are int64."""
     return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 1 << 62
