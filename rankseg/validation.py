@@ -5,7 +5,9 @@ Shapes: N images, C classes, *S spatial axes (any number, at least one).
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
@@ -111,17 +113,26 @@ def _reject_tracing(probs: Tensor) -> None:
 
 
 def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Mark `function`: torch.jit.script rejects it in one line, torch.compile runs it without compiling it."""
-    function.__script_unsupported = (  # type: ignore[attr-defined]
+    """Wrap `function`: torch.jit.script rejects it in one line, torch.compile runs it without compiling it."""
+    uncompiled = functools.cache(lambda: torch.compiler.disable(function))
+
+    @functools.wraps(function)
+    def eager(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # torch.compile is in use only if this was imported, which takes seconds.
+        if "torch._dynamo" in sys.modules:
+            return uncompiled()(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    eager.__script_unsupported = (  # type: ignore[attr-defined]
         f"{function.__name__} is unsupported by torch.jit.script; call it outside of the scripted module"
     )
     # What torch.compiler.disable sets, without the seconds that importing torch._dynamo takes.
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # shown by fullgraph=True and strict export
+    eager._torchdynamo_disable = True  # type: ignore[attr-defined]
+    eager._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # shown by fullgraph=True and strict export
         f"{function.__name__} is unsupported inside of a graph, because it depends on the values of probs; "
         "call it outside, or leave out fullgraph=True"
     )
-    return function
+    return eager
 
 
 def plain(tensor: Tensor, name: str) -> Tensor:

@@ -251,14 +251,16 @@ def test_transforms_are_rejected_in_one_line(name: str, probs: torch.Tensor) -> 
 
 @pytest.mark.filterwarnings("ignore")
 def test_compilation_runs_the_function_itself_or_is_rejected(probs: torch.Tensor) -> None:
-    """The compiled function is tried on other values than those it was compiled with."""
+    """The compiled function is tried on other values than those it was compiled with. Nothing inside it is compiled."""
     others = probs.flip(-1) ** 3
     for name in ("rank_dice", "rankiou"):
         torch._dynamo.reset()
         function = TRANSFORMED[name]
         compiled = torch.compile(lambda x, function=function: function(x), backend="eager")
+        torch._dynamo.utils.counters.clear()
         for values in (probs, others):
             assert torch.equal(compiled(values), function(values))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported, match=r"unsupported inside of a graph.*call it outside"):
             torch.compile(lambda x, function=function: function(x), backend="eager", fullgraph=True)(probs)
