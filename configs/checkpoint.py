@@ -61,6 +61,7 @@ def read_state(path: Path) -> dict[str, Any]:
         and is_epoch(checkpoint.get("epoch"))
     ):
         raise CheckpointError(f"checkpoint {path} does not hold the state of a training to resume from")
+    _class_names(checkpoint.get("classes"), path)
     return checkpoint
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from configs import build
-from configs.errors import ConfigError, UserError
+from configs.errors import ConfigError, UserError, one_line
 from datasets import SegmentationDataset
 from rankseg import Predictor
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
@@ -108,15 +109,35 @@ class Fitter:
             found = self._fit_calibration(kind)
             values = {name: _plain(value) for name, value in found.items()}
             self.file.put(kind, self.settings(), values, self._fitted_on())
-        if kind == "temperature":
-            return float(values["temperature"])
+        with self._reading(f"calibrate={kind}"):
+            names = ("temperature",) if kind == "temperature" else ("temperature", "bias")
+            parts = [torch.tensor(values[name], dtype=torch.float64) for name in names]
+            shape = () if kind == "temperature" else (self._classes or len(parts[0]),)
+            if not all(x.shape == shape and x.isfinite().all() for x in parts) or not (parts[0] > 0).all():
+                raise ValueError("expected a temperature above 0, and for each class a bias")
+        return float(parts[0]) if kind == "temperature" else Calibration(*parts)
+
+    @property
+    def _classes(self) -> int | None:
+        """The number of classes; None if every case has its own."""
+        return self.cfg.dataset.get("num_classes")
+
+    def _try(self, rule: Predictor) -> None:
+        """Call a rule once: it reports values that it cannot use."""
+        if self._classes is not None:
+            rule(torch.full((1, self._classes, 1, 2), 0.5))
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Turn an error of a use of fitted values, which may come from anywhere, into a UserError."""
         try:
-            tensors = [torch.tensor(values[name], dtype=torch.float64) for name in ("temperature", "bias")]
-        except (KeyError, TypeError, ValueError):
+            yield
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
-                f"{self.file.path} holds no calibration of classes. Fix: delete it and run test.py."
-            ) from None
-        return Calibration(*tensors)
+                f"{self.file.path} holds invalid values for {what} ({error}). Fix: delete it and run test.py again."
+            ) from error
 
     def _fit_calibration(self, kind: str) -> dict[str, Any]:
         found = held_out_fit(
@@ -143,18 +164,23 @@ class Fitter:
             node = build.rule_node(name, self.cfg)
             if name == "auto":
                 values[name] = self._values(name, self._choose)
-                rules[name] = self._build_choice(values[name])
+                with self._reading("rule auto"):
+                    rules[name] = self._build_choice(values[name])
             elif build.needs_fit(node):
                 if name.startswith("pooled"):
                     values[name] = self._values(name, partial(self._pool, node, scored), scored)
                 else:
                     values[name] = self._values(name, partial(self._fit_threshold, node))
-                rules |= build.rules([name], self.cfg, {name: _arguments(values[name])})
+                with self._reading(f"rule {name}"):
+                    rules |= build.rules([name], self.cfg, {name: _arguments(values[name])})
+                    self._try(rules[name])
             else:
                 rules |= build.rules([name], self.cfg)
                 if build.is_ranking(node) and self.cfg.gate == "fit":
                     values[name] = self._values(name, partial(self._fit_gate, name, rules[name]))
-                    rules[name] = GatedRule(rules[name], float(values[name]["least"]))
+                    with self._reading(f"gate=fit of {name}"):
+                        rules[name] = GatedRule(rules[name], float(values[name]["least"]))
+                        self._try(rules[name])
         return rules, values
 
     def describe_calibration(self) -> dict[str, Any]:
@@ -176,7 +202,7 @@ class Fitter:
             lines.append(f"calibrate={self.kind}: fitted on the validation split, temperature {text}")
         for name, one in values.items():
             if "rule" in one:
-                lines.append(f"{name}: {one['rule']} ({one['why']})")
+                lines.append(one_line(f"{name}: {one['rule']} ({one.get('why')})"))
             elif "least" in one:
                 lines.append(f"{name}: gate at an expected Dice of {one['least']:g}")
             elif isinstance(one["at"], float):

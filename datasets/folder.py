@@ -280,7 +280,12 @@ class _Reader:
             raise self.fault(f"unknown key {unknown[0]!r}; known are {', '.join(KEYS)}")
         names = table.get("classes")
         if isinstance(names, Mapping) and _has_indices(names):
-            names = [names[k] for k in sorted(names)]
+            if sorted(names) != list(range(len(names))):
+                raise self.fault(
+                    f"the indices of `classes` are {preview(sorted(names))}: expected 0, 1, ... "
+                    "Fix: write a list, with the number in the masks as `value`: - {name: lesion, value: 2}"
+                )
+            names = [names[k] for k in range(len(names))]
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:
             raise self.fault("`classes` must be a list of names, such as [background, lesion]")
         return {**table, "classes": names}

@@ -56,7 +56,7 @@ class Reliability:
                 "torch.nn.functional.one_hot(labels, C).movedim(-1, 1) makes it"
             )
         classes = probs.shape[1]
-        if not ((targets == 0) | (targets == 1)).all():
+        if targets.dtype != torch.bool and not ((targets == 0) | (targets == 1)).all():
             raise ValueError("targets must be one-hot: 0 or 1 for each class and pixel")
         check_valid(valid, probs)
         if self.count is None:

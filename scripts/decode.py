@@ -143,7 +143,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not -(2**31) <= args.void < 2**31:
         raise UserError(f"--void {args.void} is invalid: expected an integer of 32 bits.")
     args.scored = None if args.scored is None else _integers("--scored", args.scored)
-    if not args.temperature > 0:
+    if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature:g} is invalid: expected a number above 0.")
     if args.report and not args.labels:
         raise UserError("--report needs labels. Fix: pass --labels FOLDER.")

@@ -34,6 +34,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
@@ -180,6 +181,8 @@ def _review(args: argparse.Namespace, fitter: Fitter, rule: str, info: DatasetIn
             file=sys.stderr,
         )
     margins = (stored or {}).get("classes", {})
+    if not isinstance(margins, dict) or not all(type(value) in (int, float, NoneType) for value in margins.values()):
+        raise UserError(f"{fitter.file.path} holds invalid margins. Fix: delete it and run test.py again.")
     return Review(args.out / "review.csv", info.classes, info.scored, margins)
 
 

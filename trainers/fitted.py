@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rankseg
-from configs.errors import UserError
+from configs.errors import TrainingError, UserError
 from configs.files import file_sha256, read_json, write_json
 from rankseg import Predictor
 from rankseg.confidence import gate_by_score
@@ -97,6 +97,11 @@ def held_out_fit(
     with torch.inference_mode(False):  # fitting needs gradients, which tensors of an inference do not have
         logits = torch.cat([some for _, some, _ in rows], dim=1)[None].clone()
         labels = torch.cat([labels for _, _, labels in rows])[None].clone()
+        if not logits.isfinite().all():
+            raise TrainingError(
+                "the network gives NaN or infinity in place of scores, so no calibration can be fitted. "
+                "Fix: choose an earlier checkpoint, or trainer.precision=fp32 if it was trained in fp16."
+            )
         return fit(logits, labels, link, ignore_index=ignore_index)
 
 

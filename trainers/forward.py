@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, TrainingError
 from rankseg.calibration import Calibration, focal_correction
 from trainers.distributed import World
 from trainers.losses import Link, link_probs
@@ -42,6 +42,11 @@ class ToProbs:
         elif self.calibration != 1:
             logits = logits / self.calibration
         probs = link_probs(logits, self.link)
+        if probs.isnan().any():
+            raise TrainingError(
+                "the network gives NaN or infinity in place of scores. "
+                "Fix: choose an earlier checkpoint, or trainer.precision=fp32 if it was trained in fp16."
+            )
         return focal_correction(probs) if self.correct_focal else probs
 
 

@@ -253,9 +253,11 @@ def _real_path(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(read_json(path))
+        content = dict(read_json(path))
+        content["images"] = dict(content.get("images", {}))
     except (ValueError, TypeError):
         raise UserError(f"{path} is not what was written there: remove it, or choose another --out") from None
+    return content
 
 
 def dataset_info(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:

@@ -275,6 +275,8 @@ def test_the_suffix_of_names_that_begin_alike():
         ("classes: [a, yes]", "True. Fix: put the name in quotes"),
         ("classes: [{name: null}]", "None. Fix: put the name in quotes"),
         ("classes: {0: a, x: b}", "must be a list of names"),
+        ("classes: {1: a, 2: b}", "indices of `classes` are 1, 2"),  # 1 would be read as the class b
+        ("{0: a, 2: b}", "indices of `classes` are 0, 2"),
         ("classes: [a, b]\nscored: [2]", r"scored classes \(2,\) go beyond 0..1"),
         ("classes: [a, b]\nignore_index: 1", r"ignore_index=1 must be in 2..255"),
         ("classes: [a, b, {name: c, color: [128, 0, 0]}]\nrgb_masks: true", "have one colour"),

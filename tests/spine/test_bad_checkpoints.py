@@ -13,8 +13,12 @@ from configs import build, stored
 from configs.checkpoint import load, read_state
 from configs.cli import run_cli
 from configs.compose import compose
+from configs.errors import TrainingError, UserError
+from configs.fitting import Fitter
 from tests.trainers.forked import begin
+from tests.trainers.test_update import ALONE
 from trainers.checkpoint import save
+from trainers.evaluator import evaluate
 
 CHOICES = {
     "dataset": "synthetic", "model": "tiny", "loss": "ce", "optimizer": "adamw", "schedule": "poly",
@@ -120,3 +124,56 @@ def test_a_path_of_the_wrong_kind_is_bad_input(error: OSError, capsys: pytest.Ca
     with pytest.raises(SystemExit) as done:
         run_cli(main)
     assert done.value.code == 2 and capsys.readouterr().err.startswith("error: a: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "values"),
+    [
+        (("calibrate=temperature",), "temperature", {"temperature": 0}),
+        (("calibrate=temperature",), "temperature", {"temperature": None}),
+        (("calibrate=temperature",), "temperature", {"temperature": [1.0] * 5}),
+        (("calibrate=temperature",), "temperature", {}),
+        (("calibrate=class",), "class", {"temperature": [1.0] * 4, "bias": [0.0] * 4}),
+        (("calibrate=class",), "class", {"temperature": [-1.0] * 5, "bias": [0.0] * 5}),
+        (("calibrate=class",), "class", {"temperature": [1.0] * 5}),
+        ((), "T_fit", {"at": 2.0, "gated": False}),
+        ((), "T_fit", {"at": [0.5] * 4, "gated": False}),
+        ((), "T_fit", {"gated": True}),
+        ((), "pooled_dice", {"at": "0.5"}),
+        ((), "auto", {"why": "because"}),
+        ((), "auto", {"rule": ["T"]}),
+        (("gate=fit",), "rankdice", {"least": "x"}),
+        (("gate=fit",), "rankdice", {"least": 7}),
+    ],
+)
+def test_invalid_fitted_values_are_named(whole: Path, options, kind: str, values: dict[str, Any]) -> None:
+    network, cfg, _ = load(whole, options)
+
+    def fitter() -> Fitter:
+        return Fitter(cfg, network, whole, ALONE, may_fit=False)
+
+    one = fitter()
+    is_calibration = kind in ("temperature", "class")
+    one.file.put(kind, one.settings() if is_calibration else one.rule_settings(kind), values, {})
+    one.save()
+    try:
+        with pytest.raises(UserError, match=r"best_model\.fitted\.json.*Fix: delete"):
+            fitter().to_probs() if is_calibration else fitter().rules([kind])
+    finally:
+        one.file.path.unlink()
+
+
+def test_a_network_that_overflows_is_named(whole: Path) -> None:
+    """All weights are finite, and the scores are not."""
+    network, cfg, _ = load(whole)
+    for parameter in network.parameters():
+        parameter.data.mul_(1e30)
+    data = build.dataset(cfg, "val")
+    fitter = Fitter(cfg, network, whole, ALONE)
+    with pytest.raises(TrainingError, match="NaN"):
+        evaluate(
+            network, build.eval_loader(cfg, data, ALONE), fitter.rules(["T"])[0], build.loss(cfg),
+            build.scoring(cfg, data.info), ALONE,
+        )  # fmt: skip
+    with pytest.raises(TrainingError, match="NaN"):
+        fitter.calibration("temperature")
