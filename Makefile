@@ -31,10 +31,10 @@ demo: $(VENV)/.runtime  ## train, score and tabulate on the built-in data (about
 test: $(VENV)/.dev  ## run lint, types and the default tests
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.dev  ## run every test, including the slow ones
-	$(PY) -m pytest -n 2 -m "slow or not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow or not slow"
 
 # nnU-Net without its requirements: a part of its training code asks for an older timm.
 NNUNET := nnunetv2==2.8.1 dynamic-network-architectures==0.4.4 batchgenerators==0.25.5 batchgeneratorsv2==0.3.6 \

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.trainers.forked import ROOT, redirect, start
+
 CODE = ("configs", "datasets", "models", "rankseg", "trainers", "scripts", "docs")
-# Each command in turn, in one process, since starting one costs seconds; what starts processes that import the
-# script again gets one of its own.
-FOLLOW = """
-import glob, os, runpy, shlex, subprocess, sys
-
-def expand(word):
-    return sorted(glob.glob(word)) or [word] if "*" in word else [word]  # as a shell does
-
-for command in sys.stdin.read().splitlines():
-    print("$", command, flush=True)
-    program, *words = [part for word in shlex.split(command) for part in expand(word)]
-    assert program in ("python", "torchrun"), command
-    if program == "torchrun" or any(word.startswith("launcher=") for word in words):
-        module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
-        assert subprocess.run([sys.executable, *module, *words]).returncode == 0, command
-        continue
-    sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))  # as Python does
-    try:
-        runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as done:
-        assert not done.code, command
-"""
 
 
 def typed(text: str) -> list[str]:
@@ -65,14 +48,36 @@ def copy_code(root: Path, target: Path) -> Path:
 
 
 def follow(lines: Iterable[str], copy: Path) -> str:
-    """Run commands in a copy of the repository; return what they print."""
-    done = subprocess.run(
-        [sys.executable, "-c", FOLLOW],
-        input="\n".join(lines),
-        cwd=copy,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """Run commands in a copy of the repository, one after the other in one process; return what they print."""
+    out, errors = copy / "followed.out", copy / "followed.err"
+    process = start(_follow, list(lines), copy, out, errors)
+    process.join()
+    assert process.exitcode == 0, out.read_text() + errors.read_text()
+    return out.read_text()
+
+
+def _follow(lines: list[str], copy: Path, out: Path, errors: Path) -> None:
+    """Run each command with the code of the copy. What starts processes that import the script again gets its own."""
+    redirect(out, errors)
+    os.chdir(copy)
+    for name in [name for name in sys.modules if name.partition(".")[0] in (*CODE, "train", "test")]:
+        del sys.modules[name]
+    sys.path = ["", *(path for path in sys.path if path not in ("", str(ROOT)))]
+    for command in lines:
+        print("$", command, flush=True)
+        program, *words = [part for word in shlex.split(command) for part in _expand(word)]
+        assert program in ("python", "torchrun"), command
+        if program == "torchrun" or any(word.startswith("launcher=") for word in words):
+            module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
+            assert subprocess.run([sys.executable, *module, *words]).returncode == 0, command
+            continue
+        sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))  # as Python does
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as done:
+            assert not done.code, command
+
+
+def _expand(word: str) -> list[str]:
+    """Replace a pattern by the files that match it, as a shell does."""
+    return sorted(glob.glob(word)) or [word] if "*" in word else [word]

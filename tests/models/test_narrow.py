@@ -24,7 +24,9 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_narrow_network_is_the_whole_one_with_fewer_channels(name):
     make = NETWORKS[name]
-    whole, small = make().state_dict(), make(narrow=16)
+    with torch.device("meta"):  # shapes only
+        whole = make().state_dict()
+    small = make(narrow=16)
     assert list(small.state_dict()) == list(whole)
     for key, tensor in small.state_dict().items():
         for ours, theirs in zip(tensor.shape[:2], whole[key].shape[:2], strict=True):

@@ -20,10 +20,11 @@ DEVICE = torch.device("meta")
 # Operations whose result has a size, or a value on the host, that depends on the values.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal")
 # Operations that only change how memory is read, or reserve it.
-_VIEWS = """
-    view _unsafe_view reshape expand slice select unsqueeze squeeze transpose permute t alias as_strided detach split
-    split_with_sizes unbind _reshape_alias movedim diagonal empty empty_like empty_strided new_empty view_as
-"""
+_VIEWS = {
+    "view", "_unsafe_view", "reshape", "expand", "slice", "select", "unsqueeze", "squeeze", "transpose", "permute",
+    "t", "alias", "as_strided", "detach", "split", "split_with_sizes", "unbind", "_reshape_alias", "movedim",
+    "diagonal", "empty", "empty_like", "empty_strided", "new_empty", "view_as"
+}  # fmt: skip
 
 
 class Claiming(Tensor):
@@ -90,7 +91,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], ledger: Ledger | None) -> 
         crosses = moves and (bool(plain) or bool(claimed) != there)
         if name in _WAITS or boolean or crosses:
             ledger.waits[name] += 1
-        if name not in _VIEWS.split():
+        if name not in _VIEWS:
             ledger.launches[name] += 1
     if not there:
         return out

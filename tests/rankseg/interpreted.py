@@ -79,7 +79,7 @@ def test_bounded_costs() -> None:
     with Ledger():
         kernels.best_masks(probs, "dice", 0.0, True, True)
     assert sum(kinds[name] for name in _WAITS) + 1 <= 5, kinds
-    assert sum(n for name, n in kinds.items() if name not in _VIEWS.split()) + 8 <= 150, kinds
+    assert sum(n for name, n in kinds.items() if name not in _VIEWS) + 8 <= 150, kinds
 
 
 def test_what_it_leaves_to_others() -> None:
@@ -88,3 +88,18 @@ def test_what_it_leaves_to_others() -> None:
     assert kernels.best_masks(probs, "dice", 0.0, True, False) is None
     for wrong in (float("nan"), 1.5, -0.1):
         assert kernels.best_masks(probs.masked_fill(probs > 0.99, wrong), "dice", 0.0, True, True) is None
+
+
+def test_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels leave to others is solved all the same; invalid values get the words of the Python solver."""
+    probs, calls, best_masks = maps()["uniform"], [], kernels.best_masks
+    monkeypatch.setattr(kernels, "best_masks", lambda *given: calls.append(given) or best_masks(*given))
+    printed = []
+    for backend in ("python", "triton"):
+        monkeypatch.setenv("RANKSEG_BACKEND", backend)
+        with pytest.raises(ValueError, match=r"probs must lie in \[0, 1\]") as caught:
+            rankseg.rank_dice(probs * 2)
+        taus = [rankseg.rank_dice(probs, smooth=smooth).tau.tolist() for smooth in (0.0, 1.0)]
+        printed.append((taus, str(caught.value)))
+        assert bool(calls) == (backend == "triton")
+    assert printed[0] == printed[1]

@@ -23,33 +23,6 @@ def test_with_the_interpreter(tier: str) -> None:
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
-def test_chosen_by_the_environment() -> None:
-    """In a process of its own; invalid values get the words of the Python solver."""
-    program = """
-import torch, rankseg
-probs = torch.rand(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
-print(rankseg.rank_dice(probs).tau.tolist(), rankseg.rank_dice(probs, smooth=1.0).tau.tolist())
-try:
-    rankseg.rank_dice(probs * 2)
-except ValueError as error:
-    print(error)
-"""
-    printed = []
-    for backend in ("python", "triton"):
-        environment = {**os.environ, "RANKSEG_BACKEND": backend, "TRITON_INTERPRET": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
-    assert printed[0] == printed[1] and "probs must lie in [0, 1]" in printed[0]
-
-
 SIGNATURES = """
 statistics_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 total=*fp64 peak=*fp32 bad=*i32
 guess_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 step=i64 mean=*fp64 cut=*fp64 volume=*fp64 density=*fp64

@@ -535,10 +535,6 @@ def test_a_marker_of_no_table_names_those_there_are():
         inject("<!-- table:x -->\n<!-- /table:x -->", {"a": "", "b": ""})
 
 
-def test_the_tables_in_git_are_fresh(root):
-    assert main(["--check"], root) == 0
-
-
 # --- evidence
 
 
@@ -590,10 +586,6 @@ def test_a_changed_record_is_found_and_not_listed_again(evidence, change, words,
     if words in ("changed", "missing"):  # `make tables` must not hide it
         main(["--write"], evidence)
         assert main(["--verify"], evidence) == 1
-
-
-def test_the_records_in_git_are_verified(root):
-    assert main(["--verify"], root) == 0
 
 
 # --- configurations

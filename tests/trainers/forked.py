@@ -20,8 +20,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-# What the commands import only where they need it.
-SLOW = ("torch._dynamo", "datasets.synthetic", "datasets.transforms", "models.published", "trainers.panels")
+# What the commands import, some of it only when they need it.
+PRELOADED = (
+    "torch._dynamo", "torch.utils.tensorboard", "torchvision", "timm", "segmentation_models_pytorch", "scipy.stats",
+    "matplotlib.pyplot", "configs.build", "datasets.synthetic", "datasets.transforms", "models.published",
+    "trainers.panels", "tests.trainers.forked",
+)  # fmt: skip
 # Five steps an epoch, two epochs, a state after every step: all that can be interrupted, in a second or two.
 SMALL = (
     "experiment=smoke",
@@ -44,7 +48,7 @@ def context() -> ForkServerContext:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload([*SLOW, "configs.build", "tests.trainers.forked"])
+    found.set_forkserver_preload(list(PRELOADED))
     return found
 
 
@@ -55,16 +59,21 @@ def start(target: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     return process
 
 
+def redirect(out: Path, errors: Path) -> None:
+    """Be a process that was started from nothing, with its output in files."""
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(1)
+    with out.open("ab") as file, errors.open("ab") as error_file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(error_file.fileno(), 2)
+
+
 def command(
     name: str, arguments: list[str], log: Path, environment: dict[str, str], errors: Path | None, cwd: Path
 ) -> None:
     """Be `python train.py ...`: standard output and error, and the traces of a crash, go to the logs."""
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # as in a process started from nothing
-    with log.open("ab") as file, (errors or log).open("ab") as error_file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(error_file.fileno(), 2)
-    torch.set_num_threads(1)
+    redirect(log, errors or log)
     os.chdir(cwd)
     script = ROOT / name
     sys.argv, sys.path[:0] = [str(script), *arguments], [str(script.parent)]
