@@ -51,14 +51,7 @@ def released_config(name: str, num_classes: int, **changes: Any) -> dict[str, An
         "train_loader": loader,
         "test_loader": loader,
         "loss": "CrossEntropyLoss2d",
-        "predict": {
-            "temperature": 1.0,
-            "CoI": "all",
-            "train": "T",
-            "val": "T",
-            "test": "T",
-            "threshold": 0.5,
-        },
+        "predict": {"temperature": 1.0, "CoI": "all", "train": "T", "val": "T", "test": "T", "threshold": 0.5},
         "trainer": {"epochs": 150},
     } | changes
 

@@ -315,12 +315,7 @@ def test_images_of_unlike_sizes_cannot_be_trained_on_without_a_crop():
 
 
 def test_arguments_that_make_no_sense_are_refused():
-    for arguments in (
-        {"batch_size": 0},
-        {"num_workers": -1},
-        {"rank": 2, "world_size": 2},
-        {"on_error": "ignore"},
-    ):
+    for arguments in ({"batch_size": 0}, {"num_workers": -1}, {"rank": 2, "world_size": 2}, {"on_error": "ignore"}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             eval_loader(numbered(), **arguments)
     with pytest.raises(ValueError, match="last batch of 1 for 2 processes"):

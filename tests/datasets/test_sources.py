@@ -10,16 +10,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from datasets import (
-    VOC2012,
-    Cityscapes,
-    DatasetError,
-    DatasetInfo,
-    Folder,
-    KvasirSEG,
-    SegmentationDataset,
-    Synthetic,
-)
+from datasets import VOC2012, Cityscapes, DatasetError, DatasetInfo, Folder, KvasirSEG, SegmentationDataset, Synthetic
 from datasets.kvasir_seg import default_split
 from datasets.paired import END_BYTES
 from datasets.voc2012 import CLASSES, voc_colour

@@ -163,11 +163,7 @@ def test_settings_that_make_no_sense_are_refused():
         with pytest.raises(ValueError, match=message):
             TrainTransform(*PLAIN, **arguments)
     for size in ("abc", 0, 2.5, (1, 2, 3), (8, "b")):
-        for transform, name in (
-            (TrainTransform, "crop"),
-            (TrainTransform, "resize"),
-            (EvalTransform, "resize"),
-        ):
+        for transform, name in ((TrainTransform, "crop"), (TrainTransform, "resize"), (EvalTransform, "resize")):
             with pytest.raises(ValueError, match=r"size=.* is invalid: expected .*\[height, width\]"):
                 transform(*PLAIN, **{name: size})
     with pytest.raises(ValueError, match=r"dataset\.eval_crop"):

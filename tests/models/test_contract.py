@@ -123,11 +123,7 @@ def test_pspnet_of_smp_runs_every_stage():
         (("unet", "tu-resnet5"), {}, r"model\.encoder='tu-resnet5' is unknown: did you mean tu-resnet50"),
         (("unet", "resnet18"), {"depth": 3}, r"model\.depth is not an option of .*encoder_depth"),
         (("deeplabv3plus", "tu-vit_tiny_patch16_224"), {}, r"cannot be built on model\.encoder=tu-vit_tiny"),
-        (
-            ("unet", "resnet18"),
-            {"weights": "efficientnet-lite0"},
-            r"fits model\.encoder=tu-tf_efficientnet_lite0 only",
-        ),
+        (("unet", "resnet18"), {"weights": "efficientnet-lite0"}, r"fits model\.encoder=tu-tf_efficientnet_lite0 only"),
     ],
 )
 def test_what_smp_cannot_build_is_named(arguments, options, message):

@@ -173,12 +173,7 @@ def test_hugging_face_files(offline: bool, tmp_path: Path, monkeypatch: pytest.M
 
 def test_published_places() -> None:
     """The paper's networks have an address with a checksum; unknown encoders are named."""
-    for source in (
-        "torchvision/resnet101",
-        "torchvision/vgg16",
-        "timm/resnet50s",
-        "timm/tf_efficientnet_lite0",
-    ):
+    for source in ("torchvision/resnet101", "torchvision/vgg16", "timm/resnet50s", "timm/tf_efficientnet_lite0"):
         address = imagenet.published(source)
         assert isinstance(address, str) and re.search(r"^https://.*-[0-9a-f]{8}\.pth$", address)
     repository, revision = imagenet.published("smp/efficientnet-b0")

@@ -40,11 +40,7 @@ def rename_in_pickle(source: Path, target: Path, old: bytes, new: bytes) -> None
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_plain_containers_and_a_numpy_scalar(tmp_path, zipped):
-    content = {
-        "weights": torch.arange(3.0),
-        "best": np.float64(2.5),
-        "config": {"loss": "ce", "list": [1, None]},
-    }
+    content = {"weights": torch.arange(3.0), "best": np.float64(2.5), "config": {"loss": "ce", "list": [1, None]}}
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     read = read_checkpoint(str(tmp_path / "a.pth"))
     assert torch.equal(read["weights"], content["weights"])

@@ -48,8 +48,7 @@ def test_statistics_counters_may_be_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("depth", "message"),
-    [(34, r"of a larger backbone: 'layer1\.2"), (50, r"not of this backbone: 'layer1\.0\.conv1")],
+    ("depth", "message"), [(34, r"of a larger backbone: 'layer1\.2"), (50, r"not of this backbone: 'layer1\.0\.conv1")]
 )
 def test_weights_of_another_depth(tmp_path, depth, message):
     torch.save(resnet(depth), tmp_path / "a.pth")

@@ -170,10 +170,7 @@ class TestTorchmetrics:
         from torchmetrics import segmentation
 
         build = getattr(segmentation, name)
-        ours, theirs = (
-            use.WithRule(build(3, input_format="one-hot"), rankseg.argmax),
-            build(3, input_format="index"),
-        )
+        ours, theirs = (use.WithRule(build(3, input_format="one-hot"), rankseg.argmax), build(3, input_format="index"))
         swapped = use.WithRule(build(3, input_format="one-hot"))
         for _ in range(3):
             probs, labels = torch.randn(2, 3, 16, 18).softmax(1), torch.randint(3, (2, 16, 18))

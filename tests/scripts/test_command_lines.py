@@ -75,10 +75,7 @@ def test_bad_input_is_one_line_on_stderr(words: tuple[str, ...], call) -> None:
         ("paired_statistics.py absent --resamples 0", "--resamples=0"),
         ("paired_statistics.py absent --seed -1", "--seed=-1"),
         ("overview.py absent.pth --out new.foo", "--out new.foo"),
-        (
-            "paper_tables.py published --output absent/x",
-            "absent/x: No such file or directory: create its folder",
-        ),
+        ("paper_tables.py published --output absent/x", "absent/x: No such file or directory: create its folder"),
         ("paper_tables.py published --output .", ".: Is a directory: it is a folder; give a file"),
         ("reproduce.py --seeds x --dry-run", "seed=x"),
         ("reproduce.py --threads 0 --dry-run", "--threads=0"),
@@ -128,8 +125,7 @@ def test_a_reader_that_has_gone_makes_no_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
-    [("loss=lo", {"loss=lovasz", "loss=log_cosh_dice"}), ("trainer.prec", {"trainer.precision="})],
+    ("line", "expected"), [("loss=lo", {"loss=lovasz", "loss=log_cosh_dice"}), ("trainer.prec", {"trainer.precision="})]
 )
 def test_a_tab_is_answered_without_torch(line: str, expected: set[str], tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")

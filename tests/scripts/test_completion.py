@@ -30,13 +30,7 @@ class Terminal:
     def __init__(self, command: list[str], home: Path) -> None:
         self.end, theirs = pty.openpty()
         self.shell = subprocess.Popen(
-            command,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            cwd=ROOT,
-            env=environment(home),
-            start_new_session=True,
+            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment(home), start_new_session=True
         )
         os.close(theirs)
 
@@ -71,10 +65,6 @@ def test_a_tab_completes_in_fish(tmp_path: Path) -> None:
         pytest.skip("fish is not installed")
     typed = f"""eval "$({PYTHON.name} train.py -sc install=fish)"; complete -C '{PYTHON.name} train.py loss=lo'"""
     done = subprocess.run(
-        ["fish", "--no-config", "-c", typed],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(tmp_path),
+        ["fish", "--no-config", "-c", typed], capture_output=True, text=True, cwd=ROOT, env=environment(tmp_path)
     )
     assert done.stderr == "" and set(done.stdout.split()) == {"loss=lovasz", "loss=log_cosh_dice"}

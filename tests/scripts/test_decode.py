@@ -70,12 +70,7 @@ class TestScores:
             for i, (p, t) in enumerate(zip(maps, labels, strict=True))
         ]
         expected = evaluate(
-            _Identity(),
-            batches,
-            rules,
-            CrossEntropy(),
-            Scoring(3, (0, 1, 2)),
-            World(0, 1, torch.device("cpu")),
+            _Identity(), batches, rules, CrossEntropy(), Scoring(3, (0, 1, 2)), World(0, 1, torch.device("cpu"))
         )
         out = tmp_path / "out"
         logits = save_all(tmp_path / "logits", [p.log() for p in maps])
@@ -177,17 +172,7 @@ def _write(path: Path, probs: np.ndarray, form: str) -> Path:
     return path
 
 
-FORMS = (
-    "npy",
-    "npy_last",
-    "npy_fortran",
-    "npy_big_endian",
-    "npz",
-    "npz_compressed_fortran",
-    "tif",
-    "nii",
-    "nii.gz",
-)
+FORMS = ("npy", "npy_last", "npy_fortran", "npy_big_endian", "npz", "npz_compressed_fortran", "tif", "nii", "nii.gz")
 
 
 def _read(path: Path) -> np.ndarray:

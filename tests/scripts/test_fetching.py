@@ -240,19 +240,7 @@ def test_fetch_says_what_to_do_for_cityscapes(capsys: pytest.CaptureFixture[str]
 def test_voc_is_pinned_by_size_and_checksum(server: Server, tmp_path: Path) -> None:
     server.content = b"not the archive"
     with pytest.raises(FetchError, match=r"archive\.zip|15 bytes"):
-        main(
-            [
-                "fetch",
-                "voc2012",
-                "--root",
-                str(tmp_path / "voc"),
-                "--url",
-                server.url,
-                "--quiet",
-                "--attempts",
-                "1",
-            ]
-        )
+        main(["fetch", "voc2012", "--root", str(tmp_path / "voc"), "--url", server.url, "--quiet", "--attempts", "1"])
 
 
 def test_a_login_page_is_no_archive(server: Server, tmp_path: Path) -> None:
@@ -303,11 +291,7 @@ def test_a_zip_stays_in_its_folder(name: str, tmp_path: Path) -> None:
 
 
 def test_links_and_devices_in_a_tar_cannot_leave_its_folder(tmp_path: Path) -> None:
-    for kind, target in (
-        (tarfile.SYMTYPE, "../../.."),
-        (tarfile.LNKTYPE, "/etc/passwd"),
-        (tarfile.CHRTYPE, ""),
-    ):
+    for kind, target in ((tarfile.SYMTYPE, "../../.."), (tarfile.LNKTYPE, "/etc/passwd"), (tarfile.CHRTYPE, "")):
         with tarfile.open(tmp_path / "evil.tar", "w") as archive:
             member = tarfile.TarInfo("link")
             member.type, member.linkname = kind, target

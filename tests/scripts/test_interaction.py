@@ -16,10 +16,7 @@ from trainers.results import EvalResult
 # Dice of three images in percent: loss -> seed -> rule.
 DICE = {
     "ce": [{"max": (50, 60, 70), "rankdice": (60, 60, 90)}, {"max": (40, 50, 60), "rankdice": (40, 60, 80)}],
-    "ce_dice": [
-        {"max": (70, 80, 90), "rankdice": (72, 80, 91)},
-        {"max": (60, 70, 80), "rankdice": (60, 73, 80)},
-    ],
+    "ce_dice": [{"max": (70, 80, 90), "rankdice": (72, 80, 91)}, {"max": (60, 70, 80), "rankdice": (60, 73, 80)}],
 }
 
 
@@ -32,12 +29,7 @@ def folders(tmp_path: Path) -> list[Path]:
                     hits = torch.tensor([[0, value] for value in dice])
                     whole = torch.full_like(hits, 100)
                     counts = Counts(hits, whole, whole, torch.full((3,), 1000))
-                    scores = {
-                        "mean_dice": sum(dice) / 300,
-                        "log_loss": 0.3 + seed / 10,
-                        "brier": 0.2,
-                        "ece": 0.05,
-                    }
+                    scores = {"mean_dice": sum(dice) / 300, "log_loss": 0.3 + seed / 10, "brier": 0.2, "ece": 0.05}
                     result = EvalResult(rule, ["a", "b", "c"], counts, (1,), scores, 0.0)
                     result.save(tmp_path / loss / f"seed{seed}" / inner, {})
     return [tmp_path / "ce", tmp_path / "ce_dice"]

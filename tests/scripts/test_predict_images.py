@@ -214,10 +214,7 @@ def test_finding_images(tmp_path: Path) -> None:
 
 def test_images_are_never_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    for given, out in (
-        (tmp_path, tmp_path),
-        (tmp_path, tmp_path / "x" / ".."),
-    ):
+    for given, out in ((tmp_path, tmp_path), (tmp_path, tmp_path / "x" / "..")):
         with pytest.raises(ValueError, match="choose another"):
             files.find([given], out)
     monkeypatch.chdir(tmp_path)
@@ -229,13 +226,7 @@ def test_images_are_never_written_over(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ("a b overlay/a", ".", "out", "--overlay", r"a\.jpg and \S*overlay/a\.jpg would both be written to"),
         ("a classes/a/disc", ".", "out", "--per-class", r"would both be written to \S*classes/a/disc\.png"),
-        (
-            "a a.png/b",
-            ".",
-            "out",
-            "--flip",
-            r"a\.jpg would become \S*a\.png, which is a folder for \S*b\.jpg",
-        ),
+        ("a a.png/b", ".", "out", "--flip", r"a\.jpg would become \S*a\.png, which is a folder for \S*b\.jpg"),
         ("a", "a.png", ".", "--flip", r"a\.png would be written over"),
         ("a out/overlay/c", "out/overlay/c.png", "out", "--overlay", r"overlay/c\.png would be written over"),
     ],
@@ -258,15 +249,7 @@ def test_names_that_only_look_like_output_folders_are_no_collision(checkpoint: P
     for name in ("a", "overlay/b"):
         Image.new("RGB", (32, 32)).save(tmp_path / "in" / f"{name}.jpg")
     (tmp_path / "in" / "folder.jpg").mkdir()
-    command = [
-        "-r",
-        str(checkpoint),
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path / "out"),
-        "--quiet",
-        "--overlay",
-    ]
+    command = ["-r", str(checkpoint), str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--quiet", "--overlay"]
     assert main(command) == 0
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png")}
     assert written == {"a.png", "overlay/a.png", "overlay/b.png", "overlay/overlay/b.png"}
@@ -483,10 +466,7 @@ def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path
     assert Image.open(out / "one.png").size == (64, 48)
     with pytest.raises(ValueError, match="rankdise is unknown"):
         main(["-r", str(checkpoint), str(image), "--out", str(out), "-p", "rankdise"])
-    for given, named in (
-        ("temperature=fit", "calibrate=temperature"),
-        ("calibrate=class", "calibrate=class"),
-    ):
+    for given, named in (("temperature=fit", "calibrate=temperature"), ("calibrate=class", "calibrate=class")):
         with pytest.raises(UserError, match=f"{named} was not fitted for this checkpoint.*test.py"):
             main(["-r", str(checkpoint), str(image), "--out", str(out / "y"), given])
     with pytest.raises(ValueError, match="--scales"):

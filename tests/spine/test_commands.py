@@ -99,14 +99,7 @@ def test_other_masks_under_the_same_names_are_another_run(tmp_path: Path) -> Non
     with Image.open(mask) as image:
         before = np.array(image)
     Image.fromarray(before).save(mask, compress_level=0)  # one size, whatever it holds
-    train = [
-        "train.py",
-        "dataset=folder",
-        f"dataset.root={root}",
-        "dataset.num_classes=2",
-        "model=tiny",
-        "epochs=1",
-    ]
+    train = ["train.py", "dataset=folder", f"dataset.root={root}", "dataset.num_classes=2", "model=tiny", "epochs=1"]
     train += ["dataset.crop=32", "trainer.panels=0", f"save_dir={tmp_path}/saved"]
     call(*train, cwd=tmp_path)
     Image.fromarray(1 - before).save(mask, compress_level=0)
@@ -194,11 +187,7 @@ def test_confidence_of_two_splits(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "confidence.svg").read_text().lstrip().startswith("<?xml")
     kinds = [entry["kind"] for entry in json.loads((run / "last.fitted.json").read_text())["entries"]]
     assert "margin 0.5" in kinds
-    for bad, named in (
-        ("--alpha=1.5", "alpha"),
-        ("--alpha=0.001", "alpha=0.001"),
-        ("--on=val", "same images"),
-    ):
+    for bad, named in (("--alpha=1.5", "alpha"), ("--alpha=0.001", "alpha=0.001"), ("--on=val", "same images")):
         assert named in call(*command, "--out", str(tmp_path), bad, cwd=tmp_path, expect=2).stderr
 
 
@@ -217,26 +206,8 @@ def test_rules_that_need_validation_images_say_so(run: Path, tmp_path: Path) -> 
 
 
 def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: Path, tmp_path: Path) -> None:
-    call(
-        "test.py",
-        "-r",
-        str(run / "best_model.pth"),
-        "-p",
-        "T",
-        "--out",
-        str(tmp_path / "alone"),
-        cwd=tmp_path,
-    )
-    call(
-        "test.py",
-        "-r",
-        str(run / "best_model.pth"),
-        "-p",
-        "all",
-        "--out",
-        str(tmp_path / "all"),
-        cwd=tmp_path,
-    )
+    call("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "--out", str(tmp_path / "alone"), cwd=tmp_path)
+    call("test.py", "-r", str(run / "best_model.pth"), "-p", "all", "--out", str(tmp_path / "all"), cwd=tmp_path)
     assert (tmp_path / "alone" / "T.csv").read_text() == (tmp_path / "all" / "T.csv").read_text()
 
 

@@ -59,10 +59,7 @@ def test_every_rule_is_built() -> None:
 
 def test_the_paper_protocol_puts_its_own_rankdice_behind_the_name() -> None:
     cfg = compose("train", ["protocol=paper"])
-    ours, theirs = (
-        build.rules(["rankdice"])["rankdice"],
-        build.rules(["rankdice"], cfg)["rankdice"],
-    )
+    ours, theirs = (build.rules(["rankdice"])["rankdice"], build.rules(["rankdice"], cfg)["rankdice"])
     assert theirs.keywords["app"] == 2 and theirs.keywords["truncate_mean"] is True
     assert ours.keywords.get("app", 0) == 0
 
@@ -80,17 +77,7 @@ def test_an_unknown_rule_names_what_there_is() -> None:
         build.rules(["rankdise"])
 
 
-PATHS = [
-    "~/data",
-    "/x/Bilder für alle",
-    "/x/(new)",
-    "it's",
-    "/x=1/#2",
-    "ü\\'a\\",
-    "ü\\\\",
-    "C:\\x",
-    "/plain/a b",
-]
+PATHS = ["~/data", "/x/Bilder für alle", "/x/(new)", "it's", "/x=1/#2", "ü\\'a\\", "ü\\\\", "C:\\x", "/plain/a b"]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -162,18 +149,6 @@ def test_what_is_not_a_stored_configuration_is_named() -> None:
 
 
 def test_differences_name_what_changes_numbers_and_nothing_else() -> None:
-    old = {
-        "seed": 0,
-        "num_workers": 0,
-        "optimizer": {"lr": 0.1},
-        "dataset": {"root": "a"},
-        "trainer": {"keep": 1},
-    }
-    new = {
-        "seed": 0,
-        "num_workers": 4,
-        "optimizer": {"lr": 0.2},
-        "dataset": {"root": "b"},
-        "trainer": {"keep": 2},
-    }
+    old = {"seed": 0, "num_workers": 0, "optimizer": {"lr": 0.1}, "dataset": {"root": "a"}, "trainer": {"keep": 1}}
+    new = {"seed": 0, "num_workers": 4, "optimizer": {"lr": 0.2}, "dataset": {"root": "b"}, "trainer": {"keep": 2}}
     assert stored.differences(old, new) == ["optimizer.lr: 0.1 -> 0.2"]

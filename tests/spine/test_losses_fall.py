@@ -33,12 +33,7 @@ RATES = {("deeplabv3plus", "lovasz"): ["optimizer.lr=0.02"]}  # with the default
 
 def run(data: Path, dataset: str, model: str, loss: str, steps: int = STEPS, *more: str) -> list[float]:
     """Losses of one batch at each update, and after the last, from random weights and without dropout."""
-    overrides = [
-        f"dataset={dataset}",
-        f"dataset.root={data / ROOTS[dataset]}",
-        f"model={model}",
-        f"loss={loss}",
-    ]
+    overrides = [f"dataset={dataset}", f"dataset.root={data / ROOTS[dataset]}", f"model={model}", f"loss={loss}"]
     sizes = [f"dataset.resize={CROP}", f"dataset.crop={CROP}", f"batch_size={BATCH}", "optimizer=sgd"]
     cfg = compose("train", [*overrides, *sizes, *more])
     torch.manual_seed(0)

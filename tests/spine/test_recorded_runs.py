@@ -148,11 +148,7 @@ def entry(recorded: dict[str, Any], case: tuple[str, float, float], rule: str) -
 def same_scores(ours: dict[str, Any], theirs: dict[str, Any], atol: float) -> None:
     """Every average, each class's too, NaN where theirs is; the loss in any case to its last recorded digit."""
     assert ours["test_loss"] == pytest.approx(theirs["test_loss"], abs=6e-6)
-    for key, name in (
-        ("pixel_accuracy", "Pixel_Accuracy"),
-        ("mean_iou", "Mean_IoU"),
-        ("mean_dice", "Mean_Dice"),
-    ):
+    for key, name in (("pixel_accuracy", "Pixel_Accuracy"), ("mean_iou", "Mean_IoU"), ("mean_dice", "Mean_Dice")):
         assert ours[key] == pytest.approx(theirs[name], abs=atol), key
     for key, name in (("class_iou", "Class_IoU"), ("class_dice", "Class_Dice")):
         wanted = {index: float(value) for index, value in theirs[name].items()}
@@ -228,20 +224,13 @@ def test_the_command_itself(recorded, checkpoint, voc, tmp_path, case) -> None:
     rules = [word for rule in RUNS[case] for word in ("-p", rule)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, *rules, "--out", str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=environment,
+        [*command, *rules, "--out", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert {path.stem for path in tmp_path.glob("*.json")} == set(RUNS[case])
     for rule in RUNS[case]:
         result, theirs = json.loads((tmp_path / f"{rule}.json").read_text()), entry(recorded, case, rule)
-        assert (result["protocol"], result["temperature"], result.get("threshold", 0.5)) == (
-            "paper",
-            *case[1:],
-        )
+        assert (result["protocol"], result["temperature"], result.get("threshold", 0.5)) == ("paper", *case[1:])
         assert result["images"] == ["img0", "img1", "img2", "img3", "img6", "img7"]
         same_scores(result["scores"], theirs, atol=5e-6 if rule in EXACT else 1.005e-3)
         counts = read_counts(tmp_path / f"{rule}.csv", result["images"])

@@ -42,10 +42,7 @@ SETTINGS = ("dataset=voc2012", "model=pspnet", "loss=ce", "optimizer=sgd", "prot
 # BatchNorm over two pooled values is all but a sign: with CE the first gradient has norm 327. When weights move by
 # some 1e-7 of themselves, the second loss (recorded 2.971) comes out between 2.942 and 3.028, and BatchNorm's last sum
 # (-4.06) between -4.54 and -2.50. BCE's gradients are smaller by far.
-TOLERANCE = {
-    "CrossEntropyLoss2d": (0.1, 0.2, 0.05, (0.3, 2.0)),
-    "BCEWithLogitsLoss2d": (5e-4, 0.02, 0.015, (0.3, 0.3)),
-}
+TOLERANCE = {"CrossEntropyLoss2d": (0.1, 0.2, 0.05, (0.3, 2.0)), "BCEWithLogitsLoss2d": (5e-4, 0.02, 0.015, (0.3, 0.3))}
 
 
 class Batches:

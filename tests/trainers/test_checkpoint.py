@@ -19,12 +19,7 @@ from trainers.checkpoint import Checkpoints, epoch_of, save
 
 
 def payload(number: int) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "model": {"w": torch.full((1000,), float(number))},
-        "epoch": number,
-        "training": {"n": number},
-    }
+    return {"format": 1, "model": {"w": torch.full((1000,), float(number))}, "epoch": number, "training": {"n": number}}
 
 
 def manage(folder: Path, keep: int = 0) -> Checkpoints:

@@ -20,29 +20,9 @@ import torch
 from torch import nn
 
 from configs.errors import TrainingError
-from tests.trainers.forked import (
-    ROOT,
-    SMALL,
-    begin,
-    ranks,
-    rows,
-    run_dir,
-    same,
-    start,
-    state,
-    train,
-    wait_for,
-)
+from tests.trainers.forked import ROOT, SMALL, begin, ranks, rows, run_dir, same, start, state, train, wait_for
 from tests.trainers.test_update import Net, batch
-from trainers.distributed import (
-    World,
-    gather_objects,
-    join_world,
-    max_over_ranks,
-    share_buffers,
-    unwrap,
-    wrap,
-)
+from trainers.distributed import World, gather_objects, join_world, max_over_ranks, share_buffers, unwrap, wrap
 from trainers.losses import CrossEntropy
 from trainers.update import Update
 
@@ -170,17 +150,7 @@ def test_train_stops_together_goes_on_and_rank_0_alone_speaks(pair: Path) -> Non
 
 def test_two_processes_score_as_one_and_each_image_once(pair: Path, tmp_path: Path) -> None:
     checkpoint = run_dir(pair) / "checkpoint-epoch2.pth"
-    arguments = (
-        "-r",
-        str(checkpoint),
-        "-p",
-        "all",
-        "-p",
-        "auto",
-        "split=val",
-        "gate=fit",
-        "calibrate=temperature",
-    )
+    arguments = ("-r", str(checkpoint), "-p", "all", "-p", "auto", "split=val", "gate=fit", "calibrate=temperature")
     arguments += ("--device", "cpu")
     join(both("test.py", (*arguments, "--out", str(tmp_path / "two")), tmp_path))
     fitted = checkpoint.with_name("checkpoint-epoch2.fitted.json")
@@ -188,13 +158,7 @@ def test_two_processes_score_as_one_and_each_image_once(pair: Path, tmp_path: Pa
     fitted.unlink()
     alone = begin("test.py", *arguments, "--out", str(tmp_path / "one"), log=tmp_path / "alone.txt")
     join([alone], (0,))
-    assert {entry["kind"] for entry in by_two["entries"]} >= {
-        "temperature",
-        "T_fit",
-        "pooled_dice",
-        "rankdice",
-        "auto",
-    }
+    assert {entry["kind"] for entry in by_two["entries"]} >= {"temperature", "T_fit", "pooled_dice", "rankdice", "auto"}
     assert by_two == json.loads(fitted.read_text())
     for rule in ("T", "T_fit", "max", "rankdice", "pooled_dice", "auto"):
         one, two = (json.loads((tmp_path / part / f"{rule}.json").read_text()) for part in ("one", "two"))

@@ -72,10 +72,7 @@ def test_charts_hold_every_rule_of_one_score(events: EventAccumulator) -> None:
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {chart.title: chart.multiline.tag[0] for part in layout.category for chart in part.chart}
     tags = events.Tags()["scalars"]
-    for title, prefix in (
-        ("mean_dice", "val/mean_dice/"),
-        ("traffic_light", "val_class_dice/traffic_light/"),
-    ):
+    for title, prefix in (("mean_dice", "val/mean_dice/"), ("traffic_light", "val_class_dice/traffic_light/")):
         chosen = [tag for tag in tags if re.search(charts[title], tag)]
         assert chosen == [prefix + "T", prefix + "rankdice_nonoverlap"]
     assert "car__1_" in charts

@@ -46,11 +46,7 @@ def test_a_launcher_whose_plugin_is_missing_says_what_to_install(tmp_path: Path)
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     ("launcher", "module"),
-    [
-        ("joblib", "hydra_joblib_launcher"),
-        ("local", "hydra_submitit_launcher"),
-        ("ray", "hydra_ray_launcher"),
-    ],
+    [("joblib", "hydra_joblib_launcher"), ("local", "hydra_submitit_launcher"), ("ray", "hydra_ray_launcher")],
 )
 def test_every_cell_of_a_sweep_is_trained(launcher: str, module: str, tmp_path: Path) -> None:
     pytest.importorskip(f"hydra_plugins.{module}")

@@ -44,10 +44,7 @@ both_ways = pytest.mark.parametrize("legacy", [False, True], ids=["corrected", "
 
 
 def batch(
-    seed: int = 0,
-    shape: tuple[int, ...] = (2, 4, 3, 5),
-    void: float = 0.25,
-    dtype: torch.dtype = torch.float64,
+    seed: int = 0, shape: tuple[int, ...] = (2, 4, 3, 5), void: float = 0.25, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Random logits and labels of which a share is void; classes 0 and C-1 do not occur."""
     generator = torch.Generator().manual_seed(seed)
@@ -384,9 +381,5 @@ def test_losses_equal_the_full_recordings(recordings: Path, name: str, case: str
     data = np.load(recordings / "full/losses.npz")
     recorded = f"{case}_{ORIGINAL_NAMES[name]}"
     assert_recorded(
-        name,
-        data[f"{case}_logits"],
-        data[f"{case}_target"],
-        data[f"{recorded}_loss"].item(),
-        data[f"{recorded}_grad"],
+        name, data[f"{case}_logits"], data[f"{case}_target"], data[f"{recorded}_loss"].item(), data[f"{recorded}_grad"]
     )

@@ -14,14 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainers.metrics import (
-    PAPER_EPSILON,
-    Counts,
-    count,
-    encode,
-    mean_over_classes,
-    summary,
-)
+from trainers.metrics import PAPER_EPSILON, Counts, count, encode, mean_over_classes, summary
 
 VOID = 255
 

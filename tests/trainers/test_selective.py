@@ -9,14 +9,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from trainers.selective import (
-    _resampled_aurc,
-    aurc,
-    compare_aurc,
-    conformal_margin,
-    resplit_coverages,
-    risk_coverage,
-)
+from trainers.selective import _resampled_aurc, aurc, compare_aurc, conformal_margin, resplit_coverages, risk_coverage
 
 
 def test_risk_coverage_by_hand() -> None:
@@ -46,10 +39,7 @@ def test_comparison_tells_a_better_order_from_a_worse_one() -> None:
     risk = torch.rand(150, generator=generator).double()
     noise = torch.randn(150, generator=generator).double()
     found = compare_aurc(
-        {"none": torch.zeros(150), "good": -risk + 0.1 * noise, "poor": -risk + 2 * noise},
-        risk,
-        "poor",
-        resamples=300,
+        {"none": torch.zeros(150), "good": -risk + 0.1 * noise, "poor": -risk + 2 * noise}, risk, "poor", resamples=300
     )
     assert found["poor"].gain == 0 and found["poor"].gain_interval == (0, 0)
     assert found["good"].gain_interval[0] > 0

@@ -183,10 +183,7 @@ def test_the_validation_is_not_repeated_where_it_was_done(whole: tuple[Any, ...]
             ChildProcessError("a loader process died, or gave nothing for 300 s (x): set num_workers=0"),
             "gave nothing for 300 s",
         ),
-        (
-            RuntimeError("[../gloo/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:3"),
-            "another process",
-        ),
+        (RuntimeError("[../gloo/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:3"), "another process"),
         (RuntimeError("CUDA error: out of memory"), "smaller batch_size"),
     ],
 )

@@ -84,13 +84,9 @@ def test_latex_prints_every_character(name: str) -> None:
     text = latex_text(name)
     assert text.isprintable() and not text.startswith(("[", "*"))
     commands = set(re.findall(r"\\[a-zA-Z]+", text))
-    assert commands <= {
-        "\\textbackslash",
-        "\\textasciitilde",
-        "\\textasciicircum",
-        "\\textbar",
-        "\\textless",
-    } | {"\\textgreater"}
+    assert commands <= {"\\textbackslash", "\\textasciitilde", "\\textasciicircum", "\\textbar", "\\textless"} | {
+        "\\textgreater"
+    }
     assert text.count("{") == text.count("}")
     assert re.fullmatch(r"[A-Za-z0-9_:.-]*", latex_label(name))
 
