@@ -7,8 +7,8 @@ pixels of the whole split. Sums over millions of pixels concentrate, so for a ma
     E[pooled IoU]   =    Σ_{j∈A} p_j / (|A| + Σ p - Σ_{j∈A} p_j)
 
 The best mask keeps the pixels of probability θ or more in all images. With D the largest Dice, θ = D / 2; it is the
-root of Σ (p - θ)_+ = θ Σ p. For the IoU, with J the largest IoU, θ = J / (1 + J). Every mask has J = D / (2 - D), so both
-cut-offs are the same number, and one set of masks maximises both scores.
+root of Σ (p - θ)_+ = θ Σ p. For the IoU, with J the largest IoU, θ = J / (1 + J). Every mask has J = D / (2 - D), so
+both cut-offs are the same number, and one set of masks maximises both scores.
 
 A histogram of the probabilities is enough, and no labels are needed. Its bins are the float16 numbers in [0, 1]: the
 bits of non-negative floats, read as integers, have the order of the floats. The spacing is 2^-12 between 1/4 and 1/2,
