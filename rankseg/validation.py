@@ -20,6 +20,8 @@ _ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5, t
 
 # Beyond this value the denominators volume + smooth are no longer whole numbers of pixels in float64.
 LARGEST_SMOOTH = 1e15
+# The reciprocal of a smaller number is infinite, or is not after a few products.
+SMALLEST_SMOOTH = 1e-300
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -151,14 +153,17 @@ def plain(tensor: Tensor, name: str) -> Tensor:
 
 
 def check_smooth(smooth: float) -> float:
-    """Return `smooth` as a float in [0, `LARGEST_SMOOTH`], or raise TypeError / ValueError."""
+    """Return `smooth` as 0.0 or a float from `SMALLEST_SMOOTH` to `LARGEST_SMOOTH`, or raise TypeError / ValueError.
+
+    A smaller number above 0 is raised, which changes no score by more than `SMALLEST_SMOOTH`.
+    """
     if isinstance(smooth, bool) or not isinstance(smooth, Real):
         raise TypeError(f"smooth must be a number, got {smooth!r}; 0.0 is the plain score")
     if not 0 <= smooth <= LARGEST_SMOOTH:
         raise ValueError(
             f"smooth={smooth!r} is invalid: expected a number from 0 to {LARGEST_SMOOTH:g}; 0.0 is the plain score"
         )
-    return float(smooth)
+    return max(float(smooth), SMALLEST_SMOOTH) if smooth else 0.0
 
 
 def check_masks(masks: Tensor, probs: Tensor) -> Tensor:

@@ -164,9 +164,12 @@ def _auto_table(args: argparse.Namespace, folders: Sequence[Path]) -> str:
     for folder in folders:
         gains = auto_gains(folder, args.metric, args.auto, args.seed)
         record = read_rule(folder, "T", args.metric).record
-        by_loss.setdefault(record["loss"], []).append(gains)
         chosen = ", ".join(f"{rule} {count}" for rule, count in gains["chosen"].items())
-        name = f"{record['dataset']['name']}, {record['model']}, {record['loss']}, {record['seed']}"
+        try:
+            name = f"{record['dataset']['name']}, {record['model']}, {record['loss']}, {record['seed']}"
+            by_loss.setdefault(record["loss"], []).append(gains)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder}/T.json: no key {error}. Fix: score again with test.py.") from None
         rows.append([name, f"{gains['rankdice']:+.2f}", f"{gains['auto']:+.2f}", chosen])
     for loss, found in by_loss.items():
         means = [sum(one[rule] for one in found) / len(found) for rule in ("rankdice", "auto")]

@@ -82,6 +82,7 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
     try:
         record = read_json(sidecar)
         stated = record["scores"]["mean_dice"]
+        stated = None if stated is None else float(stated)
         counts = read_counts(table)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         detail = f"no column or key {error}" if isinstance(error, KeyError) else error
@@ -164,7 +165,8 @@ def compare(
         return [group_of[image] for image in images] if group_of else None
 
     values = [100 * value for value in pairs.values()]
-    names = rule.record.get("classes") or []
+    listed = rule.record.get("classes")
+    names = [str(name) for name in listed] if isinstance(listed, list) else []
     one, other, classes = baseline.by_class(), rule.by_class(), []
     for c in sorted(one.keys() | other.keys()):
         found, missing = pair(baseline.of_class(c), rule.of_class(c))
@@ -227,10 +229,10 @@ def over_seeds(found: Sequence[dict[str, Any]], scores: Sequence[RuleScores]) ->
 
 def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return mean and range over runs of the mean difference, and of each class that has one in every run."""
-    by_run = [{row["name"]: row["mean"] for row in run["classes"]} for run in runs]
+    by_run = [{(row["class"], row["name"]): row["mean"] for row in run["classes"]} for run in runs]
     classes = []
-    for name in by_run[0]:
-        means = [found.get(name, math.nan) for found in by_run]
+    for key in by_run[0]:
+        means, name = [found.get(key, math.nan) for found in by_run], key[1]
         if not any(map(math.isnan, means)):
             classes.append({"name": name, **_spread(means)})
     return {**_spread([run["mean"] for run in runs]), "classes": classes}

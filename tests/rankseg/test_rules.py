@@ -315,6 +315,19 @@ def test_smooth_has_a_limit(smooth: float, probs: torch.Tensor) -> None:
         rankseg.expected_iou(probs, probs > 0.5, smooth=smooth)
 
 
+@pytest.mark.parametrize("smooth", [5e-324, 1e-310, 1e-308, 1e-300])
+@pytest.mark.parametrize("allow_overlap", [True, False])
+def test_a_subnormal_smooth_is_read_as_nearly_0(smooth: float, allow_overlap: bool, probs: torch.Tensor) -> None:
+    """1 / smooth overflows."""
+    for call, expected in ((rankseg.rank_dice, rankseg.expected_dice), (rankseg.rank_iou, rankseg.expected_iou)):
+        found, known = (
+            call(probs, smooth=x, pruning=False, allow_overlap=allow_overlap).predict for x in (smooth, 1e-100)
+        )
+        assert torch.equal(found, known) and found.any()
+        scores, same = (expected(probs, found, smooth=x) for x in (smooth, 1e-100))
+        torch.testing.assert_close(scores, same, rtol=1e-12, atol=0)
+
+
 def test_imports_torch_alone() -> None:
     """The package works with torch and the standard library, and so does every module of it."""
     import ast
