@@ -143,7 +143,7 @@ class Fitter:
         found = held_out_fit(
             fit_temperature if kind == "temperature" else fit_calibration,
             self.network,
-            self._loader(self._val(f"calibrate={kind}")),
+            self.batches(self._val(f"calibrate={kind}")),
             self.link,
             self.world,
             ignore_index=self.cfg.dataset.ignore_index,
@@ -278,11 +278,11 @@ class Fitter:
             self._validation = build.dataset(self.cfg, "val")
         return self._validation
 
-    def _loader(self, data: SegmentationDataset) -> Iterable[Any]:
+    def batches(self, data: SegmentationDataset) -> Iterable[Any]:
         """Return the batches of a split."""
         return build.eval_loader(self.cfg, data, self.world)
 
-    def _scoring(self, data: SegmentationDataset) -> Scoring:
+    def scoring(self, data: SegmentationDataset) -> Scoring:
         """Return the conventions that a split is scored by."""
         return build.scoring(self.cfg, data.info)
 
@@ -296,13 +296,13 @@ class Fitter:
 
     def _threshold_table(self) -> ThresholdTable:
         data = self._val("rule T_fit")
-        loader, scoring = self._loader(data), self._scoring(data)
+        loader, scoring = self.batches(data), self.scoring(data)
         return threshold_table(self.network, loader, self.to_probs(), scoring, self.world, self.precision)
 
     def _pool(self, node: Any, scored: SegmentationDataset | None) -> dict[str, Any]:
         if scored is None:
             raise UserError(f"rule {node.name} needs a split to pool. Fix: score it with test.py.")
-        loader = self._loader(scored)
+        loader = self.batches(scored)
         histogram = probability_histogram(self.network, loader, self.to_probs(), self.world, self.precision)
         return {"at": histogram.cutoffs(node.score, bool(node.pruning)).tolist()}
 
@@ -311,10 +311,10 @@ class Fitter:
         data = self._val(progress)
         return evaluate(
             self.network,
-            self._loader(data),
+            self.batches(data),
             rules,
             self._loss(),
-            self._scoring(data),
+            self.scoring(data),
             self.world,
             to_probs=self.to_probs(),
             precision=self.precision,

@@ -1,4 +1,7 @@
-"""Commands around the experiments. Only other commands and the tests import them."""
+"""Commands around the experiments. Only other commands and the tests import them.
+
+Functions here raise UserError for bad input; `configs.cli.run_cli` prints it in one line.
+"""
 
 from pathlib import Path
 

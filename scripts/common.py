@@ -41,6 +41,14 @@ def check_checkpoint_options(args: argparse.Namespace) -> None:
         raise UserError(f"--alpha {args.alpha:g} is invalid: expected a number between 0 and 1. Fix: --alpha 0.1")
 
 
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raise UserError for a numeric option below its least value."""
+    for name, value in least.items():
+        given = getattr(args, name)
+        if given is not None and given < value:
+            raise UserError(f"--{name}={given} is invalid: expected an integer >= {value}.")
+
+
 def add_run_options(parser: argparse.ArgumentParser, overrides: str) -> None:
     """Add the arguments of a command about one run: the run, --device, and overrides with their help."""
     parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint")
@@ -82,9 +90,6 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
 
     Image decoding and disks release Python's lock. At most ``workers + 1`` results wait to be used, so memory is
     bounded. An exception of ``function`` is raised in the place of its result.
-
-    Raises:
-        UserError: fewer than one worker.
     """
     if workers < 1:
         raise UserError(f"workers={workers} is invalid: expected a whole number >= 1")

@@ -24,13 +24,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle thread
 from configs import build
 from configs.cli import run_cli
 from configs.compose import options
-from configs.errors import ConfigError, UserError, one_line
+from configs.errors import UserError, one_line
 from configs.files import write_json
 from configs.fitting import Fitter, is_calibrated
 from scripts import ROOT
 from scripts.analysis import charts
-from scripts.analysis.confidence import assess, known_pairs
-from scripts.common import add_checkpoint_options, check_checkpoint_options, command_line, load_run
+from scripts.analysis.measure import assess, known_pairs
+from scripts.common import add_checkpoint_options, check_checkpoint_options, check_least, command_line, load_run
 from trainers.distributed import World, join_world
 from trainers.reproducibility import provenance
 from trainers.results import results_folder
@@ -49,8 +49,7 @@ def arguments() -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help="as for test.py: calibrate=temperature, gate=fit")
     args = parser.parse_intermixed_args()
     check_checkpoint_options(args)
-    if args.resplits < 1:
-        raise ConfigError(f"--resplits {args.resplits} is invalid: expected an integer >= 1. Fix: --resplits 200")
+    check_least(args, resplits=1)
     return args
 
 
@@ -69,9 +68,8 @@ def measure(args: argparse.Namespace, world: World) -> Path | None:
     rule = fitter.rules([name], data)[0][name]
 
     def record(split: str, images: Any) -> MaskRecord:
-        loader, scoring = build.eval_loader(cfg, images, world), build.scoring(cfg, images.info)
-        title = f"{cfg.dataset.name} {split}"
-        return record_masks(network, loader, rule, to_probs, scoring, world, fitter.precision, title)
+        batches, scoring, title = fitter.batches(images), fitter.scoring(images), f"{cfg.dataset.name} {split}"
+        return record_masks(network, batches, rule, to_probs, scoring, world, fitter.precision, title)
 
     fitted, on = record(args.fit, held_out), record(args.on, data)
     found = assess(on, known_pairs(fitted), args.alpha, args.resplits)

@@ -29,11 +29,7 @@ from trainers.checkpoint import FORMAT, save
 
 
 def convert(source: Path) -> dict[str, Any]:
-    """Return a released checkpoint as the dictionary that ``trainers.checkpoint`` describes.
-
-    Raises:
-        CheckpointError: the file cannot be read, or is not a released checkpoint.
-    """
+    """Return a released checkpoint as the dictionary that ``trainers.checkpoint`` describes."""
     checkpoint = read_checkpoint(source)
     if checkpoint.get("format") == FORMAT and not is_published(checkpoint):
         raise CheckpointError(f"checkpoint {source} is in this project's format already; test.py -r reads it")

@@ -47,7 +47,7 @@ from configs.files import read_json, require_writable, write_json, write_text
 from rankseg.calibration import Reliability
 from scripts import ROOT
 from scripts.analysis.scores import compare, read_rule
-from scripts.common import ahead, command_line
+from scripts.common import ahead, check_least, command_line
 from scripts.decoding.arrays import write_array
 from scripts.decoding.cases import Folder, first_label, named
 from scripts.decoding.labelled import FolderFitter, write_report
@@ -62,8 +62,9 @@ from scripts.decoding.rules import (
     select,
 )
 from scripts.paired_statistics import markdown
+from scripts.report import facts_of_report
 from trainers.distributed import pick_device
-from trainers.evaluator import Scoring
+from trainers.evaluator import Scoring, probability_scores
 from trainers.metrics import Counts
 from trainers.reproducibility import provenance
 from trainers.results import EvalResult, comparison, fingerprint
@@ -138,17 +139,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.predictor = list(dict.fromkeys(args.predictor))
     if args.unassigned not in ("void", "max"):
         args.unassigned = _integers("--unassigned", args.unassigned)[0]
-        if not -(2**31) <= args.unassigned < 2**31:
-            raise UserError(f"--unassigned {args.unassigned} is invalid: expected an integer of 32 bits.")
-    if not -(2**31) <= args.void < 2**31:
-        raise UserError(f"--void {args.void} is invalid: expected an integer of 32 bits.")
+    for name, value in (("unassigned", args.unassigned), ("void", args.void)):
+        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+            raise UserError(f"--{name} {value} is invalid: expected an integer of 32 bits.")
     args.scored = None if args.scored is None else _integers("--scored", args.scored)
     if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature:g} is invalid: expected a number above 0.")
     if args.report and not args.labels:
         raise UserError("--report needs labels. Fix: pass --labels FOLDER.")
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers} is invalid: expected an integer >= 1.")
+    check_least(args, workers=1)
     return args
 
 
@@ -157,6 +156,11 @@ def _integers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{option} {text} is invalid: expected integers, such as 1,2.") from None
+
+
+def _nan_for_null(values: list[float | None]) -> list[float]:
+    """Return numbers as they were before JSON, which has no NaN."""
+    return [math.nan if value is None else value for value in values]
 
 
 class Job:
@@ -259,23 +263,15 @@ class Job:
         scored = tuple(self.args.scored or range(first, classes))
         if not set(scored) <= set(range(classes)):
             raise UserError(f"--scored {self.args.scored} is invalid: labels are 0 to {classes - 1}.")
-        likelihoods = [record["likelihood"] for record in records.values() if None not in record["likelihood"]]
-        log_loss, brier = torch.tensor(likelihoods or [[math.nan] * 2], dtype=torch.float64).mean(0).tolist()
-        ratios = enumerate(reliability.volume_ratio().tolist(), first)
-        of_probs = {
-            "ece": reliability.ece(),
-            "classwise_ece": float(reliability.classwise_ece().nanmean()),
-            "log_loss": log_loss,
-            "brier": brier,
-            "volume_ratio": {str(c): ratio for c, ratio in ratios},
-        }
+        likelihoods = [_nan_for_null(record["likelihood"]) for record in records.values()]
+        of_probs = probability_scores(reliability, torch.tensor(likelihoods, dtype=torch.float64), first)
         details = self._details(list(records), classes, failed)
         results = {}
         for rule in self.rules:
             rows = [record["rules"][rule] for record in records.values()]
             counts = Counts.cat([counts_of(row["counts"]) for row in rows])
             summary = Scoring(classes, scored, self.args.void).summary(counts)
-            sure = [[math.nan if x is None else x for x in row["confidence"]] for row in rows if "confidence" in row]
+            sure = [_nan_for_null(row["confidence"]) for row in rows if "confidence" in row]
             results[rule] = EvalResult(
                 predictor=rule,
                 names=list(records),
@@ -308,17 +304,14 @@ class Job:
 
     def report(self, failed: dict[str, str]) -> Path:
         """Write OUT/report/index.html over the cases that did not fail; return its path."""
-        data, args, now = self.folder, self.args, provenance(ROOT)
+        data, args = self.folder, self.args
         data.failed = {name: problem for name, problem in failed.items() if name in data.cases}
         facts = {
             "probabilities": args.probs,
             "labels": args.labels,
             "cases": f"{len(data)}, fingerprint {data.fingerprint()}",
             "fitted on": " and ".join(map(str, args.fit or ())),
-            "command": now["command"],
-            "date": now["date"],
-            "code": now["git_sha"],
-            "versions": ", ".join(f"{name} {version}" for name, version in now["versions"].items()),
+            **facts_of_report(),
         }
         title = f"Saved probabilities: {args.probs.resolve().name}"
         classes = self._classes(data.channels + data.first)[data.first :]

@@ -36,7 +36,7 @@ from configs.files import finite_or_none
 from scripts.analysis import charts
 from scripts.analysis.scores import compare, over_seeds, read_rule, result_folder, rules_in
 from scripts.analysis.statistics import HARM, RESAMPLES
-from scripts.common import command_line
+from scripts.common import check_least, command_line
 from trainers.text import markdown_table, markdown_text
 from trainers.tuning import choose
 
@@ -181,7 +181,9 @@ def _auto_table(args: argparse.Namespace, folders: Sequence[Path]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
-    _check(args)
+    check_least(args, resamples=1, seed=0, auto=0)
+    if not 0 < args.confidence < 1:
+        raise UserError(f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95.")
     folders = [result_folder(run, args.protocol) for run in args.runs]
     if args.auto:
         print(_auto_table(args, folders), end="")
@@ -205,15 +207,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot(found, args.plot)
         print(f"written: {args.plot}", file=sys.stderr)
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Raise UserError for arguments without a meaning, before any file is read."""
-    if not 0 < args.confidence < 1:
-        raise UserError(f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95.")
-    for name, least in (("resamples", 1), ("seed", 0), ("auto", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}={getattr(args, name)} is invalid: expected an integer >= {least}.")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,9 +30,16 @@ from configs.files import file_sha256
 from scripts import ROOT
 from scripts.common import command_line
 from scripts.tables.layout import Table, csv_tables, latex, markdown
-from scripts.tables.ours import our_tables, problem_count
 from scripts.tables.published import compared_tables, load_published, published_tables, read_expected, violations
-from scripts.tables.results import Groups, Problem, group_seeds, read_results, short_variant
+from scripts.tables.results import (
+    Groups,
+    Problem,
+    group_seeds,
+    our_tables,
+    problem_count,
+    read_results,
+    short_variant,
+)
 
 MODES = ("published", "ours", "both")
 FORMATS = ("md", "csv", "tex")
@@ -166,11 +173,7 @@ def generated(root: Path, groups: Groups, problems: Sequence[Problem]) -> dict[P
 
 
 def inject(text: str, named: Mapping[str, str], page: str = "README.md") -> str:
-    """Put each table of a page between its markers, `<!-- table:NAME -->` and `<!-- /table:NAME -->`.
-
-    Raises:
-        UserError: a marker has no partner or names a table that does not exist.
-    """
+    """Put each table of a page between its markers, `<!-- table:NAME -->` and `<!-- /table:NAME -->`."""
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]

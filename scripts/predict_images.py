@@ -32,7 +32,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -41,7 +41,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
@@ -57,14 +56,11 @@ from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
 from scripts.common import add_checkpoint_options, ahead, check_checkpoint_options, command_line, default_workers
 from scripts.inference import files
-from scripts.inference.files import Outputs, dataset_info, refuse_collisions, settle
-from scripts.inference.review import Review
-from scripts.inference.windows import View, label_map, probabilities
+from scripts.inference.files import Outputs, Review, dataset_info, refuse_collisions, settle
+from scripts.inference.windows import WHOLE, WINDOW, View, label_map, probabilities
 from trainers.distributed import World, pick_device
 from trainers.forward import logits_of
 
-WHOLE = 4 << 20  # pixels up to which an image goes through the network at once
-WINDOW = 1024  # side of the windows of larger ones
 SOME_FAILED = 1
 OUT_OF_MEMORY = re.compile("out of memory|OutOfMemory|can't allocate memory|not enough memory|MemoryError")
 
@@ -149,8 +145,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]:
-    """Return how to look at an image of a given size."""
+def _view(args: argparse.Namespace, cfg: DictConfig) -> View:
+    """Return how images are looked at."""
     try:
         scales = tuple(float(scale) for scale in args.scales.split(","))
     except ValueError:
@@ -158,15 +154,7 @@ def _view(args: argparse.Namespace, cfg: DictConfig) -> Callable[[Tensor], View]
     resize: Any = OmegaConf.to_container(cfg.dataset)["resize"]  # type: ignore[index,call-overload]
     if cfg.protocol.legacy_preprocessing:
         resize = cfg.dataset.eval_crop  # the paper's networks are scored on images of this shorter side
-
-    def view(pixels: Tensor) -> View:
-        window = args.window
-        if window is None:
-            window = WINDOW if pixels[0].numel() > WHOLE else 0
-        return View(window or None, args.overlap, scales, args.flip, resize, args.batch, scratch=args.out)
-
-    view(torch.empty(1, 1))  # reject impossible options before the work starts
-    return view
+    return View(args.window, args.overlap, scales, args.flip, resize, args.batch, scratch=args.out)
 
 
 def _review(args: argparse.Namespace, fitter: Fitter, rule: str, info: DatasetInfo) -> Review | None:
@@ -207,9 +195,7 @@ def _read(path: Path) -> files.Picture | DatasetError:
 class Segmenter:
     """A network, a rule and a view: pictures in, files out."""
 
-    def __init__(
-        self, fitter: Fitter, rule: str, info: DatasetInfo, view: Callable[[Tensor], View], review: Review | None
-    ) -> None:
+    def __init__(self, fitter: Fitter, rule: str, info: DatasetInfo, view: View, review: Review | None) -> None:
         self.fitter, self.info, self.view, self.review = fitter, info, view, review
         self.rule = fitter.rules([rule])[0][rule]
         self.to_probs = getattr(self.rule, "to_probs", fitter.to_probs())
@@ -223,8 +209,8 @@ class Segmenter:
     def __call__(self, picture: files.Picture, outputs: Outputs, image: str) -> None:
         """Segment one picture, whose name is `image`, and write its files."""
         pixels, orientation = picture
-        view, device = self.view(pixels), self.fitter.world.device
-        probs = probabilities(pixels, self.forward, self.to_probs, self.normalise, view, device)
+        device = self.fitter.world.device
+        probs = probabilities(pixels, self.forward, self.to_probs, self.normalise, self.view, device)
 
         def save_mask(index: int, mask: Tensor) -> None:
             if outputs.masks:

@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
@@ -28,13 +28,9 @@ from configs.files import lock_file, shell_word
 from datasets import DatasetError
 from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images
 from scripts.common import command_line, default_workers
-from scripts.prepare.catalog import CATALOG, Archive, Entry
+from scripts.prepare.catalog import CATALOG, Archive
 from scripts.prepare.fetching import download, fetch_cityscapes, find_cityscapes_downloader, unpack
 from scripts.prepare.splitting import PUBLISHED, make_split, published_split, write_split
-
-if TYPE_CHECKING:
-    from datasets import DatasetInfo
-    from scripts.prepare.checking import Report  # needs torch, as `stats` does: imported where it is used
 
 FAULTY = 1
 SHOWN = 50
@@ -92,16 +88,8 @@ def _list(args: argparse.Namespace) -> int:
     """Print the catalogue."""
     if args.json:
         keys = ("about", "size", "licence", "home", "tree")
-        _print_json(
-            {
-                entry.name: {
-                    **{key: getattr(entry, key) for key in keys},
-                    "root": str(entry.root),
-                    "fetch": entry.archive is not None,
-                }
-                for entry in CATALOG.values()
-            }
-        )
+        fetchable = {name: {"root": str(e.root), "fetch": e.archive is not None} for name, e in CATALOG.items()}
+        _print_json({name: {k: getattr(e, k) for k in keys} | fetchable[name] for name, e in CATALOG.items()})
         return 0
     for entry in CATALOG.values():
         print(f"{entry.name}\n  {entry.about}")
@@ -115,39 +103,36 @@ def _list(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     """Read every file of the splits; the exit code is 0 only without faults."""
-    from scripts.prepare.checking import check
+    from scripts.prepare.checking import check  # needs torch
 
     entry = CATALOG[args.name]
     root = args.root or entry.root
     splits = entry.splits(root, args.split, args.classes)
     report = check(args.name, root, splits, args.workers, progress=not args.quiet)
+    number = len(report.faults)
     if args.json:
         _print_json(report.as_json())
-    else:
-        info = next(iter(splits.values())).info
-        _print_report(report, entry, info, args.classes, None if args.all else SHOWN)
-    return FAULTY if report.faults else 0
-
-
-def _print_report(report: Report, entry: Entry, info: DatasetInfo, classes: Path | None, shown: int | None) -> None:
+        return FAULTY if number else 0
+    shown = number if args.all else SHOWN
     for fault in report.faults[:shown]:
         print(one_line(f"{fault.split}: {fault.message}"))
-    if shown and len(report.faults) > shown:
-        print(f"... and {len(report.faults) - shown} more (--all lists them)")
+    if number > shown:
+        print(f"... and {number - shown} more (--all lists them)")
     for note in report.notes:
         print(one_line(f"note: {note}"))
+    info = next(iter(splits.values())).info
     sizes = ", ".join(f"{split} {size}" for split, size in report.splits.items())
-    count = len(report.faults)
-    verdict = f"{count or 'no'} fault{'s' * (count > 1)}"
+    verdict = f"{number or 'no'} fault{'s' * (number > 1)}"
     print(one_line(f"{report.dataset} in {report.root}: {sizes} images, {info.num_classes} classes, {verdict}"))
-    if not report.faults and {"train", "val"} <= set(report.splits):
+    if not number and {"train", "val"} <= set(report.splits):
         words = [f"dataset={entry.name}", f"dataset.root={report.root}"]
         if entry.name == "folder":
             words += [f"dataset.num_classes={info.num_classes}"]
             words += [f"dataset.ignore_index={info.ignore_index}"] * (info.ignore_index != 255)
-            words += [f"dataset.classes={classes}"] * (classes is not None)
+            words += [f"dataset.classes={args.classes}"] * (args.classes is not None)
         words += ["dataset.splits.test=test"] * ("test" in report.splits)
         print(f"train on it: python train.py {' '.join(map(shell_word, words))}")
+    return FAULTY if number else 0
 
 
 def _stats(args: argparse.Namespace) -> int:
@@ -158,7 +143,7 @@ def _stats(args: argparse.Namespace) -> int:
     results = {}
     for split in args.split or ["train"]:
         data = entry.open(args.root or entry.root, split, args.classes)
-        results[split] = count(data, args.workers, progress=not args.quiet).as_json(data.info)
+        results[split] = count(data, args.workers, progress=not args.quiet)
     if args.json:
         _print_json(results)
         return 0
@@ -179,55 +164,44 @@ def _fetch(args: argparse.Namespace) -> int:
     """Download, or print what to do."""
     entry = CATALOG[args.name]
     root = (args.root or entry.root).expanduser()
-    if entry.complete(root):
-        return _fetched(args, entry, root, "there already")
     downloader = find_cityscapes_downloader() if entry.name == "cityscapes" else None
-    if downloader is not None:
+    status, steps = "fetched", []
+    if entry.complete(root):
+        status = "there already"
+    elif downloader is not None:
         fetch_cityscapes(downloader, root, args.keep)
-        return _fetched(args, entry, root, "fetched")
-    if entry.archive is None:
-        steps = [step.format(root=shell_word(str(root))) for step in entry.steps]
-        if args.json:
-            _print_json({"name": entry.name, "root": str(root), "status": "by hand", "steps": steps})
-        else:
-            print(f"{entry.name} cannot be fetched by a script ({entry.licence}):")
-            print("\n".join(f"  {k}. {step}" for k, step in enumerate(steps, 1)))
-        return 0
-    print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
-    path = root.parent / entry.archive.file
-    with lock_file(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
-        if entry.complete(root):  # by the process that was waited for
-            return _fetched(args, entry, root, "there already")
-        entry.refuse_half(root)
-        _download(args, entry.archive, path, root)
-    return _fetched(args, entry, root, "fetched")
+    elif entry.archive is not None:
+        print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
+        path = root.parent / entry.archive.file
+        with lock_file(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
+            if entry.complete(root):  # by the process that was waited for
+                status = "there already"
+            else:
+                entry.refuse_half(root)
+                _download(args, entry.archive, path, root)
+    else:
+        status, steps = "by hand", [step.format(root=shell_word(str(root))) for step in entry.steps]
+    if args.json:
+        _print_json({"name": entry.name, "root": str(root), "status": status, "steps": steps})
+    elif steps:
+        print(f"{entry.name} cannot be fetched by a script ({entry.licence}):")
+        print("\n".join(f"  {k}. {step}" for k, step in enumerate(steps, 1)))
+    else:
+        print(one_line(f"{entry.name}: {status}, in {root}"))
+        print(f"next: python scripts/prepare_data.py check {entry.name} --root {shell_word(str(root))}")
+    return 0
 
 
 def _download(args: argparse.Namespace, archive: Archive, path: Path, root: Path) -> None:
     """Fetch an archive to a path and unpack it into a folder."""
     other = args.url is not None and args.checksum is not None  # a stranger's archive has a size of its own
-    digest = download(
-        args.url or archive.urls,
-        path,
-        size=None if other else archive.size,
-        checksum=args.checksum or archive.checksum,
-        attempts=args.attempts,
-        progress=not args.quiet,
-    )
-    if not (args.checksum or archive.checksum):
+    size, checksum = None if other else archive.size, args.checksum or archive.checksum
+    digest = download(args.url or archive.urls, path, size, checksum, args.attempts, progress=not args.quiet)
+    if not checksum:
         print(f"no checksum is published; this is {digest} (pin it with --checksum)", file=sys.stderr)
     unpack(path, root, archive.inside)
     if not args.keep:
         path.unlink()
-
-
-def _fetched(args: argparse.Namespace, entry: Entry, root: Path, status: str) -> int:
-    if args.json:
-        _print_json({"name": entry.name, "root": str(root), "status": status, "steps": []})
-    else:
-        print(one_line(f"{entry.name}: {status}, in {root}"))
-        print(f"next: python scripts/prepare_data.py check {entry.name} --root {shell_word(str(root))}")
-    return 0
 
 
 def _split(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ Exit codes: 0 done, 2 bad input.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,10 +29,19 @@ from configs.errors import one_line
 from configs.files import file_sha256, read_json, write_json, write_text
 from configs.fitting import Fitter
 from configs.values import check_uncalibrated
+from rankseg import Predictor
 from scripts import ROOT
 from scripts.analysis import page
-from scripts.analysis.confidence import assess, known_pairs
-from scripts.analysis.measure import Findings, Key, by_size, chosen_cutoffs, measure, variants
+from scripts.analysis.measure import (
+    Findings,
+    Key,
+    assess,
+    by_size,
+    chosen_cutoffs,
+    known_pairs,
+    measure,
+    variants,
+)
 from scripts.analysis.pictures import draw_strips, pick
 from scripts.common import LoadedRun, add_run_options, command_line, load_run
 from trainers.distributed import World, join_world
@@ -48,14 +58,8 @@ def arguments() -> argparse.Namespace:
     add_run_options(parser, "split=val, protocol=paper")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: report/ in the run's folder")
     parser.add_argument("--images", type=int, default=3, help="images of each kind (default: %(default)s)")
-    parser.add_argument(
-        "-p",
-        "--predictor",
-        action="append",
-        default=[],
-        metavar="RULE",
-        help=f"rule to compare besides {', '.join(RULES)}; may be repeated. One of: {', '.join(options('predictor'))}",
-    )
+    about = f"rule to compare besides {', '.join(RULES)}; may be repeated. One of: {', '.join(options('predictor'))}"
+    parser.add_argument("-p", "--predictor", action="append", default=[], metavar="RULE", help=about)
     return parser.parse_intermixed_args()
 
 
@@ -67,32 +71,17 @@ def report(args: argparse.Namespace, world: World) -> Path:
     names = list(dict.fromkeys((*RULES, *args.predictor)))
     for name in names:
         build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
-    compared, fitted = {}, []
-    for kind, changes in variants(cfg).items():
-        fitter = Fitter(cast(DictConfig, OmegaConf.merge(cfg, changes)), network, path, world)
-        rules, values = fitter.rules(names, data)
-        compared[kind] = fitter.to_probs(), rules
-        fitted += fitter.report(values, data) if kind == "raw" else []
-        fitter.save()
-    temperature = cast(float, fitter.calibration("temperature"))
-    to_probs, rules = compared["raw"]
-    scoring, precision = build.scoring(cfg, data.info), fitter.precision
-    loader = build.eval_loader(cfg, data, world)
-    findings = measure(network, loader, compared, scoring, world, temperature, precision)
-
-    def record(images: Any, title: str) -> MaskRecord:
-        batches = build.eval_loader(cfg, images, world)
-        return record_masks(network, batches, rules["rankdice"], to_probs, scoring, world, precision, title)
-
+    fitters = {
+        kind: Fitter(cast(DictConfig, OmegaConf.merge(cfg, changes)), network, path, world)
+        for kind, changes in variants(cfg).items()
+    }
     on_validation = cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]
-    held_out = None if on_validation else known_pairs(record(build.dataset(cfg, "val"), "validation images"))
-    confidence = assess(record(data, "confidence"), held_out)
-
+    held_out = None if on_validation else build.dataset(cfg, "val")
+    findings, confidence, rules, fitted = analyse(fitters, names, data, held_out)
     folder = args.out or path.resolve().parent / "report"
     groups = pick(findings, args.images)
     indices = [index for picked in groups.values() for index in picked]
-    seen = (network, data, loader.transform, rules, fitter.link, world)
-    strips = draw_strips(*seen, findings, indices, folder / "images", precision)
+    strips = draw_strips(fitters["raw"], data, rules, findings, indices, folder / "images")
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
     lead = [
         f"Split {cfg.split}, {len(findings.names)} images, protocol {cfg.protocol.name}, checkpoint of epoch "
@@ -114,6 +103,41 @@ def report(args: argparse.Namespace, world: World) -> Path:
     return write(folder, title, lead, findings, confidence, data.info.classes, names, more, of)
 
 
+def analyse(
+    fitters: Mapping[str, Fitter], names: Sequence[str], data: Any, held_out: Any
+) -> tuple[Findings, dict[str, Any], Mapping[str, Predictor], list[str]]:
+    """Score rules on every kind of probabilities, and measure the confidence of RankDice on raw ones.
+
+    Args:
+        fitters: by kind; "raw" is one of them.
+        names: the rules.
+        data: the images.
+        held_out: images that the bound on the Dice is fitted on; None if there are none.
+
+    Returns:
+        The findings, the result of `assess`, the rules on raw probabilities, and lines about what was fitted.
+    """
+    compared, lines, temperature = {}, [], math.nan
+    for kind, fitter in fitters.items():
+        rules, values = fitter.rules(names, data)
+        compared[kind] = fitter.to_probs(), rules
+        if kind == "raw":
+            lines = fitter.report(values, data)
+        if kind == "calibrated":
+            temperature = cast(float, fitter.calibration("temperature"))
+        fitter.save()
+    raw, (to_probs, rules) = fitters["raw"], compared["raw"]
+    network, world, precision, scoring = raw.network, raw.world, raw.precision, raw.scoring(data)
+    findings = measure(network, raw.batches(data), compared, scoring, world, temperature, precision)
+
+    def record(images: Any, title: str) -> MaskRecord:
+        batches, scoring = raw.batches(images), raw.scoring(images)
+        return record_masks(network, batches, rules["rankdice"], to_probs, scoring, world, precision, title)
+
+    known = None if held_out is None else known_pairs(record(held_out, "held-out images"))
+    return findings, assess(record(data, "confidence"), known), rules, lines
+
+
 def write(
     folder: Path,
     title: str,
@@ -128,7 +152,7 @@ def write(
     """Write the page and its numbers into the folder; return the path of the page.
 
     Args:
-        confidence: the result of `scripts.analysis.confidence.assess`.
+        confidence: the result of `assess`.
         classes: their names.
         rules: those of the findings to show.
         more: the last sections.
@@ -176,8 +200,6 @@ def facts(run: LoadedRun) -> dict[str, Any]:
     path, _, cfg, checkpoint, data = run
     stored = path.parent / "provenance.json"
     trained = read_json(stored) if stored.exists() else {}
-    now = provenance(ROOT)
-    versions = ", ".join(f"{name} {version}" for name, version in now["versions"].items())
     return {
         "checkpoint": f"{path.name}, epoch {checkpoint['epoch']}",
         "data": f"{cfg.dataset.name} {cfg.split}, {len(data)} images, fingerprint {data.fingerprint()}",
@@ -189,10 +211,18 @@ def facts(run: LoadedRun) -> dict[str, Any]:
         "date of the training": trained.get("date"),
         "code of the training": trained.get("git_sha"),
         "hardware of the training": trained.get("hardware"),
+        **facts_of_report(),
+    }
+
+
+def facts_of_report() -> dict[str, Any]:
+    """Return how this report is made."""
+    now = provenance(ROOT)
+    return {
         "report by": now["command"],
         "date of the report": now["date"],
         "code of the report": now["git_sha"],
-        "versions": versions,
+        "versions": ", ".join(f"{name} {version}" for name, version in now["versions"].items()),
     }
 
 

@@ -16,26 +16,208 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
-from configs import build
+from configs import build, stored
 from configs.cli import run_cli
-from configs.compose import CONFIGS, options, unknown_option
-from configs.errors import EXIT_BUSY, EXIT_FAILED, EXIT_RESUME, BusyError, ConfigError, Interrupted, TrainingError
-from configs.files import read_json
+from configs.compose import CONFIGS, options, quote_overrides, unknown_option
+from configs.errors import (
+    EXIT_BUSY,
+    EXIT_FAILED,
+    EXIT_RESUME,
+    BusyError,
+    ConfigError,
+    Interrupted,
+    TrainingError,
+    UserError,
+)
+from configs.files import file_sha256, read_json, read_text, shell_word
+from configs.values import check_values
 from scripts import ROOT, paper_tables
-from scripts.common import command_line
-from scripts.grid import Display, Run, call, format_time, load_runs
+from scripts.common import check_least, command_line
+from trainers.checkpoint import epoch_of
+from trainers.journal import read_rows
 from trainers.results import results_folder
+
+# What git keeps of a run: small text files, no checkpoint.
+RECORDED = (
+    *("config.yaml", "metrics.jsonl", "provenance.json", "report/report.json"),
+    *("results/**/*.json", "results/**/*.csv"),
+)
+_SCORING = 1  # scoring a run takes about as long as this number of epochs
+_POLL = 0.5  # seconds
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: the overrides to pass to ``train.py``, and the configuration that they compose."""
+
+    overrides: tuple[str, ...]
+    cfg: DictConfig
+
+    @property
+    def folder(self) -> Path:
+        """The run's directory."""
+        return Path(self.cfg.run_dir)
+
+    def __str__(self) -> str:
+        cfg = self.cfg
+        return f"{cfg.dataset.name}/{cfg.model.name}{cfg.suffix}/{cfg.loss.name}/seed{cfg.seed}"
+
+    def epochs_done(self) -> int:
+        """Return the number of finished epochs, from the run's journal."""
+        rows = read_rows(self.folder / "metrics.jsonl")
+        return max((row["epoch"] for row in rows if row["kind"] == "train"), default=0)
+
+    def epochs_left(self) -> int:
+        """Return the epochs that are left to train, plus the cost of scoring in the same unit."""
+        return (0 if self.is_trained() else max(self.cfg.epochs - self.epochs_done(), 0)) + _SCORING
+
+    def is_trained(self) -> bool:
+        """Return whether a run of exactly this configuration was trained to its end."""
+        config = self.folder / "config.yaml"
+        if epoch_of(self.folder / "last.pth") < self.cfg.epochs or not config.exists():
+            return False
+        try:
+            before = stored.read_config(config)
+        except ValueError:  # train.py reports the damaged file; the other runs continue
+            return False
+        return not stored.differences(before, OmegaConf.to_container(self.cfg, resolve=True))
+
+    def is_scored(self, checkpoint: str, folder: str, rules: Iterable[str]) -> bool:
+        """Return whether these rules were scored on this checkpoint, with the results in this sub-folder."""
+        path = self.folder / checkpoint
+        files = [self.folder / folder / f"{rule}.json" for rule in rules]
+        if not path.exists() or not all(file.exists() for file in files):
+            return False
+        digest = file_sha256(path)
+        try:
+            return all(digest in read_text(file) for file in files)
+        except UserError:  # damaged: it is written again
+            return False
+
+    def record(self, target: Path, root: Path) -> int:
+        """Copy the run's small files to ``target/<dataset>/<model>/<loss>/seed<k>``; return how many.
+
+        Absolute paths of data and runs are rewritten relative to ``root``, the repository.
+        """
+        paths = {str(Path(self.cfg.save_dir).resolve()), str(root)}
+        if self.cfg.dataset.get("root"):
+            paths.add(str(Path(self.cfg.dataset.root).expanduser().resolve()))
+        sources = sorted(path for pattern in RECORDED for path in self.folder.glob(pattern))
+        for path in sources:
+            text = read_text(path, errors="surrogateescape")
+            for absolute in sorted(paths, key=len, reverse=True):
+                text = text.replace(absolute, os.path.relpath(absolute, root))
+            copy = target / str(self) / path.relative_to(self.folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text, encoding="utf-8", errors="surrogateescape")
+        return len(sources)
+
+
+def load_runs(overrides: Sequence[str]) -> list[Run]:
+    """Return every run that these overrides ask for, in Hydra's own syntax (``loss=ce,focal seed=0,1``).
+
+    An experiment's own sweep (``hydra.sweeper.params``) applies to keys that the command line does not set.
+    Seeds vary slowest, so that an interrupted grid has complete tables of fewer seeds.
+    """
+    parser = OverridesParser.create()
+    given = parser.parse_overrides(quote_overrides(overrides))
+    swept = {o.key_or_group: _values(o) for o in given if o.is_sweep_override()}
+    fixed = [str(o.input_line) for o in given if not o.is_sweep_override()]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        # Compose with the first value of each swept option: a key such as model.encoder exists only in some.
+        first = [*(f"{key}={values[0]}" for key, values in swept.items()), *fixed]
+        params = compose("train", first, return_hydra_config=True).hydra.sweeper.get("params") or {}
+        for key, values in params.items():
+            if key not in {override.key_or_group for override in given}:
+                swept[key] = _values(parser.parse_override(f"{key}={values}"))
+        keys = sorted(swept, key=lambda key: key != "seed")
+        runs: list[Run] = []
+        for values in product(*(swept[key] for key in keys)):
+            line = (*fixed, *(f"{key}={value}" for key, value in zip(keys, values, strict=True)))
+            cfg = compose("train", list(line))
+            check_values(cfg)
+            build.absolute_root(cfg)
+            runs.append(Run(line, cfg))
+    folders = [run.folder for run in runs]
+    shared = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if shared:
+        raise ConfigError(
+            f"run_dir={shared} would belong to two runs of the grid. Fix: sweep over keys that are in the path "
+            "(dataset, model, loss, seed), or set suffix."
+        )
+    return runs
+
+
+def _values(override: Override) -> list[str]:
+    """Return the values of a swept override, or its single value."""
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [str(override.get_value_element_as_str())]
+
+
+def call(arguments: Sequence[str], log: Path, threads: int | None, tick: Callable[[], None]) -> tuple[int, str]:
+    """Run a script of this repository; return its exit code and its error, or the last line of its output.
+
+    Output is appended to ``log``, to which another process may write as well; ``tick`` is called twice a second. If
+    this process is stopped or killed, the child receives SIGTERM and saves a checkpoint.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    script, *rest = arguments
+    with log.open("a", encoding="utf-8") as out:
+        print(f"$ python {' '.join(map(shell_word, arguments))}", file=out, flush=True)
+        begin = out.tell()
+        child = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *rest],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the child once, from here
+            preexec_fn=_stop_with_parent if _libc else None,
+        )
+        try:
+            while child.poll() is None:
+                tick()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(_POLL)
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+    with log.open(encoding="utf-8", errors="replace") as text:
+        text.seek(begin)
+        lines = [line.strip() for line in text.read().splitlines() if line.strip()]
+    errors = [line for line in lines if child.returncode and line.startswith("error: ")]
+    return child.returncode, (errors or lines or [""])[-1]
+
+
+def _stop_with_parent() -> None:
+    """Ask Linux to send SIGTERM when the parent dies, so that no training runs on unseen (PR_SET_PDEATHSIG)."""
+    _libc.prctl(1, signal.SIGTERM)  # type: ignore[union-attr]
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,20 +264,19 @@ class ScoringPlan:
                 folder = results_folder(self.checkpoint, results, threshold=at, **changed)
                 yield protocol + name, str(folder), [f"protocol={protocol}", *overrides]
 
-    def is_scored(self, run: Run, folder: str) -> bool:
-        """Return whether the evaluation with this result folder is done."""
-        return run.is_scored(self.checkpoint, folder, self.rules)
+    def missing(self, run: Run) -> list[tuple[str, str, list[str]]]:
+        """Return the evaluations that are left to do."""
+        return [one for one in self.evaluations(run) if not run.is_scored(self.checkpoint, one[1], self.rules)]
 
     def is_done(self, run: Run) -> bool:
         """Return whether nothing is left to do for a run."""
-        return run.is_trained() and all(self.is_scored(run, folder) for _, folder, _ in self.evaluations(run))
+        return run.is_trained() and not self.missing(run)
 
 
 def main() -> None:
     """Run the command."""
     args = arguments()
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"--threads={args.threads} is invalid: expected an integer >= 1.")
+    check_least(args, threads=1)
     swept = (("model", args.models), ("loss", args.losses), ("seed", args.seeds))
     grid = load_runs([*args.overrides, *(f"{key}={value}" for key, value in swept if value)])
     folders = {name: _results_folder(name) for name in args.protocols.split(",")}
@@ -150,25 +331,38 @@ def execute(
 ) -> tuple[dict[Run, str], dict[Run, str]]:
     """Train and score each run; return those that failed and those that another process uses, with reasons."""
     signal.signal(signal.SIGTERM, _raise_interrupted)
-    display, failed, busy = Display(runs, args.quiet), {}, {}
-    if not args.quiet:
-        display.say(f"{total} runs, {total - len(runs)} finished before, {len(runs)} to do")
-    with contextlib.closing(display):
+    failed, busy, started = {}, {}, time.monotonic()
+    before, costs = {run: run.epochs_done() for run in runs}, {run: run.epochs_left() for run in runs}
+    everything = sum(costs.values())
+    with tqdm(total=everything, unit="epoch", disable=args.quiet or None, leave=False) as bar:
+
+        def say(text: str) -> None:
+            if not args.quiet:
+                bar.clear()
+                print(text, flush=True)
+
+        def show(number: int, run: Run, finished: int, stage: str) -> None:
+            bar.set_description_str(f"[{number}/{len(runs)}] {run}  {stage}", refresh=False)
+            bar.update(finished + min(run.epochs_done() - before[run], costs[run]) - bar.n)
+            bar.refresh()
+
+        say(f"{total} runs, {total - len(runs)} finished before, {len(runs)} to do")
+        finished = 0
         for number, run in enumerate(runs, 1):
-            started = time.monotonic()
+            begin = time.monotonic()
             try:
-                text = _train_and_score(run, number, display, plan, args.threads)
+                text = _train_and_score(run, plan, args.threads, partial(show, number, run, finished))
             except TrainingError as error:
                 text = failed[run] = str(error)
             except BusyError as error:
                 text = busy[run] = str(error)
             except KeyboardInterrupt:
                 raise Interrupted("Ctrl-C") from None
-            left = display.finish(run)
-            if not args.quiet:
-                ahead = f", about {format_time(left)} left" if left else ""
-                duration = format_time(time.monotonic() - started)
-                display.say(f"[{number}/{len(runs)}] {run}: {text}  ({duration}{ahead})")
+            finished += costs[run]
+            now = time.monotonic()
+            left = (now - started) * (everything - finished) / finished
+            duration, left = tqdm.format_interval(now - begin), tqdm.format_interval(left)
+            say(f"[{number}/{len(runs)}] {run}: {text}  ({duration}, about {left} left)")
     return failed, {run: reason for run, reason in busy.items() if not plan.is_done(run)}
 
 
@@ -176,20 +370,16 @@ def _raise_interrupted(number: int, _frame: object) -> None:
     raise Interrupted(signal.Signals(number).name)
 
 
-def _train_and_score(run: Run, number: int, display: Display, plan: ScoringPlan, threads: int | None) -> str:
-    """Train and score one run; return its scores as text.
+def _train_and_score(run: Run, plan: ScoringPlan, threads: int | None, show: Callable[[str], None]) -> str:
+    """Train and score one run; return the mean Dice of each rule under the first protocol, in percent, as text.
 
     Raises:
         TrainingError: a script failed.
         BusyError: another process trains this run.
     """
-    log, before = run.folder / "reproduce.log", run.epochs_done()
 
     def stage(name: str, *command: str) -> None:
-        def tick() -> None:
-            display.show(number, run, name, run.epochs_done() - before)
-
-        code, last = call(command, log, threads, tick)
+        code, last = call(command, run.folder / "reproduce.log", threads, lambda: show(name))
         reason = last.removeprefix("error: ")
         if code == EXIT_RESUME:
             raise Interrupted("a signal to the training")
@@ -200,23 +390,13 @@ def _train_and_score(run: Run, number: int, display: Display, plan: ScoringPlan,
 
     if not run.is_trained():
         stage("training", "train.py", *run.overrides, "verify=false", "hydra.mode=RUN")
-    path = str(run.folder / plan.checkpoint)
     rules = [part for rule in plan.rules for part in ("-p", rule)]
-    for name, folder, overrides in plan.evaluations(run):
-        if not plan.is_scored(run, folder):
-            options = ["--device", run.cfg.device, *overrides]
-            stage(f"scoring ({name})", "test.py", "-r", path, *rules, *options)
-    return _format_scores(run, plan)
-
-
-def _format_scores(run: Run, plan: ScoringPlan) -> str:
-    """Return the mean Dice of each rule under the first protocol, in percent."""
+    for name, _, overrides in plan.missing(run):
+        options = ["--device", run.cfg.device, *overrides]
+        stage(f"scoring ({name})", "test.py", "-r", str(run.folder / plan.checkpoint), *rules, *options)
     _, folder, _ = next(plan.evaluations(run))
-    parts = []
-    for rule in plan.rules:
-        record = read_json(run.folder / folder / f"{rule}.json")
-        parts.append(f"{rule} {100 * (record['scores']['mean_dice'] or 0):.2f}")
-    return "mDice " + "  ".join(parts)
+    scores = {rule: read_json(run.folder / folder / f"{rule}.json")["scores"]["mean_dice"] for rule in plan.rules}
+    return "mDice " + "  ".join(f"{rule} {100 * (score or 0):.2f}" for rule, score in scores.items())
 
 
 def print_table(grid: Sequence[Run]) -> None:

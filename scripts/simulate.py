@@ -145,9 +145,6 @@ def simulate(
 
     A fixed pattern is one image, and its standard error is that of the mean over draws. Random patterns are
     `images` images, and theirs is that of the mean over images, since draws of one image share its mask.
-
-    Raises:
-        ValueError: fewer than two images or draws, which have no standard error.
     """
     if images < 2 or draws < 2:
         raise UserError(f"a standard error needs at least 2 images and 2 draws, got {images} and {draws}")

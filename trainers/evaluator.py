@@ -183,6 +183,23 @@ def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
     return (values * valid[..., None]).sum(1) / torch.where(pixels > 0, pixels, torch.nan)
 
 
+def probability_scores(reliability: Reliability, likelihoods: Tensor, first: int = 0) -> dict[str, Any]:
+    """Return the averages that depend on the probabilities alone, not on a rule.
+
+    Args:
+        likelihoods: `proper_scores` of the images, (N, 2).
+        first: the number of the first class.
+    """
+    log_loss, brier = likelihoods.nanmean(0).tolist()
+    return {
+        "ece": reliability.ece(),
+        "classwise_ece": float(reliability.classwise_ece().nanmean()),
+        "log_loss": log_loss,
+        "brier": brier,
+        "volume_ratio": {str(c): ratio for c, ratio in enumerate(reliability.volume_ratio().tolist(), first)},
+    }
+
+
 def _collect(local: _Share, scoring: Scoring, world: World) -> dict[str, EvalResult]:
     """Join the shares of all ranks in the order of the images: no number depends on how they were distributed."""
     shares = [share for share in gather_objects(local, world) if share.rows]
@@ -192,7 +209,8 @@ def _collect(local: _Share, scoring: Scoring, world: World) -> dict[str, EvalRes
     order = sorted(range(len(rows)), key=lambda i: rows[i][0])
     loss = [value for _, value in sorted(pair for share in shares for pair in share.losses)]
     merged = functools.reduce(Reliability.merge, (share.reliability for share in shares))
-    log_loss, brier = torch.cat([part for share in shares for part in share.likelihoods])[order].nanmean(0).tolist()
+    likelihoods = torch.cat([part for share in shares for part in share.likelihoods])[order]
+    of_probs = probability_scores(merged, likelihoods)
     results = {}
     for name in local.counts:
         joined = Counts.cat([part for share in shares for part in share.counts[name]]).select(order)
@@ -205,11 +223,7 @@ def _collect(local: _Share, scoring: Scoring, world: World) -> dict[str, EvalRes
             scores={
                 "test_loss": sum(loss) / len(loss) if loss else float("nan"),
                 **scoring.summary(joined),
-                "ece": merged.ece(),
-                "classwise_ece": float(merged.classwise_ece().nanmean()),
-                "log_loss": log_loss,
-                "brier": brier,
-                "volume_ratio": {str(c): value for c, value in enumerate(merged.volume_ratio().tolist())},
+                **of_probs,
             },
             seconds=sum(share.seconds[name] for share in shares),
             confidence=torch.cat(parts)[order] if parts else None,

@@ -5,8 +5,10 @@ In SVG the colours become CSS variables, so that the page chooses them for light
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import itertools
 import math
 import re
 import warnings
@@ -61,40 +63,38 @@ def colour(name: str) -> str:
 
 def draw(parts: Sequence[Sequence[Part]], size: Ends, path: Path) -> None:
     """Write a PNG or SVG file with one row of axes for each row of parts; ``size`` is that of one axis, in inches."""
-    plt = load_pyplot()
-    columns = max(map(len, parts))
-    with plt.rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # names may have letters that the font lacks
-        figure, axes = plt.subplots(
-            len(parts), columns, figsize=(size[0] * columns, size[1] * len(parts)), squeeze=False, layout="constrained"
-        )
-        for row, drawn in zip(axes, parts, strict=True):
-            for axis in row[len(drawn) :]:
-                axis.set_axis_off()
-            for axis, part in zip(row, drawn, strict=False):
-                part(axis)
+    with _figure(parts, size) as figure:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
 
 
 def svg(title: str, part: Part, size: Ends = (5.8, 3.1)) -> Markup:
     """Return one chart as an SVG element; ``title`` is its text for screen readers."""
-    plt = load_pyplot()
-    with plt.rc_context({**_SETTINGS, "svg.hashsalt": title}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")
-        figure, axis = plt.subplots(figsize=size, layout="constrained")
-        part(axis)
-        buffer = io.StringIO()
+    buffer = io.StringIO()
+    with _figure([[part]], size, {"svg.hashsalt": title}) as figure:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r' id="[a-z0-9]+(?:\.[a-z0-9]+)*_\d+"', "", text)  # they would occur once in each chart
     for name, value in PALETTE.items():
         text = text.replace(value, f"var(--{name})")
-    label = str(Markup.escape(title))
-    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1))
+
+
+@contextlib.contextmanager
+def _figure(parts: Sequence[Sequence[Part]], size: Ends, settings: Mapping[str, Any] | None = None) -> Any:
+    """Yield a figure with these parts; names may have letters that the font lacks."""
+    plt = load_pyplot()
+    rows, columns = len(parts), max(map(len, parts))
+    with plt.rc_context({**_SETTINGS, **(settings or {})}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        figsize = size[0] * columns, size[1] * rows
+        figure, axes = plt.subplots(rows, columns, figsize=figsize, squeeze=False, layout="constrained")
+        for row, drawn in zip(axes, parts, strict=True):
+            for axis, part in itertools.zip_longest(row, drawn):
+                part(axis) if part else axis.set_axis_off()
+        yield figure
+        plt.close(figure)
 
 
 def load_pyplot() -> Any:

@@ -1,11 +1,12 @@
-"""Measure all that the report needs in one pass over the split: the same probabilities, scored in many ways.
+"""Measure what the report shows: all scores in one pass over a split, and what the confidence of masks is worth.
 
-Shapes: N images, C classes, H × W pixels.
+Shapes: N images, C classes, H × W pixels; n images with a score.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -15,13 +16,15 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from rankseg import Predictor, rules
+from rankseg import Predictor, threshold
 from rankseg.calibration import Reliability
 from trainers.distributed import World
 from trainers.evaluator import Scoring, observe
 from trainers.forward import forward
 from trainers.metrics import Counts, count, mean_over_classes
+from trainers.selective import MaskRecord, aurc, compare_aurc, conformal_margin, resplit_coverages, risk_coverage
 
+EXPECTED = "expected Dice"  # the confidence of this project; the others are for comparison
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 ToProbs = Callable[[Tensor], Tensor]
 
@@ -77,11 +80,6 @@ def variants(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     return found
 
 
-def fixed_thresholds() -> dict[str, Predictor]:
-    """Return the threshold rules that RankDice is compared with, ``at 0.1`` … ``at 0.9``."""
-    return {f"at {at:.1f}": functools.partial(rules.threshold, at=at) for at in THRESHOLDS}
-
-
 @torch.inference_mode()
 def measure(
     model: nn.Module,
@@ -97,16 +95,13 @@ def measure(
     Args:
         compared: for each kind of probabilities the conversion of logits, and the rules. A rule with an attribute
             ``to_probs`` has a conversion of its own.
-
-    Raises:
-        UserError: there is no image.
     """
     names: list[str] = []
     counts: dict[Key, list[Counts]] = {}
     cutoffs: list[Tensor] = []
     reliability = {kind: Reliability() for kind in compared}
     other = replace(scoring, void="counted" if scoring.void == "masked" else "masked", legacy_soft_dice_void=False)
-    sweep = fixed_thresholds()
+    sweep = {f"at {at:.1f}": functools.partial(threshold, at=at) for at in THRESHOLDS}  # RankDice is compared with
 
     def add(key: Key, masks: Tensor, truth: Any) -> None:
         counts.setdefault(key, []).append(count(masks, truth).to("cpu"))
@@ -175,3 +170,79 @@ def false_alarms(findings: Findings, rule: str) -> tuple[int, int]:
     counts = findings.counts[findings.key(rule)]
     absent = counts.actual[:, scored] == 0
     return int((absent & (counts.predicted[:, scored] > 0)).sum()), int(absent.sum())
+
+
+def known_pairs(record: MaskRecord) -> tuple[Tensor, Tensor]:
+    """Return expected and achieved Dice of the images with a score, (n,) each."""
+    dice = record.dice()
+    known = ~dice.isnan()
+    return record.signals()[EXPECTED][known], dice[known]
+
+
+def assess(
+    on: MaskRecord, fitted: tuple[Tensor, Tensor] | None, alpha: float = 0.1, resplits: int = 200
+) -> dict[str, Any]:
+    """Return AURC, risk-coverage curves and the conformal bound of the masks in ``on``.
+
+    Args:
+        on: the images that are measured.
+        fitted: expected and achieved Dice of other images, which give the margin; None if there are none. The bound
+            of one random half is then checked on the other.
+        alpha: share of images that may miss the bound.
+        resplits: random splits of all images that check the coverage.
+
+    Returns:
+        The numbers of confidence.json. With too few images for ``alpha`` there is no bound: "no_bound" has the reason.
+    """
+    expected, dice = known_pairs(on)
+    if not len(dice):
+        return {"alpha": alpha, "images": 0, "no_bound": "no image has a score."}
+    known, risk = ~on.dice().isnan(), 1 - dice
+    signals = {name: values[known] for name, values in on.signals().items()}
+    found = {
+        "alpha": alpha,
+        "images": len(dice),
+        "expected": float(expected.mean()),
+        "achieved": float(dice.mean()),
+        "correlation": _correlation(expected, dice),
+        "aurc": {name: one._asdict() for name, one in compare_aurc(signals, risk, EXPECTED).items()},
+        "aurc_without_order": aurc(torch.zeros(len(risk)), risk),
+        "curves": {name: risk_coverage(values, risk)[1].tolist() for name, values in signals.items()},
+        "points": torch.stack((expected, dice), 1).tolist(),
+    }
+    try:
+        return found | _check_bound(expected, dice, fitted, alpha, resplits)
+    except UserError as error:
+        return {**found, "no_bound": str(error)}
+
+
+def _check_bound(
+    expected: Tensor, dice: Tensor, fitted: tuple[Tensor, Tensor] | None, alpha: float, resplits: int
+) -> dict[str, Any]:
+    """Return the margin of the bound and how often it holds."""
+    if fitted is None:
+        size, everything = len(dice) // 2, (expected, dice)
+    else:
+        size = len(fitted[1])
+        everything = torch.cat([fitted[0], expected]), torch.cat([fitted[1], dice])
+    margin = conformal_margin(*(fitted or everything), alpha)
+    coverages = resplit_coverages(*everything, size, alpha, splits=resplits)
+    bound = expected - margin
+    return {
+        "margin": margin,
+        "margin_images": len(fitted[1]) if fitted else None,
+        "coverage": float((dice >= bound).double().mean()),
+        "mean_bound": float(bound.clamp(min=0).mean()),
+        "resplits": {
+            "number": resplits,
+            "mean": float(coverages.mean()),
+            "from": float(coverages.quantile(0.05)),
+            "to": float(coverages.quantile(0.95)),
+        },
+    }
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    if len(one) < 2 or float(one.std()) == 0 or float(other.std()) == 0:
+        return math.nan
+    return float(torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1])

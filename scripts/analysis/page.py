@@ -17,8 +17,7 @@ from torch import Tensor
 from configs.errors import one_line
 from rankseg.calibration import Reliability
 from scripts.analysis import charts
-from scripts.analysis.confidence import EXPECTED
-from scripts.analysis.measure import THRESHOLDS, Findings, Key, by_size, chosen_cutoffs, false_alarms
+from scripts.analysis.measure import EXPECTED, THRESHOLDS, Findings, Key, by_size, chosen_cutoffs, false_alarms
 from scripts.analysis.statistics import HARM, describe_differences, mean_interval
 from trainers.metrics import mean_over_classes
 
@@ -194,7 +193,7 @@ def curve_points(reliability: Reliability, scored: Sequence[int]) -> list[tuple[
 
 
 def confidence_section(found: Mapping[str, Any]) -> Section:
-    """Return the result of `confidence.assess`, with charts of the order and of the bound."""
+    """Return the result of `measure.assess`, with charts of the order and of the bound."""
     if not found["images"]:
         return dict(found)
     part = charts.scatter(found["points"], found.get("margin"), "expected Dice (confidence)", "achieved Dice")

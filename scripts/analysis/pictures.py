@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from configs.fitting import Fitter
 from rankseg import Predictor
 from scripts.analysis.measure import Findings
-from trainers.distributed import World
-from trainers.losses import Link
 from trainers.panels import panels, row, tiles
 
 _WIDTH = 320  # tiles are stored at most this wide
@@ -47,22 +46,20 @@ def pick(findings: Findings, number: int = 3) -> dict[str, list[int]]:
 
 
 def draw_strips(
-    model: nn.Module,
+    fitter: Fitter,
     data: Any,
-    transform: Any,
     rules: Mapping[str, Predictor],
-    link: Link,
-    world: World,
     findings: Findings,
     indices: Iterable[int],
     folder: Path,
-    precision: str = "fp32",
 ) -> dict[int, Strip]:
-    """Draw these images, and write each to ``folder`` as a PNG file."""
+    """Draw these images with the network of a fitter, and write each to ``folder`` as a PNG file."""
     positions = {name: index for index, name in enumerate(data.names)}
     picked = list(dict.fromkeys(indices))
     places = [positions[findings.names[index]] for index in picked]
-    seen = panels(model, data, transform, rules, link, world, places, lambda *parts: parts, precision)
+    transform: Any = fitter.batches(data).transform  # type: ignore[attr-defined]
+    options = fitter.link, fitter.world, places, lambda *parts: parts, fitter.precision
+    seen = panels(fitter.network, data, transform, rules, *options)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for index, (name, parts) in zip(picked, seen, strict=True):

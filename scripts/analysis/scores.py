@@ -51,9 +51,6 @@ def result_folder(path: Path, protocol: str) -> Path:
     """Return the folder that holds <rule>.csv: the path itself, or the results of the run at the path.
 
     A run that was scored on `last.pth` alone has them in `of_last`.
-
-    Raises:
-        UserError: neither holds a result.
     """
     inner = ("results/paper", "paper") if protocol == "paper" else ("results",)
     found = [path / name for name in inner]
@@ -69,11 +66,7 @@ def rules_in(folder: Path) -> list[str]:
 
 
 def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
-    """Read <rule>.csv and <rule>.json, and check that they belong together.
-
-    Raises:
-        UserError: the rule was not scored, a file is damaged, a row occurs twice, or the two files disagree.
-    """
+    """Read <rule>.csv and <rule>.json, and check that they belong together."""
     table, sidecar = folder / f"{rule}.csv", folder / f"{rule}.json"
     for path in (table, sidecar):
         if not path.is_file():
@@ -111,9 +104,6 @@ def read_groups(text: str, images: Sequence[str]) -> dict[str, str]:
     Args:
         text: a CSV file with the columns ``image`` and ``group``; or a regular expression that is searched in the
             image's name, whose first parentheses (or the whole match) are the group.
-
-    Raises:
-        UserError: the file or the expression is invalid, or an image has no group.
     """
     path = Path(text)
     if path.is_file():
@@ -148,9 +138,6 @@ def compare(
     """Return all statistics of rule − baseline over images, and the mean differences by class; in points.
 
     ``group`` is explained in `read_groups`; None if images are independent.
-
-    Raises:
-        UserError: the rules were not scored on the same probabilities, or have no image in common.
     """
     unlike = [key for key in _SAME if baseline.record.get(key) != rule.record.get(key)]
     if unlike:
@@ -204,9 +191,6 @@ def over_seeds(found: Sequence[dict[str, Any]], scores: Sequence[RuleScores]) ->
 
     Runs that differ in more than their seed have no mean; ``rejected`` holds the difference. ``scores`` are the
     rules of ``found``, in the same order.
-
-    Raises:
-        UserError: a result file is incomplete, or a run is given twice.
     """
     of_path = {one.path.resolve(): comparison for one, comparison in zip(scores, found, strict=True)}
     if len(of_path) < len(found):

@@ -40,9 +40,6 @@ def mean_interval(
         values: one number per image.
         confidence: the level, in (0, 1).
         groups: the group of each image; None if images are independent.
-
-    Raises:
-        UserError: there are no values, or an argument is out of range.
     """
     from scipy import stats  # slow to import
 

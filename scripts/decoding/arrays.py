@@ -62,9 +62,6 @@ def read_array(path: Path, folder: Path, key: str | None = None, classes_last: b
         folder: where temporary files go.
         key: the array of an .npz file that holds several.
         classes_last: read the last axis of a NIfTI file of more than 3 axes as the first one, class by class.
-
-    Raises:
-        UserError: the file is damaged, of another format, or needs a package that is missing.
     """
     suffix = suffix_of(path, LABEL_SUFFIXES)
     try:
@@ -104,11 +101,7 @@ def require(package: str, path: Path) -> Any:
 
 
 def load_nifti(path: Path, **options: Any) -> Any:
-    """Open a NIfTI file; its values are read later.
-
-    Raises:
-        UserError: it is damaged, or not a NIfTI file.
-    """
+    """Open a NIfTI file; its values are read later."""
     nib = require("nibabel", path)
     try:
         return nib.load(path, **options)

@@ -59,11 +59,7 @@ class FromStored:
         return cast(Link, self.link or ("sigmoid" if classes == 1 or self.foreground_only else "softmax"))
 
     def logits(self, values: Tensor) -> Tensor:
-        """Return finite logits (N, C, *S) float32 of stored values.
-
-        Raises:
-            UserError: they are probabilities of a softmax that do not add to 1.
-        """
+        """Return finite logits (N, C, *S) float32 of stored values."""
         if self.link is not None:
             return values.float()
         if self.link_of(values.shape[1]) == "sigmoid":
@@ -104,10 +100,6 @@ def find_cases(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, 
     """Return case name -> file: the path below the folder without its suffix.
 
     nnU-Net's ``<case>.npz`` with ``<case>.pkl`` is the case; a segmentation of the same name is not.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        UserError: it holds no such file, or two files of one name.
     """
     if not folder.exists():
         raise FileNotFoundError(2, "no such file or folder", str(folder))
@@ -210,9 +202,6 @@ class Folder:
         Args:
             values: what the file holds, and how it becomes probabilities.
             as_stored: leave logits, and probabilities before a calibration, as they are.
-
-        Raises:
-            UserError: names the file and what is wrong with it.
         """
         path, args = self.cases[name], self.args
         for kind, group in (("label", self.labels), ("field of view", self.valid)):

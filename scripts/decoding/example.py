@@ -55,11 +55,7 @@ def drawn_case(n: int, size: int) -> Case:
 
 
 def template_case(n: int) -> Case:
-    """Return the template's probabilities of background, grey and white matter, drawn labels, and the affine.
-
-    Raises:
-        UserError: nilearn is not installed, or an older or newer release of it without the files.
-    """
+    """Return the template's probabilities of background, grey and white matter, drawn labels, and the affine."""
     found = importlib.util.find_spec("nilearn")
     folder = Path(found.submodule_search_locations[0] if found and found.submodule_search_locations else ".")
     images = []

@@ -97,11 +97,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _read_properties(path: Path) -> dict[str, Any]:
-    """Read nnU-Net's properties of a case; empty if there are none.
-
-    Raises:
-        UserError: the file is not data alone.
-    """
+    """Read nnU-Net's properties of a case; empty if there are none."""
     if not path.is_file():
         return {}
     reason = f"it has more than {_MAX_PICKLE >> 20} MiB"

@@ -6,7 +6,6 @@ line of scripts/decode.py.
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,13 +21,10 @@ from configs.errors import UserError
 from configs.fitting import Fitter
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from scripts import report
-from scripts.analysis.confidence import assess, known_pairs
-from scripts.analysis.measure import measure
 from scripts.decoding.cases import Folder, FromStored
 from trainers.distributed import World
 from trainers.evaluator import Scoring
 from trainers.fitted import held_out_fit
-from trainers.selective import MaskRecord, record_masks
 
 
 class Stored(nn.Module):
@@ -103,10 +99,10 @@ class FolderFitter(Fitter):
             raise UserError(f"{need} is fitted on labelled cases. Fix: pass --fit PROBS LABELS.")
         return self.fit
 
-    def _loader(self, data: Any) -> Any:
+    def batches(self, data: Any) -> Any:
         return data
 
-    def _scoring(self, data: Any) -> Scoring:
+    def scoring(self, data: Any) -> Scoring:
         return data.scoring()
 
     def _loss(self) -> Any:
@@ -124,22 +120,8 @@ def write_report(
         kinds["calibrated"] = {"calibrate": "temperature", "temperature": 1}
     if fitter.kind == "class":
         kinds["calibrated per class"] = {}
-    compared, temperature = {}, math.nan
-    for kind, changes in kinds.items():
-        one = FolderFitter(args, fitter.fit, fitter.world.device, **changes)
-        compared[kind] = one.to_probs(), one.rules(names, scored)[0]  # type: ignore[arg-type]
-        if kind == "calibrated":
-            temperature = float(one.calibration("temperature"))  # type: ignore[arg-type]
-        one.save()
-    to_probs, raw = compared["raw"]
-    network, world = fitter.network, fitter.world
-
-    def record(cases: Folder, progress: str) -> MaskRecord:
-        return record_masks(network, cases, raw["rankdice"], to_probs, cases.scoring(), world, progress=progress)
-
-    findings = measure(network, scored, compared, scored.scoring(), world, temperature)  # type: ignore[arg-type]
-    known = None if fitter.fit is None else known_pairs(record(fitter.fit, "cases of --fit"))
-    confidence = assess(record(scored, "confidence"), known)
+    fitters = {kind: FolderFitter(args, fitter.fit, fitter.world.device, **one) for kind, one in kinds.items()}
+    findings, confidence, *_ = report.analyse(fitters, names, scored, fitter.fit)
     lead = [
         f"{len(findings.names)} cases. All rules see the same probabilities: T selects pixels with at least 0.5, "
         "max the most likely class, rankdice the mask with the largest expected Dice. Masks may overlap."

@@ -1,4 +1,4 @@
-"""Find and read images, write masks, and prevent that a file replaces another.
+"""Find and read images, write masks and review.csv, and prevent that a file replaces another.
 
 Masks and probabilities have the layout of the stored pixels, and masks carry the EXIF orientation of the image. Readers
 that apply it and readers that ignore it both see a mask over its object. Only overlays, for people, are upright.
@@ -6,9 +6,10 @@ that apply it and readers that ignore it both see a mask over its object. Only o
 
 from __future__ import annotations
 
-import os
+import csv
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from os.path import realpath  # unlike Path.resolve(), accepts cyclic links, which reading reports
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from configs import build
 from configs.errors import UserError
-from configs.files import read_json, temporary_file, write_json
+from configs.files import read_json, read_text, temporary_file, write_json, write_text
 from datasets import DatasetError, Folder
 from datasets.base import DatasetInfo
 from datasets.decode import (
@@ -36,6 +37,8 @@ from datasets.decode import (
     orient,
 )  # fmt: skip
 from datasets.folder import read_class_table
+from rankseg.confidence import absence, confidence
+from trainers.text import csv_text, read_csv
 
 VOID_COLOUR = (224, 224, 192)
 BAND = 256  # rows of an overlay that are drawn at once
@@ -69,10 +72,6 @@ def find(inputs: Sequence[Path], out: Path) -> tuple[dict[str, Path], list[str]]
     """Return {name: image file} and notes. The name of a file is its stem, or its path below a given folder.
 
     Hidden files and folders are skipped, and also ``out`` if it is inside such a folder: it holds masks.
-
-    Raises:
-        FileNotFoundError: an input does not exist.
-        UserError: a folder has no image, two images have one name, or ``out`` is the folder of the images.
     """
     found: dict[str, Path] = {}
     notes: list[str] = []
@@ -200,27 +199,20 @@ def file_names(classes: tuple[str, ...]) -> list[str]:
 
 def refuse_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]) -> None:
     """Raise UserError if two files have one path, or if a file would replace an image."""
-    read = {_real_path(path): path for path in images.values()}
+    fix = "Fix: rename one, or segment them into folders of their own"
+    read = {realpath(path): path for path in images.values()}
     written: dict[Path, str] = {}
     for name, files in outputs.items():
         for path in files.all():
-            if _real_path(path) in read:
-                raise UserError(
-                    f"{read[_real_path(path)]} would be written over. Fix: choose another --out than its folder"
-                )
+            if realpath(path) in read:
+                raise UserError(f"{read[realpath(path)]} would be written over. Fix: choose another --out")
             other = written.setdefault(path, name)
             if other != name:
-                raise UserError(
-                    f"{images[other]} and {images[name]} would both be written to {path}: "
-                    "rename one, or segment them into folders of their own"
-                )
+                raise UserError(f"{images[other]} and {images[name]} would both be written to {path}. {fix}")
     for path, name in written.items():
-        for folder in path.parents:
-            if folder in written:
-                raise UserError(
-                    f"{images[written[folder]]} would become {folder}, which is a folder for {images[name]}: "
-                    "rename one, or segment them into folders of their own"
-                )
+        for folder in written.keys() & set(path.parents):
+            image = images[written[folder]]
+            raise UserError(f"{image} would become {folder}, which is a folder for {images[name]}. {fix}")
 
 
 def settle(
@@ -231,8 +223,14 @@ def settle(
     Raises UserError if it holds masks that were made in another way, or files of another origin.
     """
     path = out / "predict.json"
-    sources = {name: _real_path(image) for name, image in images.items()}
-    before = _read(path) if path.exists() else {}
+    sources = {name: realpath(image) for name, image in images.items()}
+    before: dict[str, Any] = {}
+    try:
+        if path.exists():
+            before = dict(read_json(path))
+            before["images"] = dict(before.get("images", {}))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is not what was written there: remove it, or choose another --out") from None
     changed = [key for key, value in settings.items() if before and before.get(key) != value]
     if changed and not force:
         raise UserError(f"{out} holds masks made with another {', '.join(changed)}: choose another --out, or --force")
@@ -244,20 +242,6 @@ def settle(
             raise UserError(f"{there} {of}: choose another --out, or --force to write over it")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, {**settings, "images": {**known, **sources}})
-
-
-def _real_path(path: Path) -> str:
-    """Resolve links. Unlike Path.resolve(), accept cyclic links, which reading reports."""
-    return os.path.realpath(path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = dict(read_json(path))
-        content["images"] = dict(content.get("images", {}))
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is not what was written there: remove it, or choose another --out") from None
-    return content
 
 
 def dataset_info(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
@@ -278,3 +262,86 @@ def dataset_info(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
         return read_class_table(name, classes).info
     known = getattr(kind, "info", None)
     return known or build.dataset(cfg, next(iter(cfg.dataset.splits))).info
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How sure each mask is
+
+COLUMNS = ("image", "class", "area", "confidence", "lower_bound")
+Row = tuple[str, str, int, float, float | None]
+
+
+class Review:
+    """The rows of review.csv, the least sure first; those of images that are not segmented again are kept.
+
+    A row is an image and a predicted class: area in pixels, confidence (the expected Dice), and the lower bound of the
+    Dice, confidence - margin, which holds for a share 1 - alpha of new images like those that fitted the margin. An
+    image without any mask has one row with an empty class; its confidence is the smallest P(class absent).
+
+    Args:
+        path: the file.
+        classes: names of the classes.
+        scored: the classes that are reviewed.
+        margins: class -> margin of the bound; empty for none.
+    """
+
+    def __init__(
+        self, path: Path, classes: Sequence[str], scored: Sequence[int], margins: Mapping[str, float | None]
+    ) -> None:
+        self.path, self.classes, self.scored, self.margins = path, classes, scored, margins
+        self.rows: dict[str, list[Row]] = {}
+        for row in _read_review(path) if path.exists() else ():
+            self.rows.setdefault(row[0], []).append(row)
+
+    def start(self, image: str) -> None:
+        """Forget the rows of an image."""
+        self.rows[image] = []
+        self._empty = torch.ones((), dtype=torch.float64)
+
+    def add(self, image: str, index: int, probs: Tensor, mask: Tensor) -> None:
+        """Add one class of an image: probabilities and mask, (H, W)."""
+        if index not in self.scored:
+            return
+        area = int(mask.sum())
+        if not area:
+            self._empty = self._empty.minimum(absence(probs[None, None])[0, 0].cpu())
+            return
+        sure = float(confidence(probs[None, None], mask[None, None]))
+        margin = self.margins.get(str(index))
+        bound = None if margin is None else max(0.0, sure - margin)
+        self.rows[image].append((image, self.classes[index], area, sure, bound))
+
+    def finish(self, image: str) -> None:
+        """Add the row of an image without any mask."""
+        if not self.rows[image]:
+            self.rows[image] = [(image, "", 0, float(self._empty), None)]
+
+    def save(self) -> None:
+        """Write the file, the least sure first."""
+        rows = sorted((row for rows in self.rows.values() for row in rows), key=lambda row: (row[3], row[:2]))
+        shown = [
+            (image, name, area, f"{sure:.4f}", "" if bound is None else f"{bound:.4f}")
+            for image, name, area, sure, bound in rows
+        ]
+        write_text(self.path, csv_text([COLUMNS, *shown]))
+
+
+def _read_review(path: Path) -> list[Row]:
+    try:
+        text = read_text(path)
+        if text.partition("\n")[0].rstrip("\r") != ",".join(COLUMNS):
+            raise ValueError("another header")
+        return [
+            (
+                row["image"],
+                row["class"],
+                int(row["area"]),
+                float(row["confidence"]),
+                float(row["lower_bound"]) if row["lower_bound"] else None,
+            )
+            for row in read_csv(text)
+        ]
+    except (ValueError, KeyError, TypeError, OSError, csv.Error):
+        raise UserError(
+            f"{path} is not a review that was written here. Fix: move it, or choose another --out."
+        ) from None

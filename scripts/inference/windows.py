@@ -27,6 +27,9 @@ from rankseg import Predictor
 from trainers.fitted import OtherProbs, fitted_threshold
 from trainers.forward import at_size
 
+WHOLE = 4 << 20  # pixels up to which an image goes through the network at once by default
+WINDOW = 1024  # side of the windows of larger ones
+
 Network = Callable[[Tensor], Tensor]  # normalised (B, 3, h, w) -> logits (B, C, h', w')
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -35,11 +38,15 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 class View:
     """Windows, scales and mirror images that an image is seen in.
 
-    window: side, in pixels of the network's input, of the largest part that goes through it at once; None: the
-        whole image. overlap: the share of a window that the next one sees too. scales: sizes relative to
-        the one the network is evaluated at. flip: mirror images too. resize: that size (`dataset.resize`).
-        batch: windows at once. memory: bytes of probabilities above which they live in a file in the
-        folder `scratch` (default: where temporary files go) in place of memory.
+    Attributes:
+        window: side, in pixels of the network's input, of the largest part that goes through it at once. 0: the whole
+            image. None: the whole image up to `WHOLE` pixels, `WINDOW` above.
+        overlap: the share of a window that the next one sees too.
+        scales: sizes relative to the one the network is evaluated at.
+        flip: whether mirror images are seen too.
+        resize: the size the network is evaluated at (`dataset.resize`).
+        batch: windows at once.
+        memory: bytes of probabilities above which they are in a file in the folder ``scratch`` instead of memory.
     """
 
     window: int | None = None
@@ -52,7 +59,7 @@ class View:
     scratch: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 16:
+        if self.window and self.window < 16:
             raise UserError(f"window={self.window} is invalid: expected at least 16 pixels")
         if not 0 <= self.overlap <= 0.75:
             raise UserError(f"overlap={self.overlap} is invalid: expected a share from 0 to 0.75")
@@ -122,12 +129,13 @@ def _look(
 def _windows(shape: tuple[int, int], view: View) -> Iterator[tuple[list[Box], tuple[int, int]]]:
     """Yield batches of boxes of one size in the image, and the size that the network gets to see them at."""
     base = resize_to(shape, view.resize) if view.resize is not None else list(shape)
+    window = view.window if view.window is not None else WINDOW if math.prod(shape) > WHOLE else 0
     for scale in view.scales:
         seen = [max(1, round(side * scale)) for side in base]
-        if view.window is None or max(seen) <= view.window:
+        if not window or max(seen) <= window:
             yield [(0, 0, *shape)], (seen[0], seen[1])
             continue
-        sizes = [min(side, view.window) for side in seen]
+        sizes = [min(side, window) for side in seen]
         # The same part in pixels of the image itself.
         sides = [min(full, max(1, round(s * full / side))) for s, side, full in zip(sizes, seen, shape, strict=True)]
         tops, lefts = (starts(full, side, view.overlap) for full, side in zip(shape, sides, strict=True))
@@ -153,13 +161,11 @@ def _cut(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
 
 def _ramp(size: Sequence[int], overlap: float) -> Tensor:
     """Return weights (h, w) that fall off linearly towards the edges, over as much as windows overlap."""
-    rows, columns = (_slope(side, overlap) for side in size)
-    return rows[:, None] * columns
-
-
-def _slope(side: int, overlap: float) -> Tensor:
-    from_edge = torch.minimum(torch.arange(1, side + 1), torch.arange(side, 0, -1)).float()
-    return (from_edge / max(1.0, side * overlap)).clamp(max=1)
+    slopes = []
+    for side in size:
+        from_edge = torch.minimum(torch.arange(1, side + 1), torch.arange(side, 0, -1)).float()
+        slopes.append((from_edge / max(1.0, side * overlap)).clamp(max=1))
+    return slopes[0][:, None] * slopes[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

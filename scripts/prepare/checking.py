@@ -6,7 +6,7 @@ splits) are found here.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,6 @@ from tqdm import tqdm
 from configs.errors import one_line
 from configs.files import file_sha256
 from datasets import SegmentationDataset
-from datasets.base import DatasetInfo
 from datasets.decode import list_images
 from datasets.paired import PairedDataset, file_size
 from scripts.common import ahead
@@ -162,78 +161,46 @@ def _digest(path: Path) -> str:
         return ""
 
 
-@dataclass
-class Totals:
-    """Histograms over images; they suffice for exact means, standard deviations and class frequencies.
+def count(data: SegmentationDataset, workers: int, progress: bool) -> dict[str, Any]:
+    """Read every pair once; return image sizes, mean and std of the colours in [0, 1], and class frequencies.
 
-    pixels: (3, 256) int64, how often each value occurs in R, G and B. labels: (256,) int64, pixels of each
-    label. present: (256,) int64, images that have it. sizes: (height, width) -> images.
+    Histograms of all values suffice for exact numbers. Shares are of the pixels that are not void.
+
+    Raises DatasetError for the first pair that cannot be read.
     """
 
-    pixels: Tensor = field(default_factory=lambda: torch.zeros(3, 256, dtype=torch.int64))
-    labels: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.int64))
-    present: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.int64))
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-
-    @classmethod
-    def of(cls, image: Tensor, mask: Tensor) -> Totals:
-        """Return the totals of one pair: image (3, H, W) uint8, mask (H, W) uint8."""
-        pixels = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in image])
-        labels = torch.bincount(mask.flatten(), minlength=256)
-        return cls(pixels, labels, (labels > 0).long(), Counter([(image.shape[-2], image.shape[-1])]))
-
-    def add(self, other: Totals) -> None:
-        """Add the counts of other images."""
-        self.pixels += other.pixels
-        self.labels += other.labels
-        self.present += other.present
-        self.sizes.update(other.sizes)
-
-    def mean_std(self) -> tuple[list[float], list[float]]:
-        """Return mean and standard deviation of R, G and B over all pixels, in [0, 1]."""
-        values = torch.arange(256, dtype=torch.float64)
-        count = self.pixels.sum(1)
-        mean = (self.pixels * values).sum(1) / count
-        square = (self.pixels * (values - mean[:, None]) ** 2).sum(1) / count
-        return (mean / 255).tolist(), (square.sqrt() / 255).tolist()
-
-    def as_json(self, info: DatasetInfo) -> dict[str, Any]:
-        """Return the summary as plain containers; shares are of the pixels that are not void."""
-        mean, std = self.mean_std()
-        labelled = int(self.labels[: info.num_classes].sum())
-        images = sum(self.sizes.values())
-        heights, widths = zip(*self.sizes, strict=True)
-        return {
-            "images": images,
-            "height": [min(heights), max(heights)],
-            "width": [min(widths), max(widths)],
-            "mean": [round(value, 8) for value in mean],
-            "std": [round(value, 8) for value in std],
-            "void": int(self.labels[info.ignore_index]) / int(self.labels.sum()),
-            "classes": [
-                {
-                    "index": index,
-                    "name": name,
-                    "pixels": int(self.labels[index]),
-                    "share": int(self.labels[index]) / labelled if labelled else None,
-                    "images": int(self.present[index]),
-                }
-                for index, name in enumerate(info.classes)
-            ],
-        }
-
-
-def count(data: SegmentationDataset, workers: int, progress: bool) -> Totals:
-    """Read every pair once.
-
-    Raises DatasetError for the first that cannot be read.
-    """
-
-    def read(index: int) -> Totals:
+    def read(index: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
         image, mask = (part.as_subclass(Tensor) for part in data.read(index))
-        return Totals.of(image, mask)
+        histograms = [torch.bincount(channel.flatten(), minlength=256) for channel in (*image, mask)]
+        return torch.stack(histograms[:3]), histograms[3], (image.shape[-2], image.shape[-1])
 
-    totals = Totals()
-    for one in _bar(ahead(read, range(len(data)), workers), len(data), "counting", progress):
-        totals.add(one)
-    return totals
+    pixels, labels, present = (torch.zeros(shape, dtype=torch.int64) for shape in ((3, 256), 256, 256))
+    sizes = []
+    for colours, of_mask, size in _bar(ahead(read, range(len(data)), workers), len(data), "counting", progress):
+        pixels += colours
+        labels += of_mask
+        present += of_mask > 0
+        sizes.append(size)
+    heights, widths = zip(*sizes, strict=True)
+    values, number = torch.arange(256, dtype=torch.float64), pixels.sum(1)
+    mean = (pixels * values).sum(1) / number
+    std = ((pixels * (values - mean[:, None]) ** 2).sum(1) / number).sqrt()
+    labelled = int(labels[: data.info.num_classes].sum())
+    return {
+        "images": len(sizes),
+        "height": [min(heights), max(heights)],
+        "width": [min(widths), max(widths)],
+        "mean": [round(value, 8) for value in (mean / 255).tolist()],
+        "std": [round(value, 8) for value in (std / 255).tolist()],
+        "void": int(labels[data.info.ignore_index]) / int(labels.sum()),
+        "classes": [
+            {
+                "index": index,
+                "name": name,
+                "pixels": int(labels[index]),
+                "share": int(labels[index]) / labelled if labelled else None,
+                "images": int(present[index]),
+            }
+            for index, name in enumerate(data.info.classes)
+        ],
+    }

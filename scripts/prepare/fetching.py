@@ -46,7 +46,6 @@ class FetchError(OSError):
 def download(
     urls: Sequence[str],
     path: Path,
-    *,
     size: int | None = None,
     checksum: str | None = None,
     attempts: int = 5,

@@ -30,9 +30,6 @@ def make_split(
         seed: another number gives another split.
         group: a regular expression; images for which it finds the same text (its first group, if it has one)
             stay together, such as the frames of a video or the images of a patient.
-
-    Raises:
-        UserError: the shares leave nothing to train on, there are too few images, or a name has no group.
     """
     if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
@@ -67,11 +64,7 @@ def _group(stem: str, pattern: str | None) -> str:
 
 
 def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = False) -> list[Path]:
-    """Write ``<name>.txt``, one name per line, for each split; return the paths.
-
-    Raises:
-        UserError: files with other content exist and ``force`` was not given, or a name cannot be written as a line.
-    """
+    """Write ``<name>.txt``, one name per line, for each split; return the paths."""
     split = {name: list(stems) for name, stems in split.items()}
     paths = {root / f"{name}.txt": "".join(f"{stem}\n" for stem in stems) for name, stems in split.items()}
     for stem in (stem for stems in split.values() for stem in stems):

@@ -1,1 +1,1 @@
-"""Result tables: the paper's, alone and next to ours (published), ours (results, ours), and their text (layout)."""
+"""Result tables: the paper's, alone and next to ours (published), ours (results), and their text (layout)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from trainers.text import csv_text, latex_label, latex_text, markdown_cell, markdown_text
 
@@ -54,8 +55,7 @@ class Cell:
         return f"({', '.join(self.values)})" if len(self.values) > 1 else self.values[0]
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(NamedTuple):
     """The explanation of a mark."""
 
     mark: str
@@ -93,53 +93,54 @@ class Table:
 
 
 def label(text: str, marks: Sequence[str] = ()) -> Cell:
-    """Return a cell that names a row."""
+    """Return a cell with one text, such as the name of a row."""
     return Cell((text,), marks=tuple(marks))
 
 
-def missing(text: str = "missing") -> Cell:
-    """Return a cell for a result that does not exist."""
-    return Cell((text,))
+@dataclass(frozen=True)
+class Style:
+    """How a format writes bold text and marks, and escapes what it would interpret."""
+
+    bold: str
+    marks: str
+    escape: Callable[[str], str]
+
+    def superscript(self, marks: Sequence[str]) -> str:
+        """Return marks as a superscript; nothing without marks."""
+        return self.marks.format(",".join(marks)) if marks else ""
+
+    def text(self, cell: Cell) -> str:
+        """Return a cell as text."""
+        bolds = cell.bold or (False,) * len(cell.values)
+        escaped = map(self.escape, cell.values)
+        parts = [self.bold.format(value) if b else value for value, b in zip(escaped, bolds, strict=True)]
+        return (f"({', '.join(parts)})" if len(parts) > 1 else parts[0]) + self.superscript(cell.marks)
+
+    def rows(self, table: Table) -> Iterator[list[str]]:
+        """Yield the texts of each row. Leading labels that repeat the row above are blank, the last label never."""
+        above: Sequence[Cell] = ()
+        for row in table.rows:
+            first = 0
+            while above and first < table.labels - 1 and row[first] == above[first]:
+                first += 1
+            yield [""] * first + [self.text(cell) for cell in row[first:]]
+            above = row
 
 
-def join(cell: Cell, bold: Callable[[str], str], escape: Callable[[str], str] = str) -> str:
-    """Return the text of a cell with its bold parts formatted; the caller adds the marks."""
-    bolds = cell.bold or (False,) * len(cell.values)
-    parts = [bold(escape(value)) if b else escape(value) for value, b in zip(cell.values, bolds, strict=True)]
-    return f"({', '.join(parts)})" if len(parts) > 1 else parts[0]
-
-
-def repeats(table: Table, index: int) -> int:
-    """Return how many leading labels of row `index` repeat the row above; the last label never counts."""
-    if index == 0:
-        return 0
-    count = 0
-    for above, here in zip(table.rows[index - 1][: table.labels - 1], table.rows[index], strict=False):
-        if above != here:
-            break
-        count += 1
-    return count
+_MARKDOWN = Style("**{}**", "<sup>{}</sup>", markdown_cell)
+_LATEX = Style(r"\textbf{{{}}}", "$^{{{}}}$", latex_text)
 
 
 def markdown(table: Table) -> str:
-    """Return a GitHub table under its title; repeated labels are blank, notes are below."""
-
-    def superscript(marks: Sequence[str]) -> str:
-        return f"<sup>{','.join(marks)}</sup>" if marks else ""
-
-    def text(cell: Cell) -> str:
-        return join(cell, lambda part: f"**{part}**", markdown_cell) + superscript(cell.marks)
-
-    lines = [f"**{markdown_text(table.title)}**{superscript(table.marks)}", ""]
+    """Return a GitHub table under its title; notes are below."""
+    lines = [f"**{markdown_text(table.title)}**{_MARKDOWN.superscript(table.marks)}", ""]
     lines.append("| " + " | ".join(map(markdown_cell, table.head)) + " |")
     lines.append("|" + "|".join(" :-- " if i < table.labels else " :-: " for i in range(len(table.head))) + "|")
-    for index, row in enumerate(table.rows):
-        blank = repeats(table, index)
-        lines.append("| " + " | ".join("" if i < blank else text(cell) for i, cell in enumerate(row)) + " |")
+    lines += ["| " + " | ".join(texts) + " |" for texts in _MARKDOWN.rows(table)]
     if table.caption:
         lines += ["", markdown_text(table.caption)]
     for note in table.notes:
-        lines += ["", f"<sup>{note.mark}</sup> {markdown_text(note.text)}"]
+        lines += ["", f"{_MARKDOWN.superscript([note.mark])} {markdown_text(note.text)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -151,39 +152,27 @@ def csv_tables(tables: Sequence[Table]) -> str:
         heads = [f"{head} {part}" for head in table.head[table.labels :] for part in (*table.parts, "marks")]
         rows.append(["table", *table.head[: table.labels], *heads])
         for row in table.rows:
-            values = [part for cell in row[table.labels :] for part in _spread(cell, len(table.parts))]
-            rows.append([table.name, *(cell.text for cell in row[: table.labels]), *values])
+            texts = [table.name, *(cell.text for cell in row[: table.labels])]
+            for cell in row[table.labels :]:  # a symbol is in the first of its columns
+                texts += [*cell.values, *[""] * (len(table.parts) - len(cell.values)), " ".join(cell.marks)]
+            rows.append(texts)
     return csv_text(rows)
-
-
-def _spread(cell: Cell, parts: int) -> list[str]:
-    """Return the values of a cell for its CSV columns; a symbol is in the first column."""
-    return [*cell.values, *[""] * (parts - len(cell.values)), " ".join(cell.marks)]
 
 
 def latex(table: Table) -> str:
     """Return a LaTeX `table` environment; it needs the package booktabs only."""
-
-    def superscript(marks: Sequence[str]) -> str:
-        return f"$^{{{','.join(marks)}}}$" if marks else ""
-
-    def text(cell: Cell) -> str:
-        return join(cell, lambda part: rf"\textbf{{{part}}}", latex_text) + superscript(cell.marks)
-
     align = "l" * table.labels + "c" * (len(table.head) - table.labels)
     lines = [r"\begin{table}[t]", r"\centering", r"\small"]
-    lines.append(rf"\caption{{{latex_text(table.title)}{superscript(table.marks)}}}")
+    lines.append(rf"\caption{{{latex_text(table.title)}{_LATEX.superscript(table.marks)}}}")
     lines += [rf"\label{{tab:{latex_label(table.name)}}}", rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
     lines += [" & ".join(map(latex_text, table.head)) + r" \\", r"\midrule"]
-    for index, row in enumerate(table.rows):
-        blank = repeats(table, index)
-        if index and table.labels > 1 and not blank:
+    for index, texts in enumerate(_LATEX.rows(table)):
+        if index and table.labels > 1 and texts[0]:
             lines.append(r"\midrule")
-        lines.append(" & ".join("" if i < blank else text(cell) for i, cell in enumerate(row)) + r" \\")
+        lines.append(" & ".join(texts) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    reasons = [f"$^{{{note.mark}}}$ {latex_text(note.text)}" for note in table.notes]
-    if table.caption:
-        reasons.insert(0, latex_text(table.caption))
+    reasons = [latex_text(table.caption)] * bool(table.caption)
+    reasons += [f"{_LATEX.superscript([note.mark])} {latex_text(note.text)}" for note in table.notes]
     if reasons:
         lines += [r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize"]
         lines += [" \\par\n".join(reasons), r"\end{minipage}"]

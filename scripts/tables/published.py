@@ -7,14 +7,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.errors import UserError
 from configs.files import read_json, read_yaml
 from scripts import ROOT
-from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Note, Notes, Table, label, missing
-from scripts.tables.ours import our_cell
-from scripts.tables.results import Group, Groups, matching
+from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Note, Notes, Table, label
+from scripts.tables.results import Group, Groups, matching, our_cell
 
 FOLDER = ROOT / "saved" / "published"
 COLUMNS = {"cityscapes": ("T", "max", "rankdice"), "voc2012": ("T", "max", "rankdice"), "kvasir_seg": ("T", "rankdice")}
@@ -29,7 +28,7 @@ _OTHER_DATA = "No difference: ours was scored on {ours} images, the paper's numb
 _UNKNOWN_SPLIT = "The paper's split of Kvasir-SEG is unpublished: the difference includes that of the data."
 _OTHER_NETWORK = "Not the paper's network but {model}: {differs}."
 _SEVERAL = "More than one collection holds this cell: {names}. Move one out of the way."
-_NONE = Cell(("–",))
+_NONE = label("–")
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,17 @@ class PublishedCell:
 
 @dataclass(frozen=True)
 class Erratum:
-    """A known fault: its cells (`select`), the place of its mark (`scope`), its reason, and the numbers it spoils."""
+    """A known fault: its cells (`select`), the place of its mark (`scope`), its reason, and the numbers it spoils.
+
+    With ``log``, the logged values of the cells follow the reason.
+    """
 
     mark: str
     scope: str
     reason: str
-    show_log: bool
-    spoils: tuple[str, ...]
-    select: tuple[dict, ...] = field(repr=False)
+    log: bool
+    select: Sequence[dict] = field(repr=False)
+    spoils: Sequence[str] = ()
 
     def concerns(self, cell: PublishedCell) -> bool:
         """Return whether one of the selections fits the cell."""
@@ -76,8 +78,7 @@ class Erratum:
         return any(all(fits(key, want) for key, want in choice.items()) for choice in self.select)
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """The data in saved/published."""
 
     cells: tuple[PublishedCell, ...]
@@ -90,17 +91,7 @@ def load_published(folder: Path = FOLDER) -> Published:
     with open(folder / "cells.csv", newline="", encoding="utf-8") as file:
         cells = tuple(_cell(row) for row in csv.DictReader(file))
     logs = {log["id"]: log for log in read_json(folder / "logs.json")}
-    errata = tuple(
-        Erratum(
-            item["mark"],
-            item["scope"],
-            item["reason"],
-            item["log"],
-            tuple(item.get("spoils", ())),
-            tuple(item["select"]),
-        )
-        for item in read_json(folder / "errata.json")
-    )
+    errata = tuple(Erratum(**item) for item in read_json(folder / "errata.json"))
     return Published(cells, logs, errata)
 
 
@@ -170,7 +161,7 @@ def _notes(data: Published, cells: Iterable[PublishedCell]) -> list[Note]:
     for erratum in data.errata:
         concerned = [cell for cell in cells if erratum.concerns(cell)]
         if concerned:
-            found.append(Note(erratum.mark, erratum.reason + (_logged(data, concerned) if erratum.show_log else "")))
+            found.append(Note(erratum.mark, erratum.reason + (_logged(data, concerned) if erratum.log else "")))
     return found
 
 
@@ -197,10 +188,10 @@ def _ours(
                 found += [group for group in matches if not group.reason and block.covers(group)]
                 other = _OTHER_NETWORK.format(model=model, differs=block.differs)
     if not found:
-        return missing(), _NONE
+        return label("missing"), _NONE
     if len(found) > 1:
         names = ", ".join(sorted(group.first.collection or "runs" for group in found))
-        return Cell(("rejected",), marks=(numbered.mark(_SEVERAL.format(names=names)),)), _NONE
+        return label("rejected", [numbered.mark(_SEVERAL.format(names=names))]), _NONE
     group = found[0]
     ours = our_cell(group, numbered)
     if other:
@@ -210,7 +201,7 @@ def _ours(
     expected = IMAGES[cell.dataset]
     if expected is not None and expected != group.first.num_images:
         reason = _OTHER_DATA.format(ours=group.first.num_images, theirs=expected)
-        return ours, Cell(("–",), marks=(numbered.mark(reason),))
+        return ours, label("–", [numbered.mark(reason)])
     spoiled = {part for erratum in data.errata if erratum.concerns(cell) for part in erratum.spoils}
     deltas = {part: group.summary(part)[0] - value for part, value in (("dice", cell.mdice), ("iou", cell.miou))}
     split = (numbered.mark(_UNKNOWN_SPLIT),) if expected is None else ()

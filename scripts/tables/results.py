@@ -1,4 +1,7 @@
-"""Our results: read from the files of `test.py`, and grouped over seeds if nothing but the seed differs."""
+"""Our results: read from the files of `test.py`, grouped over seeds if nothing but the seed differs, and their tables.
+
+A table has rows data set × model × loss and columns rules; there is one for each collection and protocol.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,20 @@ import csv
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.errors import UserError
 from configs.files import read_json, read_text, read_yaml
 from configs.stored import NON_RESULT_KEYS
+from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Notes, Table, label
 from trainers.metrics import PAPER_EPSILON
 from trainers.text import read_csv
 
+_ROUNDING = 2
 _MAY_DIFFER = NON_RESULT_KEYS | {"seed", "hydra"}  # within one average
 _SHOWN = 5  # differences that are listed
 
@@ -58,8 +63,7 @@ class Result:
         return tuple(getattr(self, name) for name in names)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A result file that cannot be used, and the reason; `name` is the path below the folder that was read."""
 
     path: Path
@@ -116,12 +120,8 @@ def read_results(saved: Path, from_counts: bool = False) -> tuple[list[Result], 
 def result_files(saved: Path) -> list[Path]:
     """Return the JSON files that may be results, those below `saved/results` first."""
     found = sorted(saved.rglob("*.json"), key=lambda p: ("results" not in p.relative_to(saved).parts[:1], p))
-    return [
-        path
-        for path in found
-        if "results" in path.relative_to(saved.parent).parts[:-1]
-        and path.name not in ("provenance.json", "report.json")
-    ]
+    others = ("provenance.json", "report.json")
+    return [p for p in found if "results" in p.relative_to(saved.parent).parts[:-1] and p.name not in others]
 
 
 def _describe(error: Exception) -> str:
@@ -266,17 +266,13 @@ def _collection(run: Path, saved: Path) -> str:
     return "/".join(parts[:-4] if run.name.startswith("seed") else parts)
 
 
+@functools.cache  # slow, and all results of a run share it
 def _read_config(path: Path) -> dict[str, Any]:
     """Return a run's configuration, flat, to name a difference by its key; {} if it cannot be read."""
     try:
-        return _flat_config(path, path.stat().st_mtime_ns)
+        tree = read_yaml(path)
     except (OSError, UserError):
         return {}
-
-
-@functools.cache
-def _flat_config(path: Path, _changed: int) -> dict[str, Any]:
-    tree = read_yaml(path)  # slow, and all results of a run share it
     return _flatten(tree) if isinstance(tree, dict) else {}
 
 
@@ -339,3 +335,138 @@ def _duplicate_seed(members: list[Result]) -> str:
         if one.seed == other.seed:
             return f"seed {one.seed} occurs twice: {one.path.name} of two checkpoints or two scores"
     return ""
+
+
+# --- tables
+
+
+def our_tables(groups: Groups, problems: Sequence[Problem] = ()) -> list[Table]:
+    """Return one table for each collection and protocol; `problems` are listed below the first."""
+    keys = sorted({group.first.row[:2] for group in groups.values()})
+    return [_table(groups, *key, problems if index == 0 else ()) for index, key in enumerate(keys)]
+
+
+def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Problem]) -> Table:
+    here = {key: group for key, group in groups.items() if key[:2] == (collection, protocol)}
+    rules = sorted({group.first.predictor for group in here.values()}, key=lambda rule: _rank(rule, RULES))
+    lines, numbered = [], Notes()
+    of_data = {group.first.row[:4]: group.first for group in here.values()}
+    for row in sorted(_grid({group.first.row for group in here.values()}), key=_row_order):
+        of_row = [here.get((*row, rule)) for rule in rules]
+        present = [group for group in of_row if group]
+        any_result = present[0].first if present else of_data[row[:4]]
+        lines.append((*_labels(row, any_result, present, numbered), *_cells(of_row, numbered)))
+    if problems:
+        numbered.mark(problem_count(problems) + ": " + "; ".join(f"{p.name} ({p.reason})" for p in problems))
+    place = f" ({collection})" if collection else ""
+    return Table(
+        name="-".join([*(collection.split("/") if collection else ["ours"]), protocol]),
+        title=f"Our results{place}, protocol {protocol}: (mDice, mIoU) in percent",
+        head=("Data", "Model", "Loss", *(RULES.get(rule, rule) for rule in rules)),
+        rows=tuple(lines),
+        labels=3,
+        parts=("mDice", "mIoU"),
+        notes=numbered.all(),
+        caption=_caption(here.values()),
+    )
+
+
+def _grid(rows: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """Add the rows that are missing: every model of a data set with every loss of it."""
+    found = set(rows)
+    for place in {row[:4] for row in rows}:
+        cells = {row[4:6] for row in rows if row[:4] == place}
+        every = {(model, loss) for model, _ in cells for _, loss in cells}
+        found |= {(*place, *cell, "") for cell in every - cells}
+    return found
+
+
+def _rank(name: str, known: Iterable[str]) -> tuple[int, str]:
+    """Return a sorting key: known names in their order, then the others by name."""
+    places = {one: place for place, one in enumerate(known)}
+    return places.get(name, len(places)), name
+
+
+def _row_order(row: tuple[str, ...]) -> tuple:
+    _, _, dataset, split, model, loss, variant = row
+    return _rank(dataset, DATASETS), split, _rank(model, MODELS), _rank(loss, LOSSES), variant
+
+
+def _caption(groups: Iterable[Group]) -> str:
+    counts = {len(group.results) for group in groups}
+    if counts == {1}:
+        return "One seed each; the best of a row in bold."
+    alone = " Rows with one seed have no range." if 1 in counts else ""
+    return f"Mean ± half the range over seeds; the best of a row in bold.{alone}"
+
+
+def _labels(row: tuple[str, ...], result: Result, present: Sequence[Group], numbered: Notes) -> tuple[Cell, Cell, Cell]:
+    """Return the labels of a row: data set with split and size; model; loss with variant and number of seeds.
+
+    The split is that of the data set's folder: the role `test` of a run may be the images of `val`.
+    """
+    _, _, dataset, split, model, loss, variant = row
+    folder_split = result.config.get(f"dataset.splits.{split}", split)
+    seeds = sorted({len(group.results) for group in present})
+    count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds not in ([1], []) else ""
+    marks = [numbered.mark(f"{variant[0].upper()}{variant[1:]}.")] if variant else []
+    marks += [numbered.mark(_UNLIKE)] if not comparable(present) else []
+    return (
+        label(f"{DATASETS.get(dataset, dataset)} {folder_split}, {result.num_images} images"),
+        label(MODELS.get(model, model)),
+        label(LOSSES.get(loss, loss) + (variant and f", {short_variant(variant)}") + count, marks),
+    )
+
+
+_UNLIKE = "The rules of this row were scored on different checkpoints or data, so none is bold."
+
+
+def comparable(groups: Sequence[Group]) -> bool:
+    """Return whether all rules of a row were scored with the same seeds, checkpoints and data."""
+    runs = {
+        tuple((r.seed, r.checkpoint, str(r.identity["data fingerprint"])) for r in group.results)
+        for group in groups
+        if not group.reason
+    }
+    return len(runs) <= 1
+
+
+def _cells(groups: Sequence[Group | None], numbered: Notes) -> list[Cell]:
+    """Return the cells of one row; the best of each metric is bold if all rules were scored on the same runs."""
+    valid = [group for group in groups if group and not group.reason]
+    best = {metric: _best(valid, metric) for metric in ("dice", "iou")}
+    if len(valid) < 2 or not comparable(valid):
+        best = dict.fromkeys(best)
+    return [our_cell(group, numbered, best) for group in groups]
+
+
+def _best(groups: Sequence[Group], metric: str) -> float | None:
+    """Return the largest mean as printed, so that equal numbers are bold alike."""
+    means = [group.summary(metric)[0] for group in groups]
+    return max((round(mean, _ROUNDING) for mean in means if not math.isnan(mean)), default=None)
+
+
+def our_cell(group: Group | None, numbered: Notes, best: Mapping[str, float | None] | None = None) -> Cell:
+    """Return one cell: "(70.13 ± 0.42, 60.02 ± 0.51)", or "missing", or "rejected" with its reason."""
+    if group is None:
+        return label("missing")
+    if group.reason:
+        return label("rejected", [numbered.mark(f"Not averaged: {group.reason}.")])
+    values, bold = [], []
+    for metric in ("dice", "iou"):
+        mean, half = group.summary(metric)
+        values.append(_number(mean, half if len(group.results) > 1 else None))
+        bold.append(best is not None and best[metric] is not None and round(mean, _ROUNDING) == best[metric])
+    return Cell(tuple(values), tuple(bold))
+
+
+def _number(mean: float, half: float | None) -> str:
+    if math.isnan(mean):
+        return "undefined"
+    return f"{mean:.{_ROUNDING}f}" + (f" ± {half:.{_ROUNDING}f}" if half is not None else "")
+
+
+def problem_count(problems: Sequence[Problem]) -> str:
+    """Return how many files were skipped, in words."""
+    many = len(problems) != 1
+    return f"{len(problems)} result file{'s' * many} could not be read and {'were' if many else 'was'} skipped"

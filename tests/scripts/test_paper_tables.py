@@ -12,7 +12,6 @@ import yaml
 
 from scripts.paper_tables import inject, main
 from scripts.tables.layout import csv_tables, latex, markdown
-from scripts.tables.ours import our_tables
 from scripts.tables.published import (
     COLUMNS,
     Expected,
@@ -22,7 +21,7 @@ from scripts.tables.published import (
     read_expected,
     violations,
 )
-from scripts.tables.results import group_seeds, read_results
+from scripts.tables.results import group_seeds, our_tables, read_results
 from tests.exits import exit_code
 from trainers.text import csv_text
 

@@ -26,10 +26,11 @@ from rankseg.calibration import fit_temperature
 from rankseg.confidence import confidence
 from scripts.analysis import charts
 from scripts.analysis import page as pages
-from scripts.analysis.confidence import EXPECTED, assess
 from scripts.analysis.measure import (
+    EXPECTED,
     Findings,
     Key,
+    assess,
     by_size,
     false_alarms,
     measure,

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 from configs import build
 from configs.errors import EXIT_BUSY
-from scripts import grid
-from scripts.grid import Display, Run, format_time, load_runs
+from scripts import reproduce as grid
+from scripts.reproduce import Run, load_runs
 from trainers.results import results_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,16 +116,22 @@ def test_two_cells_in_one_folder_are_refused() -> None:
         load_runs(["optimizer.lr=0.1,0.2"])
 
 
-def test_the_time_left_follows_from_the_epochs_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    now = [0.0]
-    monkeypatch.setattr(grid.time, "monotonic", lambda: now[0])
-    runs = load_runs([*SMALL, "loss=ce,bce", f"save_dir={tmp_path}"])
-    display = Display(runs, quiet=True)
-    assert display.total == 8  # three epochs and the scoring, twice
-    now[0] = 40.0
-    assert display.finish(runs[0]) == pytest.approx(40)  # four of eight took 40 s
-    assert display.finish(runs[1]) == 0
-    assert [format_time(seconds) for seconds in (59.6, 61, 3601)] == ["1:00", "1:01", "1:00:01"]
+def test_the_time_left_follows_from_the_epochs_done(
+    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three epochs and the scoring, twice: after four of these eight, which took 40 s, another 40 s are left."""
+    now, play = [0.0], reproduce.call  # type: ignore[attr-defined]
+
+    def slowly(arguments: list[str], *more: object) -> tuple[int, str]:
+        now[0] += 40.0 if arguments[0] == "train.py" else 0.0
+        return play(arguments, *more)
+
+    monkeypatch.setattr(reproduce, "call", slowly)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    command = ["--losses", "ce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T", "--protocols", "corrected"]
+    assert run(reproduce, monkeypatch, *command) == 0
+    first, second = (line for line in capfd.readouterr().out.splitlines() if "mDice" in line)
+    assert first.endswith("(00:40, about 00:40 left)") and second.endswith("(00:40, about 00:00 left)")
 
 
 def test_cells_run_a_failure_is_named_and_what_is_done_is_skipped(
