@@ -48,19 +48,10 @@ from rankseg.calibration import Reliability
 from scripts import ROOT
 from scripts.analysis.scores import compare, read_rule
 from scripts.common import ahead, check_least, command_line
+from scripts.decoding import rules
 from scripts.decoding.arrays import write_array
 from scripts.decoding.cases import Folder, first_label, named
 from scripts.decoding.labelled import FolderFitter, write_report
-from scripts.decoding.rules import (
-    confidence,
-    count_pixels,
-    counts_of,
-    is_label_map,
-    label_map,
-    observe,
-    reliability_of,
-    select,
-)
 from scripts.paired_statistics import markdown
 from scripts.report import facts_of_report
 from trainers.distributed import pick_device
@@ -227,23 +218,23 @@ class Job:
         for rule_name, rule in self.rules.items():
             own = getattr(rule, "to_probs", None)  # a calibration of its own
             given = self.folder.load(name, own) if own else case
-            one_label = is_label_map(rule, channels, args.write)
+            one_label = rules.is_label_map(rule, channels, args.write)
             started = time.perf_counter()
             with named(self.folder.cases[name]):
-                written = select(given.probs, rule, args.out, self.device)
+                written = rules.select(given.probs, rule, args.out, self.device)
                 of_rule: dict[str, Any] = {"seconds": time.perf_counter() - started}
                 if one_label:
-                    written = label_map(given, written, args)
+                    written = rules.label_map(given, written, args)
             path = args.out / rule_name / f"{name}{case.suffixes[one_label]}"
             write_array(written, path, case.geometry, "labels" if one_label else "masks")
             if args.confidence:
-                of_rule["confidence"] = confidence(written, given.probs, first)
+                of_rule["confidence"] = rules.confidence(written, given.probs, first)
             if case.labels is not None:
-                of_rule["counts"] = count_pixels(written, case.labels, channels, args)
+                of_rule["counts"] = rules.count_pixels(written, case.labels, channels, args)
             record["rules"][rule_name] = of_rule
             record["written"].append(str(path))
         if case.labels is not None:
-            record |= observe(case.probs, case.labels, args)
+            record |= rules.observe(case.probs, case.labels, args)
         write_json(self.record(name), record)
 
     def score(self, names: list[str], failed: dict[str, str]) -> dict[str, EvalResult]:
@@ -257,7 +248,7 @@ class Job:
                 "Fix: move it away."
             )
             del records[name]
-        curves = [reliability_of(record["reliability"]) for record in records.values()]
+        curves = [rules.reliability_of(record["reliability"]) for record in records.values()]
         reliability = functools.reduce(Reliability.merge, curves)
         first = classes - len(reliability.volume_ratio())
         scored = tuple(self.args.scored or range(first, classes))
@@ -269,7 +260,7 @@ class Job:
         results = {}
         for rule in self.rules:
             rows = [record["rules"][rule] for record in records.values()]
-            counts = Counts.cat([counts_of(row["counts"]) for row in rows])
+            counts = Counts.cat([rules.counts_of(row["counts"]) for row in rows])
             summary = Scoring(classes, scored, self.args.void).summary(counts)
             sure = [_nan_for_null(row["confidence"]) for row in rows if "confidence" in row]
             results[rule] = EvalResult(

@@ -34,8 +34,7 @@ from configs.cli import run_cli
 from configs.errors import UserError
 from configs.files import finite_or_none
 from scripts.analysis import charts
-from scripts.analysis.scores import compare, over_seeds, read_rule, result_folder, rules_in
-from scripts.analysis.statistics import HARM, RESAMPLES
+from scripts.analysis.scores import HARM, RESAMPLES, compare, over_seeds, read_rule, result_folder, rules_in
 from scripts.common import check_least, command_line
 from trainers.text import markdown_table, markdown_text
 from trainers.tuning import choose
@@ -148,7 +147,7 @@ def auto_gains(folder: Path, metric: str, halves: int, seed: int) -> dict[str, A
         found["rankdice, calibrated"] = read_rule(calibrated, "rankdice", metric).by_image()
     images = sorted(set.intersection(*map(set, found.values())))
     scores = {rule: torch.tensor([of[image] for image in images]).double() for rule, of in found.items()}
-    generator, gains, chosen = torch.Generator().manual_seed(seed), [], Counter()
+    generator, gains, chosen = torch.Generator().manual_seed(seed), [], Counter[str]()
     for _ in range(halves):
         one, other = torch.randperm(len(images), generator=generator).tensor_split(2)
         rule = choose({name: dice[one] for name, dice in scores.items()}, resamples=999).rule
@@ -160,7 +159,8 @@ def auto_gains(folder: Path, metric: str, halves: int, seed: int) -> dict[str, A
 
 
 def _auto_table(args: argparse.Namespace, folders: Sequence[Path]) -> str:
-    rows, by_loss = [], {}
+    rows: list[list[str]] = []
+    by_loss: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
         gains = auto_gains(folder, args.metric, args.auto, args.seed)
         record = read_rule(folder, "T", args.metric).record

@@ -29,17 +29,9 @@ from configs.errors import UserError
 from configs.files import file_sha256
 from scripts import ROOT
 from scripts.common import command_line
+from scripts.tables import results as ours
 from scripts.tables.layout import Table, csv_tables, latex, markdown
 from scripts.tables.published import compared_tables, load_published, published_tables, read_expected, violations
-from scripts.tables.results import (
-    Groups,
-    Problem,
-    group_seeds,
-    our_tables,
-    problem_count,
-    read_results,
-    short_variant,
-)
 
 MODES = ("published", "ours", "both")
 FORMATS = ("md", "csv", "tex")
@@ -107,12 +99,12 @@ def _show(args: argparse.Namespace, saved: Path) -> int:
     return 0
 
 
-def _read(saved: Path) -> tuple[Groups, list[Problem]]:
+def _read(saved: Path) -> tuple[ours.Groups, list[ours.Problem]]:
     """Return results grouped over seeds; print skipped files and rejected averages to stderr."""
-    results, problems = read_results(saved)
-    groups = group_seeds(results)
+    results, problems = ours.read_results(saved)
+    groups = ours.group_seeds(results)
     notes = [f"skipped: {problem.path}: {problem.reason}" for problem in problems]
-    notes += [problem_count(problems)] * bool(problems)
+    notes += [ours.problem_count(problems)] * bool(problems)
     for group in groups.values():
         if group.reason:
             notes.append(f"rejected: {' '.join(filter(None, group.first.cell))}: {group.reason}")
@@ -132,27 +124,27 @@ def _report(faults: Sequence[str], checked: str) -> int:
 # --- the generated files in git
 
 
-def tables(mode: str, groups: Groups, problems: Sequence[Problem] = ()) -> list[Table]:
+def tables(mode: str, groups: ours.Groups, problems: Sequence[ours.Problem] = ()) -> list[Table]:
     """Return the tables of a mode: published, ours or both."""
     if mode == "ours":
-        return our_tables(groups, problems)
+        return ours.our_tables(groups, problems)
     data = load_published()
     if mode == "published":
         return published_tables(data)
     return compared_tables(data, groups, read_expected(CONFIGS))
 
 
-def render(found: Sequence[Table], form: str, problems: Sequence[Problem] = ()) -> str:
+def render(found: Sequence[Table], form: str, problems: Sequence[ours.Problem] = ()) -> str:
     """Return tables as the text of one of FORMATS; the text says so if there is none."""
     if form == "csv":
         return csv_tables(found)
     if form == "tex":
         return "\n".join(map(latex, found)) or "% no results yet\n"
     text = "\n".join(map(markdown, found))
-    return text or f"No results yet{'; ' + problem_count(problems) if problems else ''}.\n"
+    return text or f"No results yet{'; ' + ours.problem_count(problems) if problems else ''}.\n"
 
 
-def generated(root: Path, groups: Groups, problems: Sequence[Problem]) -> dict[Path, str]:
+def generated(root: Path, groups: ours.Groups, problems: Sequence[ours.Problem]) -> dict[Path, str]:
     """Return every generated file of the repository with its text.
 
     `groups` must come from saved/results alone: a run that is not in git must not change a file that is.
@@ -164,8 +156,8 @@ def generated(root: Path, groups: Groups, problems: Sequence[Problem]) -> dict[P
         named[mode] = render(found, "md", problems)  # all tables of the mode under one marker
         for form in FORMATS:
             files[root / f"{stem}.{form}"] = render(found, form, problems)
-    raw = {key: group for key, group in groups.items() if short_variant(group.first.variant) in ("", "last")}
-    named |= {f"{table.name}-raw": markdown(table) for table in our_tables(raw)}  # without calibrated rows
+    raw = {key: group for key, group in groups.items() if ours.short_variant(group.first.variant) in ("", "last")}
+    named |= {f"{table.name}-raw": markdown(table) for table in ours.our_tables(raw)}  # without calibrated rows
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         if page.is_file() and "<!-- table:" in (text := page.read_text(encoding="utf-8")):
             files[page] = inject(text, named, page.name)
@@ -244,9 +236,9 @@ def verify(root: Path) -> list[str]:
             faults.append(f"missing: {path} (restore it, or delete its line in {MANIFEST})")
         elif file_sha256(records / path) != digest:
             faults.append(f"changed: {path} (restore it; if intended, delete its line and run: make tables)")
-    results, problems = read_results(records, from_counts=True)
+    results, problems = ours.read_results(records, from_counts=True)
     faults += [f"no scores from counts: {problem.name}: {problem.reason}" for problem in problems]
-    files = generated(root, group_seeds(results), problems)
+    files = generated(root, ours.group_seeds(results), problems)
     faults += [f"does not follow from the counts: {path.relative_to(root)}" for path in stale(files)]
     return faults
 

@@ -12,7 +12,6 @@ Exit codes: 0 done, 2 bad input.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,25 +28,13 @@ from configs.errors import one_line
 from configs.files import file_sha256, read_json, write_json, write_text
 from configs.fitting import Fitter
 from configs.values import check_uncalibrated
-from rankseg import Predictor
 from scripts import ROOT
 from scripts.analysis import page
-from scripts.analysis.measure import (
-    Findings,
-    Key,
-    assess,
-    by_size,
-    chosen_cutoffs,
-    known_pairs,
-    measure,
-    variants,
-)
-from scripts.analysis.pictures import draw_strips, pick
+from scripts.analysis.measure import Findings, Key, analyse, by_size, chosen_cutoffs, variants
 from scripts.common import LoadedRun, add_run_options, command_line, load_run
 from trainers.distributed import World, join_world
 from trainers.journal import read_rows
 from trainers.reproducibility import provenance
-from trainers.selective import MaskRecord, record_masks
 
 RULES = ("T", "max", "rankdice")
 
@@ -79,9 +66,9 @@ def report(args: argparse.Namespace, world: World) -> Path:
     held_out = None if on_validation else build.dataset(cfg, "val")
     findings, confidence, rules, fitted = analyse(fitters, names, data, held_out)
     folder = args.out or path.resolve().parent / "report"
-    groups = pick(findings, args.images)
+    groups = page.pick(findings, args.images)
     indices = [index for picked in groups.values() for index in picked]
-    strips = draw_strips(fitters["raw"], data, rules, findings, indices, folder / "images")
+    strips = page.draw_strips(fitters["raw"], data, rules, findings, indices, folder / "images")
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
     lead = [
         f"Split {cfg.split}, {len(findings.names)} images, protocol {cfg.protocol.name}, checkpoint of epoch "
@@ -101,41 +88,6 @@ def report(args: argparse.Namespace, world: World) -> Path:
     }
     of = {"checkpoint": file_sha256(path), "protocol": cfg.protocol.name, "split": cfg.split}
     return write(folder, title, lead, findings, confidence, data.info.classes, names, more, of)
-
-
-def analyse(
-    fitters: Mapping[str, Fitter], names: Sequence[str], data: Any, held_out: Any
-) -> tuple[Findings, dict[str, Any], Mapping[str, Predictor], list[str]]:
-    """Score rules on every kind of probabilities, and measure the confidence of RankDice on raw ones.
-
-    Args:
-        fitters: by kind; "raw" is one of them.
-        names: the rules.
-        data: the images.
-        held_out: images that the bound on the Dice is fitted on; None if there are none.
-
-    Returns:
-        The findings, the result of `assess`, the rules on raw probabilities, and lines about what was fitted.
-    """
-    compared, lines, temperature = {}, [], math.nan
-    for kind, fitter in fitters.items():
-        rules, values = fitter.rules(names, data)
-        compared[kind] = fitter.to_probs(), rules
-        if kind == "raw":
-            lines = fitter.report(values, data)
-        if kind == "calibrated":
-            temperature = cast(float, fitter.calibration("temperature"))
-        fitter.save()
-    raw, (to_probs, rules) = fitters["raw"], compared["raw"]
-    network, world, precision, scoring = raw.network, raw.world, raw.precision, raw.scoring(data)
-    findings = measure(network, raw.batches(data), compared, scoring, world, temperature, precision)
-
-    def record(images: Any, title: str) -> MaskRecord:
-        batches, scoring = raw.batches(images), raw.scoring(images)
-        return record_masks(network, batches, rules["rankdice"], to_probs, scoring, world, precision, title)
-
-    known = None if held_out is None else known_pairs(record(held_out, "held-out images"))
-    return findings, assess(record(data, "confidence"), known), rules, lines
 
 
 def write(

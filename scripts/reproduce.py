@@ -36,19 +36,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from configs import build, stored
+from configs import build, errors, stored
 from configs.cli import run_cli
 from configs.compose import CONFIGS, options, quote_overrides, unknown_option
-from configs.errors import (
-    EXIT_BUSY,
-    EXIT_FAILED,
-    EXIT_RESUME,
-    BusyError,
-    ConfigError,
-    Interrupted,
-    TrainingError,
-    UserError,
-)
 from configs.files import file_sha256, read_json, read_text, shell_word
 from configs.values import check_values
 from scripts import ROOT, paper_tables
@@ -112,7 +102,7 @@ class Run:
         digest = file_sha256(path)
         try:
             return all(digest in read_text(file) for file in files)
-        except UserError:  # damaged: it is written again
+        except errors.UserError:  # damaged: it is written again
             return False
 
     def record(self, target: Path, root: Path) -> int:
@@ -162,7 +152,7 @@ def load_runs(overrides: Sequence[str]) -> list[Run]:
     folders = [run.folder for run in runs]
     shared = next((folder for folder in folders if folders.count(folder) > 1), None)
     if shared:
-        raise ConfigError(
+        raise errors.ConfigError(
             f"run_dir={shared} would belong to two runs of the grid. Fix: sweep over keys that are in the path "
             "(dataset, model, loss, seed), or set suffix."
         )
@@ -303,13 +293,13 @@ def main() -> None:
         for run, reason in reasons.items():
             print(f"  {run}: {reason}\n    log: {run.folder / 'reproduce.log'}", file=sys.stderr)
     if failed or busy:
-        sys.exit(EXIT_FAILED if failed else EXIT_BUSY)
+        sys.exit(errors.EXIT_FAILED if failed else errors.EXIT_BUSY)
 
 
 def _results_folder(protocol: str) -> str:
     """Return the sub-folder of a run that holds the results of a protocol."""
     if protocol not in options("protocol"):
-        raise ConfigError(unknown_option("protocol", protocol))
+        raise errors.ConfigError(unknown_option("protocol", protocol))
     return str(OmegaConf.load(CONFIGS / "protocol" / f"{protocol}.yaml").results)
 
 
@@ -352,12 +342,12 @@ def execute(
             begin = time.monotonic()
             try:
                 text = _train_and_score(run, plan, args.threads, partial(show, number, run, finished))
-            except TrainingError as error:
+            except errors.TrainingError as error:
                 text = failed[run] = str(error)
-            except BusyError as error:
+            except errors.BusyError as error:
                 text = busy[run] = str(error)
             except KeyboardInterrupt:
-                raise Interrupted("Ctrl-C") from None
+                raise errors.Interrupted("Ctrl-C") from None
             finished += costs[run]
             now = time.monotonic()
             left = (now - started) * (everything - finished) / finished
@@ -367,7 +357,7 @@ def execute(
 
 
 def _raise_interrupted(number: int, _frame: object) -> None:
-    raise Interrupted(signal.Signals(number).name)
+    raise errors.Interrupted(signal.Signals(number).name)
 
 
 def _train_and_score(run: Run, plan: ScoringPlan, threads: int | None, show: Callable[[str], None]) -> str:
@@ -381,12 +371,12 @@ def _train_and_score(run: Run, plan: ScoringPlan, threads: int | None, show: Cal
     def stage(name: str, *command: str) -> None:
         code, last = call(command, run.folder / "reproduce.log", threads, lambda: show(name))
         reason = last.removeprefix("error: ")
-        if code == EXIT_RESUME:
-            raise Interrupted("a signal to the training")
-        if code == EXIT_BUSY:
-            raise BusyError(reason)
+        if code == errors.EXIT_RESUME:
+            raise errors.Interrupted("a signal to the training")
+        if code == errors.EXIT_BUSY:
+            raise errors.BusyError(reason)
         if code:
-            raise TrainingError(f"{name} failed (exit {code}): {reason}")
+            raise errors.TrainingError(f"{name} failed (exit {code}): {reason}")
 
     if not run.is_trained():
         stage("training", "train.py", *run.overrides, "verify=false", "hydra.mode=RUN")

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.fitting import Fitter
 from rankseg import Predictor, threshold
 from rankseg.calibration import Reliability
+from trainers import selective
 from trainers.distributed import World
 from trainers.evaluator import Scoring, observe
 from trainers.forward import forward
 from trainers.metrics import Counts, count, mean_over_classes
-from trainers.selective import MaskRecord, aurc, compare_aurc, conformal_margin, resplit_coverages, risk_coverage
+from trainers.selective import MaskRecord, conformal_margin, record_masks
 
 EXPECTED = "expected Dice"  # the confidence of this project; the others are for comparison
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
@@ -78,6 +80,41 @@ def variants(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     if cfg.calibrate == "class":
         found["calibrated per class"] = {"calibrate": "class"}
     return found
+
+
+def analyse(
+    fitters: Mapping[str, Fitter], names: Sequence[str], data: Any, held_out: Any
+) -> tuple[Findings, dict[str, Any], Mapping[str, Predictor], list[str]]:
+    """Score rules on every kind of probabilities, and measure the confidence of RankDice on raw ones.
+
+    Args:
+        fitters: by kind; "raw" is one of them.
+        names: the rules.
+        data: the images.
+        held_out: images that the bound on the Dice is fitted on; None if there are none.
+
+    Returns:
+        The findings, the result of `assess`, the rules on raw probabilities, and lines about what was fitted.
+    """
+    compared, lines, temperature = {}, [], math.nan
+    for kind, fitter in fitters.items():
+        rules, values = fitter.rules(names, data)
+        compared[kind] = fitter.to_probs(), rules
+        if kind == "raw":
+            lines = fitter.report(values, data)
+        if kind == "calibrated":
+            temperature = cast(float, fitter.calibration("temperature"))
+        fitter.save()
+    raw, (to_probs, rules) = fitters["raw"], compared["raw"]
+    network, world, precision, scoring = raw.network, raw.world, raw.precision, raw.scoring(data)
+    findings = measure(network, raw.batches(data), compared, scoring, world, temperature, precision)
+
+    def record(images: Any, title: str) -> MaskRecord:
+        batches, scoring = raw.batches(images), raw.scoring(images)
+        return record_masks(network, batches, rules["rankdice"], to_probs, scoring, world, precision, title)
+
+    known = None if held_out is None else known_pairs(record(held_out, "held-out images"))
+    return findings, assess(record(data, "confidence"), known), rules, lines
 
 
 @torch.inference_mode()
@@ -205,9 +242,9 @@ def assess(
         "expected": float(expected.mean()),
         "achieved": float(dice.mean()),
         "correlation": _correlation(expected, dice),
-        "aurc": {name: one._asdict() for name, one in compare_aurc(signals, risk, EXPECTED).items()},
-        "aurc_without_order": aurc(torch.zeros(len(risk)), risk),
-        "curves": {name: risk_coverage(values, risk)[1].tolist() for name, values in signals.items()},
+        "aurc": {name: one._asdict() for name, one in selective.compare_aurc(signals, risk, EXPECTED).items()},
+        "aurc_without_order": selective.aurc(torch.zeros(len(risk)), risk),
+        "curves": {name: selective.risk_coverage(values, risk)[1].tolist() for name, values in signals.items()},
         "points": torch.stack((expected, dice), 1).tolist(),
     }
     try:
@@ -226,7 +263,7 @@ def _check_bound(
         size = len(fitted[1])
         everything = torch.cat([fitted[0], expected]), torch.cat([fitted[1], dice])
     margin = conformal_margin(*(fitted or everything), alpha)
-    coverages = resplit_coverages(*everything, size, alpha, splits=resplits)
+    coverages = selective.resplit_coverages(*everything, size, alpha, splits=resplits)
     bound = expected - margin
     return {
         "margin": margin,

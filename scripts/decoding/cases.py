@@ -21,8 +21,8 @@ from torch import Tensor
 
 from configs.errors import UserError
 from rankseg.calibration import Calibration
-from scripts.decoding.arrays import LABEL_SUFFIXES, SUFFIXES, load_nifti, read_array, require, scratch, suffix_of
-from scripts.decoding.geometry import Geometry, nnunet_geometry, nnunet_picture, read_geometry
+from scripts.decoding import arrays
+from scripts.decoding.arrays import Geometry, read_array, scratch, suffix_of
 from trainers.evaluator import Scoring
 from trainers.forward import ToProbs
 from trainers.losses import Link
@@ -96,7 +96,7 @@ class Case:
     suffixes: tuple[str, str]
 
 
-def find_cases(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Path]:
+def find_cases(folder: Path, suffixes: tuple[str, ...] = arrays.SUFFIXES) -> dict[str, Path]:
     """Return case name -> file: the path below the folder without its suffix.
 
     nnU-Net's ``<case>.npz`` with ``<case>.pkl`` is the case; a segmentation of the same name is not.
@@ -148,8 +148,8 @@ class Folder:
 
     def __init__(self, args: Namespace, probs: Path, labels: Path | None = None, valid: Path | None = None) -> None:
         self.args, self.cases = args, find_cases(probs)
-        self.labels = find_cases(labels, LABEL_SUFFIXES) if labels else None
-        self.valid = find_cases(valid, LABEL_SUFFIXES) if valid else None
+        self.labels = find_cases(labels, arrays.LABEL_SUFFIXES) if labels else None
+        self.valid = find_cases(valid, arrays.LABEL_SUFFIXES) if valid else None
         self.values = FromStored(args.link, args.temperature, args.foreground_only)
         self.failed: dict[str, str] = {}
         self.num_images = len(self.cases)
@@ -210,11 +210,11 @@ class Folder:
         geometry, masks = None, suffix_of(path)
         labels_suffix = masks
         if masks in _NIFTI:
-            geometry = read_geometry(path)
+            geometry = arrays.read_geometry(path)
         elif path.name.endswith(".npz") and path.with_name(path.name[:-4] + ".pkl").is_file():
-            geometry = nnunet_geometry(path)
+            geometry = arrays.nnunet_geometry(path)
             masks = ".npz" if geometry is None else ".nii.gz"
-            labels_suffix = (nnunet_picture(path) or masks) if geometry is None else masks
+            labels_suffix = (arrays.nnunet_picture(path) or masks) if geometry is None else masks
         array = read_array(path, args.out, args.key, classes_last=args.classes_axis in ("auto", "last"))
         if not array.size:
             raise UserError(f"{path}: shape {array.shape} holds no value. Fix: write the file again.")
@@ -347,7 +347,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _read_labels(path: Path, folder: Path, geometry: Geometry | None) -> np.ndarray:
     """Read integer labels (*S), with the axes of the probabilities if both files say where they are."""
     array = read_array(path, folder)
-    if suffix_of(path, LABEL_SUFFIXES) in _NIFTI:
+    if suffix_of(path, arrays.LABEL_SUFFIXES) in _NIFTI:
         array = _aligned(path, array, geometry)
     if np.issubdtype(array.dtype, np.floating):
         whole = array.astype(np.int32)
@@ -363,8 +363,8 @@ def _aligned(path: Path, array: np.ndarray, geometry: Geometry | None) -> np.nda
     """Turn NIfTI labels to the axes of the probabilities, and check that both are in the same place."""
     if geometry is None:
         return array
-    nib = require("nibabel", path)
-    affine = load_nifti(path).affine
+    nib = arrays.require("nibabel", path)
+    affine = arrays.load_nifti(path).affine
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(geometry.affine))
     turned = affine @ nib.orientations.inv_ornt_aff(turn, array.shape[:3])
     if not np.allclose(turned, geometry.affine, atol=1e-3, rtol=1e-4):

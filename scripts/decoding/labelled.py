@@ -21,6 +21,7 @@ from configs.errors import UserError
 from configs.fitting import Fitter
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from scripts import report
+from scripts.analysis.measure import analyse
 from scripts.decoding.cases import Folder, FromStored
 from trainers.distributed import World
 from trainers.evaluator import Scoring
@@ -121,7 +122,7 @@ def write_report(
     if fitter.kind == "class":
         kinds["calibrated per class"] = {}
     fitters = {kind: FolderFitter(args, fitter.fit, fitter.world.device, **one) for kind, one in kinds.items()}
-    findings, confidence, *_ = report.analyse(fitters, names, scored, fitter.fit)
+    findings, confidence, *_ = analyse(fitters, names, scored, fitter.fit)
     lead = [
         f"{len(findings.names)} cases. All rules see the same probabilities: T selects pixels with at least 0.5, "
         "max the most likely class, rankdice the mask with the largest expected Dice. Masks may overlap."

@@ -24,18 +24,8 @@ from torchvision.utils import draw_segmentation_masks
 from configs import build
 from configs.errors import UserError
 from configs.files import read_json, read_text, temporary_file, write_json, write_text
-from datasets import DatasetError, Folder
+from datasets import DatasetError, Folder, decode
 from datasets.base import DatasetInfo
-from datasets.decode import (
-    EXIF_ORIENTATION,
-    IMAGE_SUFFIXES,
-    STORED,
-    UPRIGHT,
-    is_deep,
-    list_images,
-    load_image,
-    orient,
-)  # fmt: skip
 from datasets.folder import read_class_table
 from rankseg.confidence import absence, confidence
 from trainers.text import csv_text, read_csv
@@ -56,13 +46,13 @@ def read(path: Path) -> Picture:
 
     Raises DatasetError that names the path if it is missing, damaged, too large, or deeper than 8 bits a channel.
     """
-    stored = load_image(path)
-    if is_deep(stored.image.mode):
+    stored = decode.load_image(path)
+    if decode.is_deep(stored.image.mode):
         raise DatasetError(
             f"{path} has more than 8 bits per channel (mode {stored.image.mode}). Fix: save it as 8 bits"
         )
     try:
-        upright = orient(stored.image, UPRIGHT, stored.orientation).convert("RGB")
+        upright = decode.orient(stored.image, decode.UPRIGHT, stored.orientation).convert("RGB")
         return Picture(torch.from_numpy(np.array(upright)).permute(2, 0, 1), stored.orientation)
     except MemoryError as error:
         raise DatasetError(f"{path} does not fit in memory. Fix: cut it into tiles") from error
@@ -80,11 +70,11 @@ def find(inputs: Sequence[Path], out: Path) -> tuple[dict[str, Path], list[str]]
         if given.is_dir():
             if given.resolve() == written:
                 raise UserError(f"--out {out} is the folder of the images. Fix: choose another for the masks")
-            listing = list_images(given, below=True, without=written)
+            listing = decode.list_images(given, below=True, without=written)
             if listing.ignored:
                 notes.append(f"files in {given} that are not read: {listing.ignored_text}")
             if not listing.images:
-                raise UserError("; ".join([f"{given} has no image ({' '.join(IMAGE_SUFFIXES)})", *notes]))
+                raise UserError("; ".join([f"{given} has no image ({' '.join(decode.IMAGE_SUFFIXES)})", *notes]))
             if listing.clashes:
                 raise UserError(same_name(*listing.clashes[0]))
             paths = list(listing.images.values())
@@ -106,7 +96,7 @@ def same_name(path: Path, other: Path) -> str:
 
 def as_stored(labels: np.ndarray, orientation: int) -> Image.Image:
     """Return upright labels (H, W) uint8 or bool in the layout of the stored pixels."""
-    return orient(Image.fromarray(labels.astype(np.uint8)), STORED, orientation)
+    return decode.orient(Image.fromarray(labels.astype(np.uint8)), decode.STORED, orientation)
 
 
 def save_labels(labels: Tensor, orientation: int, info: DatasetInfo, path: Path) -> None:
@@ -141,7 +131,7 @@ def save_probabilities(probs: Tensor, orientation: int, path: Path) -> None:
         out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
         for c, channel in enumerate(probs):
             image = Image.fromarray(channel.float().numpy())
-            out[c] = np.asarray(orient(image, STORED, orientation))
+            out[c] = np.asarray(decode.orient(image, decode.STORED, orientation))
         out.flush()
 
 
@@ -156,7 +146,7 @@ def save_png(image: Image.Image, path: Path, orientation: int = 1) -> None:
     """Write a PNG, with the EXIF orientation if there is one."""
     exif = Image.Exif()
     if orientation != 1:
-        exif[EXIF_ORIENTATION] = orientation
+        exif[decode.EXIF_ORIENTATION] = orientation
     with temporary_file(path) as temporary:
         image.save(temporary, format="PNG", exif=exif if orientation != 1 else None)
 

@@ -1,1 +1,1 @@
-"""Parts of scripts/prepare_data.py: catalogue, download, check and split."""
+"""Parts of scripts/prepare_data.py: catalogue, download and check."""

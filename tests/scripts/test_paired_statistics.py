@@ -14,8 +14,16 @@ import torch
 from scipy import stats
 
 from configs.errors import UserError
-from scripts.analysis.scores import compare, pair, read_groups, read_rule
-from scripts.analysis.statistics import describe_differences, mean_interval, signed_rank, standardized_mean
+from scripts.analysis.scores import (
+    compare,
+    describe_differences,
+    mean_interval,
+    pair,
+    read_groups,
+    read_rule,
+    signed_rank,
+    standardized_mean,
+)
 from scripts.paired_statistics import main
 from tests.exits import exit_code
 from trainers.text import csv_text

@@ -21,8 +21,7 @@ from datasets import DatasetError, Folder
 from datasets.kvasir_seg import default_split
 from scripts.common import ahead
 from scripts.prepare.checking import count
-from scripts.prepare.splitting import make_split, write_split
-from scripts.prepare_data import main
+from scripts.prepare_data import main, make_split, write_split
 
 ROOT = Path(__file__).resolve().parents[2]
 

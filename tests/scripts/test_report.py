@@ -37,7 +37,6 @@ from scripts.analysis.measure import (
     smallest_selected,
     variants,
 )
-from scripts.analysis.pictures import Strip, pick
 from trainers.checkpoint import save
 from trainers.distributed import World
 from trainers.evaluator import Scoring, evaluate
@@ -243,7 +242,7 @@ def test_images_are_picked_by_gain_and_by_dice() -> None:
     findings = findings_of(torch.rand(8, 2, 6, 6), torch.randint(0, 2, (8, 6, 6)))
     dice = findings.dice(findings.key("rankdice"))
     gain = dice - findings.dice(findings.key("T"))
-    groups = pick(findings, 2)
+    groups = pages.pick(findings, 2)
     best, worst = groups["Best images of RankDice"], groups["Worst images of RankDice"]
     assert dice[best[0]] == dice.max() and dice[worst[0]] == dice.min()
     assert gain[groups["Largest gains of RankDice over T"][0]] == gain.max()
@@ -292,7 +291,7 @@ HOSTILE = "<script>alert(1)</script>\"' onload=x"
 def test_hostile_text_is_escaped_everywhere_on_the_page() -> None:
     gain = pages.compare_rules(findings_of(*random_images()), RULES)
     gain[HOSTILE] = gain["T"]
-    picture = Strip(HOSTILE, {HOSTILE: "data:image/png;base64,"}, {HOSTILE: 1.0})
+    picture = pages.Strip(HOSTILE, {HOSTILE: "data:image/png;base64,"}, {HOSTILE: 1.0})
     rows = [
         {"step": 1, "kind": "train", "epoch": 1, "loss": 1.0},
         {"step": 1, "kind": f"val_{HOSTILE}", "epoch": 1, "mean_dice": 0.5, "test_loss": 0.5},
