@@ -135,7 +135,7 @@ def tables(mode: str, groups: ours.Groups, problems: Sequence[ours.Problem] = ()
 
 
 def render(found: Sequence[Table], form: str, problems: Sequence[ours.Problem] = ()) -> str:
-    """Return tables as the text of one of FORMATS; the text says so if there is none."""
+    """Return tables as the text of one of FORMATS; a sentence if there is no table."""
     if form == "csv":
         return csv_tables(found)
     if form == "tex":

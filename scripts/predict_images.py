@@ -16,8 +16,8 @@ auto use what test.py fitted and stored in CHECKPOINT.fitted.json; scripts/confi
 bound.
 
 Probabilities of windows are averaged, and the rule then decides on the whole image. A rule such as rankdice may give a
-pixel to several classes: in the palette PNG the most probable of them has it. A pixel of no class is background, or 255
-(void) if the data set has no background. Without -p the rule is rankdice if one class is scored, else
+pixel to several classes: in the palette PNG the most probable of them has it. A pixel without a class is background,
+or 255 (void) if the data set has no background. Without -p the rule is rankdice if one class is scored, else
 rankdice_nonoverlap.
 
 The same command resumes an interrupted one. Another checkpoint, rule or view needs another folder. No image, no mask of
@@ -56,7 +56,7 @@ from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
 from scripts.common import add_checkpoint_options, ahead, check_checkpoint_options, command_line, default_workers
 from scripts.inference import files
-from scripts.inference.files import Outputs, Review, dataset_info, refuse_collisions, settle
+from scripts.inference.files import Outputs, Review, dataset_info, reject_collisions, settle
 from scripts.inference.windows import WHOLE, WINDOW, View, label_map, probabilities
 from trainers.distributed import World, pick_device
 from trainers.forward import logits_of
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if fitter.warns_about(name):
         print(f"warning: {fitter.warns_about(name)}", file=sys.stderr)
     outputs = {image: Outputs(args, image, info) for image in found}
-    refuse_collisions(outputs, found)
+    reject_collisions(outputs, found)
     settle(args.out, _settings(args, name, info), outputs, found, args.force)
     todo = [image for image in found if args.force or not outputs[image].done()]
     failed = 0

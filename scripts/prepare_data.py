@@ -182,7 +182,7 @@ def _fetch(args: argparse.Namespace) -> int:
             if entry.complete(root):  # by the process that was waited for
                 status = "there already"
             else:
-                entry.refuse_half(root)
+                entry.reject_partial(root)
                 _download(args, entry.archive, path, root)
     else:
         status, steps = "by hand", [step.format(root=shell_word(str(root))) for step in entry.steps]

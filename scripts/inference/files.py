@@ -187,7 +187,7 @@ def file_names(classes: tuple[str, ...]) -> list[str]:
     return [name if safe.count(name) == 1 else f"{name}_{c}" for c, name in enumerate(safe)]
 
 
-def refuse_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]) -> None:
+def reject_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]) -> None:
     """Raise UserError if two files have one path, or if a file would replace an image."""
     fix = "Fix: rename one, or segment them into folders of their own"
     read = {realpath(path): path for path in images.values()}

@@ -64,7 +64,7 @@ class Entry:
         """Return whether all parts are there."""
         return all((root / name).exists() for name in self.holds)
 
-    def refuse_half(self, root: Path) -> None:
+    def reject_partial(self, root: Path) -> None:
         """Raise UserError if only some parts are there: nothing is unpacked over them."""
         lacking = [name for name in self.holds if not (root / name).exists()]
         there = [name for name in self.holds if name not in lacking]

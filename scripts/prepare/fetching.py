@@ -92,7 +92,7 @@ def _transfer(url: str, path: Path, name: str, limit: int, progress: bool) -> No
     """Write the content of an address to a file.
 
     Raises:
-        FetchError: the server refuses, or sends too slowly or more than ``limit`` bytes.
+        FetchError: the server rejects the request, or sends too slowly or more than ``limit`` bytes.
         requests.RequestException, urllib3.exceptions.HTTPError: the transfer broke.
     """
     slow = f"{name} arrives with less than {MIN_RATE // 1000} kB/s. Fix: try again later, or pass --url"
