@@ -58,17 +58,17 @@ def report(args: argparse.Namespace, world: World) -> Path:
     names = list(dict.fromkeys((*RULES, *args.predictor)))
     for name in names:
         build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
-    fitters = {
-        kind: Fitter(cast(DictConfig, OmegaConf.merge(cfg, changes)), network, path, world)
-        for kind, changes in variants(cfg).items()
-    }
+
+    def make(options: Mapping[str, Any]) -> Fitter:
+        return Fitter(cast(DictConfig, OmegaConf.merge(cfg, options)), network, path, world)
+
     on_validation = cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]
     held_out = None if on_validation else build.dataset(cfg, "val")
-    findings, confidence, rules, fitted = analyse(fitters, names, data, held_out)
+    findings, confidence, raw, rules, fitted = analyse(make, variants(cfg), names, data, held_out)
     folder = args.out or path.resolve().parent / "report"
     groups = page.pick(findings, args.images)
     indices = [index for picked in groups.values() for index in picked]
-    strips = page.draw_strips(fitters["raw"], data, rules, findings, indices, folder / "images")
+    strips = page.draw_strips(raw, data, rules, findings, indices, folder / "images")
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
     lead = [
         f"Split {cfg.split}, {len(findings.names)} images, protocol {cfg.protocol.name}, checkpoint of epoch "

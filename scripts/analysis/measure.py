@@ -83,21 +83,28 @@ def variants(cfg: DictConfig) -> dict[str, dict[str, Any]]:
 
 
 def analyse(
-    fitters: Mapping[str, Fitter], names: Sequence[str], data: Any, held_out: Any
-) -> tuple[Findings, dict[str, Any], Mapping[str, Predictor], list[str]]:
+    make: Callable[[Mapping[str, Any]], Fitter],
+    kinds: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+    data: Any,
+    held_out: Any,
+) -> tuple[Findings, dict[str, Any], Fitter, dict[str, Predictor], list[str]]:
     """Score rules on every kind of probabilities, and measure the confidence of RankDice on raw ones.
 
     Args:
-        fitters: by kind; "raw" is one of them.
+        make: returns the fitter of a kind from its options. It reads the file that the fitter before has written.
+        kinds: the options of each kind; "raw" is one of them.
         names: the rules.
         data: the images.
         held_out: images that the bound on the Dice is fitted on; None if there are none.
 
     Returns:
-        The findings, the result of `assess`, the rules on raw probabilities, and lines about what was fitted.
+        The findings, the result of `assess`, the fitter and the rules of raw probabilities, and lines about what was
+        fitted.
     """
-    compared, lines, temperature = {}, [], math.nan
-    for kind, fitter in fitters.items():
+    compared, fitters, lines, temperature = {}, {}, [], math.nan
+    for kind, options in kinds.items():
+        fitter = fitters[kind] = make(options)
         rules, values = fitter.rules(names, data)
         compared[kind] = fitter.to_probs(), rules
         if kind == "raw":
@@ -114,7 +121,7 @@ def analyse(
         return record_masks(network, batches, rules["rankdice"], to_probs, scoring, world, precision, title)
 
     known = None if held_out is None else known_pairs(record(held_out, "held-out images"))
-    return findings, assess(record(data, "confidence"), known), rules, lines
+    return findings, assess(record(data, "confidence"), known), raw, rules, lines
 
 
 @torch.inference_mode()

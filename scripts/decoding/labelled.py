@@ -7,7 +7,7 @@ line of scripts/decode.py.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,8 +121,11 @@ def write_report(
         kinds["calibrated"] = {"calibrate": "temperature", "temperature": 1}
     if fitter.kind == "class":
         kinds["calibrated per class"] = {}
-    fitters = {kind: FolderFitter(args, fitter.fit, fitter.world.device, **one) for kind, one in kinds.items()}
-    findings, confidence, *_ = analyse(fitters, names, scored, fitter.fit)
+
+    def make(options: Mapping[str, Any]) -> FolderFitter:
+        return FolderFitter(args, fitter.fit, fitter.world.device, **options)
+
+    findings, confidence, *_ = analyse(make, kinds, names, scored, fitter.fit)
     lead = [
         f"{len(findings.names)} cases. All rules see the same probabilities: T selects pixels with at least 0.5, "
         "max the most likely class, rankdice the mask with the largest expected Dice. Masks may overlap."
