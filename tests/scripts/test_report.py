@@ -417,6 +417,8 @@ def test_fitted_rules_have_the_scores_of_test_py(report: object, run: Path, tmp_
     text = report.report(args, HERE).read_text()  # type: ignore[attr-defined]
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert "T_fit: threshold" in text and "auto: " in text
+    kept = json.loads((run / "best_model.fitted.json").read_text())["entries"]
+    assert {one["settings"]["calibrate"] for one in kept if one["kind"] == "T_fit"} == {"none", "temperature"}
     for kind, override in (("raw", "calibrate=none"), ("calibrated", "calibrate=temperature")):
         network, cfg, _ = load(run / "best_model.pth", [override])
         data, fitter = build.dataset(cfg, "test"), Fitter(cfg, network, run / "best_model.pth", HERE)
