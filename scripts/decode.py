@@ -174,10 +174,7 @@ class Job:
         self.settings = fingerprint({**settings, **self.calibration, "fitted": self.fitted})
         path = args.out / "decode.json"
         if path.is_file() and not args.force and read_json(path).get("settings") != self.settings:
-            raise UserError(
-                f"{args.out} holds results of other rules or options. "
-                "Fix: choose another --out, or pass --force to replace them."
-            )
+            raise UserError(f"{args.out} holds results of other options. Fix: choose another --out, or pass --force.")
         write_json(path, {"settings": self.settings, "rules": args.predictor})
         self.fitter.save()
 
@@ -210,8 +207,7 @@ class Job:
         first = first_label(channels, args)
         if self.fit and self.fit.channels != channels:
             raise UserError(
-                f"{self.folder.cases[name]}: {channels} channels, the cases of --fit have {self.fit.channels}. "
-                "Fix: move it away."
+                f"{case.path}: {channels} channels, --fit has {self.fit.channels}. Fix: move the case away."
             )
         record: dict[str, Any] = {"settings": self.settings, "sources": self.folder.sources(name), "written": []}
         record |= {"classes": channels + first, "rules": {}}
@@ -220,7 +216,7 @@ class Job:
             given = self.folder.load(name, own) if own else case
             one_label = rules.is_label_map(rule, channels, args.write)
             started = time.perf_counter()
-            with named(self.folder.cases[name]):
+            with named(case.path):
                 written = rules.select(given.probs, rule, args.out, self.device)
                 of_rule: dict[str, Any] = {"seconds": time.perf_counter() - started}
                 if one_label:

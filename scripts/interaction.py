@@ -45,9 +45,7 @@ def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[
     for folder in folders:
         seeds = sorted(folder.glob("seed*"))
         if not seeds:
-            raise UserError(
-                f"{folder} holds no seed0, seed1, ... Fix: give the folder of a loss, with its seeds in it."
-            )
+            raise UserError(f"{folder} holds no seed0, seed1, ... Fix: give the folder of a loss and its seeds.")
         for kind, inner in PROBABILITIES.items():
             read = {rule: [read_rule(results_of(seed) / inner, rule) for seed in seeds] for rule in rules}
             cells = [spread([100 * mean(one.by_image().values()) for one in read[rule]]) for rule in rules]

@@ -82,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 def _show(args: argparse.Namespace, saved: Path) -> int:
     """Print or write the tables of one mode."""
     if not saved.is_dir():
-        raise UserError(
-            f"--saved={saved} is not a folder. Fix: give the folder that holds <dataset>/<model>/<loss>/seed<k>."
-        )
+        raise UserError(f"--saved={saved} is not a folder. Fix: give the folder of <dataset>/<model>/<loss>/seed<k>.")
     groups, problems = ({}, []) if args.mode == "published" else _read(saved)
     found = tables(args.mode, groups, problems)
     text = render(found, args.format, problems)

@@ -102,9 +102,7 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
     found = RuleScores(sidecar, rule, metric, scores, record)
     average = mean(found.by_image().values())
     if metric == "dice" and stated is not None and not abs(average - stated) < 1e-3:
-        raise UserError(
-            f"{table}: its mean Dice is {average:.4f}, but {sidecar.name} has {stated:.4f}. Fix: score again."
-        )
+        raise UserError(f"{table}: mean Dice is {average:.4f}, but {sidecar.name} has {stated:.4f}. Fix: score again.")
     return found
 
 

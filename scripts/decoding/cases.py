@@ -84,11 +84,12 @@ class FromStored:
 
 @dataclass(frozen=True)
 class Case:
-    """One case: `probs` (C, *S), `labels` and `valid` (*S), or None if they were not asked for.
+    """One case: its file ``path``, `probs` (C, *S), `labels` and `valid` (*S), or None if they were not asked for.
 
     Labels are void outside the field of view. ``suffixes`` are those of the files of masks and of label maps.
     """
 
+    path: Path
     probs: Tensor
     labels: np.ndarray | None
     valid: np.ndarray | None
@@ -237,7 +238,7 @@ class Folder:
             labels = labels if inside is None else np.where(inside, labels, np.asarray(args.void, np.int64))
             _check_labels(paths[0], labels, len(array) + first_label(len(array), args), args.void)
         probs = _as_probs(path, array, inside, values, as_stored, args.out)
-        return Case(probs, labels, inside, geometry, (masks, labels_suffix))
+        return Case(path, probs, labels, inside, geometry, (masks, labels_suffix))
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
         """Yield a batch for each case, as stored and in memory as a whole."""
@@ -250,7 +251,7 @@ class Folder:
                 self._channels = self._channels or found
                 if found != self._channels:
                     raise UserError(
-                        f"{self.cases[name]}: {found} channels, the first case has {self._channels}. Fix: move it away."
+                        f"{case.path}: {found} channels, the first has {self._channels}. Fix: move it away."
                     )
             except UserError as error:
                 self.failed[name] = str(error)

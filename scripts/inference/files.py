@@ -47,10 +47,9 @@ def read(path: Path) -> Picture:
     Raises DatasetError that names the path if it is missing, damaged, too large, or deeper than 8 bits a channel.
     """
     stored = decode.load_image(path)
-    if decode.is_deep(stored.image.mode):
-        raise DatasetError(
-            f"{path} has more than 8 bits per channel (mode {stored.image.mode}). Fix: save it as 8 bits"
-        )
+    mode = stored.image.mode
+    if decode.is_deep(mode):
+        raise DatasetError(f"{path} has more than 8 bits per channel (mode {mode}). Fix: save it as 8 bits")
     try:
         upright = decode.orient(stored.image, decode.UPRIGHT, stored.orientation).convert("RGB")
         return Picture(torch.from_numpy(np.array(upright)).permute(2, 0, 1), stored.orientation)
@@ -332,6 +331,4 @@ def _read_review(path: Path) -> list[Row]:
             for row in read_csv(text)
         ]
     except (ValueError, KeyError, TypeError, OSError, csv.Error):
-        raise UserError(
-            f"{path} is not a review that was written here. Fix: move it, or choose another --out."
-        ) from None
+        raise UserError(f"{path} is not a review written here. Fix: move it, or choose another --out.") from None

@@ -187,9 +187,7 @@ def unpack(archive: Path, root: Path, inside: str = "") -> None:
         else:
             with archive.open("rb") as file:
                 start = file.read(40)
-            raise FetchError(
-                f"{archive} is not an archive (it starts with {start!r}). Fix: remove it and fetch it again"
-            )
+            raise FetchError(f"{archive} is not an archive (starts with {start!r}). Fix: remove it and fetch it again")
         source = temporary / inside
         if not source.is_dir():
             raise FetchError(f"{archive} has no folder {inside}: it has changed. Fix: unpack it by hand")

@@ -142,9 +142,7 @@ def read_counts(table: Path) -> dict[tuple[str, int], tuple[int, int, int]]:
         key = (row["image"], int(row["class"]))
         inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
         if not 0 <= inter <= min(predicted, actual) or not predicted + actual:
-            raise UserError(
-                f"{table}: impossible counts {inter}, {predicted}, {actual} for image {key[0]}. Fix: score again."
-            )
+            raise UserError(f"{table}: impossible counts {inter}, {predicted}, {actual} of {key[0]}. Fix: score again.")
         if key in counts:
             raise UserError(f"{table}: image {key[0]}, class {key[1]} occurs twice. Fix: score again.")
         counts[key] = inter, predicted, actual
