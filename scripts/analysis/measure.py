@@ -29,6 +29,7 @@ from trainers.selective import MaskRecord, conformal_margin, record_masks
 EXPECTED = "expected Dice"  # the confidence of this project; the others are for comparison
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 ToProbs = Callable[[Tensor], Tensor]
+Pairs = tuple[Tensor, Tensor]  # expected and achieved Dice of images
 
 
 class Key(NamedTuple):
@@ -216,16 +217,14 @@ def false_alarms(findings: Findings, rule: str) -> tuple[int, int]:
     return int((absent & (counts.predicted[:, scored] > 0)).sum()), int(absent.sum())
 
 
-def known_pairs(record: MaskRecord) -> tuple[Tensor, Tensor]:
+def known_pairs(record: MaskRecord) -> Pairs:
     """Return expected and achieved Dice of the images with a score, (n,) each."""
     dice = record.dice()
     known = ~dice.isnan()
     return record.signals()[EXPECTED][known], dice[known]
 
 
-def assess(
-    on: MaskRecord, fitted: tuple[Tensor, Tensor] | None, alpha: float = 0.1, resplits: int = 200
-) -> dict[str, Any]:
+def assess(on: MaskRecord, fitted: Pairs | None, alpha: float = 0.1, resplits: int = 200) -> dict[str, Any]:
     """Return AURC, risk-coverage curves and the conformal bound of the masks in ``on``.
 
     Args:
@@ -260,9 +259,7 @@ def assess(
         return {**found, "no_bound": str(error)}
 
 
-def _check_bound(
-    expected: Tensor, dice: Tensor, fitted: tuple[Tensor, Tensor] | None, alpha: float, resplits: int
-) -> dict[str, Any]:
+def _check_bound(expected: Tensor, dice: Tensor, fitted: Pairs | None, alpha: float, resplits: int) -> dict[str, Any]:
     """Return the margin of the bound and how often it holds."""
     if fitted is None:
         size, everything = len(dice) // 2, (expected, dice)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.files import read_json, read_text
-from scripts.tables.results import group_seeds, mean, mean_by_key, parse_result, read_counts, short_variant, variant_of
+from scripts.tables import results as ours
 from trainers.text import read_csv
 
 RESAMPLES = 10_000
@@ -51,11 +51,11 @@ class RuleScores:
 
     def by_image(self) -> dict[str, float]:
         """Return the mean over the scored classes of each image."""
-        return mean_by_key((image, value) for (image, _), value in self.scores.items())
+        return ours.mean_by_key((image, value) for (image, _), value in self.scores.items())
 
     def by_class(self) -> dict[int, float]:
         """Return the mean over images of each class."""
-        return dict(sorted(mean_by_key((c, value) for (_, c), value in self.scores.items()).items()))
+        return dict(sorted(ours.mean_by_key((c, value) for (_, c), value in self.scores.items()).items()))
 
     def of_class(self, c: int) -> dict[str, float]:
         """Return the score of each image in one class."""
@@ -91,16 +91,12 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
         record = read_json(sidecar)
         stated = record["scores"]["mean_dice"]
         stated = None if stated is None else float(stated)
-        counts = read_counts(table)
+        counts = ours.read_counts(table)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         detail = f"no column or key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{table} and {sidecar.name} cannot be read: {detail}. Fix: score again.") from None
-    scores = {}
-    for key, (inter, predicted, actual) in counts.items():
-        total = predicted + actual
-        scores[key] = 2 * inter / total if metric == "dice" else inter / (total - inter)
-    found = RuleScores(sidecar, rule, metric, scores, record)
-    average = mean(found.by_image().values())
+    found = RuleScores(sidecar, rule, metric, ours.fractions(counts, metric), record)
+    average = ours.mean(found.by_image().values())
     if metric == "dice" and stated is not None and not abs(average - stated) < 1e-3:
         raise UserError(f"{table}: mean Dice is {average:.4f}, but {sidecar.name} has {stated:.4f}. Fix: score again.")
     return found
@@ -179,7 +175,7 @@ def compare(
                 "rule": 100 * other.get(c, math.nan),
                 "images": len(points),
                 "unpaired": missing,
-                "mean": mean(points),
+                "mean": ours.mean(points),
                 "interval": list(mean_interval(points, confidence, resamples, seed, groups(list(found))))
                 if points
                 else [math.nan, math.nan],
@@ -191,7 +187,7 @@ def compare(
         "metric": rule.metric,
         "model": rule.record.get("model"),
         "loss": rule.record.get("loss"),
-        "variant": short_variant(variant_of(rule.record)),
+        "variant": ours.short_variant(results.variant_of(rule.record)),
         "seed": rule.record.get("seed"),
         "unpaired": unpaired,
         **describe_differences(values, confidence, resamples, seed, groups(list(pairs))),
@@ -211,11 +207,11 @@ def over_seeds(found: Sequence[dict[str, Any]], scores: Sequence[RuleScores]) ->
     results = []
     for path, one in zip(of_path, scores, strict=True):
         try:
-            results.append(replace(parse_result(path, Path(path.anchor), one.record), collection=""))
+            results.append(replace(ours.parse_result(path, Path(path.anchor), one.record), collection=""))
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: no key {error}. Fix: score again with test.py.") from None
     rows = []
-    for group in group_seeds(results).values():
+    for group in ours.group_seeds(results).values():
         if len(group.results) > 1:
             runs = [of_path[result.path] for result in group.results]
             row = {key: runs[0][key] for key in ("rule", "baseline", "model", "loss", "variant")}
@@ -236,7 +232,7 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
-    return {"mean": mean(values), "range": [min(values), max(values)]}
+    return {"mean": ours.mean(values), "range": [min(values), max(values)]}
 
 
 def mean_interval(

@@ -163,21 +163,28 @@ def mean(values: Iterable[float]) -> float:
     return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
 
+def fractions(
+    counts: Mapping[Any, tuple[int, int, int]], metric: str, epsilon: float = 0.0, legacy_bce_iou: bool = False
+) -> dict[Any, float]:
+    """Return Dice ("dice") or IoU ("iou") of intersection, predicted and actual pixels."""
+    if metric == "dice":
+        return {key: 2 * inter / (predicted + actual + epsilon) for key, (inter, predicted, actual) in counts.items()}
+    overlap = 0 if legacy_bce_iou else 1  # a fault of published rows: |A| + |B| instead of the union
+    return {key: inter / (p + a - overlap * inter + epsilon) for key, (inter, p, a) in counts.items()}
+
+
 def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
     """Compute mDice and mIoU from the counts of images and classes, by the conventions of the record's protocol."""
-    paper = record["protocol"] == "paper"
-    epsilon = PAPER_EPSILON if paper else 0.0
-    dice, iou = [], []
-    for (image, _), (inter, predicted, actual) in read_counts(table).items():
-        total = predicted + actual
-        union = total if record.get("legacy_bce_iou") else total - inter
-        dice.append((image, 2 * inter / (total + epsilon)))
-        iou.append((image, inter / (union + epsilon)))
-    unknown = dict(dice).keys() - set(record["images"])
+    paper, counts = record["protocol"] == "paper", read_counts(table)
+    unknown = {image for image, _ in counts} - set(record["images"])
     if unknown:
         raise UserError(f"{table}: image {min(unknown)} is not in the record.")
-    means = {"mean_dice": mean(mean_by_key(dice).values()), "mean_iou": mean(mean_by_key(iou).values())}
-    return {name: round(value, 3) if paper else value for name, value in means.items()}
+    means = {}
+    for metric in ("dice", "iou"):
+        found = fractions(counts, metric, PAPER_EPSILON if paper else 0.0, bool(record.get("legacy_bce_iou")))
+        value = mean(mean_by_key((image, one) for (image, _), one in found.items()).values())
+        means[f"mean_{metric}"] = round(value, 3) if paper else value
+    return means
 
 
 def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
