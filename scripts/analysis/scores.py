@@ -187,7 +187,7 @@ def compare(
         "metric": rule.metric,
         "model": rule.record.get("model"),
         "loss": rule.record.get("loss"),
-        "variant": ours.short_variant(results.variant_of(rule.record)),
+        "variant": ours.short_variant(ours.variant_of(rule.record)),
         "seed": rule.record.get("seed"),
         "unpaired": unpaired,
         **describe_differences(values, confidence, resamples, seed, groups(list(pairs))),
