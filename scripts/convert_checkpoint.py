@@ -32,7 +32,7 @@ def convert(source: Path) -> dict[str, Any]:
     """Return a released checkpoint as the dictionary that ``trainers.checkpoint`` describes."""
     checkpoint = read_checkpoint(source)
     if checkpoint.get("format") == FORMAT and not is_published(checkpoint):
-        raise CheckpointError(f"checkpoint {source} is in this project's format already; test.py -r reads it")
+        raise CheckpointError(f"checkpoint {source} has this project's format already. Fix: pass it to test.py -r")
     network, theirs = load_published(checkpoint, source=f"checkpoint {source}")
     config = as_stored(theirs)
     best = float(checkpoint.get("monitor_best", math.nan))
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="overwrite the target")
     args = parser.parse_args()
     if args.target.exists() and not args.force:
-        raise UserError(f"{args.target} exists; choose another name or give --force")
+        raise UserError(f"{args.target} exists. Fix: choose another name, or pass --force")
     payload = convert(args.source)
     save(payload, args.target)
     names = payload["config"]["choices"]

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=2, help="enlargement of small images (default: %(default)s)")
     args = parser.parse_intermixed_args()
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg") or args.out.is_dir():
-        raise UserError(f"--out {args.out}: give the name of a .png or .jpg file")
+        raise UserError(f"--out {args.out} is invalid. Fix: give the name of a .png or .jpg file")
     with join_world(args.device) as world:
         path, network, cfg, _, data = load_run(args.run, args.overrides, world.device)
         fitter = Fitter(cfg, network, path, world)
@@ -85,7 +85,7 @@ def main() -> None:
         gain = dice["rankdice"] - dice["T"]
         order = [i for i in gain.argsort().tolist() if gain[i] == gain[i]]
         if not order:
-            raise UserError(f"split={cfg.split}: no image has a class that is scored; choose another split")
+            raise UserError(f"split={cfg.split}: no image has a class that is scored. Fix: choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
         link, transform = criterion.link, loader.transform
         drawn = panels(network, data, transform, rules, link, world, picked, _stack, **options)

@@ -220,7 +220,7 @@ def _split(args: argparse.Namespace) -> int:
     shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
     done = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
     if done:
-        raise UserError(f"{folder} is already split by folders ({', '.join(done)})")
+        raise UserError(f"{folder} is split by folders already ({', '.join(done)}). Fix: use them, or move the files")
     found = list_images(folder, below=True)
     images = found.images
     if not images:
@@ -294,7 +294,7 @@ def _group(stem: str, pattern: str | None) -> str:
     try:
         match = re.search(pattern, stem)
     except re.error as error:
-        raise UserError(f"--group {pattern!r} is not a regular expression: {error}") from None
+        raise UserError(f"--group {pattern!r} is not a regular expression: {error}. Fix: correct it") from None
     found = match and (match[1] if match.re.groups else match[0])
     if found is None:
         raise UserError(f"--group {pattern!r} finds nothing in {stem!r}. Fix: change the expression, or the name")

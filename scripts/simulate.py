@@ -147,7 +147,7 @@ def simulate(
     `images` images, and theirs is that of the mean over images, since draws of one image share its mask.
     """
     if images < 2 or draws < 2:
-        raise UserError(f"a standard error needs at least 2 images and 2 draws, got {images} and {draws}")
+        raise UserError(f"images={images}, draws={draws}: a standard error needs 2 of both. Fix: pass more")
     fixed = THRESHOLDS if example == "thresholds" else (0.5,)
     rules: dict[str, Rule] = {f"T {at:g}": partial(threshold, at=at) for at in fixed}
     rules["RankDice (BA)"] = lambda p: rank_dice(p, app=2).predict
@@ -248,9 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     unknown = [name for name in args.examples if name not in EXAMPLES]
     if unknown:
-        raise UserError(f"{unknown[0]} is not an example: expected one of {', '.join(EXAMPLES)}")
+        raise UserError(f"{unknown[0]} is not an example. Fix: choose from {', '.join(EXAMPLES)}")
     if min(args.sizes) < 2:
-        raise UserError(f"--sizes {min(args.sizes)}: a pattern is at least 2 pixels wide")
+        raise UserError(f"--sizes {min(args.sizes)}: a pattern is at least 2 pixels wide. Fix: pass larger sizes")
     rows = []
     for example in args.examples or EXAMPLES:
         rows += simulate(example, args.sizes, args.images, args.draws, args.seed)

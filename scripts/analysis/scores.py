@@ -86,7 +86,7 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
     for path in (table, sidecar):
         if not path.is_file():
             scored = ", ".join(rules_in(folder)) or "none"
-            raise UserError(f"{path}: file not found. Rules scored in this folder: {scored}.")
+            raise UserError(f"{path}: file not found. Fix: choose a scored rule: {scored}.")
     try:
         record = read_json(sidecar)
         stated = record["scores"]["mean_dice"]
@@ -132,7 +132,7 @@ def read_groups(text: str, images: Sequence[str]) -> dict[str, str]:
         groups = {image: m[1 if pattern.groups else 0] or "" for image, m in matches.items() if m}
     missing = [image for image in images if image not in groups]
     if missing:
-        raise UserError(f"--group {text}: {len(missing)} of {len(images)} images have no group: {missing[0]}.")
+        raise UserError(f"--group {text}: {len(missing)} of {len(images)} images have no group. Fix: add {missing[0]}.")
     return groups
 
 
@@ -252,7 +252,7 @@ def mean_interval(
     from scipy import stats  # slow to import
 
     if not len(values):
-        raise UserError("there is no image that both rules score, so there is no interval.")
+        raise UserError("there is no image that both rules score, so there is no interval. Fix: compare other rules.")
     if not 0 < confidence < 1:
         raise UserError(f"confidence={confidence} is invalid: expected a number in (0, 1), such as 0.95.")
     if resamples < 1:

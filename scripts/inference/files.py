@@ -219,10 +219,10 @@ def settle(
             before = dict(read_json(path))
             before["images"] = dict(before.get("images", {}))
     except (ValueError, TypeError):
-        raise UserError(f"{path} is not what was written there: remove it, or choose another --out") from None
+        raise UserError(f"{path} is not what was written there. Fix: remove it, or choose another --out") from None
     changed = [key for key, value in settings.items() if before and before.get(key) != value]
     if changed and not force:
-        raise UserError(f"{out} holds masks made with another {', '.join(changed)}: choose another --out, or --force")
+        raise UserError(f"{out} holds masks made with another {', '.join(changed)}. Fix: another --out, or --force")
     known = {} if changed else before.get("images", {})  # what was made otherwise is not done
     for name, files in outputs.items() if not force else ():
         there = next((file for file in files.all() if file.exists()), None)

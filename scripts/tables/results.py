@@ -178,7 +178,7 @@ def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
     paper, counts = record["protocol"] == "paper", read_counts(table)
     unknown = {image for image, _ in counts} - set(record["images"])
     if unknown:
-        raise UserError(f"{table}: image {min(unknown)} is not in the record.")
+        raise UserError(f"{table}: image {min(unknown)} is not in the record. Fix: score again.")
     means = {}
     for metric in ("dice", "iou"):
         found = fractions(counts, metric, PAPER_EPSILON if paper else 0.0, bool(record.get("legacy_bce_iou")))
@@ -256,7 +256,7 @@ def _percent(scores: dict[str, Any], key: str) -> float:
     """Return a fraction as percent; null is NaN."""
     value = math.nan if scores[key] is None else float(scores[key])
     if not (math.isnan(value) or 0 <= value <= 1):
-        raise UserError(f"{key} is {value}: expected a fraction between 0 and 1.")
+        raise UserError(f"{key} is {value}: expected a fraction between 0 and 1. Fix: score again.")
     return 100 * value
 
 
