@@ -220,7 +220,7 @@ def _split(args: argparse.Namespace) -> int:
     shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
     done = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
     if done:
-        raise UserError(f"{folder} is split by folders already ({', '.join(done)}). Fix: use them, or move the files")
+        raise UserError(f"{folder} is already split by folders ({', '.join(done)}). Fix: use them, or move files")
     found = list_images(folder, below=True)
     images = found.images
     if not images:
