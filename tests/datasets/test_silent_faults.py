@@ -188,7 +188,7 @@ def test_names_match_in_any_composition(tmp_path: Path) -> None:
 def test_two_files_of_one_name_are_named(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     Image.fromarray(labels(0, (40, 32), 1)).save(root / "masks" / "case0.tif")
-    with pytest.raises(DatasetError, match=r"case0\.png and case0\.tif have one name"):
+    with pytest.raises(DatasetError, match=r"case0\.png and case0\.tif have the same name"):
         Folder(root, "train").verify(progress=False)
 
 
