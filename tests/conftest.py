@@ -50,8 +50,8 @@ def recordings() -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """A folder of real images and probability maps beside the repository; tests skip if it is absent."""
+    """A folder of real images and probability maps next to the repository; tests skip if it is absent."""
     path = ROOT.parent / "shared" / "data"
     if not path.is_dir():
-        pytest.skip("no real images beside the repository")
+        pytest.skip("no real images next to the repository")
     return path

@@ -85,7 +85,7 @@ def test_a_truncated_jpeg(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
-def test_a_file_that_is_no_image(folder, content):
+def test_a_file_that_is_not_an_image(folder, content):
     folder.pairs[0].image.write_bytes(content)
     assert "case0.jpg is not an image" in complaint(folder)
 
@@ -145,7 +145,7 @@ def test_images_of_other_modes_become_rgb(tmp_path, mode):
     assert abs(decoded.astype(int) - np.asarray(image.convert("RGB"), dtype=int)).mean() < 4
 
 
-def test_sixteen_bit_grey_images_are_refused(tmp_path):
+def test_sixteen_bit_grey_images_are_rejected(tmp_path):
     Image.fromarray(np.full((8, 8), 3000, dtype=np.uint16)).save(tmp_path / "ct.png")
     with pytest.raises(DatasetError, match=r"ct.png has more than 8 bits"):
         decode_image(tmp_path / "ct.png")
@@ -167,7 +167,7 @@ def test_exif_rotation_follows_the_mask_where_its_size_tells(tmp_path):
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(3, (40, 32)), (2, (40, 32)), (6, (40, 40))])
-def test_exif_rotation_is_refused_where_nothing_tells(tmp_path, orientation, size):
+def test_exif_rotation_of_one_of_a_pair_is_rejected(tmp_path, orientation, size):
     data = Folder(make_folder(tmp_path, size=size), "train")
     picture(0, size).save(data.pairs[0].image, exif=exif(orientation))
     message = complaint(data)
@@ -175,7 +175,7 @@ def test_exif_rotation_is_refused_where_nothing_tells(tmp_path, orientation, siz
     assert data.check(0, decode=False)  # headers suffice
 
 
-def test_cityscapes_refuses_train_ids(tmp_path):
+def test_cityscapes_rejects_train_ids(tmp_path):
     data = Cityscapes(make_cityscapes(tmp_path), "train")
     Image.fromarray(labels(0, (64, 32), 13, outside=255)).save(data.pairs[0].mask)
     assert "holds train ids (0..18, 255)" in complaint(data)
@@ -288,7 +288,7 @@ def test_a_faulty_table_of_classes(tmp_path, table, message):
     assert "classes.yaml" in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_split_file_that_is_no_text(tmp_path):
+def test_a_split_file_that_is_not_text(tmp_path):
     root = make_folder(tmp_path)
     (root / "train.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DatasetError, match=r"train\.txt is not a text file"):
@@ -326,7 +326,7 @@ def test_the_sample_that_is_decoded_is_spread_evenly():
     assert spread(5, 0) == []
 
 
-def test_what_a_data_set_says_of_itself_is_checked():
+def test_what_a_data_set_states_is_checked():
     with pytest.raises(ValueError, match="2 classes but 1 colours"):
         DatasetInfo("x", ("a", "b"), (BLACK,), (1,))
     with pytest.raises(ValueError, match="300 classes"):
@@ -336,7 +336,7 @@ def test_what_a_data_set_says_of_itself_is_checked():
 @pytest.mark.parametrize(
     "arguments", [{"split": "dev"}, {"num_classes": 1}, {"num_classes": 9}, {"num_images": 0}, {"size": 4}]
 )
-def test_synthetic_refuses_what_it_cannot_draw(arguments):
+def test_synthetic_rejects_what_it_cannot_draw(arguments):
     with pytest.raises(ValueError, match=str(next(iter(arguments.values())))):
         Synthetic(**arguments)
 

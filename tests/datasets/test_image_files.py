@@ -125,7 +125,7 @@ def test_float_masks_of_whole_numbers_are_read(tmp_path: Path) -> None:
     rejected(tmp_path / "a.tif", r"labels from 0 to 0\.5", decode_mask)
 
 
-def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "device.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()

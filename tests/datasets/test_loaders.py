@@ -1,4 +1,4 @@
-"""The batches are a function of (seed, epoch, index): whatever the workers, the shard, or the place of resumption."""
+"""The batches are a function of (seed, epoch, index): not of the workers, the shard, or the step of a resumption."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_batches_do_not_depend_on_the_workers():
         assert same(list(loader.epoch(0)), expected[0])
 
 
-def test_an_epoch_goes_on_in_its_middle_without_reading_what_was_done():
+def test_an_epoch_resumes_in_its_middle_without_reading_what_was_done():
     data = numbered()
     whole = list(train_loader(data).epoch(5))
     data.reads.clear()
@@ -291,7 +291,7 @@ def test_the_death_of_an_idle_worker_ends_the_epoch():
     assert len(list(train_loader(numbered(8), batch_size=4, num_workers=1).epoch(0))) == 2
 
 
-def test_a_death_is_told_while_the_next_epoch_begins():
+def test_a_death_is_reported_while_the_next_epoch_begins():
     """Before the first batch of a later epoch every process has to answer; here one dies while it is waited for."""
     others = multiprocessing.active_children()
     loader = train_loader(numbered(8), batch_size=4, num_workers=1, timeout=60)
@@ -314,7 +314,7 @@ def test_images_of_unlike_sizes_cannot_be_trained_on_without_a_crop():
         list(loader.epoch(0))
 
 
-def test_arguments_that_make_no_sense_are_refused():
+def test_invalid_arguments_are_rejected():
     for arguments in ({"batch_size": 0}, {"num_workers": -1}, {"rank": 2, "world_size": 2}, {"on_error": "ignore"}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             eval_loader(numbered(), **arguments)

@@ -149,7 +149,7 @@ def test_training_augmentation_of_the_paper_from_the_same_draws(recordings, case
         assert difference.max() == 0 and np.array_equal(y, recorded[f"cv4_{case}_label"])
 
 
-def test_plain_tensors_are_refused():
+def test_plain_tensors_are_rejected():
     image, mask = matching_pair()
     for transform in (TrainTransform(*PLAIN), EvalTransform(*PLAIN)):
         with pytest.raises(TypeError, match=r"tv_tensors\.Image and Mask, got Image and Tensor"):
@@ -158,7 +158,7 @@ def test_plain_tensors_are_refused():
             transform(image, tv_tensors.Mask(mask[:-1]))
 
 
-def test_settings_that_make_no_sense_are_refused():
+def test_invalid_settings_are_rejected():
     for arguments, message in (({"rotate": 2.5}, "whole degrees"), ({"flip": 1.5}, "probability")):
         with pytest.raises(ValueError, match=message):
             TrainTransform(*PLAIN, **arguments)

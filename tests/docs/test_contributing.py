@@ -41,7 +41,7 @@ def followed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return copy, follow(lines, copy)
 
 
-def test_the_rule_is_scored_beside_the_others(followed: tuple[Path, str]) -> None:
+def test_the_rule_is_scored_with_the_others(followed: tuple[Path, str]) -> None:
     copy, said = followed
     results = copy / "saved/smoke/synthetic/tiny/ce/seed0/results"
     assert {path.stem for path in results.glob("*.json")} == {"hysteresis", "rankdice"}

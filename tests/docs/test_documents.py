@@ -90,8 +90,8 @@ def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Na
     return caught.value.args[0]
 
 
-def compose_cells(overrides: list[str]) -> None:
-    """Compose cells of what may be a sweep, so many that each value is in one."""
+def compose_runs(overrides: list[str]) -> None:
+    """Compose runs of what may be a sweep: so many that each value is in one of them."""
     kept = [word for word in overrides if not word.startswith(PLUGINS) and not word.endswith(OWN)]
     lists = []
     for override in OverridesParser.create().parse_overrides(kept):
@@ -105,11 +105,11 @@ def compose_cells(overrides: list[str]) -> None:
 
 
 @functools.cache
-def compose_one(cell: tuple[str, ...]) -> None:
+def compose_one(overrides: tuple[str, ...]) -> None:
     try:
-        compose("train", cell)
+        compose("train", overrides)
     except Exception as error:
-        pytest.fail(f"train.py {' '.join(cell)}: {explain(error)}")
+        pytest.fail(f"train.py {' '.join(overrides)}: {explain(error)}")
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert (ROOT / script).is_file(), f"{path.name}: {command}"
         if script == "train.py":
             hydra_flags = ("-m", "--multirun", "--help", "--cfg", "job", "-sc", "install=bash", "--info")
-            compose_cells([word for word in rest if word not in hydra_flags])
+            compose_runs([word for word in rest if word not in hydra_flags])
             continue
         if not rest or "--help" in rest or script.startswith("tests/"):
             continue
@@ -154,7 +154,7 @@ def test_commands_can_be_typed(path: Path, monkeypatch: pytest.MonkeyPatch, caps
         trains = "reproduce" in script or rest[:1] in (["step"], ["loader"])
         if trains:
             given = {key: getattr(found, f"{key}s", None) for key in ("model", "loss", "seed")}
-            compose_cells([*(f"{key}={value}" for key, value in given.items() if value), *overrides])
+            compose_runs([*(f"{key}={value}" for key, value in given.items() if value), *overrides])
         else:
             as_for_testing(tuple(overrides))
 

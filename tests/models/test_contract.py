@@ -134,10 +134,10 @@ def test_what_smp_cannot_build_is_named(arguments, options, message):
 
 @pytest.mark.parametrize("name", ["smp_unet", "smp_deeplabv3plus", "pspnet"])
 def test_building_never_reaches_for_the_network(monkeypatch, name):
-    def refuse(*_):
+    def reject(*_):
         raise AssertionError("a network connection was attempted")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", reject)
     NETWORKS[name](num_classes=3)
 
 

@@ -1,4 +1,4 @@
-"""Released checkpoints: recognised, translated, and refused where they contradict themselves."""
+"""Released checkpoints: recognised, translated, and rejected if they contradict themselves."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_names_of_other_projects(change, message):
         translate_config(CONFIG | change)
 
 
-def test_what_is_no_released_checkpoint(tmp_path):
+def test_what_is_not_a_released_checkpoint(tmp_path):
     assert not is_published({"format": 1, "model": {}, "config": {}})
     assert not is_published({"arch": "DataParallel", "state_dict": {}, "config": "a text"})
     torch.save({"weights": torch.zeros(1)}, tmp_path / "a.pth")
@@ -109,7 +109,7 @@ def test_what_is_no_released_checkpoint(tmp_path):
         load_published(tmp_path / "a.pth")
 
 
-def test_a_trained_upsampling_of_fcn8_is_refused():
+def test_a_trained_upsampling_of_fcn8_is_rejected():
     with pytest.raises(CheckpointError, match=r"'up_final\.weight'"):
         translate_state("fcn8", {"up_final.weight": torch.randn(2, 2, 16, 16)})
 

@@ -71,7 +71,7 @@ def test_a_file_without_checksums_is_reported_unless_its_sha256_is_there(tmp_pat
     read_weights(named)
     assert not capfd.readouterr().err
     assert not torch.equal(read_weights(flipped(named, path, tensors["a"]))["a"], tensors["a"])
-    read_weights(flipped(named, tmp_path / f"of-20231125.{kind}", tensors["a"]))  # a date is no hash
+    read_weights(flipped(named, tmp_path / f"of-20231125.{kind}", tensors["a"]))  # a date is not a hash
     assert len(capfd.readouterr().err.splitlines()) == 2
     path.with_name(f"{path.name}.sha256").write_text(f"{digest}  old\n")
     with pytest.raises(CheckpointError, match=rf"old\.{kind} is damaged"):
@@ -98,7 +98,7 @@ def test_nothing_else_is_admitted(tmp_path, value):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("place", [lambda x: x, lambda x: {"state_dict": x}, lambda x: {"config": [1, {"a": x}]}])
-def test_an_attack_is_refused_and_named(tmp_path, zipped, place):
+def test_an_attack_is_rejected_and_named(tmp_path, zipped, place):
     marker = tmp_path / "owned"
     path = tmp_path / "a.pth"
     torch.save(place(Attack(marker)), path, _use_new_zipfile_serialization=zipped)
@@ -109,7 +109,7 @@ def test_an_attack_is_refused_and_named(tmp_path, zipped, place):
     assert "\n" not in str(caught.value) and not marker.exists()
 
 
-def test_a_bare_pickle_is_refused(tmp_path):
+def test_a_bare_pickle_is_rejected(tmp_path):
     (tmp_path / "a.pth").write_bytes(pickle.dumps(Attack(tmp_path / "owned"), protocol=2))
     with pytest.raises(CheckpointError):
         read_checkpoint(tmp_path / "a.pth")
@@ -153,7 +153,7 @@ def test_missing_files_folders_and_other_contents(tmp_path):
         read_checkpoint(tmp_path / "a.pth")
 
 
-def test_what_is_no_state_dict_is_refused():
+def test_what_is_not_a_state_dict_is_rejected():
     network = TinyUNet(2)
     for state in (3, [1, 2], dict.fromkeys(network.state_dict(), 1)):
         with pytest.raises(CheckpointError, match=r"a\.pth holds no tensors by name"):

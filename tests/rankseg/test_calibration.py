@@ -95,7 +95,7 @@ def test_focal_correction_at_the_ends() -> None:
         assert torch.equal(focal_correction(certain, gamma), certain)
 
 
-def test_refusals() -> None:
+def test_rejections() -> None:
     with pytest.raises(ValueError, match="bins"):
         Reliability(0)
     with pytest.raises(ValueError, match="one-hot"):
@@ -177,7 +177,7 @@ def test_calibration_leaves_a_class_without_pixels_alone(link: str) -> None:
 
 
 def test_reliability_under_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No `bincount` with weights, which CUDA refuses under `torch.use_deterministic_algorithms`."""
+    """No `bincount` with weights, which CUDA rejects under `torch.use_deterministic_algorithms`."""
     plain = torch.bincount
     monkeypatch.setattr(torch, "bincount", lambda x, minlength=0: plain(x, minlength=minlength))
     logits, _, onehot = sample(1.0, "softmax")

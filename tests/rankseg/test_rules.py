@@ -1,4 +1,4 @@
-"""The interface: what every rule accepts, returns and refuses."""
+"""The interface: what every rule accepts, returns and rejects."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TestEveryRule:
             (torch.tensor([[[0.2, 1.1]]]), ValueError, "softmax or sigmoid"),
         ],
     )
-    def test_refusals(self, name: str, bad: object, error: type[Exception], words: str) -> None:
+    def test_rejections(self, name: str, bad: object, error: type[Exception], words: str) -> None:
         with pytest.raises(error, match=words):
             ALL[name](bad)
 
@@ -102,19 +102,19 @@ def test_values_outside_by_rounding_are_clamped() -> None:
         ({"app": 2, "allow_overlap": False}, ValueError, "allow_overlap"),
     ],
 )
-def test_options_refused(options: dict, error: type[Exception], words: str, probs: torch.Tensor) -> None:
+def test_options_rejected(options: dict, error: type[Exception], words: str, probs: torch.Tensor) -> None:
     with pytest.raises(error, match=words):
         rankseg.rank_dice(probs, **options)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "xpu:99", "nowhere"])
 @pytest.mark.parametrize("rule", [rankseg.rank_dice, rankseg.rank_iou])
-def test_a_device_that_is_not_there_is_refused(rule, device: str, probs: torch.Tensor) -> None:
+def test_a_device_that_is_not_there_is_rejected(rule, device: str, probs: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=rf"device='{device}' cannot be used .*; leave device out"):
         rule(probs, device=device)
 
 
-def test_expected_scores_refuse_other_masks(probs: torch.Tensor) -> None:
+def test_expected_scores_reject_other_masks(probs: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="shape of probs"):
         rankseg.expected_dice(probs, torch.zeros(1, 3, 12, 10, dtype=torch.bool))
     with pytest.raises(TypeError, match="bool"):

@@ -68,11 +68,14 @@ def test_the_parts_of_a_test_are_all_there_and_nothing_stays_watched(
     assert {name: getattr(evaluator, name) for name in test.PARTS} == before
 
 
-def test_a_command_is_measured_and_its_failure_is_told() -> None:
-    spent = test.call("test.py", "--help")
+def test_a_command_is_measured_and_its_failure_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import sys\nsum(range(10**6))\nif len(sys.argv) > 1: sys.exit('error: ' + sys.argv[1] + ' is absent')\n"
+    (tmp_path / "test.py").write_text(script)
+    monkeypatch.setattr(test, "ROOT", tmp_path)
+    spent = test.call("test.py")
     assert spent.wall > 0 and spent.processor > 0
-    with pytest.raises(ValueError, match=r"test\.py failed: .*--device"):
-        test.call("test.py", "--device")
+    with pytest.raises(ValueError, match=r"test\.py failed: .*absent\.pth"):
+        test.call("test.py", "absent.pth")
 
 
 def test_ratios_are_to_each_single_rule(capsys: pytest.CaptureFixture[str]) -> None:

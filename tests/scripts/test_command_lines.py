@@ -82,7 +82,7 @@ def test_bad_input_is_one_line_on_stderr(words: tuple[str, ...], call) -> None:
         ("reproduce.py epochs=0 --dry-run", "epochs=0"),
     ],
 )
-def test_values_of_no_sense_are_named_before_anything_is_read(words: str, said: str, call) -> None:
+def test_invalid_values_are_named_before_anything_is_read(words: str, said: str, call) -> None:
     code, out, err = call(*words.split())
     assert (code, out) == (2, "") and err.startswith(f"error: {said}") and len(err.splitlines()) == 1, err
 
@@ -94,7 +94,7 @@ def test_a_traceback_may_be_asked_for(words: tuple[str, ...], call, monkeypatch:
         call(*words)
 
 
-def test_a_disk_that_fails_is_no_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_fails_is_not_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a.md")
 

@@ -11,7 +11,7 @@ import torch
 
 import rankseg
 from configs.errors import UserError
-from tests.scripts.test_decode import drawn, result, run, save_all, softmax_maps
+from tests.scripts.decoding import drawn, result, run, save_all, softmax_maps
 
 SHARPER = 2.5  # factor on the logits of the saved probabilities: the right temperature
 

@@ -208,7 +208,7 @@ def test_fetch_check_and_fetch_again(server: Server, tmp_path: Path, capsys: pyt
     assert "there already" in capsys.readouterr().out
 
 
-def test_a_second_fetch_is_refused_and_a_dead_one_is_not_in_the_way(
+def test_a_second_fetch_is_rejected_and_a_dead_one_is_not_in_the_way(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.content, server.hold = kvasir_zip(), threading.Event()
@@ -243,7 +243,7 @@ def test_voc_is_pinned_by_size_and_checksum(server: Server, tmp_path: Path) -> N
         main(["fetch", "voc2012", "--root", str(tmp_path / "voc"), "--url", server.url, "--quiet", "--attempts", "1"])
 
 
-def test_a_login_page_is_no_archive(server: Server, tmp_path: Path) -> None:
+def test_a_login_page_is_not_an_archive(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     path.write_text("<html><body>please log in</body></html>")
     with pytest.raises(FetchError, match="<html>"):
@@ -275,7 +275,7 @@ def test_damage_and_encryption_are_named(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
 
-def test_a_half_of_a_data_set_is_no_place_to_fetch_to(server: Server, tmp_path: Path) -> None:
+def test_nothing_is_fetched_into_a_half_of_a_data_set(server: Server, tmp_path: Path) -> None:
     (tmp_path / "K" / "images").mkdir(parents=True)
     with pytest.raises(UserError, match="images without masks"):
         main(["fetch", "kvasir_seg", "--root", str(tmp_path / "K"), "--url", server.url])

@@ -1,4 +1,4 @@
-"""The picture of a run: what stands above its tiles, and their places."""
+"""The picture of a run: the text above its tiles, and their places."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_captions_give_scores_in_percent_and_the_gain() -> None:
     assert captions(0.5, dice | {"rankdice": 43.2})[-1] == "Dice 43.2 (-0.5)"
 
 
-def test_headings_stand_above_the_first_row_and_move_nothing() -> None:
+def test_headings_are_above_the_first_row_and_move_nothing() -> None:
     drawn = [torch.full((3, 20, 60), 10 * k, dtype=torch.uint8) for k in range(len(HEADINGS))]
     above = captions(0.5, {"T": 1, "max": 2, "rankdice": 3})
     plain, headed = strip(drawn, above), strip(drawn, above, HEADINGS)

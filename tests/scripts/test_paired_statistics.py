@@ -208,7 +208,7 @@ def test_pair_keeps_the_order_and_counts_what_is_left_out():
     "key, value",
     [("checkpoint", {"sha256": "y"}), ("protocol", "paper"), ("temperature", 2.0), ("images", ["a"])],
 )
-def test_rules_on_other_probabilities_are_refused(results, key, value):
+def test_rules_on_other_probabilities_are_rejected(results, key, value):
     put(results, "rankdice", RIVAL, **({"images": list("abcd")} | {key: value}))
     with pytest.raises(ValueError, match=f"same probabilities.*{key}"):
         compare(read_rule(results, "T"), read_rule(results, "rankdice"))

@@ -1,4 +1,4 @@
-"""The tables: the published ones cell for cell, ours from result files, refusals, checks, markers."""
+"""The tables: the published ones cell for cell, ours from result files, rejected results, checks, markers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATASETS = {"CityScapes": "cityscapes", "VOC": "voc2012", "kvasirSEG": "kvasir_s
 
 
 def record(**changes) -> dict:
-    """A result file as test.py writes it; keys with a dot change what lies inside."""
+    """A result file as test.py writes it; a key `a__b` changes entry b of entry a."""
     base = {
         "format": 1,
         "predictor": "T",
@@ -202,7 +202,7 @@ def test_missing_cells_say_so(saved):
     assert [row[4].text for row in table.rows] == ["(50.00, 40.00)", "missing"]
 
 
-def test_cells_of_the_grid_that_were_not_run_are_missing_too(saved):
+def test_runs_of_the_grid_that_were_not_made_are_missing_too(saved):
     saved(model="pspnet", loss="ce")
     saved(model="pspnet", loss="focal", checkpoint__sha256="b")
     saved(model="fcn8", loss="ce", checkpoint__sha256="c")
@@ -245,7 +245,7 @@ def test_a_temperature_fitted_on_the_scored_images_says_so(saved):
     assert sum("which are the images scored" in note.text for note in table.notes) == 1
 
 
-def test_temperatures_fitted_on_unlike_images_are_refused(saved):
+def test_temperatures_fitted_on_unlike_images_are_rejected(saved):
     saved(temperature=1.2, temperature_fitted_on="one")
     saved(seed=1, temperature=1.3, temperature_fitted_on="two", checkpoint__sha256="bb")
     (table,) = tables_of(saved.folder)
@@ -279,7 +279,7 @@ def test_protocols_and_collections_stay_apart(saved):
         ({"model_detail": {"weights": "x"}}, "model {'weights': None} against {'weights': 'x'}"),
     ],
 )
-def test_unlike_results_are_refused_with_the_difference(saved, change, words, capsys):
+def test_unlike_results_are_rejected_with_the_difference(saved, change, words, capsys):
     saved()
     saved(seed=1, checkpoint__sha256="bb", **change)
     (table,) = tables_of(saved.folder)
@@ -303,7 +303,7 @@ def test_seed_and_path_may_differ(saved):
     assert table.rows[0][3].text == "(50.00 ± 0.00, 40.00 ± 0.00)"
 
 
-def test_rules_of_unlike_checkpoints_are_no_comparison(saved):
+def test_rules_of_unlike_checkpoints_are_not_compared(saved):
     saved()
     saved(predictor="rankdice", checkpoint__sha256="other", scores__mean_dice=0.9)
     (table,) = tables_of(saved.folder)
@@ -339,7 +339,7 @@ def test_corrupt_files_are_named_skipped_and_counted(saved, text, reason, capsys
     assert "1 result file could not be read and was skipped" in shown.out
 
 
-def test_a_report_beside_recorded_results_is_no_result(saved, capsys):
+def test_a_report_next_to_recorded_results_is_not_a_result(saved, capsys):
     path = saved(where="results/kept")
     report = path.parents[2] / "report" / "report.json"
     report.parent.mkdir()
@@ -524,7 +524,7 @@ def test_check_fails_on_a_number_outside_its_tolerance(repository, capsys):
 
 
 @pytest.mark.parametrize("text", ["<!-- table:a -->\nx", "x <!-- /table:a -->", "<!-- table:a -->\n<!-- /table:b -->"])
-def test_a_lone_marker_is_refused(text):
+def test_a_lone_marker_is_rejected(text):
     with pytest.raises(ValueError, match="no partner"):
         inject(text, {"a": "t", "b": "t"})
 

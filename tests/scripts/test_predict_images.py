@@ -111,7 +111,7 @@ def test_probabilities_beyond_the_memory_are_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"window": 3}, {"overlap": 0.9}, {"scales": ()}, {"scales": (0,)}, {"batch": 0}])
-def test_impossible_views_are_refused(options: dict[str, object]) -> None:
+def test_impossible_views_are_rejected(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         View(**options)  # type: ignore[arg-type]
 
@@ -244,7 +244,7 @@ def test_no_two_files_go_to_one_place(
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
 
 
-def test_names_that_only_look_like_output_folders_are_no_collision(checkpoint: Path, tmp_path: Path) -> None:
+def test_names_that_only_look_like_output_folders_do_not_collide(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "overlay").mkdir(parents=True)
     for name in ("a", "overlay/b"):
         Image.new("RGB", (32, 32)).save(tmp_path / "in" / f"{name}.jpg")
@@ -409,7 +409,7 @@ def test_an_image_that_does_not_fit_in_memory_does_not_stop_the_others(
     assert len(list((tmp_path / "out").rglob("*.png"))) == 2
 
 
-def test_whatever_lies_in_a_folder_the_images_are_segmented(
+def test_other_things_in_a_folder_do_not_stop_its_images(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in"
@@ -448,7 +448,7 @@ def test_whatever_lies_in_a_folder_the_images_are_segmented(
         ("--out LOOP/x", "loop/x"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(
+def test_words_that_exclude_each_other_are_one_line(
     words: str, said: str, checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "loop").symlink_to("loop")

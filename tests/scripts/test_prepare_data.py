@@ -274,7 +274,7 @@ def test_split_is_a_partition_that_keeps_groups_together() -> None:
         (["p1_a", "b"], {"val": 0.5}, r"^(p\d+_)?", "finds nothing in 'b'"),
     ],
 )
-def test_impossible_splits_are_refused(
+def test_impossible_splits_are_rejected(
     stems: list[str], shares: dict[str, float], group: str | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -334,7 +334,7 @@ def test_split_files_are_not_replaced_unasked(mine: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("name", ["two\nlines", " space", "next\x85line"])
-def test_names_that_no_split_file_can_hold_are_refused(name: str, mine: Path) -> None:
+def test_names_that_no_split_file_can_hold_are_rejected(name: str, mine: Path) -> None:
     before = (mine / "train.txt").read_text()
     (mine / "images" / "i0.png").rename(mine / "images" / f"{name}.png")
     with pytest.raises(ValueError, match=r"images: the name .* cannot be a line of a file"):
@@ -343,20 +343,20 @@ def test_names_that_no_split_file_can_hold_are_refused(name: str, mine: Path) ->
 
 
 def test_work_ahead_is_in_order_bounded_and_hands_on_exceptions() -> None:
-    begun: list[int] = []
+    started: list[int] = []
 
     def work(k: int) -> int:
-        begun.append(k)
+        started.append(k)
         if k == 7:
             raise RuntimeError("seven")
         return k * k
 
     results = ahead(work, range(100), workers=3)
     assert [next(results) for _ in range(3)] == [0, 1, 4]
-    assert max(begun) <= 3 + 4
+    assert max(started) <= 3 + 4
     with pytest.raises(RuntimeError, match="seven"):
         list(results)
-    assert max(begun) < 20
+    assert max(started) < 20
 
 
 @pytest.mark.golden

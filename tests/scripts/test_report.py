@@ -357,7 +357,7 @@ def test_a_run_that_is_not_there_is_named(report: object, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("override", ["temperature=2", "temperature=fit", "correct_focal=true"])
-def test_what_would_be_ignored_is_refused(report: object, run: Path, override: str) -> None:
+def test_what_would_be_ignored_is_rejected(report: object, run: Path, override: str) -> None:
     arguments = argparse.Namespace(run=run, out=None, images=2, predictor=[], overrides=[override])
     with pytest.raises(ValueError, match="pass temperature=1 correct_focal=false"):
         report.report(arguments, HERE)  # type: ignore[attr-defined]

@@ -111,7 +111,7 @@ def test_an_experiment_says_what_is_swept_and_the_command_line_overrides_it() ->
     assert {cell.cfg.protocol.name for cell in swept} == {"paper"}
 
 
-def test_two_cells_in_one_folder_are_refused() -> None:
+def test_two_runs_in_one_folder_are_rejected() -> None:
     with pytest.raises(ValueError, match="suffix"):
         load_runs(["optimizer.lr=0.1,0.2"])
 
@@ -134,7 +134,7 @@ def test_the_time_left_follows_from_the_epochs_done(
     assert first.endswith("(00:40, about 00:40 left)") and second.endswith("(00:40, about 00:00 left)")
 
 
-def test_cells_run_a_failure_is_named_and_what_is_done_is_skipped(
+def test_a_failed_run_is_named_and_finished_runs_are_skipped(
     reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--losses", "ce,bce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T,max"]
@@ -212,7 +212,7 @@ def test_a_threshold_of_its_own_has_a_folder_of_its_own(
     assert "1 runs, 1 finished" in capfd.readouterr().out
 
 
-def test_a_damaged_configuration_of_one_cell_does_not_stop_the_others(
+def test_a_damaged_configuration_of_one_run_does_not_stop_the_others(
     reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--losses", "ce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T"]
@@ -223,7 +223,7 @@ def test_a_damaged_configuration_of_one_cell_does_not_stop_the_others(
     assert "2 runs, 1 finished" in capfd.readouterr().out
 
 
-def test_bad_input_is_said_before_anything_runs(
+def test_bad_input_is_reported_before_anything_runs(
     reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="rankdise"):
@@ -257,7 +257,7 @@ def test_the_data_is_named_relative_to_the_repository(tmp_path: Path) -> None:
     assert copy.dataset.root == "../elsewhere" and copy.dataset.source.root == "../elsewhere"
 
 
-def test_what_is_left_of_an_interrupted_cell(tmp_path: Path) -> None:
+def test_what_is_left_of_an_interrupted_run(tmp_path: Path) -> None:
     cell = load_runs([*SMALL, f"save_dir={tmp_path}"])[0]
     assert cell.epochs_left() == 4  # three epochs and the scoring
     cell.folder.mkdir(parents=True)
@@ -345,7 +345,7 @@ def test_two_commands_on_one_grid_share_the_work(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_and_resumed(number: signal.Signals, uninterrupted: tuple[Path, str], tmp_path: Path) -> None:
-    """The real commands: a signal while the second cell trains, then the same command again, to the table."""
+    """The real commands: a signal while the second run trains, then the same command again, to the table."""
     saved, (whole, table) = tmp_path / "saved", uninterrupted
     first, second = (saved / f"synthetic/{model}/ce/seed0" for model in ("smp_unet", "smp_fpn"))
     process = command("scripts/reproduce.py", saved, "--protocols", "corrected")

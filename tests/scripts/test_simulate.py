@@ -42,7 +42,7 @@ def test_background_is_the_truncated_normal():
     assert values.min() >= 0 and values.max() <= 1 and (values == 0).sum() == 0  # truncated, not clipped
 
 
-def test_blocks_lie_where_they_should():
+def test_blocks_are_where_they_should_be():
     probs = block(20, 10, 0, 0, 0.1, seeded())
     assert probs[:10, :10].min() >= 0.5 and probs[10:].mean() < 0.2
     for seed in range(20):
@@ -86,7 +86,7 @@ def test_no_single_threshold_reaches_rankdice_in_example_2():
     assert low < mean < high
 
 
-def test_the_same_seed_gives_the_same_table_whatever_else_runs(capsys):
+def test_a_seed_gives_the_same_table_regardless_of_other_examples(capsys):
     arguments = ["--sizes", "28", "--images", "3", "--draws", "5"]
     assert main(["step", *arguments]) == 0
     alone = capsys.readouterr().out

@@ -81,13 +81,13 @@ def test_damage_is_named(spoil: Callable[[dict[str, Any]], None], message: str, 
 
 
 @pytest.mark.parametrize("override", ["temperature=0", "temperature=inf", "threshold=2", "threshold=nan", "=1"])
-def test_overrides_of_no_sense_are_named(override: str, whole: Path) -> None:
+def test_invalid_overrides_are_named(override: str, whole: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{override} (is invalid: expected|names no key)"):
         load(whole, [override])
 
 
 @pytest.mark.parametrize("training", [None, {}, {"optimizer": {}, "scaler": {}, "progress": {"x": 1}, "rng": []}, [1]])
-def test_what_is_no_state_of_a_training_is_no_place_to_go_on_from(training: Any, tmp_path: Path) -> None:
+def test_what_is_not_the_state_of_a_training_cannot_be_resumed(training: Any, tmp_path: Path) -> None:
     torch.save({"model": {}, **({} if training is None else {"training": training})}, tmp_path / "last.pth")
     with pytest.raises(ValueError, match=r"last\.pth does not hold the state of a training"):
         read_state(tmp_path / "last.pth")
@@ -105,7 +105,7 @@ def test_an_argument_that_a_network_does_not_take_is_named() -> None:
         build.model(compose("train", ["experiment=grid_smoke", "model=tiny"]))
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_anything_is_scored(whole: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_scored(whole: Path, tmp_path: Path) -> None:
     out, errors, place = tmp_path / "out.txt", tmp_path / "errors.txt", tmp_path / "taken"
     place.touch()
     process = begin("test.py", "-r", str(whole), "--out", str(place), log=out, errors=errors, cwd=tmp_path)

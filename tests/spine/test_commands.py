@@ -87,7 +87,7 @@ def test_the_same_command_again_does_nothing(trained: Path, run: Path) -> None:
     assert "finished before" in done.stdout and (run / "last.pth").stat().st_mtime_ns == before
 
 
-def test_another_configuration_in_the_same_place_is_refused(trained: Path) -> None:
+def test_another_configuration_in_the_same_place_is_rejected(trained: Path) -> None:
     done = call("train.py", *SMALL, f"save_dir={trained}", "optimizer.lr=0.5", cwd=trained, expect=2)
     assert "optimizer.lr: 0.002 -> 0.5" in done.stderr and "suffix=" in done.stderr
 
@@ -98,7 +98,7 @@ def test_other_masks_under_the_same_names_are_another_run(tmp_path: Path) -> Non
     table, mask = root / "classes.yaml", root / "masks" / "case0.png"
     with Image.open(mask) as image:
         before = np.array(image)
-    Image.fromarray(before).save(mask, compress_level=0)  # one size, whatever it holds
+    Image.fromarray(before).save(mask, compress_level=0)  # one size for any content
     train = ["train.py", "dataset=folder", f"dataset.root={root}", "dataset.num_classes=2", "model=tiny", "epochs=1"]
     train += ["dataset.crop=32", "trainer.panels=0", f"save_dir={tmp_path}/saved"]
     call(*train, cwd=tmp_path)
@@ -141,7 +141,7 @@ def test_train_test_table(trained: Path, run: Path, tmp_path: Path) -> None:
     assert f"{100 * result['scores']['mean_dice']:.1f}" in table.stdout
 
 
-def test_calibrated_scores_lie_beside_the_usual_ones_and_get_rows_of_their_own(trained: Path, run: Path) -> None:
+def test_calibrated_scores_have_a_folder_and_rows_of_their_own(trained: Path, run: Path) -> None:
     score = ("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "-p", "max")
     for change in ("temperature=fit", "correct_focal=true", "threshold=0.3"):
         call(*score, change, cwd=trained)
@@ -205,7 +205,7 @@ def test_rules_that_need_validation_images_say_so(run: Path, tmp_path: Path) -> 
     assert "temperature=0.7" in call("test.py", "-r", str(run / "last.pth"), *both, cwd=tmp_path, expect=2).stderr
 
 
-def test_rules_are_scored_on_the_same_probabilities_whatever_their_company(run: Path, tmp_path: Path) -> None:
+def test_rules_are_scored_on_the_same_probabilities_alone_or_together(run: Path, tmp_path: Path) -> None:
     call("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "--out", str(tmp_path / "alone"), cwd=tmp_path)
     call("test.py", "-r", str(run / "best_model.pth"), "-p", "all", "--out", str(tmp_path / "all"), cwd=tmp_path)
     assert (tmp_path / "alone" / "T.csv").read_text() == (tmp_path / "all" / "T.csv").read_text()

@@ -1,7 +1,7 @@
 """What test.py does, against the original's own tester, end to end: eight images in VOC's layout to every score.
 
 The recorded network is a PSPNet of 21 classes, filled by the recipe, in a checkpoint of the released format. Images 4
-and 5 are all void and make a batch of their own (which is skipped); image 2 is all void beside one that is not.
+and 5 are all void and make a batch of their own, which is skipped; image 2 is all void, its neighbour is not.
 """
 
 from __future__ import annotations

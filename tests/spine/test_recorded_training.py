@@ -164,7 +164,7 @@ def test_the_optimizer_is_theirs(recorded: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_checkpoint_of_the_recorded_structure_is_read(recorded, tmp_path, loss) -> None:
-    """Keys, prefix and the NumPy scalar that PyTorch's own reader refuses."""
+    """Keys, prefix and the NumPy scalar that PyTorch's own reader rejects."""
     theirs = recorded[loss]["checkpoint"]
     path, zero = tmp_path / "checkpoint-epoch2.pth", torch.zeros(1)
     content = {

@@ -1,4 +1,4 @@
-"""Values that no run can have are refused by name, before anything is written."""
+"""Invalid values are rejected by name, before anything is written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def with_override(word: str) -> DictConfig:
         "verify=maybe", "on_error=maybe", "save_dir=", "epochs=null",
     ],
 )  # fmt: skip
-def test_a_value_that_cannot_be_is_named_with_what_to_give(override: str) -> None:
+def test_an_invalid_value_is_named_with_what_is_expected(override: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(ValueError, match=rf"^{re.escape(key)}=.* is invalid: expected \w"):
         check_values(with_override(override))
@@ -54,16 +54,16 @@ def test_a_value_that_cannot_be_is_named_with_what_to_give(override: str) -> Non
         "dataset.eval_crop=null", "trainer.clip_norm=1", "optimizer.lr=1",
     ],
 )  # fmt: skip
-def test_what_can_be_is_let_through(override: str) -> None:
+def test_valid_values_pass(override: str) -> None:
     check_values(with_override(override))
 
 
-def test_several_options_of_a_group_are_refused() -> None:
+def test_several_options_of_a_group_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"^model= takes one option.*deeplab"):
         stored.pack(compose("train"), {**CHOICES, "model": ["tiny"]})  # type: ignore[dict-item]
 
 
-def test_nothing_is_written_for_a_run_that_cannot_be(tmp_path: Path) -> None:
+def test_nothing_is_written_for_an_invalid_run(tmp_path: Path) -> None:
     said = train(tmp_path / "saved", "epochs=0", expect=2).splitlines()
     assert len(said) == 1 and said[0].startswith("error: epochs=0 is invalid")
     assert [path.name for path in (tmp_path / "saved").rglob("*") if path.is_file()] == ["log.txt"]

@@ -94,7 +94,7 @@ def begin(
 
 
 def train(save_dir: Path, *more: str, expect: int = 0, **options: Any) -> str:
-    """Train the small cell to its end, or to the exit code that is expected; return what it printed."""
+    """Train the small run to its end, or to the exit code that is expected; return what it printed."""
     log = save_dir / "log.txt"
     log.unlink(missing_ok=True)
     process = begin("train.py", *SMALL, f"save_dir={save_dir}", *more, log=log, **options)

@@ -1,4 +1,4 @@
-"""Checkpoints: the old file or the whole new one, whatever happens while it is written."""
+"""Checkpoints: there is the old file or the whole new one, even if the write is interrupted."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_a_worker_that_dies_during_a_write_is_not_a_full_disk(tmp_path: Path, mo
     assert (tmp_path / "last.pth").read_bytes() == before
 
 
-def test_the_kernel_refuses_to_write_more(tmp_path: Path) -> None:
-    """A limit of the file size stands for a full disk: every user may set one."""
+def test_a_limit_of_the_file_size_stops_the_write(tmp_path: Path) -> None:
+    """A limit of the file size plays a full disk: every user may set one."""
     these = manage(tmp_path)
     these.save_last(payload(1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -136,7 +136,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("this machine does not let us mount")
     try:
-        printed = train(disk, expect=3)  # the weights fit once, not with the one before and the best beside them
+        printed = train(disk, expect=3)  # the weights fit once, not together with the one before and the best
         assert "error: " in printed and "could not be written" in printed and "Traceback" not in printed
         assert read_checkpoint(run_dir(disk) / "last.pth")["training"]["progress"]["updates"] >= 1
     finally:

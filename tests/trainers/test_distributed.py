@@ -35,22 +35,22 @@ def join(processes: list[Any], codes: tuple[int, ...] = (0, 0)) -> None:
     assert tuple(process.exitcode for process in processes) == codes
 
 
-def share(given: Any, where: World) -> Any:
+def share(given: Any, world: World) -> Any:
     """This process's slice of a global batch of five: two images and three, of unlike numbers of labels."""
-    cut = slice(0, 2) if where.rank == 0 else slice(2, 5)
+    cut = slice(0, 2) if world.rank == 0 else slice(2, 5)
     given.images, given.targets = given.images[cut], given.targets[cut]
     given.names = given.names[cut]
     return given
 
 
-def steps(where: World, accumulate: int) -> dict[str, Any]:
+def steps(world: World, accumulate: int) -> dict[str, Any]:
     torch.manual_seed(1)
     net = Net(aux=True)
-    model = wrap(net, where)
+    model = wrap(net, world)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    update = Update(model, CrossEntropy(), optimizer, where, accumulate=accumulate)
+    update = Update(model, CrossEntropy(), optimizer, world, accumulate=accumulate)
     batches = [batch(seed=seed) for seed in range(STEPS)]
-    losses = [update(share(given, where) if where.size > 1 else given) for given in batches]
+    losses = [update(share(given, world) if world.size > 1 else given) for given in batches]
     return {"losses": losses, "weights": {k: v.clone() for k, v in unwrap(update.model).state_dict().items()}}
 
 
@@ -58,30 +58,30 @@ def two_processes(environment: dict[str, str], folder: Path) -> None:
     """What each of two ranks does; it writes down what it saw."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with join_world("cpu") as where:
+    with join_world("cpu") as world:
         seen: dict[str, Any] = {
-            "gathered": gather_objects(where.rank, where),
-            "highest": max_over_ranks(where.rank, where),
+            "gathered": gather_objects(world.rank, world),
+            "highest": max_over_ranks(world.rank, world),
         }
-        seen["parts"] = {parts: steps(where, parts) for parts in (1, 2)}
+        seen["parts"] = {parts: steps(world, parts) for parts in (1, 2)}
         net = nn.BatchNorm2d(2)
-        net.running_mean += where.rank
-        share_buffers(net, where)
+        net.running_mean += world.rank
+        share_buffers(net, world)
         seen["mean"] = net.running_mean.tolist()
-        seen["dropout"] = (wrap(nn.Linear(1, 1), where), torch.rand(1).item())[1]
-        given = share(batch(), where)
-        if where.rank == 1:
+        seen["dropout"] = (wrap(nn.Linear(1, 1), world), torch.rand(1).item())[1]
+        given = share(batch(), world)
+        if world.rank == 1:
             given.images[0] = float("nan")
         net = Net()
         before = [p.clone() for p in net.parameters()]
-        update = Update(wrap(net, where), CrossEntropy(), torch.optim.SGD(net.parameters(), 0.1), where)
+        update = Update(wrap(net, world), CrossEntropy(), torch.optim.SGD(net.parameters(), 0.1), world)
         try:
             update(given)
         except TrainingError as error:
             seen["refused"] = str(error)
         after = zip(before, net.parameters(), strict=True)
-        seen["moved"] = where.rank == 0 and any(not torch.equal(a, b) for a, b in after)
-    torch.save(seen, folder / f"rank{where.rank}.pth")
+        seen["moved"] = world.rank == 0 and any(not torch.equal(a, b) for a, b in after)
+    torch.save(seen, folder / f"rank{world.rank}.pth")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_the_few_calls(seen: list[dict[str, Any]]) -> None:
     assert seen[0]["dropout"] != seen[1]["dropout"]
 
 
-def test_all_ranks_refuse_a_batch_together_and_name_all_of_it(seen: list[dict[str, Any]]) -> None:
+def test_all_ranks_reject_a_batch_together_and_name_all_of_it(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert "loss is nan on the batch image0, image1, image2, image3, image4" in rank["refused"]
         assert not rank["moved"]
@@ -136,7 +136,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_stops_together_goes_on_and_rank_0_alone_speaks(pair: Path) -> None:
+def test_ranks_stop_together_and_resume_and_rank_0_alone_prints(pair: Path) -> None:
     first, second = ((pair / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert "interrupted by a signal at another rank" in first and "interrupted by SIGUSR2" in second
     assert "resuming after epoch" in first and "batch 2 on 2 x cpu, BatchNorm over 1 images" in first
@@ -186,7 +186,7 @@ def numbers(text: str) -> list[float]:
 
 @pytest.mark.slow
 def test_torchrun_itself_and_a_signal_to_it(tmp_path: Path) -> None:
-    """torchrun hands SIGTERM on to its processes, waits for their checkpoint, and the same command goes on."""
+    """torchrun hands SIGTERM on to its processes and waits for their checkpoint; the same command resumes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(ROOT / "train.py"), *SMALL, "epochs=8", f"save_dir={tmp_path}"]

@@ -114,6 +114,6 @@ def test_the_state_of_the_generators_is_left_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_no_image_at_all_is_refused() -> None:
+def test_no_image_at_all_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"no image to score.*split"):
         score(iter(()))

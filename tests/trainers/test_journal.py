@@ -44,7 +44,7 @@ def events(tmp_path: Path) -> EventAccumulator:
     return accumulator
 
 
-def test_rules_stand_side_by_side_and_classes_have_their_names(events: EventAccumulator, tmp_path: Path) -> None:
+def test_rules_are_side_by_side_and_classes_have_their_names(events: EventAccumulator, tmp_path: Path) -> None:
     rules, classes = ("T", "rankdice_nonoverlap"), ("background", "traffic_light")
     expected = {f"val/mean_dice/{rule}" for rule in rules} | {"train/epoch", "train/loss", "train/lr0"}
     expected |= {f"val_class_dice/{name}/{rule}" for name in classes for rule in rules}
@@ -87,7 +87,7 @@ def test_the_table_of_runs_has_settings_and_the_last_scores(events: EventAccumul
 
 
 def fill(folder: Path, log: Path) -> None:
-    """A limit of the file size stands for a full disk: every user may set one."""
+    """A limit of the file size plays a full disk: every user may set one."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))

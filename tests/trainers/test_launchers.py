@@ -1,4 +1,4 @@
-"""Sweeps through Hydra's launchers: every cell is trained, and a job that is pre-empted goes on from its state."""
+"""Sweeps through Hydra's launchers: every run is trained, and a pre-empted job resumes from its state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from configs.compose import compose as composed
 from tests.trainers.forked import ROOT, SMALL, run_dir, same, state, train
 
 CELLS = ("loss=ce,focal",)
-# Ray waits 30 seconds for itself to start, which nothing changes, and a busy machine may need more; no cell has begun.
+# Ray waits 30 seconds for itself to start, which nothing changes, and a busy machine may need more; no run has started.
 RAY_GAVE_UP = "The current node timed out during startup"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -48,7 +48,7 @@ def test_a_launcher_whose_plugin_is_missing_says_what_to_install(tmp_path: Path)
     ("launcher", "module"),
     [("joblib", "hydra_joblib_launcher"), ("local", "hydra_submitit_launcher"), ("ray", "hydra_ray_launcher")],
 )
-def test_every_cell_of_a_sweep_is_trained(launcher: str, module: str, tmp_path: Path) -> None:
+def test_every_run_of_a_sweep_is_trained(launcher: str, module: str, tmp_path: Path) -> None:
     pytest.importorskip(f"hydra_plugins.{module}")
     for _ in range(3):
         process = sweep(tmp_path, f"launcher={launcher}", *CELLS)
@@ -61,8 +61,8 @@ def test_every_cell_of_a_sweep_is_trained(launcher: str, module: str, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_job_that_is_pre_empted_is_put_back_and_goes_on(tmp_path: Path) -> None:
-    """submitit's signal, sent to the job itself as SLURM would; its local queue stands for the cluster's."""
+def test_a_pre_empted_job_is_requeued_and_resumes(tmp_path: Path) -> None:
+    """submitit's signal, sent to the job itself as SLURM would; its local queue plays the cluster's."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     process = sweep(tmp_path, "launcher=local", "epochs=6")
     while not (run_dir(tmp_path) / "last.pth").exists():

@@ -296,7 +296,7 @@ def test_links() -> None:
 
 
 @every_loss
-def test_bad_targets_are_refused(name: str) -> None:
+def test_bad_targets_are_rejected(name: str) -> None:
     logits, labels = batch(15)
     loss = LOSSES[name]()
     with pytest.raises(ValueError, match=r"label 4, 7, outside 0\.\.3 and not ignore_index=255"):

@@ -225,7 +225,7 @@ def test_a_score_defined_nowhere_is_nan() -> None:
     assert math.isnan(result["class_iou"]["1"]) and result["class_iou"]["0"] == 1.0
 
 
-def test_bad_input_is_refused() -> None:
+def test_bad_input_is_rejected() -> None:
     masks, labels = example(12)
     truth = encode(labels, 4)
     with pytest.raises(ValueError, match=r"label 9, outside 0\.\.3"):

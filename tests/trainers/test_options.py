@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_ends_with_code_3_and_the_state_before_it(tmp_
 
 
 @pytest.mark.slow
-def test_all_options_together_go_on_bit_for_bit(tmp_path: Path) -> None:
+def test_all_options_together_resume_bit_for_bit(tmp_path: Path) -> None:
     options = [
         f"trainer.{option}"
         for option in (

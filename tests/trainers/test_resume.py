@@ -1,4 +1,4 @@
-"""An interrupted training, with whatever workers, ends bit for bit as one that was not interrupted."""
+"""An interrupted training ends bit for bit as an uninterrupted one, with any number of workers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_no_number_depends_on_the_workers(workers: int, whole: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
-def test_a_signal_saves_and_says_how_to_go_on(name: str, whole: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_says_how_to_resume(name: str, whole: Path, tmp_path: Path) -> None:
     run, log = run_dir(tmp_path), tmp_path / "stopped.txt"
     process = begin("train.py", *SMALL, f"save_dir={tmp_path}", log=log)
     assert wait_for(lambda: stamp(run) > 0, process)

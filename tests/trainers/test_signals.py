@@ -61,7 +61,7 @@ class Loader:
 
 
 def trainer(folder: Path, loader: Loader, signal_in_validation: int = -1, **options: Any) -> Trainer:
-    """A fresh process, as it were: everything is built anew, and restored where there is a checkpoint."""
+    """Build everything again, as a new process does, and restore a checkpoint if there is one."""
     torch.manual_seed(0)
     net = Net()
     checkpoints = Checkpoints(folder, lambda path: torch.load(path, weights_only=True))
@@ -70,7 +70,7 @@ def trainer(folder: Path, loader: Loader, signal_in_validation: int = -1, **opti
     journal = Journal(folder, progress["updates"] - (progress["step"] > 0), tensorboard=False)
 
     def validate(model: nn.Module, epoch: int, updates: int) -> float:
-        torch.rand(7)  # validation may draw random numbers: training goes on as if it had not
+        torch.rand(7)  # validation may draw random numbers: training continues as if it had not
         if epoch == signal_in_validation:
             journal.log(updates, "val_T", epoch=epoch, score=-1.0)
             os.kill(os.getpid(), signal.SIGUSR2)
@@ -261,5 +261,5 @@ def test_a_second_ctrl_c_stops_at_once_and_handlers_are_put_back() -> None:
     assert [signal.getsignal(number) for number in StopSignals.CAUGHT] == before
 
 
-def test_a_sweep_does_not_go_on_after_a_signal() -> None:
-    assert not issubclass(Interrupted, Exception)  # Hydra records an Exception and begins the next cell
+def test_a_sweep_ends_at_a_signal() -> None:
+    assert not issubclass(Interrupted, Exception)  # Hydra records an Exception and starts the next run

@@ -1,4 +1,4 @@
-"""One update: accumulation equals the whole batch, and what must not be updated on is refused by name."""
+"""One update: accumulation equals the whole batch, and a batch that must not change the weights is rejected by name."""
 
 from __future__ import annotations
 
@@ -211,6 +211,6 @@ def test_compiled_computes_the_same() -> None:
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp8"}, {"accumulate": 0}])
-def test_unknown_options_are_refused(options: dict[str, Any]) -> None:
+def test_unknown_options_are_rejected(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"trainer.{next(iter(options))}=.*expected"):
         make(network(), **options)

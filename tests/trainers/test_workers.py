@@ -66,7 +66,7 @@ def test_a_worker_that_is_killed_ends_the_training(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
-    """Stopped processes stand for a disk that does not answer; later they go on, so that they can end."""
+    """Stopped processes play a disk that does not answer; they continue later, so that they can end."""
     process = start(tmp_path, "loader_timeout=2")
     workers = workers_of(process)
     for pid in workers:
@@ -84,7 +84,7 @@ def test_a_worker_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_killed_at_whatever_moment_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_killed_at_any_moment_the_same_command_resumes(tmp_path: Path) -> None:
     """In a step, while workers are started, in a validation, between the renames of a state."""
     moments, reached = random.Random(0), [0]
     for _ in range(10):
@@ -95,5 +95,5 @@ def test_killed_at_whatever_moment_the_same_command_goes_on(tmp_path: Path) -> N
         reached.append(updates(tmp_path))
         (tmp_path / "log.txt").unlink()
         (run_dir(tmp_path) / "previous.pth").unlink()
-    # Nothing is lost; a start may only have done a validation again, and then the next one goes on from there.
+    # Nothing is lost; a start may only have done a validation again, and then the next one resumes from there.
     assert reached == sorted(reached) and len(set(reached)) > 5
