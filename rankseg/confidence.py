@@ -109,10 +109,10 @@ def gate_by_score(probs: Tensor, masks: Tensor, least: float | Tensor) -> Tensor
         ValueError: `least` is outside [0, 1].
     """
     scores = mask_scores(probs, masks)
-    bound = torch.as_tensor(least, dtype=torch.float64, device=probs.device)
+    bound = torch.as_tensor(least, dtype=torch.float64)  # a number is checked on the host: no wait for the device
     if bound.shape not in ((), scores.shape[1:]) or not ((bound >= 0) & (bound <= 1)).all():
         raise ValueError(f"least={least} is invalid: expected a Dice in [0, 1], such as 0.4, or one for each class")
-    return _keep(masks, scores >= bound)
+    return _keep(masks, scores >= bound.to(probs.device))
 
 
 @torch.no_grad()
