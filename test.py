@@ -88,17 +88,9 @@ def score(args: argparse.Namespace, world: World) -> None:
         fitter.save()
         loader = build.eval_loader(cfg, data, world)
         results = evaluate(
-            network,
-            loader,
-            rules,
-            criterion,
-            build.scoring(cfg, data.info),
-            world,
-            to_probs=fitter.to_probs(),
-            confidences=True,
-            precision=cfg.trainer.precision,
-            progress=f"{cfg.dataset.name} {cfg.split}",
-        )
+            network, loader, rules, criterion, build.scoring(cfg, data.info), world, to_probs=fitter.to_probs(),
+            confidences=True, precision=cfg.trainer.precision, progress=f"{cfg.dataset.name} {cfg.split}",
+        )  # fmt: skip
     if not world.is_main:
         return
     list_skipped(loader.skipped)
@@ -133,7 +125,6 @@ def score(args: argparse.Namespace, world: World) -> None:
 
 
 def main() -> None:
-    """Run the command."""
     args = arguments()
     with join_world(args.device) as world:
         score(args, world)

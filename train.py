@@ -52,10 +52,10 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
     from configs import build, stored
     from configs.checkpoint import claim_run, newest_checkpoint
     from models import load_state
+    from trainers.evaluator import Validation
     from trainers.journal import Journal
     from trainers.reproducibility import seed_everything
     from trainers.trainer import Trainer, last_logged_step
-    from trainers.validation import Validation
 
     check_values(cfg)
     build.absolute_root(cfg)

@@ -72,12 +72,12 @@ def rules(
     for name in names:
         node = rule_node(name, cfg)
         if needs_fit(node):
-            if name not in (fitted or {}):
+            if not fitted or name not in fitted:
                 raise ConfigError(
                     f"rule {name} has values that are fitted to a checkpoint, which is not possible here. "
                     "Fix: score it with test.py, or choose another rule."
                 )
-            node = OmegaConf.merge(node, dict((fitted or {})[name]))
+            node = OmegaConf.merge(node, dict(fitted[name]))
         built[name] = _make(node)
         if str(node._target_).startswith("rankseg."):
             try:  # a call on four pixels reports invalid options now
@@ -115,7 +115,6 @@ def needs_fit(node: Any) -> bool:
 
 
 def threshold(cfg: DictConfig) -> float:
-    """Return the threshold of rule T."""
     return rule_node("T", cfg).at
 
 
@@ -137,26 +136,15 @@ def train_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> Tr
     """Build the training batches. A last batch with fewer than two images per device is dropped, for BatchNorm."""
     from datasets import TrainTransform  # slow to import
 
-    batch = cfg.batch_size
+    batch, options = cfg.batch_size, cfg.dataset
     if batch < world.size:
         raise ConfigError(f"batch_size={batch} is smaller than the number of processes, {world.size}")
     transform = TrainTransform(
-        data.info.mean,
-        data.info.std,
-        crop=cfg.dataset.crop,
-        resize=_size(cfg.dataset.resize),
-        rotate=cfg.dataset.rotate,
-        flip=cfg.dataset.flip,
-        label_fill=cfg.protocol.label_fill,
-    )
-    return TrainLoader(
-        data,
-        transform,
-        batch,
-        seed=cfg.seed,
-        drop_last=len(data) > batch and 0 < len(data) % batch < 2 * world.size,
-        **_loading(cfg, world),
-    )
+        data.info.mean, data.info.std, crop=options.crop, resize=_size(options.resize),
+        rotate=options.rotate, flip=options.flip, label_fill=cfg.protocol.label_fill,
+    )  # fmt: skip
+    drop_last = len(data) > batch and 0 < len(data) % batch < 2 * world.size
+    return TrainLoader(data, transform, batch, seed=cfg.seed, drop_last=drop_last, **_loading(cfg, world))
 
 
 def eval_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> EvalLoader:
@@ -187,12 +175,10 @@ def _size(value: Any) -> Any:
 
 
 def model(cfg: DictConfig) -> nn.Module:
-    """Build the network."""
     return _make(cfg.model)
 
 
 def loss(cfg: DictConfig) -> SegmentationLoss:
-    """Build the loss."""
     return _make(cfg.loss)
 
 

@@ -16,39 +16,23 @@ from models import CheckpointError, load_state, read_checkpoint
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier
 
-# Our keys, and their names in the configuration of a released checkpoint.
-_PUBLISHED = {
-    "temperature": "temperature",
-    "threshold": "threshold",
-    "epochs": "epochs",
-    "batch_size": "batch_size",
-    "dataset.crop": "crop",
-    "dataset.eval_crop": "eval_crop",
-}
 _PARTS = {"optimizer", "scaler", "progress", "rng"}  # of a training's state
 
 
 def as_stored(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert what ``models.published`` reads from a released configuration into the form that checkpoints hold.
-
-    The protocol is ``paper``. Missing values are those of the paper.
-    """
+    """Convert what ``models.published`` reads from a released configuration into the form that checkpoints hold."""
     choices = {group: theirs[group] for group in ("dataset", "model", "loss", "predictor")}
     choices |= {"optimizer": "sgd", "schedule": "poly", "protocol": "paper", "trainer": "default"}
-    values: dict[str, Any] = {}
-    for key, name in _PUBLISHED.items():
-        if theirs[name] is not None:
-            group, _, rest = key.rpartition(".")
-            (values.setdefault(group, {}) if group else values)[rest] = theirs[name]
-    return {"choices": choices, "values": values}
+
+    def present(*names: str) -> dict[str, Any]:
+        return {name: theirs[name] for name in names if theirs[name] is not None}  # else as in the paper
+
+    values = present("temperature", "threshold", "epochs", "batch_size")
+    return {"choices": choices, "values": {**values, "dataset": present("crop", "eval_crop")}}
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to resume from.
-
-    Raises:
-        CheckpointError: the file is not a checkpoint, or does not hold the whole state of a training.
-    """
+    """Read a checkpoint to resume from; raise CheckpointError if it does not hold the whole state of a training."""
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("training")
     progress = state.get("progress") if isinstance(state, dict) else None
@@ -101,9 +85,6 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     Returns:
         The network, the configuration, and the checkpoint. Its ``epoch`` is an int; its ``classes`` are the names of
         the classes that it was trained on, or None if it does not hold them.
-
-    Raises:
-        CheckpointError: the file is not such a checkpoint.
     """
     checkpoint = read_checkpoint(path)
     if "arch" in checkpoint:
@@ -111,11 +92,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
 
         if is_published(checkpoint):
             network, theirs = load_published(checkpoint, source=f"checkpoint {path}")
-            return (
-                network,
-                stored.unpack(as_stored(theirs), overrides),
-                {**checkpoint, "epoch": theirs["epoch"], "classes": None},
-            )
+            cfg = stored.unpack(as_stored(theirs), overrides)
+            return network, cfg, {**checkpoint, "epoch": theirs["epoch"], "classes": None}
     if not {"model", "config", "epoch"} <= set(checkpoint):
         raise CheckpointError(
             f"{path} is not a checkpoint of this project: it lacks model, config or epoch. "
@@ -129,20 +107,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
         cfg.model.weights = None  # the checkpoint's replace them
     try:
         network = build.model(cfg)
-    except UserError as error:
-        raise CheckpointError(f"{path} and its configuration do not make a network: {error}") from error
     except (TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
-        if not str(cfg.model._target_).startswith("models."):
-            raise
+        if not isinstance(error, UserError) and not str(cfg.model._target_).startswith("models."):
+            raise  # a bug in a contributed model
         raise CheckpointError(f"{path} and its configuration do not make a network: {error}") from error
     load_state(network, checkpoint["model"], path)
     return network, cfg, checkpoint
 
 
 def _class_names(names: Any, path: Path) -> list[str] | None:
-    if names is None:
-        return None
-    if not (
+    if names is not None and not (
         isinstance(names, list)
         and len(names) <= 1 << 16
         and all(type(name) is str and len(name) <= 200 and name.isprintable() for name in names)

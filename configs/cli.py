@@ -16,20 +16,9 @@ from typing import Any
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from configs import errors
 from configs.compose import unknown_key, unknown_option
-from configs.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_BROKEN_PIPE,
-    EXIT_BUSY,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_RESUME,
-    BusyError,
-    Interrupted,
-    TrainingError,
-    UserError,
-    one_line,
-)
+from configs.errors import BusyError, Interrupted, TrainingError, UserError, one_line
 
 # Paths of the wrong kind are bad input; other errors of the system, as of a full disk, are failures.
 WRONG_PATH = (FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError)
@@ -57,13 +46,10 @@ autoload -Uz bashcompinit && bashcompinit
 
 
 def run_cli(main: Callable[[], Any]) -> None:
-    """Run a command, and exit with a code unless it succeeds.
+    """Run a command, which may return an exit code, and exit with a code unless it succeeds.
 
     One line is printed for UserError, TrainingError, Interrupted, an error of Hydra or OmegaConf, and OSError. Any
     other exception is a bug and keeps its traceback.
-
-    Args:
-        main: the command; it may return an exit code.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints the error and exits
     if "--traceback" in sys.argv:
@@ -76,27 +62,26 @@ def run_cli(main: Callable[[], Any]) -> None:
         code = main()
         sys.stdout.flush()
     except (HydraException, OmegaConfBaseException) as error:
-        _leave(EXIT_BAD_INPUT, one_line(" ".join(explain(error).split())))
+        _leave(errors.EXIT_BAD_INPUT, one_line(" ".join(explain(error).split())))
     except TrainingError as error:
-        _leave(EXIT_FAILED, str(error))
+        _leave(errors.EXIT_FAILED, str(error))
     except Interrupted as error:
         message = f"interrupted by {error}; the state is saved: run the same command again"
-        _leave(EXIT_RESUME, message, "stopped")
+        _leave(errors.EXIT_RESUME, message, "stopped")
     except KeyboardInterrupt:
-        _leave(EXIT_INTERRUPTED, "interrupted", "stopped")
-    except BusyError as error:
-        _leave(EXIT_BUSY, str(error))
+        _leave(errors.EXIT_INTERRUPTED, "interrupted", "stopped")
     except UserError as error:
-        _leave(EXIT_BAD_INPUT, str(error))
+        _leave(errors.EXIT_BUSY if isinstance(error, BusyError) else errors.EXIT_BAD_INPUT, str(error))
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the very end
-        sys.exit(EXIT_BROKEN_PIPE)
+        sys.exit(errors.EXIT_BROKEN_PIPE)
     except OSError as error:
-        _leave(EXIT_BAD_INPUT if isinstance(error, WRONG_PATH) else EXIT_FAILED, one_line(add_remedy(error)))
+        code = errors.EXIT_BAD_INPUT if isinstance(error, WRONG_PATH) else errors.EXIT_FAILED
+        _leave(code, one_line(add_remedy(error)))
     except RuntimeError as error:
         if "Symlink loop" not in str(error):  # of pathlib, before Python 3.13
             raise
-        _leave(EXIT_BAD_INPUT, one_line(f"{error}: {REMEDIES[errno.ELOOP]}"))
+        _leave(errors.EXIT_BAD_INPUT, one_line(f"{error}: {REMEDIES[errno.ELOOP]}"))
     else:
         if isinstance(code, int) and code:
             sys.exit(code)

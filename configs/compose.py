@@ -37,7 +37,8 @@ def quote_overrides(words: Iterable[str]) -> list[str]:
         key, equals, value = word.partition("=")
         if equals and not word.startswith("-") and not value.startswith(("[", "{", "'", '"')):
             try:
-                readable = not _is_existing_path(value, parser.parse_override(word))
+                sweep = parser.parse_override(word).is_sweep_override() and "," in value
+                readable = not (sweep and Path(value).expanduser().exists())
             except HydraException:
                 readable = False
             if not readable:
@@ -48,10 +49,6 @@ def quote_overrides(words: Iterable[str]) -> list[str]:
     return found
 
 
-def _is_existing_path(value: str, override: Any) -> bool:
-    return override.is_sweep_override() and "," in value and Path(value).expanduser().exists()
-
-
 def options(group: str) -> list[str]:
     """Return the options of a configuration group, such as ``predictor``."""
     folder = CONFIGS / group
@@ -59,13 +56,11 @@ def options(group: str) -> list[str]:
 
 
 def unknown_option(group: str, name: str) -> str:
-    """Return the message for an option that a group does not have."""
     allowed = options(group)
     return f"{group}={name} is unknown{_suggest(name, allowed)}; {group} is one of: {', '.join(allowed)}"
 
 
 def unknown_key(key: str, config: Any = None) -> str:
-    """Return the message for a key that the configuration does not have."""
     node = compose("train") if config is None else config
     *path, name = key.split(".")
     for depth, part in enumerate(path):

@@ -29,77 +29,56 @@ MAX_ITEMS = 5_000_000
 def read_yaml(path: Path) -> Any:
     """Read a YAML file that may come from anywhere, as dicts, lists and scalars.
 
-    Raises:
-        UserError: the file is not YAML, too large, too deeply nested, or uses anchors (a few lines with anchors
-            expand to billions of items).
-        OSError: the file cannot be read.
+    Raises UserError if it is not YAML, too large, too deeply nested, or uses anchors, a few lines of which can expand
+    to billions of items.
     """
-    return parse_yaml(read_text(path, MAX_YAML_BYTES), str(path))
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML within the same bounds; ``source`` names it in messages."""
     import yaml
 
-    if len(text) > MAX_YAML_BYTES:
-        raise UserError(f"{source} has {len(text)} characters, more than {MAX_YAML_BYTES}. Fix: shorten it.")
-    depth = 0
+    text, depth = read_text(path, MAX_YAML_BYTES), 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise UserError(f"{source} uses YAML anchors (& or *). Fix: write the values out.")
+                raise UserError(f"{path} uses YAML anchors (& or *). Fix: write the values out.")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise UserError(f"{source} is nested deeper than {MAX_DEPTH} levels. Fix: flatten it.")
+                raise UserError(f"{path} is nested deeper than {MAX_DEPTH} levels. Fix: flatten it.")
         return yaml.safe_load(text)
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that may come from anywhere.
-
-    Raises:
-        UserError: the file is not JSON, too large, too deeply nested, or holds NaN or infinity, which JSON has not.
-        OSError: the file cannot be read.
-    """
+    """Read a JSON file that may come from anywhere, within the bounds of `parse_json`."""
     return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, source: str) -> Any:
-    """Parse JSON within the same bounds; ``source`` names it in messages."""
+    """Parse JSON; ``source`` names it in messages.
+
+    Raises UserError if it is not JSON, too deeply nested, or holds NaN or infinity, which JSON does not have.
+    """
     try:
-        content = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
-    except UserError:
-        raise
+        content = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not valid JSON: {error}. Fix: remove the file or restore it.") from error
     check_plain(content, source)
     return content
 
 
-def _not_finite(text: str) -> float:
-    raise ValueError(f"{text[:20]} is not a finite number")
-
-
 def _finite(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _not_finite(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
     """Read a regular UTF-8 file within bounds, with or without a byte-order mark; line ends stay as they are.
 
-    Args:
-        path: the file.
-        max_bytes: the largest size that is read.
-        errors: ``surrogateescape`` also reads names of files that are not UTF-8; see ``bytes.decode``.
-
-    Raises:
-        UserError: the file is not a regular one, too large or not UTF-8.
-        OSError: the file cannot be read.
+    ``errors`` is that of ``bytes.decode``: ``surrogateescape`` also reads names of files that are not UTF-8. Raises
+    UserError if the file is not a regular one, too large or not UTF-8.
     """
     try:
         return read_bytes(path, max_bytes).decode("utf-8-sig", errors)
@@ -108,12 +87,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """Read a regular file within bounds. A pipe, which could make the reader wait for ever, is rejected.
-
-    Raises:
-        UserError: the file is not a regular one, or larger than ``max_bytes``.
-        OSError: the file cannot be read.
-    """
+    """Read a regular file within bounds; raise UserError for others. A pipe could make the reader wait for ever."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file. Fix: give the path of a file.")
     if path.stat().st_size > max_bytes:
@@ -202,9 +176,8 @@ def shell_word(text: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -221,18 +194,12 @@ def require_writable(folder: Path) -> None:
 
 
 def lock_file(path: Path, doing: str, patience: float = 10.0) -> Any:
-    """Take a lock that only one process holds; the system frees it when that process ends.
+    """Take a lock that only one process holds; it is freed with the object, or when the process ends.
 
     Args:
         path: the lock's file; the folders above it are created.
         doing: the work of its holder, for the message "another process is ...", such as "training in RUN".
-        patience: seconds to wait for another holder. A killed process takes a moment to end.
-
-    Returns:
-        The lock. It is held as long as the object exists, or to the end of its ``with`` block.
-
-    Raises:
-        BusyError: another process holds it.
+        patience: seconds to wait until BusyError is raised: a holder that was killed takes a moment to end.
     """
     from filelock import FileLock, Timeout
 

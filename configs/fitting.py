@@ -13,31 +13,28 @@ from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from configs import build
 from configs.errors import ConfigError, UserError, one_line
 from datasets import SegmentationDataset
 from rankseg import Predictor
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
-from trainers.distributed import World
+from rankseg.pooled import ProbabilityHistogram
+from trainers.distributed import World, gather_objects
 from trainers.evaluator import Scoring, evaluate
-from trainers.fitted import FittedFile, GatedRule, OtherProbs, held_out_fit, probability_histogram, threshold_table
-from trainers.forward import ToProbs
+from trainers.fitted import FittedFile, GatedRule, OtherProbs, held_out_fit
+from trainers.forward import ToProbs, forward, measure
 from trainers.losses import Link, SegmentationLoss
 from trainers.metrics import mean_over_classes
 from trainers.results import EvalResult
-from trainers.tuning import ThresholdTable, choose, fit_gate
+from trainers.tuning import ThresholdFit, ThresholdTable, choose, fit_gate
 
 _CALIBRATED = "rankdice calibrated"  # a candidate of rule auto
 
 
 def calibration_kind(cfg: DictConfig) -> str:
-    """Return none, temperature or class; ``temperature=fit`` is ``calibrate=temperature``.
-
-    Raises:
-        ConfigError: ``temperature`` and ``calibrate`` contradict each other.
-    """
+    """Return none, temperature or class; raise ConfigError if ``temperature`` contradicts ``calibrate``."""
     if cfg.calibrate != "none" and cfg.temperature not in (1, "fit"):
         raise ConfigError(
             f"temperature={cfg.temperature} and calibrate={cfg.calibrate} both change the logits. "
@@ -55,14 +52,10 @@ def is_calibrated(cfg: DictConfig) -> bool | str:
 
 
 class Fitter:
-    """The fitted values of one checkpoint under one configuration.
+    """The fitted values of one checkpoint and its network under one configuration.
 
-    Args:
-        cfg: the configuration, with the options of ``configs/test.yaml``.
-        network: the network of the checkpoint, on its device.
-        checkpoint: its path.
-        world: this process.
-        may_fit: whether missing values are fitted. If not, they must be in the file.
+    ``cfg`` has the options of ``configs/test.yaml``. With ``may_fit`` missing values are fitted; otherwise they must be
+    in the file.
     """
 
     def __init__(
@@ -104,11 +97,7 @@ class Fitter:
         """Return the number that divides the logits, or a temperature and a bias per class."""
         if kind == "none":
             return float(self.cfg.temperature)
-        values = self._stored(kind, self.settings())
-        if values is None:
-            found = self._fit_calibration(kind)
-            values = {name: _plain(value) for name, value in found.items()}
-            self.file.put(kind, self.settings(), values, self._fitted_on())
+        values = self._values(kind, self.settings(), partial(self._fit_calibration, kind), f"calibrate={kind}")
         with self._reading(f"calibrate={kind}"):
             names = ("temperature",) if kind == "temperature" else ("temperature", "bias")
             parts = [torch.tensor(values[name], dtype=torch.float64) for name in names]
@@ -160,26 +149,32 @@ class Fitter:
         """
         values: dict[str, dict[str, Any]] = {}
         rules: dict[str, Predictor] = {}
+
+        def fit(name: str, fit_values: Callable[[], dict[str, Any]], on: SegmentationDataset | None = None) -> Any:
+            values[name] = self._values(name, self.rule_settings(name), fit_values, f"rule {name}", on)
+            return values[name]
+
         for name in names:
             node = build.rule_node(name, self.cfg)
             if name == "auto":
-                values[name] = self._values(name, self._choose)
+                found = fit(name, self._choose)
                 with self._reading("rule auto"):
-                    rules[name] = self._build_choice(values[name])
+                    rules[name] = self._build_choice(found)
             elif build.needs_fit(node):
                 if name.startswith("pooled"):
-                    values[name] = self._values(name, partial(self._pool, node, scored), scored)
+                    found = fit(name, partial(self._pool, node, scored), scored)
                 else:
-                    values[name] = self._values(name, partial(self._fit_threshold, node))
+                    found = fit(name, partial(self._fit_threshold, bool(node.per_class)))
                 with self._reading(f"rule {name}"):
-                    rules |= build.rules([name], self.cfg, {name: _arguments(values[name])})
+                    arguments = {key: found[key] for key in ("at", "gated") if key in found}
+                    rules |= build.rules([name], self.cfg, {name: arguments})
                     self._try(rules[name])
             else:
                 rules |= build.rules([name], self.cfg)
                 if build.is_ranking(node) and self.cfg.gate == "fit":
-                    values[name] = self._values(name, partial(self._fit_gate, name, rules[name]))
+                    found = fit(name, partial(self._fit_gate, name, rules[name]))
                     with self._reading(f"gate=fit of {name}"):
-                        rules[name] = GatedRule(rules[name], float(values[name]["least"]))
+                        rules[name] = GatedRule(rules[name], float(found["least"]))
                         self._try(rules[name])
         return rules, values
 
@@ -190,7 +185,10 @@ class Fitter:
         found = self.calibration(self.kind)
         if isinstance(found, Calibration):
             values = {name: _plain(value) for name, value in found._asdict().items()}
-            return {"temperature": None, "calibration": {"kind": "class", **values, "fitted_on": self._fitted_on()}}
+            return {
+                "temperature": None,
+                "calibration": {"kind": "class", **values, "fitted_on": self._describe(self._val(""))},
+            }
         return {"temperature": found, "temperature_fitted_on": self._val("").fingerprint()}
 
     def report(self, values: Mapping[str, Mapping[str, Any]], scored: SegmentationDataset) -> list[str]:
@@ -226,40 +224,39 @@ class Fitter:
         )
 
     def save(self) -> None:
-        """Write the file, at rank 0."""
         if self.world.is_main:
             self.file.save()
 
     def _values(
-        self, name: str, fit: Callable[[], dict[str, Any]], scored: SegmentationDataset | None = None
+        self,
+        kind: str,
+        settings: Mapping[str, Any],
+        fit: Callable[[], dict[str, Any]],
+        need: str,
+        scored: SegmentationDataset | None = None,
     ) -> dict[str, Any]:
-        """Return the stored values of a rule, or fit and store them.
+        """Return the stored values of ``need``, a calibration or a rule, or fit and store them.
 
-        ``scored`` is the split that they are fitted on; default: the validation split.
+        They are fitted on the split ``scored``; default: the validation split.
         """
-        settings = self.rule_settings(name)
-        values = self._stored(name, settings, scored)
-        if values is None:
-            if not self.may_fit:
+        if not self.may_fit:
+            values = self.file.find(kind, settings)
+            if values is None:
                 raise UserError(
-                    f"rule {name} was not fitted for this checkpoint with these options. "
-                    f"Fix: run test.py -r CHECKPOINT -p {name} with the same options first."
+                    f"{need} was not fitted for this checkpoint with these options. "
+                    "Fix: first run test.py -r CHECKPOINT with the same rule and options."
                 )
-            if scored is None:
-                self._val(f"rule {name}")
+            return values
+        data, split = (self._val(need), "val") if scored is None else (scored, str(self.cfg.split))
+        values = self.file.find(kind, settings, self._describe(data, split))
+        if values is None:
             values = {key: _plain(value) for key, value in fit().items()}
-            self.file.put(name, settings, values, self._fitted_on(scored))
+            self.file.put(kind, settings, values, self._describe(data, split))  # fitting finds unreadable cases
         return values
 
-    def _stored(
-        self, kind: str, settings: Mapping[str, Any], scored: SegmentationDataset | None = None
-    ) -> dict[str, Any] | None:
-        return self.file.find(kind, settings, self._fitted_on(scored) if self.may_fit else None)
-
-    def _fitted_on(self, scored: SegmentationDataset | None = None) -> dict[str, Any]:
-        data = scored if scored is not None else self._val("fitting")
+    def _describe(self, data: SegmentationDataset, split: str = "val") -> dict[str, Any]:
         return {
-            "split": self.cfg.dataset.splits["val" if scored is None else self.cfg.split],
+            "split": self.cfg.dataset.splits[split],
             "fingerprint": data.fingerprint(),
             "contents": data.checksum(),
             "num_images": len(data),
@@ -267,8 +264,6 @@ class Fitter:
 
     def _val(self, need: str) -> SegmentationDataset:
         """Return the validation split that ``need`` is fitted on."""
-        if not self.may_fit:
-            raise UserError(f"{need} was not fitted for this checkpoint. Fix: run test.py -r CHECKPOINT with it first.")
         if self._validation is None:
             if not self.cfg.dataset.splits.get("val"):
                 raise UserError(
@@ -290,37 +285,42 @@ class Fitter:
         """Return the loss, whose link turns logits into probabilities."""
         return build.loss(self.cfg)
 
-    def _fit_threshold(self, node: Any) -> dict[str, Any]:
-        found = self._threshold_table().fit(self._val("").info.scored, bool(node.per_class))
+    def _fit_threshold(self, per_class: bool) -> dict[str, Any]:
+        found = self._find_threshold(per_class)
         return {"at": found.at, "gated": found.gated, "mean_dice": found.mean_dice}
 
-    def _threshold_table(self) -> ThresholdTable:
-        data = self._val("rule T_fit")
-        loader, scoring = self.batches(data), self.scoring(data)
-        return threshold_table(self.network, loader, self.to_probs(), scoring, self.world, self.precision)
+    def _find_threshold(self, per_class: bool = False) -> ThresholdFit:
+        data, to_probs = self._val("rule T_fit"), self.to_probs()
+        scoring = self.scoring(data)
+
+        def count(_: Any, targets: Tensor, logits: Tensor) -> ThresholdTable:
+            return ThresholdTable.of_batch(to_probs(logits), scoring.encode(targets))
+
+        options = {"precision": self.precision, "progress": "fitting the threshold"}
+        table = measure(count, self.network, self.batches(data), self.world, **options)[0]
+        return table.fit(data.info.scored, per_class)
 
     def _pool(self, node: Any, scored: SegmentationDataset | None) -> dict[str, Any]:
+        """Return the cut-offs of a pooled rule. No labels are read, so void pixels are counted too."""
         if scored is None:
             raise UserError(f"rule {node.name} needs a split to pool. Fix: score it with test.py.")
-        loader = self.batches(scored)
-        histogram = probability_histogram(self.network, loader, self.to_probs(), self.world, self.precision)
-        return {"at": histogram.cutoffs(node.score, bool(node.pruning)).tolist()}
+        histogram, to_probs, title = ProbabilityHistogram(), self.to_probs(), "fitting the pooled cut-offs"
+        batches = self.batches(scored)
+        for _, _, logits in forward(self.network, batches, self.world, precision=self.precision, progress=title):
+            histogram.update(to_probs(logits).cpu())
+        merged = ProbabilityHistogram()
+        for share in gather_objects(histogram, self.world):
+            merged.merge(share)
+        if merged.count is None:
+            raise UserError("images=0 in the split: no cut-off can be fitted. Fix: check split and dataset.root.")
+        return {"at": merged.cutoffs(node.score, bool(node.pruning)).tolist()}
 
     def _evaluate(self, rules: Mapping[str, Predictor], progress: str, **options: Any) -> dict[str, EvalResult]:
-        """Score rules on the validation split."""
         data = self._val(progress)
         return evaluate(
-            self.network,
-            self.batches(data),
-            rules,
-            self._loss(),
-            self.scoring(data),
-            self.world,
-            to_probs=self.to_probs(),
-            precision=self.precision,
-            progress=progress,
-            **options,
-        )
+            self.network, self.batches(data), rules, self._loss(), self.scoring(data), self.world,
+            to_probs=self.to_probs(), precision=self.precision, progress=progress, **options,
+        )  # fmt: skip
 
     def _fit_gate(self, name: str, rule: Predictor) -> dict[str, Any]:
         result = self._evaluate({name: rule}, "fitting the gate", confidences=True)[name]
@@ -336,24 +336,18 @@ class Fitter:
             rules[_CALIBRATED] = OtherProbs(rules["rankdice"], self.to_probs("temperature"))
         results = self._evaluate(rules, "choosing a rule")
         dice = {name: mean_over_classes(r.counts.dice(), r.scored) for name, r in results.items()}
-        held_out = self._threshold_table().fit(self._val("").info.scored).held_out
+        held_out = self._find_threshold().held_out
         assert held_out is not None
         found = choose({**dice, "T_fit": held_out})
         return {"rule": found.rule, "why": found.why, "differences_to_T": found.differences}
 
     def _build_choice(self, values: Mapping[str, Any]) -> Predictor:
-        """Return the rule that was chosen."""
         chosen = values["rule"]
         if chosen == _CALIBRATED:
             return OtherProbs(self.rules(["rankdice"])[0]["rankdice"], self.to_probs("temperature"))
         if chosen not in ("T", "max", "T_fit", "rankdice"):
             raise UserError(f"{self.file.path}: rule={chosen!r} is not a choice. Fix: delete the file.")
         return self.rules([chosen])[0][chosen]
-
-
-def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fitted values that are arguments of a rule."""
-    return {key: values[key] for key in ("at", "gated") if key in values}
 
 
 def _plain(value: Any) -> Any:

@@ -28,24 +28,11 @@ from configs.values import CHECKS, check_values
 # Config keys that do not define the experiment. They are ignored when two runs are compared.
 NON_RESULT_KEYS = frozenset(
     {
-        "expected",
-        "loader_timeout",
-        "num_workers",
-        "device",
-        "verify",
-        "resume",
-        "validation",
-        "save_dir",
-        "run_dir",
-        "dataset.root",
-        "dataset.source.root",
-        "trainer.tensorboard",
-        "trainer.panels",
-        "trainer.save_minutes",
-        "trainer.save_every",
-        "trainer.keep",
+        "expected", "loader_timeout", "num_workers", "device", "verify", "resume", "validation", "save_dir", "run_dir",
+        "dataset.root", "dataset.source.root",
+        "trainer.tensorboard", "trainer.panels", "trainer.save_minutes", "trainer.save_every", "trainer.keep",
     }
-)
+)  # fmt: skip
 # Keys whose values are never read from a file: the content of a protocol, names of rules, folders that are written, the
 # file of pre-trained weights (a checkpoint replaces them), and settings of the machine.
 NOT_FROM_FILE = frozenset(
@@ -84,11 +71,8 @@ def _drop_keys(values: Any, prefix: str = "") -> Any:
 def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the configuration of a checkpoint with overrides on top, and the options of ``configs/test.yaml``.
 
-    Stored values of overridden keys are not read.
-
-    Raises:
-        ConfigError: the stored configuration is not one of ours, an override names an unknown key, or a value is
-            invalid.
+    Stored values of overridden keys are not read. Raises ConfigError if the stored configuration is not one of ours, an
+    override names an unknown key, or a value is invalid.
     """
     check_plain(stored, "the checkpoint's configuration", max_items=20_000)
     if not (isinstance(stored, dict) and set(stored) == {"choices", "values"}) or not all(
@@ -165,30 +149,26 @@ def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]
                 if not isinstance(value, dict):
                     raise _invalid(name, value, "a mapping")
                 yield from walk(value, raw[key] if isinstance(raw[key], dict) else ours[key], ours[key], f"{name}.")
-            elif not _is_reference(raw[key], value):
+            elif not is_reference(raw[key], value):
                 _check_value(name, value, ours[key])
                 yield name, value
 
-    def _is_reference(raw: Any, value: Any) -> bool:
+    def is_reference(raw: Any, value: Any) -> bool:
         """Return whether our value refers to another key and the stored value is equal to it."""
-        if not isinstance(raw, str) or "${" not in raw:
-            return False
-        if value == raw:  # of checkpoints written before references were resolved
-            return True
-        match = _REFERENCE.fullmatch(raw)
+        match = _REFERENCE.fullmatch(raw) if isinstance(raw, str) else None
         if match is None:
-            return False
-        found = _lookup(values, match[1])
-        found = _lookup(ours, match[1]) if found is _MISSING else found
-        return type(found) is type(value) and found == value
+            return isinstance(raw, str) and "${" in raw and value == raw
+        found = _lookup(values, match[1], _lookup(ours, match[1]))
+        # Checkpoints written before references were resolved hold the reference itself.
+        return value == raw or (type(found) is type(value) and found == value)
 
     yield from walk(values, raw, ours, "")
 
 
-def _lookup(tree: Any, key: str) -> Any:
+def _lookup(tree: Any, key: str, default: Any = _MISSING) -> Any:
     for part in key.split("."):
         if not isinstance(tree, dict) or part not in tree:
-            return _MISSING
+            return default
         tree = tree[part]
     return tree
 
@@ -197,10 +177,8 @@ def _check_value(name: str, value: Any, ours: Any) -> None:
     """Raise ConfigError for a stored value that is not plain, or whose type is not that of ours."""
     if name in CHECKS:
         is_valid, words = CHECKS[name]
-        if not (_is_plain(value) and is_valid(value)):
-            raise _invalid(name, value, words)
-        return
-    if ours is None:
+        fits = _is_plain(value) and is_valid(value)
+    elif ours is None:
         fits, words = _is_plain(value), "null, a number, a word or a list of those"
     elif isinstance(ours, bool):
         fits, words = isinstance(value, bool), "true or false"
@@ -216,18 +194,18 @@ def _check_value(name: str, value: Any, ours: Any) -> None:
 
 def _check_extra(name: str, value: Any, raw: Any) -> None:
     """Accept a key that ``+key=value`` added: the name of a split, or an argument of the object that is built."""
-    parent = name.rpartition(".")[0]
-    allowed: set[str] = set()
+    parent, _, key = name.rpartition(".")
+    allowed = set[str]()
     if parent == "dataset.splits":
-        allowed = {name.rpartition(".")[2]}
+        allowed = {key}
     elif isinstance(raw, dict) and "_target_" in raw:
         allowed = _arguments(raw)
-    words = [value] if not isinstance(value, list) else value
+    words = value if isinstance(value, list) else [value]
     plain = all(
         _is_number(one) or one is None or isinstance(one, bool) or bool(_is_text(one) and _WORD.fullmatch(one))
         for one in words
     )
-    if name.rpartition(".")[2] not in allowed or not plain or len(words) > 100:
+    if key not in allowed or not plain or len(words) > 100:
         raise ConfigError(
             f"the checkpoint's configuration holds {name}={str(value)[:100]!r}, which this project's does not have"
         )
@@ -237,12 +215,8 @@ def _arguments(node: dict[str, Any]) -> set[str]:
     """Return the names of the arguments of the object that a node of our configuration builds."""
     from configs.build import locate
 
-    target = locate(node["_target_"])
-    names = {
-        name
-        for name, one in inspect.signature(target).parameters.items()
-        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-    }
+    parameters = inspect.signature(locate(node["_target_"])).parameters.items()
+    names = {name for name, one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
     if node["_target_"] == "models.SMP":
         from models.library import options_of
 
@@ -277,15 +251,13 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the ``config.yaml`` that a run wrote into its folder; raise ConfigError if it is damaged."""
     try:
         found = read_yaml(path)
+        if not isinstance(found, dict) or "epochs" not in found:
+            raise UserError("it does not hold the configuration of a run")
     except UserError as error:
-        found, reason = None, str(error)
-    else:
-        reason = "it does not hold the configuration of a run"
-    if not isinstance(found, dict) or "epochs" not in found:
         raise ConfigError(
-            f"{path} is damaged: {reason}. Fix: remove it, and the run resumes from its checkpoints, "
+            f"{path} is damaged: {error}. Fix: remove it, and the run resumes from its checkpoints, "
             "which hold the same; or start over with resume=false."
-        )
+        ) from error
     return {str(key): value for key, value in found.items()}
 
 

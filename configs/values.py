@@ -15,7 +15,6 @@ Check = tuple[Callable[[Any], bool], str]  # whether a value is valid, and what 
 
 
 def integer(least: int, most: int | None = None) -> Check:
-    """Accept an integer within bounds."""
 
     def is_valid(value: Any) -> bool:
         return type(value) is int and least <= value and (most is None or value <= most)
@@ -35,7 +34,6 @@ def number(least: float = 0, *, exclusive: bool = False, most: float = math.inf)
 
 
 def or_null(check: Check) -> Check:
-    """Accept null too."""
     return lambda value: value is None or check[0](value), f"{check[1]}, or null"
 
 
@@ -45,13 +43,13 @@ def choice(*allowed: Any) -> Check:
     return lambda value: any(value is a or (type(value) is str and value == a) for a in allowed), " or ".join(words)
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) or OmegaConf.is_list(value)
-
-
 def _is_size(value: Any) -> bool:
     sides = list(value) if _is_list(value) and len(value) == 2 else [value]
     return all(type(side) is int and 0 < side <= 1 << 16 for side in sides)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or OmegaConf.is_list(value)
 
 
 SIZE: Check = (_is_size, "an integer >= 1 or [height,width]")
@@ -60,19 +58,11 @@ NAME: Check = (
     "a name of letters, digits and . + - _",
 )
 PATH: Check = (lambda value: isinstance(value, str) and bool(value.strip()), "a folder")
+LOCAL_PATH: Check = (
+    lambda value: isinstance(value, str) and not value.startswith(("//", "\\\\")),
+    "a folder of this machine, not of the network",
+)
 FLAG: Check = choice(True, False)
-
-
-def _is_suffix(value: Any) -> bool:
-    return isinstance(value, str) and (not value or NAME[0](value))
-
-
-def _is_names(value: Any) -> bool:
-    return _is_list(value) and all(isinstance(name, str) for name in value)
-
-
-def _is_local_path(value: Any) -> bool:
-    return isinstance(value, str) and not value.startswith(("//", "\\\\"))
 
 
 CHECKS: dict[str, Check] = {
@@ -85,13 +75,16 @@ CHECKS: dict[str, Check] = {
     "on_error": choice("raise", "skip"),
     "verify": FLAG,
     "resume": FLAG,
-    "validation": (_is_names, "a list of rules, such as [T,max]"),
+    "validation": (
+        lambda value: _is_list(value) and all(isinstance(name, str) for name in value),
+        "a list of rules, such as [T,max]",
+    ),
     "save_dir": PATH,
     "run_dir": PATH,
-    "suffix": (_is_suffix, f"{NAME[1]}, or nothing"),
+    "suffix": (lambda value: value == "" or NAME[0](value), f"{NAME[1]}, or nothing"),
     "split": NAME,
     "dataset.name": NAME,
-    "dataset.root": or_null((_is_local_path, "a folder of this machine, not of the network")),
+    "dataset.root": or_null(LOCAL_PATH),
     "dataset.num_classes": integer(1, 1 << 16),
     "dataset.ignore_index": integer(-(2**31), 2**31 - 1),
     "dataset.resize": or_null(SIZE),

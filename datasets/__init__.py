@@ -26,23 +26,16 @@ class DatasetError(UserError):
 
 
 _MODULES = {
-    "Batch": "loaders",
-    "Cityscapes": "cityscapes",
-    "DatasetInfo": "base",
-    "EvalLoader": "loaders",
-    "EvalTransform": "transforms",
-    "Folder": "folder",
-    "KvasirSEG": "kvasir_seg",
-    "Sample": "base",
-    "SegmentationDataset": "base",
-    "Synthetic": "synthetic",
-    "TrainLoader": "loaders",
-    "TrainTransform": "transforms",
-    "VOC2012": "voc2012",
+    "base": ("DatasetInfo", "Sample", "SegmentationDataset"),
+    "loaders": ("Batch", "EvalLoader", "TrainLoader"),
+    "transforms": ("EvalTransform", "TrainTransform"),
+    **{name.lower(): (name,) for name in ("Cityscapes", "Folder", "Synthetic", "VOC2012")},
+    "kvasir_seg": ("KvasirSEG",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -91,12 +91,12 @@ class SegmentationDataset(Dataset, ABC):
         return self.read(index)
 
     def check(self, index: int, decode: bool = True) -> list[str]:
-        """Return the faults of one pair, one line each."""
-        if decode:
-            try:
+        """Return the faults of one pair, one line each; without `decode`, those that need no decoding."""
+        try:
+            if decode:
                 self.read(index)
-            except DatasetError as error:
-                return [str(error)]
+        except DatasetError as error:
+            return [str(error)]
         return []
 
     def verify(self, progress: bool = True, sample: int | None = 32, on_error: str = "raise") -> None:
@@ -113,7 +113,12 @@ class SegmentationDataset(Dataset, ABC):
             for fault in faults:
                 print(one_line(fault), file=sys.stderr)
             faults = []
-        raise_faults(self, faults + self.faults_as_a_whole())
+        faults += self.faults_as_a_whole()
+        if faults:
+            count = f"{len(faults)} fault" + "s" * (len(faults) > 1)
+            rest = [f"  ... and {len(faults) - 10} more"] if len(faults) > 10 else []
+            lines = [f"  {fault}" for fault in faults[:10]]
+            raise DatasetError(f"{self.info.name} {self.split} has {count}:", *lines, *rest)
         for note in self.notes():
             print(one_line(f"note: {note}"), file=sys.stderr)
 
@@ -121,13 +126,8 @@ class SegmentationDataset(Dataset, ABC):
         """Return the faults of single pairs, one line each."""
         from tqdm import tqdm
 
-        chosen = set(spread(len(self), sample))
-        bar = tqdm(
-            range(len(self)),
-            desc=f"verify {self.info.name} {self.split}",
-            disable=None if progress else True,
-            leave=False,
-        )
+        chosen, hidden = set(spread(len(self), sample)), None if progress else True
+        bar = tqdm(range(len(self)), desc=f"verify {self.info.name} {self.split}", disable=hidden, leave=False)
         return [fault for index in bar for fault in self.check(index, decode=index in chosen)]
 
     def faults_as_a_whole(self) -> list[str]:
@@ -155,16 +155,6 @@ def spread(total: int, sample: int | None) -> list[int]:
     if sample is None or sample >= total:
         return list(range(total))
     return sorted({(2 * k + 1) * total // (2 * sample) for k in range(sample)})
-
-
-def raise_faults(dataset: SegmentationDataset, faults: list[str], shown: int = 10) -> None:
-    """Raise DatasetError with the first few of the faults, if there are any."""
-    if not faults:
-        return
-    rest = [f"  ... and {len(faults) - shown} more"] if len(faults) > shown else []
-    count = f"{len(faults)} fault" + "s" * (len(faults) > 1)
-    lines = [f"  {fault}" for fault in faults[:shown]]
-    raise DatasetError(f"{dataset.info.name} {dataset.split} has {count}:", *lines, *rest)
 
 
 def digest(parts: Iterable[object], length: int = 16) -> str:

@@ -79,10 +79,7 @@ class Cityscapes(PairedDataset):
         return f"{path.parent.name}/{path.name.removesuffix(end)}"
 
     def read_mask(self, path: Path) -> np.ndarray:
-        """Return the mask (H, W) uint8 in train ids.
-
-        Raises DatasetError for masks of train ids: most of their pixels would become void.
-        """
+        """Return the mask (H, W) uint8 in train ids; reject a file of train ids, most of which would become void."""
         train_ids = path.with_name(path.name.replace("labelIds", "labelTrainIds"))
         if not path.exists() and train_ids.exists():
             raise DatasetError(
@@ -94,7 +91,6 @@ class Cityscapes(PairedDataset):
         return self.encode(raw, path)
 
     def remedy(self, unknown: list[int]) -> str:
-        """Return how to fix labels that are not in the table."""
         return f"label ids are 0..{LAST_LABEL_ID}, and 255 for -1; fetch gtFine again"
 
     def faults_as_a_whole(self) -> list[str]:
@@ -112,5 +108,4 @@ def only_train_ids(raw: np.ndarray) -> bool:
 
 
 def looks_like_train_ids(path: Path) -> str:
-    """Return the message for masks that were converted to train ids."""
     return f"{path} holds train ids (0..{LAST_TRAIN_ID}, 255) but label ids are needed. Fix: fetch gtFine again"

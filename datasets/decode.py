@@ -65,10 +65,7 @@ class ImageFolder:
 
 
 def list_images(folder: Path, below: bool = False, without: Path | None = None) -> ImageFolder:
-    """List a folder's image files. With `below` include sub-folders, also linked ones, except `without`.
-
-    Hidden files and folders are skipped.
-    """
+    """List the visible image files of a folder; with `below` also of sub-folders, linked ones too, except `without`."""
     found = ImageFolder()
     for path in sorted(_visible_files(folder, below, without)):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -112,10 +109,7 @@ def canonical_name(name: str) -> str:
 
 
 def common_suffix(images: Iterable[str], masks: Iterable[str]) -> str:
-    """Return the ending that mask names have and image names lack, such as "_mask", or "" if there is none.
-
-    Most images must share it; a few masks may be missing.
-    """
+    """Return the ending that mask names have and most image names lack, such as "_mask", or "" if there is none."""
     names, there = set(images), set(masks)
     if names & there:
         return ""
@@ -132,15 +126,12 @@ def read_split(path: Path) -> list[str]:
     """
     try:
         raw = read_bytes(path)
-    except UserError as error:
-        raise DatasetError(str(error)) from error
-    try:
-        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            text = raw.decode("utf-16")
-        else:
-            text = raw.decode("utf-8-sig", "surrogateescape")
+        is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = raw.decode("utf-16") if is_utf16 else raw.decode("utf-8-sig", "surrogateescape")
     except UnicodeDecodeError:
         text = "\0"
+    except UserError as error:
+        raise DatasetError(str(error)) from error
     if "\0" in text:
         raise DatasetError(f"{path} is not a text file. Fix: write one name per line, in UTF-8")
     return [canonical_name(line.strip()) for line in text.splitlines() if line.strip()]
@@ -161,7 +152,9 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             raise DatasetError(f"{path} is not a regular file. Fix: replace it by an image file")
         with Image.open(path, formats=FORMATS) as image:
             _require_one_page(image, path)
-            _require_8_bits(image, path)
+            bits = _bits(image, path)
+            if bits > 8 and not is_deep(image.mode):  # Pillow silently reduces 16-bit colours; deep grey has a mode
+                raise DatasetError(f"{path} has more than 8 bits per channel ({bits}). Fix: save it as 8 bits")
             yield image
     except DatasetError:
         raise
@@ -213,15 +206,7 @@ def _require_one_page(image: Image.Image, path: Path) -> None:
         raise DatasetError(f"{path} has {frames} pages or frames. Fix: save the one that is meant as its own file")
 
 
-def _require_8_bits(image: Image.Image, path: Path) -> None:
-    """Reject colours of 16 bits, which Pillow silently reduces to 8. Deep grey has its own modes."""
-    bits = _bits(image, path)
-    if bits > 8 and not is_deep(image.mode):
-        raise DatasetError(f"{path} has more than 8 bits per channel ({bits}). Fix: save it as 8 bits")
-
-
 def _bits(image: Image.Image, path: Path) -> int:
-    """Return the bits per channel of the file."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(TIFF_BITS, (1,)))  # type: ignore[attr-defined]
     if image.format == "PNG":
@@ -251,7 +236,6 @@ class Stored(NamedTuple):
 
 
 def load_image(path: Path) -> Stored:
-    """Decode an image file."""
     with open_image(path) as image:
         kind, bits = image.format, _bits(image, path)
         if kind == "TIFF":  # Pillow rotates its pixels and forgets the orientation
@@ -268,10 +252,9 @@ def orient(image: Image.Image, table: dict[int, Image.Transpose], orientation: i
 
 
 def decode_image(path: Path, mask_size: tuple[int, int] | None = None, mask: Path | None = None) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8 RGB. Grey, palette, alpha and CMYK are converted.
+    """Return an image as (H, W, 3) uint8 RGB; grey, palette, alpha and CMYK are converted.
 
-    `mask_size` is the (width, height) of its decoded mask and `mask` the file of it; they decide about an EXIF
-    orientation.
+    Its `mask`, whose (width, height) is `mask_size`, decides about an EXIF orientation.
     """
     image, orientation, *_ = load_image(path)
     if is_deep(image.mode):
@@ -336,11 +319,6 @@ def load_opaque(path: Path) -> tuple[Image.Image, str | None]:
     return image, stored.format
 
 
-def decode_colour_mask(path: Path) -> np.ndarray:
-    """Return a mask as (H, W, 3) uint8 RGB, in upright orientation."""
-    return np.array(load_opaque(path)[0].convert("RGB"))
-
-
 def _gif_values(image: Image.Image) -> np.ndarray:
     """Return the values of a GIF: indices, or the grey values of a palette that has only grey."""
     indices = np.array(image)
@@ -353,12 +331,9 @@ def as_grey(image: Image.Image) -> np.ndarray | None:
     """Return the one channel (H, W) uint8 that an opaque image with equal channels repeats, or None."""
     if image.mode not in ("L", "RGB", "RGBA", "LA"):
         return None
-    channels = list(image.split())
-    if image.mode in ("RGBA", "LA"):
-        *channels, alpha = channels
-        if alpha.getextrema() != (255, 255):  # values under transparency have no meaning
-            return None
-    first, *others = map(np.array, channels)
+    first, *others = map(np.array, image.split())
+    if image.mode in ("RGBA", "LA") and (others.pop() != 255).any():  # values under transparency have no meaning
+        return None
     return first if all(np.array_equal(first, other) for other in others) else None
 
 

@@ -21,8 +21,7 @@ Both folders may have sub-folders, the same in each; split files then hold patie
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,10 @@ from configs.errors import UserError
 from configs.files import read_yaml, shell_word
 
 from .base import DatasetError, DatasetInfo
-from .decode import canonical_name, common_suffix, decode_colour_mask, decode_mask, list_images, read_split
+from .decode import canonical_name, common_suffix, decode_mask, list_images, load_opaque, read_split
 from .paired import LabelTable, Pair, PairedDataset, preview
 from .voc2012 import voc_colour
 
-KEYS = (
-    "classes", "scored", "ignore_index", "void", "mean", "std", "rgb_masks", "void_color", "nearest", "mask_suffix",
-)  # fmt: skip
-CLASS_KEYS = ("name", "value", "color")
 APART = 64  # smallest difference of two values that `nearest` tells apart
 Colour = tuple[int, int, int]
 Table = Mapping[str, Any]
@@ -116,25 +111,19 @@ class Folder(PairedDataset):
         return listed
 
     def read_mask(self, path: Path) -> np.ndarray:
-        """Return the mask (H, W) uint8 as class indices.
-
-        Raises DatasetError that names the labels or colours that are not in the table.
-        """
         if self.classes.rgb_masks:
-            return self._by_colour(decode_colour_mask(path), path)
+            return self._by_colour(np.array(load_opaque(path)[0].convert("RGB")), path)
         raw = decode_mask(path)
         mask = self.encode(raw, path)
-        if self.classes.nearest and (mask == mask.flat[0]).all() and (raw != self._value(mask.flat[0])).any():
+        if self.classes.nearest and (mask == mask.flat[0]).all():
             low, high = self.classes.nearest
-            raise DatasetError(
-                f"{path} holds labels {raw.min()}..{raw.max()}, all nearer to one of the values {low} and {high}, so "
-                "that a class would vanish. Fix: in classes.yaml give each class the `value` that the masks hold"
-            )
+            value = low if self.table.mapping[low] == mask.flat[0] else high
+            if (raw != value).any():
+                raise DatasetError(
+                    f"{path} holds labels {raw.min()}..{raw.max()}, all nearer to one of the values {low} and {high}, "
+                    "so that a class would vanish. Fix: in classes.yaml give each class the `value` that the masks hold"
+                )
         return mask
-
-    def _value(self, label: int) -> int:
-        """Return the value of a class in masks that are read with `nearest`."""
-        return next(raw for raw in self.classes.nearest or () if self.table.mapping[raw] == label)
 
     def _by_colour(self, colours: np.ndarray, path: Path) -> np.ndarray:
         codes = colours.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
@@ -154,7 +143,6 @@ class Folder(PairedDataset):
         return mask
 
     def remedy(self, unknown: list[int]) -> str:
-        """Return how to fix labels that are not in the table."""
         known = sorted(raw for raw, label in self.table.mapping.items() if label < self.info.num_classes)
         if self.info.num_classes == 19 and max(unknown) <= 33:
             return "these look like Cityscapes label ids: use dataset=cityscapes, which reads them"
@@ -198,9 +186,7 @@ class ClassTable:
 
 
 def read_class_table(name: str, classes: str | Path | Table | Sequence[Any]) -> ClassTable:
-    """Return the table of classes of a data set called `name`.
-
-    `classes` is the path of a YAML file, or the content of such a file.
+    """Return the table of classes of a data set called `name`, from a YAML file or from its content.
 
     Raises DatasetError if a key or a value cannot be used, or if two contradict each other.
     """
@@ -211,6 +197,41 @@ def read_class_table(name: str, classes: str | Path | Table | Sequence[Any]) -> 
     except UserError as error:
         raise DatasetError(str(error)) from error
     return _Reader(str(classes), content).read(name)
+
+
+def _is_list(values: Any, *kinds: type) -> bool:
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    return listed and all(type(value) in kinds for value in values)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _is_byte(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 255
+
+
+def _is_colour(value: Any) -> bool:
+    return _is_list(value, int) and len(value) == 3 and all(map(_is_byte, value))
+
+
+def _is_share(value: Any) -> bool:
+    return _is_list(value, int, float) and len(value) == 3 and all(0 <= channel <= 1 for channel in value)
+
+
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {  # key: whether a value is valid, and what is expected
+    "scored": (lambda value: _is_list(value, int) and len(value) > 0, "indices of classes, such as [1, 2]"),
+    "ignore_index": (_is_byte, "a whole number in 0..255"),
+    "void": (lambda value: all(map(_is_byte, _listed(value))), "numbers in 0..255, such as [0, 255]"),
+    "mean": (_is_share, "three numbers from 0 to 1, as `stats` prints them"),
+    "std": (lambda value: _is_share(value) and 0 not in value, "three numbers above 0, as `stats` prints them"),
+    "rgb_masks": _FLAG,
+    "void_color": (lambda value: _is_colour(value) or all(map(_is_colour, _listed(value))), "one RGB colour or a list"),
+    "nearest": _FLAG,
+    "mask_suffix": (lambda value: isinstance(value, str), "a text, such as _mask"),
+}
 
 
 class _Reader:
@@ -225,13 +246,16 @@ class _Reader:
         return DatasetError(f"{self.source}: {text}")
 
     def read(self, name: str) -> ClassTable:
-        """Return the table of the data set called `name`."""
-        entries, rgb, nearest = self.entries, self._flag("rgb_masks"), self._flag("nearest")
+        entries, rgb, nearest = self.entries, self._get("rgb_masks", False), self._get("nearest", False)
         listed = "void" in self.table
         if rgb and nearest:
             raise self.fault("nearest is for grey masks. Fix: remove nearest or rgb_masks")
-        ignore_index, void = self._void()
-        void_colours = self._void_colours(rgb)
+        ignore_index = self._get("ignore_index", 255)
+        void = list(_listed(self._get("void", ignore_index)))
+        colours = self._get("void_color", [])
+        if colours and not rgb:
+            raise self.fault("void_color is for RGB masks. Fix: set rgb_masks: true, or use void")
+        void_colours = [_colour(value) for value in ([colours] if _is_colour(colours) else colours)]
         if rgb and len(entries) > 1 and _claims(entries[-1], void):  # void, written as a class for its colour
             last = entries.pop()
             void_colours.append(self._class_colour(last, len(entries)))
@@ -254,9 +278,6 @@ class _Reader:
             raise self.fault("two classes, or a class and void, have one colour. Fix: change one")
         if nearest and listed:
             raise self.fault("nearest leaves no void. Fix: remove void or nearest")
-        suffix = self.table.get("mask_suffix", "")
-        if not isinstance(suffix, str):
-            raise self.fault(f"mask_suffix={suffix!r} is invalid: expected a text, such as _mask")
         mapping = self._nearest(values) if nearest else {**dict.fromkeys(void, ignore_index), **values}
         return ClassTable(
             self.source,
@@ -266,8 +287,16 @@ class _Reader:
             nearest=(min(values), max(values)) if nearest else None,
             rgb_masks=rgb,
             void_colours=tuple(void_colours),
-            mask_suffix=canonical_name(suffix),
+            mask_suffix=canonical_name(self._get("mask_suffix", "")),
         )
+
+    def _get(self, key: str, default: Any) -> Any:
+        if key not in self.table:
+            return default
+        value, (is_valid, expected) = self.table[key], _CHECKS[key]
+        if not is_valid(value):
+            raise self.fault(f"{key}={value!r} is invalid: expected {expected}")
+        return value
 
     def _table(self, content: Any) -> Table:
         """Return the content as a mapping with a list of classes; a list or {index: name} alone is accepted too."""
@@ -275,9 +304,9 @@ class _Reader:
             table = content
         else:
             table = {"classes": content}
-        unknown = [str(key) for key in table if key not in KEYS]
+        unknown = [str(key) for key in table if key not in ("classes", *_CHECKS)]
         if unknown:
-            raise self.fault(f"unknown key {unknown[0]!r}; known are {', '.join(KEYS)}")
+            raise self.fault(f"unknown key {unknown[0]!r}; known are classes, {', '.join(_CHECKS)}")
         names = table.get("classes")
         if isinstance(names, Mapping) and _has_indices(names):
             if sorted(names) != list(range(len(names))):
@@ -293,7 +322,7 @@ class _Reader:
     def _entry(self, item: Any) -> dict[str, Any]:
         """Return a class as a mapping with a name."""
         entry = dict(item) if isinstance(item, Mapping) else {"name": item}
-        if "name" not in entry or not set(entry) <= set(CLASS_KEYS):
+        if "name" not in entry or not set(entry) <= {"name", "value", "color"}:
             raise self.fault(f"a class has a name and, if needed, a value and a color; got {entry}")
         if type(entry["name"]) not in (str, int, float):
             raise self.fault(f"the name of a class is {entry['name']!r}. Fix: put the name in quotes")
@@ -302,60 +331,27 @@ class _Reader:
     def _info(self, name: str, ignore_index: int) -> DatasetInfo:
         classes = tuple(entry["name"] for entry in self.entries)
         first_is_background = classes[0].lower() == "background" and len(classes) > 1
-        scored = self.table.get("scored", [*range(int(first_is_background), len(classes))])
-        if not (_is_list(scored, int) and len(scored)):
-            raise self.fault(f"scored={scored!r} is invalid: expected indices of classes, such as [1, 2]")
+        scored = self._get("scored", [*range(int(first_is_background), len(classes))])
         palette = tuple(self._class_colour(entry, k) for k, entry in enumerate(self.entries))
-        mean, std = self._triple("mean"), self._triple("std")
+        mean, std = (tuple(map(float, self._get(key, getattr(DatasetInfo, key)))) for key in ("mean", "std"))
         try:
-            return DatasetInfo(name, classes, palette, tuple(scored), ignore_index, mean, std)
+            return DatasetInfo(name, classes, palette, tuple(scored), ignore_index, mean, std)  # type: ignore[arg-type]
         except ValueError as error:
             raise self.fault(str(error)) from None
 
-    def _void(self) -> tuple[int, list[int]]:
-        """Return the index of void, and its numbers in the masks."""
-        ignore_index = self.table.get("ignore_index", 255)
-        if type(ignore_index) is not int or not 0 <= ignore_index <= 255:
-            raise self.fault(f"ignore_index={ignore_index!r} is invalid: expected a whole number in 0..255")
-        void = self.table.get("void", ignore_index)
-        listed = [void] if type(void) is int else void
-        if not _is_list(listed, int) or not all(0 <= raw <= 255 for raw in listed):
-            raise self.fault(f"void={void!r} is invalid: expected numbers in 0..255, such as [0, 255]")
-        return ignore_index, list(listed)
-
-    def _void_colours(self, rgb: bool) -> list[Colour]:
-        given = self.table.get("void_color", [])
-        if given and not rgb:
-            raise self.fault("void_color is for RGB masks. Fix: set rgb_masks: true, or use void")
-        one = _is_list(given, int) and len(given) > 0
-        several = [given] if one or isinstance(given, str) or not isinstance(given, Sequence) else given
-        return [self._colour(value, "void_color") for value in several]
-
-    def _triple(self, key: str) -> tuple[float, float, float]:
-        """Return a number for each of R, G and B: a mean from 0 to 1, or a standard deviation above 0."""
-        values = self.table.get(key, getattr(DatasetInfo, key))
-        if _is_list(values, int, float) and len(values) == 3:
-            red, green, blue = (float(value) for value in values)
-            if all(math.isfinite(x) and 0 <= x <= 1 and (x > 0 or key == "mean") for x in (red, green, blue)):
-                return red, green, blue
-        above = "from 0 to 1" if key == "mean" else "above 0, at most 1"
-        raise self.fault(f"{key}={values!r} is invalid: expected three numbers {above}, as `stats` prints them")
-
     def _class_colour(self, entry: Mapping[str, Any], index: int) -> Colour:
-        return self._colour(entry.get("color", voc_colour(index)), f"the color of class {entry['name']!r}")
-
-    def _colour(self, value: Any, name: str) -> Colour:
-        if not (_is_list(value, int) and len(value) == 3 and all(0 <= channel <= 255 for channel in value)):
-            raise self.fault(f"{name} is {value!r}: expected three numbers from 0 to 255")
-        red, green, blue = value
-        return red, green, blue
+        value = entry.get("color", voc_colour(index))
+        if not _is_colour(value):
+            name = entry["name"]
+            raise self.fault(f"the color of class {name!r} is {value!r}: expected three numbers from 0 to 255")
+        return _colour(value)
 
     def _values(self) -> dict[int, int]:
         """Return raw value -> class. Raises DatasetError if a value has two classes, or is not one of 0..255."""
         mapping: dict[int, int] = {}
         for index, entry in enumerate(self.entries):
             for raw in _listed(entry.get("value", index)):
-                if not (type(raw) is int and 0 <= raw <= 255) or raw in mapping:
+                if not _is_byte(raw) or raw in mapping:
                     raise self.fault(f"value {raw} of class {entry['name']!r} must be new and in 0..255")
                 mapping[raw] = index
         return mapping
@@ -373,12 +369,6 @@ class _Reader:
             )
         return {raw: values[min(known, key=lambda k: abs(k - raw))] for raw in range(256)}
 
-    def _flag(self, key: str) -> bool:
-        value = self.table.get(key, False)
-        if not isinstance(value, bool):
-            raise self.fault(f"{key}={value!r} is invalid: expected true or false")
-        return value
-
 
 def _claims(entry: Mapping[str, Any], void: list[int]) -> bool:
     """Return whether the explicit value of a class is a number of void."""
@@ -389,10 +379,6 @@ def _has_indices(names: Mapping[Any, Any]) -> bool:
     return all(isinstance(k, int) for k in names)
 
 
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-
-
-def _is_list(values: Any, *kinds: type) -> bool:
-    listed = isinstance(values, Sequence) and not isinstance(values, str)
-    return listed and all(type(value) in kinds for value in values)
+def _colour(value: Sequence[int]) -> Colour:
+    red, green, blue = value
+    return red, green, blue

@@ -87,10 +87,7 @@ class KvasirSEG(PairedDataset):
         return split[self.split]
 
     def read_mask(self, path: Path) -> np.ndarray:
-        """Return the mask (H, W) uint8: 1 for polyp.
-
-        Raises DatasetError for masks that are neither black and white nor 0 and 1.
-        """
+        """Return the mask (H, W) uint8, 1 for polyp; reject masks that are neither black and white nor 0 and 1."""
         image, kind = load_opaque(path)
         grey = np.asarray(image.convert("L"))
         bright = int((grey > THRESHOLD).sum())

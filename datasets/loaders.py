@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -47,21 +46,8 @@ class Batch(NamedTuple):
     indices: list[int]
 
 
-@dataclass(frozen=True)
-class Key:
-    """The image and the epoch that a worker is asked for."""
-
-    epoch: int
-    index: int
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The answer of a worker to a key: a sample, or the reasons for a missing sample."""
-
-    index: int
-    sample: Sample | None
-    faults: list[tuple[str, str]]  # (name, message) of images that could not be read
+Key = tuple[int, int]  # epoch and index of the image that a worker is asked for
+Fault = tuple[str, str]  # name of an image that could not be read, and why
 
 
 def seed_of(*parts: int) -> int:
@@ -76,20 +62,20 @@ class Reader(Dataset):
     def __init__(self, dataset: SegmentationDataset, transform: Transform, seed: int, substitute: bool) -> None:
         self.dataset, self.transform, self.seed, self.substitute = dataset, transform, seed, substitute
 
-    def __getitem__(self, key: Key) -> Loaded:
-        """Return the sample of a key. A DatasetError is returned as text; anything else is a bug and raised.
+    def __getitem__(self, key: Key) -> tuple[int, Sample | None, list[Fault]]:
+        """Return index, sample and faults of a key. Any error but DatasetError is a bug, and is raised.
 
         With `substitute`, the next readable image replaces one that cannot be read.
         """
-        total, faults = len(self.dataset), list[tuple[str, str]]()
+        (epoch, first), total, faults = key, len(self.dataset), list[Fault]()
         for step in range(total if self.substitute else 1):
-            index = (key.index + step) % total
+            index = (first + step) % total
             name = self.dataset.names[index]
             try:
-                return Loaded(index, self.sample(key.epoch, index, name), faults)
+                return index, self.sample(epoch, index, name), faults
             except DatasetError as error:
                 faults.append((name, str(error)))
-        return Loaded(key.index, None, faults)
+        return first, None, faults
 
     def sample(self, epoch: int, index: int, name: str) -> Sample:
         image, mask = self.dataset.read(index)
@@ -99,26 +85,19 @@ class Reader(Dataset):
             return Sample(*self.transform(image, mask), name)
 
 
-def collate(loaded: list[Loaded]) -> tuple[list[Batch], list[tuple[str, str]]]:
+def collate(loaded: list[tuple[int, Sample | None, list[Fault]]]) -> tuple[list[Batch], list[Fault]]:
     """Return the samples as batches of one size each, in order, and the faults."""
-    found = [(item.sample, item.index) for item in loaded if item.sample is not None]
+    found = [(sample, index) for index, sample, _ in loaded if sample is not None]
     batches = []
     for _, run in itertools.groupby(found, key=lambda pair: (pair[0].image.shape, pair[0].target.shape)):
         samples, indices = zip(*run, strict=True)
         images, targets, names = zip(*samples, strict=True)
         batches.append(Batch(torch.stack(images), torch.stack(targets), list(names), list(indices)))
-    return batches, [fault for item in loaded for fault in item.faults]
+    return batches, [fault for _, _, faults in loaded for fault in faults]
 
 
 class Loader:
-    """What training and evaluation share: workers, their failures, and the list of skipped images.
-
-    Args:
-        seed: of the order and of the augmentation.
-        rank, world_size: the number of this process, and of all.
-        on_error: for images that cannot be read: "raise", or "skip" and list them in `skipped`.
-        timeout: seconds until a worker counts as frozen; 0 waits for ever.
-    """
+    """What training and evaluation share: workers, their failures, and the list of skipped images."""
 
     substitutes = False  # whether the next readable image replaces a skipped one
 
@@ -127,14 +106,14 @@ class Loader:
         dataset: SegmentationDataset,
         transform: Transform,
         batch_size: int,
-        seed: int = 0,
+        seed: int = 0,  # of the order and of the augmentation
         *,
         num_workers: int = 0,
-        rank: int = 0,
+        rank: int = 0,  # the number of this process among `world_size`
         world_size: int = 1,
         pin_memory: bool = False,
-        on_error: str = "raise",
-        timeout: float = 300,
+        on_error: str = "raise",  # or "skip" images that cannot be read, and list them in `skipped`
+        timeout: float = 300,  # seconds until a worker counts as frozen; 0 waits for ever
     ) -> None:
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"batch_size={batch_size}, num_workers={num_workers} are invalid: expected >= 1 and >= 0")
@@ -161,11 +140,7 @@ class Loader:
         )
 
     def _batches(self, plan: list[list[Key]]) -> Iterator[Batch]:
-        """Yield the planned batches, split where sizes change.
-
-        Raises DatasetError for an image that cannot be read (on_error="raise"), ChildProcessError if a worker died
-        or did not answer.
-        """
+        """Yield the planned batches, split where sizes change; raise ChildProcessError if a worker died or froze."""
         self._plan[:] = plan
         if not self.num_workers:
             for batches, faults in self._loader:
@@ -215,7 +190,7 @@ class Loader:
                 if time.monotonic() > limit:
                     raise
 
-    def _note(self, faults: list[tuple[str, str]]) -> None:
+    def _note(self, faults: list[Fault]) -> None:
         if faults and self.on_error == "raise":
             raise DatasetError(faults[0][1])
         self.skipped.update(faults)
@@ -254,7 +229,6 @@ class TrainLoader(Loader):
             )
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch."""
         return len(self._sizes)
 
     def order(self, epoch: int) -> list[int]:
@@ -270,7 +244,7 @@ class TrainLoader(Loader):
         order, plan, start = self.order(epoch), [], 0
         for size in self._sizes:
             first, last = (start + size * k // self.world_size for k in (self.rank, self.rank + 1))
-            plan.append([Key(epoch, index) for index in order[first:last]])
+            plan.append([(epoch, index) for index in order[first:last]])
             start += size
         plan = plan[start_step:]
         for keys, batch in zip(plan, self._batches(plan), strict=True):
@@ -288,21 +262,19 @@ class EvalLoader(Loader):
     All images and targets of a batch have one size: a batch ends early when the size changes.
     """
 
-    @property
-    def indices(self) -> list[int]:
-        """The images of this process."""
+    def _shares(self) -> list[range]:
+        """Return the images of each batch of this process."""
         size, total = self.batch_size, len(self.dataset)
         starts = range(self.rank * size, total, self.world_size * size)
-        return [k for start in starts for k in range(start, min(start + size, total))]
+        return [range(start, min(start + size, total)) for start in starts]
 
     @property
     def num_images(self) -> int:
         """The number of images of this process. The number of batches depends on their sizes."""
-        return len(self.indices)
+        return sum(map(len, self._shares()))
 
     def __iter__(self) -> Iterator[Batch]:
-        keys = [Key(NO_EPOCH, index) for index in self.indices]
-        yield from self._batches([keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)])
+        yield from self._batches([[(NO_EPOCH, index) for index in share] for share in self._shares()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,5 +351,4 @@ def _kill_workers() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]

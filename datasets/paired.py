@@ -105,10 +105,6 @@ class PairedDataset(SegmentationDataset):
         return [Pair(n, path, masks.get(n, masks_at / f"{n}{ending}{suffix}")) for n, path in images.items()]
 
     def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        """Return the raw image (3, H, W) uint8 and the mask (H, W) uint8 of class indices.
-
-        Raises DatasetError, which names the path and the fix, if the pair cannot be used.
-        """
         pair = self.pairs[index]
         mask = self.read_mask(pair.mask)
         height, width = mask.shape
@@ -122,14 +118,11 @@ class PairedDataset(SegmentationDataset):
         return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(mask))
 
     def read_mask(self, path: Path) -> np.ndarray:
-        """Return the mask (H, W) uint8 as class indices.
-
-        Raises DatasetError that names the labels that are not in the table.
-        """
+        """Return the mask (H, W) uint8 as class indices."""
         return self.encode(decode_mask(path), path)
 
     def encode(self, raw: np.ndarray, path: Path) -> np.ndarray:
-        """Translate raw labels (H, W) uint8 to class indices."""
+        """Translate raw labels (H, W) uint8 to class indices; raise DatasetError that names labels not in the table."""
         encoded, unknown = self.table.encode(raw)
         if unknown:
             raise DatasetError(
@@ -138,30 +131,23 @@ class PairedDataset(SegmentationDataset):
         return encoded
 
     def label_meaning(self) -> list[object]:
-        """Return what decides, besides a mask's bytes, which class a raw label becomes.
-
-        A subclass that replaces `read_mask` may have no table.
-        """
-        table: LabelTable | None = getattr(self, "table", None)
+        """Return what decides, besides a mask's bytes, which class a raw label becomes."""
+        table: LabelTable | None = getattr(self, "table", None)  # none if a subclass replaces `read_mask`
         return [*sorted(table.mapping.items())] if table else []
 
     def remedy(self, unknown: list[int]) -> str:
         """Return how to fix labels that are not in the table."""
-        last, void = self.info.num_classes - 1, self.info.ignore_index
-        return f"use 0..{last}, and {void} for void"
+        return f"use 0..{self.info.num_classes - 1}, and {self.info.ignore_index} for void"
 
     def check(self, index: int, decode: bool = True) -> list[str]:
         """Return the faults of one pair. Without `decode`, files are decoded only if their headers show a fault."""
-        if decode:
-            return super().check(index)
-        pair = self.pairs[index]
-        try:
-            with open_image(pair.image) as image, open_image(pair.mask) as mask:
-                plain = orientation_of(image) == orientation_of(mask) == 1 and not is_deep(image.mode)
-                sound = plain and image.size == mask.size
-        except DatasetError:
-            sound = False
-        return [] if sound else super().check(index)
+        if not decode:
+            pair = self.pairs[index]
+            with contextlib.suppress(DatasetError), open_image(pair.image) as image, open_image(pair.mask) as mask:
+                upright = orientation_of(image) == orientation_of(mask) == 1
+                if upright and not is_deep(image.mode) and image.size == mask.size:
+                    return []
+        return super().check(index)
 
     def faults(self, progress: bool = True, sample: int | None = 32) -> list[str]:
         """Return the faults of single pairs, and of files that belong to no pair."""
@@ -189,10 +175,7 @@ class PairedDataset(SegmentationDataset):
         return [text] * bool(seen and absent) + self.ignored
 
     def labels_seen(self) -> set[int]:
-        """Return the class indices that occur in the masks, void included. Stops when all classes were seen.
-
-        Masks that cannot be read are skipped.
-        """
+        """Return the class indices in the masks that can be read, void included. Stops when all classes were seen."""
         if self._labels_seen is None:
             self._labels_seen = set()
             classes = set(range(self.info.num_classes))

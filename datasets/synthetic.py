@@ -49,20 +49,14 @@ class Scene(NamedTuple):
 
 
 class Synthetic(SegmentationDataset):
-    """Images that are made from the seed, the split and the index when they are read.
-
-    Args:
-        num_images: a number, or a mapping from split to number; None is 400 for training and 100 otherwise.
-        size: of the side, in pixels.
-        num_classes: 2 to 5, with the background.
-    """
+    """Images that are made from the seed, the split and the index when they are read."""
 
     def __init__(
         self,
         split: str = "train",
-        num_images: int | Mapping[str, int] | None = None,
-        size: int = 96,
-        num_classes: int = 5,
+        num_images: int | Mapping[str, int] | None = None,  # also by split; None is 400 for training and 100 otherwise
+        size: int = 96,  # of the side, in pixels
+        num_classes: int = 5,  # 2 to 5, with the background
         seed: int = 0,
     ) -> None:
         if split not in SPLITS:
@@ -107,7 +101,6 @@ class Synthetic(SegmentationDataset):
         return probs
 
     def fingerprint(self) -> str:
-        """Return a hash of all settings that determine the images."""
         return digest(["synthetic", VERSION, self.split, len(self), self.size, self.info.num_classes, self.seed])
 
     def _generator(self, index: int) -> torch.Generator:

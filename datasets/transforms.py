@@ -42,27 +42,19 @@ def require_pair(image: Tensor, mask: Tensor) -> None:
 def as_size(size: Size) -> tuple[int, int]:
     """Return (height, width) of a size: the side of a square, or a pair. Raises UserError for anything else."""
     pair = (size, size) if isinstance(size, int) else size
-    good = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(k, int) and k > 0 for k in pair)
-    if not good:
-        raise UserError(
-            f"size={size} is invalid: expected an integer >= 1 or [height, width] (dataset.crop, dataset.resize)"
-        )
-    return pair[0], pair[1]
+    if isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(k, int) and k > 0 for k in pair):
+        return pair[0], pair[1]
+    raise UserError(
+        f"size={size} is invalid: expected an integer >= 1 or [height, width] (dataset.crop, dataset.resize)"
+    )
 
 
 def resize_to(shape: Sequence[int], size: Size) -> list[int]:
     """Return the (height, width) of a resized image: an integer is the shorter side, a pair is both."""
     if not isinstance(size, int):
         return list(as_size(size))
-    height, width = shape
-    short = min(height, width)
-    return [size if height == short else size * height // short, size if width == short else size * width // short]
-
-
-def resize_pair(image: Tensor, mask: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-    """Resize a pair: the image bilinear with antialiasing, the mask nearest."""
-    shape = resize_to(image.shape[-2:], size)
-    return F.resize(image, shape, antialias=True), F.resize(mask, shape, InterpolationMode.NEAREST_EXACT)
+    short = min(shape)
+    return [size if side == short else size * side // short for side in shape]
 
 
 class Normalise:
@@ -117,26 +109,17 @@ def source_range(places: Tensor, size: int) -> tuple[int, int]:
 
 
 class TrainTransform:
-    """Augmentation of the paper, in its order: rotate, pad right and bottom, crop, flip, normalise.
-
-    Args:
-        crop: size of the result; None keeps the whole image.
-        resize: size of image and mask before the augmentation; an integer is the shorter side.
-        rotate: the largest angle in whole degrees, in both directions.
-        flip: the probability of a mirror image.
-        label_fill: the label of corners and padding. 255 leaves them out of the loss. The paper's code used 0, which
-            teaches "background" there.
-    """
+    """Augmentation of the paper, in its order: rotate, pad right and bottom, crop, flip, normalise."""
 
     def __init__(
         self,
         mean: Sequence[float],
         std: Sequence[float],
-        crop: Size | None = None,
-        resize: Size | None = None,
-        rotate: int = 10,
-        flip: float = 0.5,
-        label_fill: int = 255,
+        crop: Size | None = None,  # size of the result; None keeps the whole image
+        resize: Size | None = None,  # of image and mask before the augmentation
+        rotate: int = 10,  # the largest angle in whole degrees, in both directions
+        flip: float = 0.5,  # the probability of a mirror image
+        label_fill: int = 255,  # of corners and padding: left out of the loss. The paper's code taught background, 0
     ) -> None:
         if not (isinstance(rotate, int) and 0 <= rotate <= 180):
             raise UserError(f"rotate={rotate} is invalid: expected whole degrees, 0 to 180")
@@ -151,7 +134,8 @@ class TrainTransform:
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         require_pair(image, mask)
         if self.resize is not None:
-            image, mask = resize_pair(image, mask, self.resize)
+            shape = resize_to(image.shape[-2:], self.resize)
+            image, mask = F.resize(image, shape, antialias=True), F.resize(mask, shape, InterpolationMode.NEAREST_EXACT)
         crop = self.crop or (image.shape[-2], image.shape[-1])
         degrees = draw(-self.rotate, self.rotate)
         # An image that is smaller than the crop is padded, and the crop has one position.
@@ -226,12 +210,9 @@ def draw(low: int, high: int) -> int:
 def centre_crop(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]:
     """Return the centre of a pair that the paper scores: (3, crop, crop) and (crop, crop), both uint8.
 
-    The shorter side is resized to `crop` and the other to `floor(crop * long / short)`. The centre starts at
-    `(size - crop) // 2`.
+    The shorter side is resized to `crop` and the other to `floor(crop * long / short)`.
     """
-    height, width = image.shape[-2:]
-    short = min(height, width)
-    new_height, new_width = crop * height // short, crop * width // short
+    new_height, new_width = resize_to(image.shape[-2:], crop)
     top, left = (new_height - crop) // 2, (new_width - crop) // 2
     window = bilinear_window(image, (new_height, new_width), top, left, crop)
     # At the edge between two pixels Pillow's accumulated rounding decides, so Pillow itself has to resize.

@@ -17,12 +17,7 @@ CLASSES = (
 
 def voc_colour(label: int) -> tuple[int, int, int]:
     """Return the colour of a label in VOC's palette: its bits fill R, G and B in turn, from the top bit down."""
-    red = green = blue = 0
-    for bit in range(8):
-        red |= (label & 1) << (7 - bit)
-        green |= (label >> 1 & 1) << (7 - bit)
-        blue |= (label >> 2 & 1) << (7 - bit)
-        label >>= 3
+    red, green, blue = (sum(((label >> (3 * k + c)) & 1) << (7 - k) for k in range(8)) for c in range(3))
     return red, green, blue
 
 
@@ -59,10 +54,7 @@ class VOC2012(PairedDataset):
         return [self.pair(line) for line in self.lines(self.split)]
 
     def lines(self, split: str) -> list[str]:
-        """Return the lines of a split file.
-
-        Raises DatasetError if the split does not exist, and names those that do.
-        """
+        """Return the lines of a split file; raise DatasetError that names those that exist."""
         sets = self.home / "ImageSets" / "Segmentation"
         path = sets / f"{split}.txt"
         if path.is_file():

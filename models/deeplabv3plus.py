@@ -23,14 +23,8 @@ RATES = (6, 12, 18)
 class DeepLabV3Plus(nn.Module):
     """DeepLabV3+ with torchvision's ResNet-101.
 
-    Args:
-        num_classes: C.
-        weights: None, ``imagenet``, or the path of ImageNet weights of torchvision's ``resnet101``.
-        narrow: divide the channels of every layer by this number, for small test networks.
-
-    Raises:
-        CheckpointError: the weights do not belong to a ResNet-101.
-        FileNotFoundError: the file does not exist.
+    ``weights`` is None, ``imagenet``, or the path of ImageNet weights of torchvision's ``resnet101``. ``narrow``
+    divides the channels of every layer, for small test networks.
     """
 
     aux_weight = 0.0

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VGG, vgg16
+from torchvision.models import vgg16
 
 from models.layers import SegmentationOutput, narrow_layers
 from models.weights import load_backbone
@@ -27,14 +27,8 @@ POOL3_SCALE, POOL4_SCALE = 1e-4, 1e-2
 class FCN8(nn.Module):
     """FCN-8s with torchvision's VGG16, including its fully connected layers.
 
-    Args:
-        num_classes: C.
-        weights: None, ``imagenet``, or the path of ImageNet weights of torchvision's ``vgg16``.
-        narrow: divide the channels of every layer by this number, for small test networks.
-
-    Raises:
-        CheckpointError: the weights do not belong to a VGG16.
-        FileNotFoundError: the file does not exist.
+    ``weights`` is None, ``imagenet``, or the path of ImageNet weights of torchvision's ``vgg16``. ``narrow`` divides
+    the channels of every layer, for small test networks.
     """
 
     aux_weight = 0.0
@@ -48,7 +42,11 @@ class FCN8(nn.Module):
         vgg.classifier = vgg.classifier[:6]  # without the last layer, the scores of ImageNet
         if weights is not None:
             load_backbone(vgg, weights, truncated=True, source="torchvision/vgg16")
-        self.features = _padded_features(vgg)
+        self.features = vgg.features
+        self.features[0].padding = (100, 100)  # for the 7x7 convolution
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                layer.ceil_mode = True  # keep an odd last row
         self.classifier = nn.Sequential(
             _as_convolution(vgg.classifier[0], kernel=7),
             nn.ReLU(inplace=True),
@@ -85,16 +83,6 @@ def bilinear_kernel(size: int) -> Tensor:
     positions = torch.arange(size, dtype=torch.float32)
     tent = 1 - (positions - (size - 1) / 2).abs() / (size / 2)
     return torch.outer(tent, tent)
-
-
-def _padded_features(vgg: VGG) -> nn.Sequential:
-    """Return the convolutions of VGG16, padded by 100 pixels for the 7x7 one. Pooling keeps an odd last row."""
-    features = vgg.features
-    features[0].padding = (100, 100)
-    for layer in features:
-        if isinstance(layer, nn.MaxPool2d):
-            layer.ceil_mode = True
-    return features
 
 
 def _as_convolution(linear: nn.Linear, kernel: int) -> nn.Conv2d:

@@ -23,11 +23,8 @@ _HUB_FILE = "model.safetensors"
 def download(source: str) -> Path:
     """Return the local file of published weights, downloaded if it is not in the cache.
 
-    Args:
-        source: ``torchvision/NAME``, ``timm/NAME`` or ``smp/NAME``.
-
-    Raises:
-        CheckpointError: no such weights are published, they cannot be downloaded, or their checksum is wrong.
+    ``source`` is ``torchvision/NAME``, ``timm/NAME`` or ``smp/NAME``. Raises CheckpointError if no such weights are
+    published, they cannot be downloaded, or their checksum is wrong.
     """
     address = published(source)
     return _from_url(address) if isinstance(address, str) else _from_hub(*address)

@@ -12,15 +12,10 @@ from configs.errors import UserError
 
 
 class SegmentationOutput(NamedTuple):
-    """Scores of each class at each pixel, before softmax or sigmoid.
+    """Scores of each class at each pixel, before softmax or sigmoid."""
 
-    Attributes:
-        logits: (N, C, H, W) at the size of the images.
-        aux: (N, C, H, W) of an auxiliary head while training, else None.
-    """
-
-    logits: Tensor
-    aux: Tensor | None = None
+    logits: Tensor  # (N, C, H, W) at the size of the images
+    aux: Tensor | None = None  # (N, C, H, W) of an auxiliary head while training
 
 
 class PooledBatchNorm(nn.BatchNorm2d):
@@ -76,11 +71,7 @@ def initialise_new_layers(*modules: nn.Module) -> None:
 
 
 def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: object) -> None:
-    """Keep one in ``factor`` channels of every layer and initialise the layers again, for small test networks.
-
-    Raises:
-        UserError: the channels of a layer are not divisible, or ``weights`` of the full network are given.
-    """
+    """Keep one in ``factor`` channels of every layer and initialise the layers again, for small test networks."""
     if factor == 1:
         return
     if weights is not None:

@@ -5,7 +5,7 @@ Legend: N images, C classes, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -21,19 +21,12 @@ from models.layers import SegmentationOutput, allow_batch_of_one, narrow_layers,
 from models.weights import LITE0, load_backbone
 
 ARCHITECTURES = {
-    "unet": smp.Unet,
-    "unetplusplus": smp.UnetPlusPlus,
-    "manet": smp.MAnet,
-    "linknet": smp.Linknet,
-    "fpn": smp.FPN,
-    "pspnet": smp.PSPNet,
-    "deeplabv3": smp.DeepLabV3,
-    "deeplabv3plus": smp.DeepLabV3Plus,
-    "pan": smp.PAN,
-    "upernet": smp.UPerNet,
-    "segformer": smp.Segformer,
-    "dpt": smp.DPT,
-}
+    network.__name__.lower(): network
+    for network in (
+        smp.Unet, smp.UnetPlusPlus, smp.MAnet, smp.Linknet, smp.FPN, smp.PSPNet, smp.DeepLabV3, smp.DeepLabV3Plus,
+        smp.PAN, smp.UPerNet, smp.Segformer, smp.DPT,
+    )
+}  # fmt: skip
 # Without these, smp's PSPNet never runs the last two stages of its encoder.
 _DEFAULTS: dict[str, dict[str, Any]] = {"pspnet": {"encoder_depth": 5, "output_stride": 8}}
 
@@ -44,29 +37,19 @@ class SMP(nn.Module):
     Images are padded at the right and the bottom, by repeating the border, up to a multiple of the stride;
     the logits are cropped back.
 
-    Args:
-        arch: the architecture, as in ``ARCHITECTURES``.
-        encoder: an encoder of smp, or ``tu-NAME`` for any of timm's.
-        num_classes: C.
-        weights: of the encoder: None, ``imagenet``, a path, or ``efficientnet-lite0`` (see ``models.weights``).
-        narrow: divide the channels of every layer by this number, for small test networks.
-        options: further arguments of the architecture (``encoder_depth``, ``decoder_channels``, ...). For fewer
-            stages use an encoder of timm: those of smp keep unused stages, and DDP rejects unused parameters.
-
-    Raises:
-        UserError: the architecture, encoder, an option or the weights are invalid. The message lists valid ones.
+    For fewer stages use an encoder of timm: those of smp keep unused stages, and DDP rejects unused parameters.
     """
 
     aux_weight = 0.0
 
     def __init__(
         self,
-        arch: str,
-        encoder: str,
+        arch: str,  # of ARCHITECTURES
+        encoder: str,  # of smp, or tu-NAME for any of timm's
         num_classes: int,
-        weights: str | Path | None = None,
-        narrow: int = 1,
-        **options: Any,
+        weights: str | Path | None = None,  # of the encoder: None, imagenet, a path, or efficientnet-lite0
+        narrow: int = 1,  # divide the channels of every layer by this number, for small test networks
+        **options: Any,  # of the architecture: encoder_depth, decoder_channels, ...
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -99,9 +82,18 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
     key = arch.lower()
     if key not in ARCHITECTURES:
         raise UserError(f"model.arch={arch!r} is unknown: {_nearest(key, ARCHITECTURES)}")
-    _check_encoder(encoder)
-    _check_options(key, encoder, options)
-    plain = {name: list(v) if _is_sequence(v) else v for name, v in options.items()}
+    if encoder not in smp.encoders.encoders:
+        of_timm = [f"tu-{name}" for name in timm.list_models()]
+        if encoder.split(".")[0] not in of_timm:
+            names = of_timm if encoder.startswith("tu-") else [*smp.encoders.encoders, *of_timm]
+            raise UserError(f"model.encoder={encoder!r} is unknown: {_nearest(encoder, names)}")
+    known = options_of(key)
+    unknown = [option for option in options if option not in known]
+    if unknown and not encoder.startswith("tu-"):  # smp would ignore it; timm's encoders check their own options
+        raise UserError(
+            f"model.{unknown[0]} is not an option of architecture {key!r}. Fix: choose from {', '.join(sorted(known))}."
+        )
+    plain = {name: list(v) if isinstance(v, (list, tuple)) else v for name, v in options.items()}
     try:
         return ARCHITECTURES[key](
             encoder_name=encoder, encoder_weights=None, classes=num_classes, **_DEFAULTS.get(key, {}) | plain
@@ -114,37 +106,11 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
         ) from error
 
 
-def _check_encoder(encoder: str) -> None:
-    """Raise UserError for an encoder that neither smp nor timm has."""
-    if encoder in smp.encoders.encoders:
-        return
-    if encoder.startswith("tu-"):
-        names = ["tu-" + name for name in timm.list_models()]
-        if encoder.split(".")[0] in names:
-            return
-    else:
-        names = [*smp.encoders.encoders, *(f"tu-{name}" for name in timm.list_models())]
-    raise UserError(f"model.encoder={encoder!r} is unknown: {_nearest(encoder, names)}")
-
-
 def options_of(arch: str) -> set[str]:
     """Return the further arguments of an architecture that a configuration may hold."""
-    names = {
-        name
-        for name, parameter in signature(ARCHITECTURES[arch.lower()]).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    }
+    parameters = signature(ARCHITECTURES[arch.lower()]).parameters.items()
+    names = {name for name, parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     return (names - {"encoder_name", "encoder_weights", "in_channels", "classes", "aux_params"}) | {"output_stride"}
-
-
-def _check_options(arch: str, encoder: str, options: dict[str, Any]) -> None:
-    """Reject an option that smp would ignore; timm's encoders take further ones and check them."""
-    for option in options:
-        if option not in options_of(arch) and not encoder.startswith("tu-"):
-            raise UserError(
-                f"model.{option} is not an option of architecture {arch!r}. "
-                f"Fix: choose from {', '.join(sorted(options_of(arch)))}."
-            )
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -154,10 +120,6 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"choose one of {', '.join(names)}" if len(names) < 20 else "choose one of smp's, or tu-NAME of timm's"
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _load_encoder(encoder: Any, name: str, weights: str | Path, truncated: bool) -> None:

@@ -23,14 +23,8 @@ BINS = (1, 2, 3, 6)
 class PSPNet(nn.Module):
     """PSPNet with timm's ``resnet50s``.
 
-    Args:
-        num_classes: C.
-        weights: None, ``imagenet``, or the path of ImageNet weights of timm's ``resnet50s``.
-        narrow: divide the channels of every layer by this number, for small test networks.
-
-    Raises:
-        CheckpointError: the weights do not belong to a deep-stem ResNet-50.
-        FileNotFoundError: the file does not exist.
+    ``weights`` is None, ``imagenet``, or the path of ImageNet weights of timm's ``resnet50s``. ``narrow`` divides
+    the channels of every layer, for small test networks.
     """
 
     aux_weight = 0.4

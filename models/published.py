@@ -8,7 +8,6 @@ Segmentation", JMLR 24(224), 2023. Such a file holds ``arch`` (always "DataParal
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from models.deeplabv3plus import DeepLabV3Plus
 from models.fcn8 import FCN8, bilinear_kernel
 from models.pspnet import PSPNet
-from models.reading import CheckpointError, load_state, plain_key, read_checkpoint
+from models.reading import CheckpointError, load_state, plain_key
 
 NETWORKS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "fcn8": FCN8}
 
@@ -36,7 +35,7 @@ LOSSES = {
     "LovaszSoftmax": "lovasz",
     "CE_DiceLoss": "ce_dice",
 }
-PREDICTORS = {"T": "T", "max": "max", "rankdice": "rankdice"}
+PREDICTORS = {name: name for name in ("T", "max", "rankdice")}
 
 # (pattern of a released name, our name), tried in order; a replacement may be a function.
 _KEYS: dict[str, list[tuple[str, Any]]] = {
@@ -79,26 +78,12 @@ def is_published(checkpoint: dict[str, Any]) -> bool:
     return "arch" in checkpoint and all(isinstance(checkpoint.get(k), dict) for k in ("state_dict", "config"))
 
 
-def load_published(
-    checkpoint: str | Path | dict[str, Any], source: str | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network of a released checkpoint (CPU, evaluation mode) and its configuration in our names.
+def load_published(checkpoint: dict[str, Any], source: str = "the checkpoint") -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network (CPU, evaluation mode) of what ``read_checkpoint`` returned, and its configuration.
 
-    Args:
-        checkpoint: the file, or what ``read_checkpoint`` returned.
-        source: the name of the checkpoint in messages; its path by default.
-
-    Returns:
-        The network and ``translate_config``'s dictionary, with ``num_classes`` and ``epoch`` added.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        CheckpointError: the file cannot be read safely, is not a released checkpoint, or contradicts itself.
+    The configuration is that of ``translate_config``, with ``num_classes`` and ``epoch`` added. Raises CheckpointError,
+    which names the ``source``, if it is not a released checkpoint or contradicts itself.
     """
-    if not isinstance(checkpoint, dict):
-        source = source or f"checkpoint {checkpoint}"
-        checkpoint = read_checkpoint(checkpoint)
-    source = source or "the checkpoint"
     if not is_published(checkpoint):
         raise CheckpointError(
             f"{source} is not a released checkpoint. Fix: choose a file with arch, state_dict and config."
@@ -129,10 +114,7 @@ def load_published(
 def translate_state(name: str, state: dict[str, Tensor], source: str = "the state dict") -> dict[str, Tensor]:
     """Rename the tensors of a released state dict (without ``module.``) for our network ``name``.
 
-    The three transposed convolutions of FCN8 are constants here. They are checked and removed.
-
-    Raises:
-        CheckpointError: a name is unknown, or a fixed convolution is not bilinear.
+    The three transposed convolutions of FCN8 are constants here. They are removed if they are bilinear.
     """
     translated = {}
     for key, tensor in state.items():
@@ -142,15 +124,14 @@ def translate_state(name: str, state: dict[str, Tensor], source: str = "the stat
                     f"{source} has a trained {key!r}, which is fixed in FCN8. Fix: use a released file."
                 )
             continue
-        translated[_translate_key(name, key, source)] = tensor
+        ours = (re.sub(pattern, new, key, count=1) for pattern, new in _KEYS[name] if re.match(pattern, key))
+        new_key = next(ours, None)
+        if new_key is None:
+            raise CheckpointError(
+                f"{source} has a tensor {key!r} that {name} does not have. Fix: use an undamaged file."
+            )
+        translated[new_key] = tensor
     return translated
-
-
-def _translate_key(name: str, key: str, source: str) -> str:
-    for pattern, replacement in _KEYS[name]:
-        if re.match(pattern, key):
-            return re.sub(f"^{pattern}", replacement, key)
-    raise CheckpointError(f"{source} has a tensor {key!r} that {name} does not have. Fix: use an undamaged file.")
 
 
 def _is_bilinear(weight: Tensor, size: int) -> bool:
@@ -168,9 +149,6 @@ def translate_config(config: dict[str, Any], source: str = "the configuration") 
         ``threshold``, ``scored`` (class indices, or None for all), ``batch_size``, ``epochs``, ``crop`` and
         ``eval_crop`` (pixels). The last four are None if the file lacks them. Data set and crop come from
         ``train_loader``, evaluation's batch size and crop from ``test_loader``, or from another if that is missing.
-
-    Raises:
-        CheckpointError: a name does not occur in the experiments of the paper.
     """
     predict = _mapping(config, "predict")
     loaders = {name: _mapping(config, f"{name}_loader") for name in ("train", "val", "test")}

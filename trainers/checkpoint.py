@@ -36,11 +36,7 @@ Reader = Callable[[Path], dict[str, Any]]
 def save(payload: dict[str, Any], path: Path, keep_as: Path | None = None) -> None:
     """Write a checkpoint. At any moment, ``path`` holds either the old file or the complete new one.
 
-    Args:
-        keep_as: a path for the old file.
-
-    Raises:
-        OSError: the disk is full or not writable; the old file is untouched.
+    The old file is kept as ``keep_as``, if given. Raises OSError if the disk is full or not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
@@ -111,10 +107,7 @@ def epoch_of(path: Path) -> int:
 class Checkpoints:
     """The checkpoints of a run: ``last.pth``, ``previous.pth``, ``best_model.pth`` and ``checkpoint-epochN.pth``.
 
-    Args:
-        folder: the run's directory.
-        reader: reads and checks one file; raises UserError or OSError if it cannot.
-        keep: how many ``checkpoint-epochN.pth`` to keep (0: all).
+    ``reader`` reads and checks a file. ``keep`` is how many ``checkpoint-epochN.pth`` to keep (0: all).
     """
 
     def __init__(self, folder: Path, reader: Reader, keep: int = 0) -> None:
@@ -142,7 +135,6 @@ class Checkpoints:
                 old.unlink(missing_ok=True)
 
     def epoch_file(self, epoch: int) -> Path:
-        """Return the path of ``checkpoint-epochN.pth``."""
         return self.folder / f"checkpoint-epoch{epoch}.pth"
 
     def epochs(self) -> list[Path]:

@@ -30,12 +30,9 @@ class World:
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` into a device.
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` into a device; raise ConfigError if there is none.
 
     ``cuda`` is the GPU of this local rank. ``auto`` is ``cuda`` if there is one, else ``cpu``.
-
-    Raises:
-        ConfigError: the device is unknown, or this machine does not have it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -34,9 +34,7 @@ _KNOWN = (
 def as_training_error(doing: str, more_memory: str = LESS_MEMORY) -> Iterator[None]:
     """Convert known RuntimeErrors of torch and of the loader to a TrainingError; others are raised unchanged.
 
-    Args:
-        doing: what the program was doing, read after "while".
-        more_memory: what to change if memory ran out.
+    Messages say that it failed "while" ``doing``. ``more_memory`` is what to change if memory ran out.
     """
     try:
         yield
@@ -54,12 +52,7 @@ def as_training_error(doing: str, more_memory: str = LESS_MEMORY) -> Iterator[No
     except (RuntimeError, MemoryError) as error:
         for pattern, meaning, remedy in _KNOWN:
             if re.search(pattern, f"{type(error).__name__}: {error}"):
-                reason = _first_sentence(error)
+                line = str(error).strip().partition("\n")[0]
+                reason = re.split(r"[.!] ", line)[0].rstrip(".! ") or type(error).__name__
                 raise TrainingError(f"{meaning} while {doing}: {reason}. Fix: {remedy or more_memory}.") from error
         raise
-
-
-def _first_sentence(error: BaseException) -> str:
-    """Return the first sentence of an error's message, or its type if it has none."""
-    first = str(error).strip().partition("\n")[0]
-    return re.split(r"[.!] ", first)[0].rstrip(".! ") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Score prediction rules: one forward pass, and the same probabilities for every rule.
+"""Score prediction rules, also as validation after an epoch: one forward pass, the same probabilities for every rule.
 
 Shapes: N images, C classes, H × W pixels.
 """
@@ -6,44 +6,38 @@ Shapes: N images, C classes, H × W pixels.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
 from rankseg import Predictor, confidence
 from rankseg.calibration import Reliability
-from trainers.distributed import World, gather_objects
-from trainers.forward import ToProbs, forward
+from trainers.distributed import World
+from trainers.forward import ToProbs, measure
+from trainers.journal import Journal
 from trainers.losses import SegmentationLoss
-from trainers.metrics import PAPER_EPSILON, Counts, Truth, count, encode, summary
+from trainers.metrics import PAPER_EPSILON, Counts, PerImage, Truth, count, encode, summary
 from trainers.results import EvalResult
 
+NEUTRAL = "T"  # the rule whose mDice chooses the best epoch: the threshold favours no ranking rule
 _OBSERVED = 1 << 14  # reliability uses every k-th pixel of a large image: at least so many, fewer than twice as many
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is scored, and by which conventions (``protocol=paper`` or ``corrected``).
-
-    Attributes:
-        num_classes, ignore_index: of the labels.
-        scored: the classes in the means.
-        void: whether predictions on void pixels are left out or count as false.
-        paper: the published arithmetic: an epsilon in denominators, three decimals, the loss of batches.
-        legacy_bce_iou, legacy_soft_dice_void: two faults of published rows, off by default.
-    """
+    """What is scored, and by which conventions (``protocol=paper`` or ``corrected``)."""
 
     num_classes: int
-    scored: tuple[int, ...]
+    scored: tuple[int, ...]  # the classes in the means
     ignore_index: int = 255
-    void: Literal["masked", "counted"] = "masked"
-    paper: bool = False
-    legacy_bce_iou: bool = False
+    void: Literal["masked", "counted"] = "masked"  # predictions on void pixels are left out, or count as false
+    paper: bool = False  # the published arithmetic: an epsilon in denominators, three decimals, the loss of batches
+    legacy_bce_iou: bool = False  # this and the next are two faults of published rows
     legacy_soft_dice_void: bool = False
 
     def encode(self, targets: Tensor) -> Truth:
@@ -84,32 +78,23 @@ def evaluate(
     """Score every rule on the same probabilities.
 
     Args:
-        model: images (N, 3, H, W) -> an object with ``logits`` (N, C, H, W).
-        batches: with ``images``, ``targets`` (N, H', W'), ``names`` and ``indices``. Logits are resized to the
-            target. Each process gets its share of the images; together they see every image once.
-        rules: name -> probabilities (N, C, H', W') to masks.
+        model, batches: see `trainers.forward.forward`. Each process gets its share of the images.
+        rules: name -> probabilities (N, C, H, W) to masks.
         criterion: the loss, whose ``link`` turns logits into probabilities.
-        scoring: the conventions.
-        world: this process among all.
         to_probs: logits -> probabilities; default: the link of the criterion. A rule's attribute ``to_probs``
             replaces it. The loss is computed from the logits as they are.
         confidences: whether to compute the expected Dice of every mask.
-        precision: of the network, as in training.
-        progress: title of the progress bar; empty for none.
 
     Returns:
-        The result of each rule over all images, in the order of their indices, at every rank.
-
-    Raises:
-        ValueError: there is no image, or a rule does not return masks.
+        The result of each rule over all images, in the order of their indices, at every rank. No image is a UserError.
     """
     convert = to_probs or ToProbs(criterion.link)
-    share = _Share({name: [] for name in rules}, {name: [] for name in rules}, dict.fromkeys(rules, 0.0))
-    unneeded = scoring.is_unneeded
-    passes = forward(model, batches, world, precision=precision, progress=progress, unneeded=unneeded)
-    for batch, targets, logits in passes:
-        share.losses += _losses(criterion, logits, targets, batch.indices, scoring)
+    seconds, reliability = dict.fromkeys(rules, 0.0), Reliability()
+
+    def measure_batch(batch: Any, targets: Tensor, logits: Tensor) -> _Measured:
         probs, truth = convert(logits), scoring.encode(targets)
+        counts: dict[str, Counts] = {}
+        expected: dict[str, Tensor] = {}
         own: dict[Any, Tensor] = {}
         for name, rule in rules.items():
             other = getattr(rule, "to_probs", None)
@@ -118,40 +103,40 @@ def evaluate(
             given = probs if other is None else own[other]
             started = _now(world)
             masks = rule(given)
-            share.seconds[name] += _now(world) - started
-            share.counts[name].append(count(masks, truth).to("cpu"))
+            seconds[name] += _now(world) - started
+            counts[name] = count(masks, truth).to("cpu")
             if confidences:
-                share.confidences[name].append(confidence(given, masks).cpu())
-        observe(share.reliability, probs, truth)
-        share.likelihoods.append(proper_scores(probs, truth, criterion.link).cpu())
-        share.rows += zip(batch.indices, batch.names, strict=True)
-    return _collect(share, scoring, world)
+                expected[name] = confidence(given, masks).cpu()
+        observe(reliability, probs, truth)
+        likelihoods = proper_scores(probs, truth, criterion.link).cpu()
+        losses = _losses(criterion, logits, targets, scoring)
+        return _Measured(list(batch.names), losses, likelihoods, counts, expected)
+
+    measured, states = measure(
+        measure_batch, model, batches, world, state=(seconds, reliability),
+        precision=precision, progress=progress, unneeded=scoring.is_unneeded,
+    )  # fmt: skip
+    return _collect(measured, states, scoring)
 
 
-@dataclass
-class _Share:
-    """What one process measured on its images."""
+@dataclass(frozen=True, eq=False)
+class _Measured(PerImage):
+    """What is measured of images: log-loss and Brier score (N, 2), and by rule counts and expected Dice."""
 
-    counts: dict[str, list[Counts]]
-    confidences: dict[str, list[Tensor]]
-    seconds: dict[str, float]
-    rows: list[tuple[int, str]] = field(default_factory=list)
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    likelihoods: list[Tensor] = field(default_factory=list)
-    reliability: Reliability = field(default_factory=Reliability)
+    names: list[str]
+    losses: list[float | None]
+    likelihoods: Tensor
+    counts: dict[str, Counts]
+    confidences: dict[str, Tensor]
 
 
-def _losses(
-    criterion: SegmentationLoss, logits: Tensor, targets: Tensor, indices: list[int], scoring: Scoring
-) -> list[tuple[int, float]]:
-    """Return (index, loss) of each labelled image, whatever the batch size; under ``paper`` one pair for the batch."""
+def _losses(criterion: SegmentationLoss, logits: Tensor, targets: Tensor, scoring: Scoring) -> list[float | None]:
+    """Return the loss of each labelled image, whatever the batch size; under ``paper`` one value for the batch."""
     if scoring.paper:
-        return [(indices[0], criterion(logits, targets).item())]
+        return [criterion(logits, targets).item(), *[None] * (len(targets) - 1)]
     labelled = (targets != scoring.ignore_index).flatten(1).any(1).tolist()
     return [
-        (index, criterion(logits[i : i + 1], targets[i : i + 1]).item())
-        for i, index in enumerate(indices)
-        if labelled[i]
+        criterion(logits[i : i + 1], targets[i : i + 1]).item() if labelled[i] else None for i in range(len(targets))
     ]
 
 
@@ -186,9 +171,7 @@ def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
 def probability_scores(reliability: Reliability, likelihoods: Tensor, first: int = 0) -> dict[str, Any]:
     """Return the averages that depend on the probabilities alone, not on a rule.
 
-    Args:
-        likelihoods: `proper_scores` of the images, (N, 2).
-        first: the number of the first class.
+    ``likelihoods`` are the `proper_scores` of the images, (N, 2), and ``first`` is the number of the first class.
     """
     log_loss, brier = likelihoods.nanmean(0).tolist()
     return {
@@ -200,38 +183,72 @@ def probability_scores(reliability: Reliability, likelihoods: Tensor, first: int
     }
 
 
-def _collect(local: _Share, scoring: Scoring, world: World) -> dict[str, EvalResult]:
-    """Join the shares of all ranks in the order of the images: no number depends on how they were distributed."""
-    shares = [share for share in gather_objects(local, world) if share.rows]
-    rows = [row for share in shares for row in share.rows]
-    if not rows:
-        raise UserError("there is no image to score. Fix: check split, dataset.splits and dataset.root.")
-    order = sorted(range(len(rows)), key=lambda i: rows[i][0])
-    loss = [value for _, value in sorted(pair for share in shares for pair in share.losses)]
-    merged = functools.reduce(Reliability.merge, (share.reliability for share in shares))
-    likelihoods = torch.cat([part for share in shares for part in share.likelihoods])[order]
-    of_probs = probability_scores(merged, likelihoods)
-    results = {}
-    for name in local.counts:
-        joined = Counts.cat([part for share in shares for part in share.counts[name]]).select(order)
-        parts = [part for share in shares for part in share.confidences[name]]
-        results[name] = EvalResult(
+def _collect(measured: _Measured, states: list[Any], scoring: Scoring) -> dict[str, EvalResult]:
+    """Average over all images: no number depends on how they were distributed over processes."""
+    loss = [value for value in measured.losses if value is not None]
+    reliability = functools.reduce(Reliability.merge, (reliability for _, reliability in states))
+    mean_loss = sum(loss) / len(loss) if loss else float("nan")
+    of_probs = probability_scores(reliability, measured.likelihoods)
+    return {
+        name: EvalResult(
             predictor=name,
-            names=[rows[i][1] for i in order],
-            counts=joined,
+            names=measured.names,
+            counts=counts,
             scored=scoring.scored,
-            scores={
-                "test_loss": sum(loss) / len(loss) if loss else float("nan"),
-                **scoring.summary(joined),
-                **of_probs,
-            },
-            seconds=sum(share.seconds[name] for share in shares),
-            confidence=torch.cat(parts)[order] if parts else None,
+            scores={"test_loss": mean_loss, **scoring.summary(counts), **of_probs},
+            seconds=sum(seconds[name] for seconds, _ in states),
+            confidence=measured.confidences.get(name),
         )
-    return results
+        for name, counts in measured.counts.items()
+    }
 
 
 def _now(world: World) -> float:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
     return time.perf_counter()
+
+
+@dataclass(eq=False)
+class Validation:
+    """Score a network on the validation images after an epoch: log the scores, and draw pictures."""
+
+    data: Any
+    loader: Any  # batches of the data, which its ``transform`` made
+    rules: Mapping[str, Predictor]
+    criterion: SegmentationLoss
+    scoring: Scoring
+    journal: Journal
+    world: World
+    _: KW_ONLY
+    epochs: int  # for the printed line
+    precision: str = "fp32"
+    panels: int = 0  # how many images are drawn for TensorBoard
+
+    def __call__(self, network: nn.Module, epoch: int, step: int) -> float:
+        """Return the mDice of rule T, or 0 if no image defines it."""
+        results = evaluate(
+            network, self.loader, self.rules, self.criterion, self.scoring, self.world,
+            precision=self.precision, progress="validating",
+        )  # fmt: skip
+        for name, result in results.items():
+            self.journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
+        if self.journal.events is not None:
+            self._draw(network, step)
+        dice = {name: result.scores["mean_dice"] for name, result in results.items()}
+        if self.world.is_main:
+            shown = "  ".join(f"{name} {100 * score:.2f}" for name, score in dice.items())
+            loss = results[NEUTRAL].scores["test_loss"]
+            print(f"epoch {epoch:>3}/{self.epochs}  val loss {loss:.4f}  mDice: {shown}", flush=True)
+        return dice[NEUTRAL] if math.isfinite(dice[NEUTRAL]) else 0.0
+
+    def _draw(self, network: nn.Module, step: int) -> None:
+        from trainers.panels import panels, sheet  # slow to import
+
+        first = range(min(self.panels, len(self.data)))
+        drawn = panels(
+            network, self.data, self.loader.transform, self.rules, self.criterion.link, self.world, first,
+            draw=sheet, precision=self.precision,
+        )  # fmt: skip
+        for name, picture in drawn:
+            self.journal.image(step, f"val/{name}", picture)

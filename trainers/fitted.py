@@ -18,11 +18,9 @@ from configs.errors import TrainingError, UserError
 from configs.files import file_sha256, read_json, write_json
 from rankseg import Predictor
 from rankseg.confidence import gate_by_score
-from rankseg.pooled import ProbabilityHistogram
 from trainers.distributed import World, gather_objects
-from trainers.evaluator import Scoring
-from trainers.forward import forward
-from trainers.tuning import ThresholdTable
+from trainers.forward import measure
+from trainers.metrics import PerImage
 
 FORMAT = 1
 _PIXELS = 4096  # of an image, at a regular stride: neighbouring pixels hold nearly the same information
@@ -63,6 +61,14 @@ class OtherProbs:
         return self.rule(probs)
 
 
+@dataclass(frozen=True, eq=False)
+class _Pixels(PerImage):
+    """Some pixels of images: logits (C, P) and labels (P,) of each."""
+
+    logits: list[Tensor]
+    labels: list[Tensor]
+
+
 def held_out_fit(
     fit: Callable[..., Any],
     model: nn.Module,
@@ -73,30 +79,26 @@ def held_out_fit(
     ignore_index: int = 255,
     precision: str = "fp32",
 ) -> Any:
-    """Fit a calibration to some pixels of every labelled image, at every rank.
+    """Fit a calibration to some pixels of every labelled image, at every rank; raise UserError if there is none.
 
-    Args:
-        fit: `fit_temperature` or `fit_calibration` of `rankseg.calibration`, called with logits (1, C, P), labels
-            (1, P), the link and ``ignore_index``. P pixels in the order of the images.
-
-    Raises:
-        UserError: there is no image, or no labelled pixel.
+    ``fit`` is `fit_temperature` or `fit_calibration` of `rankseg.calibration`. It gets logits (1, C, P), labels (1, P),
+    the link and ``ignore_index``, for P pixels in the order of the images.
     """
-    rows: list[tuple[int, Tensor, Tensor]] = []
-    title = "fitting the calibration"
-    for batch, targets, logits in forward(model, batches, world, precision=precision, progress=title):
+
+    def sample(_: Any, targets: Tensor, logits: Tensor) -> _Pixels:
         stride = max(1, targets[0].numel() // _PIXELS)
         some, labels = logits.flatten(2)[..., ::stride].clone(), targets.flatten(1)[:, ::stride].clone()
-        rows += zip(batch.indices, some.cpu(), labels.cpu(), strict=True)  # copies: views would keep all pixels
-    rows = sorted((row for share in gather_objects(rows, world) for row in share), key=lambda row: row[0])
-    if not any((labels != ignore_index).any() for _, _, labels in rows):
+        return _Pixels(list(some.cpu()), list(labels.cpu()))  # copies: views would keep all pixels
+
+    title = "fitting the calibration"
+    pixels = measure(sample, model, batches, world, precision=precision, progress=title)[0]
+    if not any((labels != ignore_index).any() for labels in pixels.labels):
         raise UserError(
-            f"images={len(rows)} of the validation split have no labelled pixel to fit the calibration on. "
+            f"images={len(pixels.labels)} of the validation split have no labelled pixel to fit the calibration on. "
             "Fix: check dataset.splits and dataset.root."
         )
     with torch.inference_mode(False):  # fitting needs gradients, which tensors of an inference do not have
-        logits = torch.cat([some for _, some, _ in rows], dim=1)[None].clone()
-        labels = torch.cat([labels for _, _, labels in rows])[None].clone()
+        logits, labels = torch.cat(pixels.logits, dim=1)[None].clone(), torch.cat(pixels.labels)[None].clone()
         if not logits.isfinite().all():
             raise TrainingError(
                 "the network gives NaN or infinity in place of scores, so no calibration can be fitted. "
@@ -105,60 +107,13 @@ def held_out_fit(
         return fit(logits, labels, link, ignore_index=ignore_index)
 
 
-def threshold_table(
-    model: nn.Module,
-    batches: Iterable[Any],
-    to_probs: Callable[[Tensor], Tensor],
-    scoring: Scoring,
-    world: World,
-    precision: str = "fp32",
-) -> ThresholdTable:
-    """Count labelled images at every threshold, at every rank, in the order of their indices."""
-    parts: list[tuple[list[int], ThresholdTable]] = []
-    title = "fitting the threshold"
-    for batch, targets, logits in forward(model, batches, world, precision=precision, progress=title):
-        parts.append((list(batch.indices), ThresholdTable.of_batch(to_probs(logits), scoring.encode(targets))))
-    shares = [part for share in gather_objects(parts, world) for part in share]
-    if not shares:
-        raise UserError("images=0 in the validation split: nothing to fit on. Fix: check dataset.splits.")
-    indices = [index for part, _ in shares for index in part]
-    order = sorted(range(len(indices)), key=indices.__getitem__)
-    return ThresholdTable.cat([table for _, table in shares]).select(order)
-
-
-def probability_histogram(
-    model: nn.Module,
-    batches: Iterable[Any],
-    to_probs: Callable[[Tensor], Tensor],
-    world: World,
-    precision: str = "fp32",
-) -> ProbabilityHistogram:
-    """Count the probabilities of all pixels, at every rank. No labels are read, so void pixels are counted too."""
-    histogram = ProbabilityHistogram()
-    title = "fitting the pooled cut-offs"
-    for _, _, logits in forward(model, batches, world, precision=precision, progress=title):
-        histogram.update(to_probs(logits).cpu())
-    merged = ProbabilityHistogram()
-    for share in gather_objects(histogram, world):
-        merged.merge(share)
-    if merged.count is None:
-        raise UserError("images=0 in the split: no cut-off can be fitted. Fix: check split and dataset.root.")
-    return merged
-
-
 class FittedFile:
     """Values fitted for a checkpoint, stored next to it in `<name>.fitted.json`.
 
     Every entry holds a `kind` (calibration or rule), the `settings` that its probabilities depend on, its `values`, and
-    the images that it was `fitted_on`. All ranks read the file of rank 0; rank 0 alone writes.
-
-    Args:
-        checkpoint: path of the checkpoint. If it is not a file, the values belong to their images alone.
-        world: this process; None reads alone.
-        replace: ignore a file of another checkpoint, instead of rejecting it.
-
-    Raises:
-        UserError: the file is damaged, or belongs to another checkpoint.
+    the images that it was `fitted_on`. All ranks read the file of rank 0, which alone writes. A damaged file raises
+    UserError; so does one of another checkpoint, unless `replace` ignores it. Without a checkpoint the values belong to
+    their images alone.
     """
 
     def __init__(self, checkpoint: Path, world: World | None = None, *, replace: bool = False) -> None:
@@ -173,7 +128,11 @@ class FittedFile:
             return []
         content = read_json(self.path)
         entries = content.get("entries") if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+        kinds = {"kind": str, "settings": dict, "values": dict, "fitted_on": dict}
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+            for entry in entries
+        ):
             raise UserError(f"{self.path} does not hold fitted values. Fix: delete it and run test.py again.")
         if content.get("checkpoint") != self.sha256:
             if replace:
@@ -200,16 +159,11 @@ class FittedFile:
     ) -> None:
         """Add an entry; it replaces one with the same kind, settings and images."""
         entry = {"kind": kind, "settings": dict(settings), "values": dict(values), "fitted_on": dict(fitted_on)}
-        same = ("kind", "settings", "fitted_on")
-        self.entries = [old for old in self.entries if any(old[key] != entry[key] for key in same)] + [entry]
+        others = [old for old in self.entries if {**old, "values": None} != {**entry, "values": None}]
+        self.entries = [*others, entry]
         self.changed = True
 
     def save(self) -> None:
         """Write the file if an entry was added."""
         if self.changed:
             write_json(self.path, {"format": FORMAT, "checkpoint": self.sha256, "entries": self.entries})
-
-
-def _is_entry(entry: Any) -> bool:
-    kinds = {"kind": str, "settings": dict, "values": dict, "fitted_on": dict}
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())

@@ -14,27 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.errors import ConfigError, TrainingError
+from configs.errors import ConfigError, TrainingError, UserError
 from rankseg.calibration import Calibration, focal_correction
-from trainers.distributed import World
+from trainers.distributed import World, gather_objects
 from trainers.losses import Link, link_probs
+from trainers.metrics import Rows
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ToProbs:
-    """Turn logits (N, C, H, W) into probabilities.
-
-    Attributes:
-        link: "softmax" or "sigmoid".
-        calibration: divides the logits if it is a number; a `Calibration` has a temperature and a bias per class.
-        correct_focal: undo the bias of networks trained with the focal loss.
-    """
+    """Turn logits (N, C, H, W) into probabilities."""
 
     link: Link
-    calibration: float | Calibration = 1.0
-    correct_focal: bool = False
+    calibration: float | Calibration = 1.0  # divides the logits, or has a temperature and a bias per class
+    correct_focal: bool = False  # undo the bias of networks trained with the focal loss
 
     def __call__(self, logits: Tensor) -> Tensor:
         if isinstance(self.calibration, Calibration):
@@ -79,6 +74,34 @@ def forward(
                 logits = logits_of(model, batch.images, targets.shape[-2:], world, precision)
                 yield batch, targets.to(logits.device), logits
             bar.update(len(batch.names))
+
+
+def measure(
+    measure_batch: Callable[[Any, Tensor, Tensor], Rows],
+    model: nn.Module,
+    batches: Iterable[Any],
+    world: World,
+    *,
+    state: Any = None,
+    **options: Any,
+) -> tuple[Rows, list[Any]]:
+    """Measure every image; raise UserError if there is none.
+
+    ``measure_batch`` turns what `forward` yields into rows, one per image. ``state`` is what it accumulates besides.
+    Returns the rows of all images in the order of their indices, and the states of all processes; at every rank.
+    """
+    indices: list[int] = []
+    parts: list[Rows] = []
+    for batch, targets, logits in forward(model, batches, world, **options):
+        parts.append(measure_batch(batch, targets, logits))
+        indices += batch.indices
+    shares = gather_objects((indices, parts, state), world)
+    indices = [index for share in shares for index in share[0]]
+    parts = [part for share in shares for part in share[1]]
+    if not indices:
+        raise UserError("images=0: there is no image to score. Fix: check split, dataset.splits and dataset.root.")
+    order = sorted(range(len(indices)), key=indices.__getitem__)
+    return type(parts[0]).cat(parts).select(order), [share[2] for share in shares]
 
 
 @torch.inference_mode()

@@ -26,14 +26,13 @@ class Journal:
     Args:
         folder: the run's directory; None writes nothing (ranks other than 0).
         step: the global step to resume from; rows of later steps, which an interrupted run wrote, are dropped.
-        tensorboard: whether to write TensorBoard events as well.
-        classes: their names, for TensorBoard.
     """
 
     def __init__(
         self, folder: Path | None, step: int = 0, tensorboard: bool = True, classes: Sequence[str] = ()
     ) -> None:
-        self.classes = [_clean(name if classes.count(name) == 1 else f"{name}_{c}") for c, name in enumerate(classes)]
+        unique = (name if classes.count(name) == 1 else f"{name}_{c}" for c, name in enumerate(classes))
+        self.classes = [re.sub(r"[^-\w.]", "_", name) for name in unique]  # what TensorBoard allows in a tag
         self.path = None if folder is None else Path(folder) / "metrics.jsonl"
         self.events: Any = None
         if self.path is None:
@@ -57,30 +56,28 @@ class Journal:
             return
         with name_file_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite_or_none({"step": step, "kind": kind, **values})) + "\n")
+        for tag, value in _scalars(kind, values, self.classes) if self.events is not None else ():
+            self._call("add_scalar", tag, value, step)
+
+    def _call(self, method: str, *values: Any, **options: Any) -> None:
         if self.events is not None:
             with name_file_in_errors(self.folder):
-                for tag, value in _scalars(kind, values, self.classes):
-                    self.events.add_scalar(tag, value, step)
+                getattr(self.events, method)(*values, **options)
 
     def image(self, step: int, name: str, picture: Tensor) -> None:
         """Add a picture, uint8 (3, H, W), to TensorBoard."""
-        if self.events is not None:
-            with name_file_in_errors(self.folder):
-                self.events.add_image(name, picture, step)
+        self._call("add_image", name, picture, step)
 
     def hparams(self, settings: dict[str, Any], best: float) -> None:
         """Write TensorBoard's row of the run: its settings, best score, and the last score of each rule."""
-        if self.path is not None and self.events is not None:
+        if self.events is not None and self.path is not None:
             last = {row["kind"]: row for row in read_rows(self.path) if "mean_dice" in row}
             scores = {f"hparam/{kind}_mean_dice": row["mean_dice"] or 0.0 for kind, row in last.items()}
-            with name_file_in_errors(self.folder):
-                self.events.add_hparams(settings, {"hparam/best_mean_dice": best, **scores}, run_name=".")
+            self._call("add_hparams", settings, {"hparam/best_mean_dice": best, **scores}, run_name=".")
 
     def close(self) -> None:
         """Write the remaining events of TensorBoard."""
-        if self.events is not None:
-            with name_file_in_errors(self.folder):
-                self.events.close()
+        self._call("close")
 
 
 def _date_back(folder: Path) -> None:
@@ -90,15 +87,11 @@ def _date_back(folder: Path) -> None:
     first, and its steps would be dropped.
     """
     now, prefix = int(time.time()), "events.out.tfevents."
-    files = sorted(folder.glob(f"{prefix}*")) if folder.is_dir() else []
-    if any(_date_of(path) >= now for path in files):
+    files = sorted(folder.glob(f"{prefix}*"))
+    dates = [re.match(rf"{prefix}(\d+)", path.name) for path in files]
+    if any(date and int(date[1]) >= now for date in dates):
         for number, path in enumerate(files, now - len(files)):
             path.rename(folder / f"{prefix}{number:010d}.{path.name.split('.', 4)[-1]}")
-
-
-def _date_of(path: Path) -> int:
-    match = re.match(r"events\.out\.tfevents\.(\d+)", path.name)
-    return int(match[1]) if match else 0
 
 
 def _quieten_writers() -> None:
@@ -134,11 +127,6 @@ def _charts(classes: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         "rules": {name: ["Multiline", [f"^val/{name}/"]] for name in scores},
         "rules, Dice of each class": {name: ["Multiline", [f"^val_class_dice/{re.escape(name)}/"]] for name in classes},
     }
-
-
-def _clean(name: str) -> str:
-    """Replace the characters of a class name that TensorBoard does not allow in a tag."""
-    return re.sub(r"[^-\w.]", "_", name)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -26,10 +26,7 @@ Link = Literal["softmax", "sigmoid"]
 
 
 def link_probs(logits: Tensor, link: Link) -> Tensor:
-    """Return the probabilities (N, C, *S) of logits (N, C, *S), in at least float32.
-
-    Raises ConfigError for an unknown link.
-    """
+    """Return the probabilities (N, C, *S) of logits (N, C, *S), in at least float32."""
     logits = _at_least_float32(logits)
     if link == "softmax":
         return logits.softmax(1)
@@ -39,15 +36,10 @@ def link_probs(logits: Tensor, link: Link) -> Tensor:
 
 
 class SegmentationLoss(nn.Module, ABC):
-    """Base class of losses: it checks the input, computes in float32, and handles void.
+    """Base class of losses: it checks the input, computes in float32, and handles void."""
 
-    Attributes:
-        link: the function from logits to probabilities.
-        strictly_proper: whether only the true class probabilities minimise the loss, which RankSEG's theory requires.
-    """
-
-    link: ClassVar[Link]
-    strictly_proper: ClassVar[bool]
+    link: ClassVar[Link]  # from logits to probabilities
+    strictly_proper: ClassVar[bool]  # only the true class probabilities minimise the loss, as RankSEG's theory requires
     void_is_negative: ClassVar[bool] = False  # whether `legacy` counts void as a negative of every class
 
     def __init__(self, ignore_index: int = 255, legacy: bool = False) -> None:

@@ -11,9 +11,9 @@ There are two conventions. The default leaves void pixels out of all counts. Tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 
+Rows = TypeVar("Rows", bound="PerImage")
 PAPER_EPSILON = 1e-5  # in the denominators of the experiments of Dai & Li (JMLR 24(224), 2023)
 
 
@@ -48,55 +49,75 @@ def valid_pixels(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The labels of a batch, encoded once for all rules.
+    """The labels of a batch, encoded once for all rules."""
 
-    onehot: (N, C, *S) bool, False on void.
-    valid: (N, *S) bool, the pixels that count; None if all do.
-    actual: (N, C) int64, the number of pixels of each class.
-    pixels: (N,) int64, the number of pixels that count.
+    onehot: Tensor  # (N, C, *S) bool, False on void
+    valid: Tensor | None  # (N, *S) bool, the pixels that count; None if all do
+    actual: Tensor  # (N, C) int64, the number of pixels of each class
+    pixels: Tensor  # (N,) int64, the number of pixels that count
+
+
+class PerImage:
+    """Base of dataclasses that hold one row per image.
+
+    Rows are those of tensors and lists, and of other such classes, also in dictionaries. Other values are common to all
+    images.
     """
 
-    onehot: Tensor
-    valid: Tensor | None
-    actual: Tensor
-    pixels: Tensor
+    @classmethod
+    def cat(cls: type[Rows], parts: Sequence[Rows]) -> Rows:
+        """Join the rows of batches in order. Raises ValueError if there are none."""
+        if not parts:
+            raise ValueError("no counts to join: the evaluation saw no batch")
+        return cls(*(_join([getattr(part, field.name) for part in parts]) for field in fields(cls)))  # type: ignore[arg-type]
+
+    def select(self: Rows, images: Tensor | Sequence[int]) -> Rows:
+        """Return the rows of these images, in this order."""
+        index = torch.as_tensor(images, dtype=torch.int64)
+        return self.map(lambda rows: rows[index] if isinstance(rows, Tensor) else [rows[k] for k in index.tolist()])
+
+    def map(self: Rows, function: Callable[[Any], Any]) -> Rows:
+        """Apply a function to every tensor and list."""
+        return type(self)(*(_map(getattr(self, field.name), function) for field in fields(self)))  # type: ignore[arg-type]
+
+
+def _join(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _join([value[key] for value in values]) for key in first}
+    if isinstance(first, PerImage):
+        return type(first).cat(values)
+    if isinstance(first, list):
+        return [row for value in values for row in value]
+    return torch.cat(values) if isinstance(first, Tensor) else first
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _map(item, function) for key, item in value.items()}
+    if isinstance(value, PerImage):
+        return value.map(function)
+    return function(value) if isinstance(value, (Tensor, list)) else value
 
 
 @dataclass(frozen=True, eq=False)
-class Counts:
-    """Numbers of pixels per image and class. Every score is computed from them.
+class Counts(PerImage):
+    """Numbers of pixels per image and class. Every score is computed from them."""
 
-    intersection, predicted, actual: (N, C) int64; |A∩B|, |A| and |B| of prediction A and truth B.
-    pixels: (N,) int64, the pixels of each image that count.
-    """
-
-    intersection: Tensor
-    predicted: Tensor
-    actual: Tensor
-    pixels: Tensor
+    intersection: Tensor  # (N, C) int64, |A∩B| of prediction A and truth B
+    predicted: Tensor  # (N, C) int64, |A|
+    actual: Tensor  # (N, C) int64, |B|
+    pixels: Tensor  # (N,) int64, the pixels of each image that count
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
-    @staticmethod
-    def cat(parts: Sequence[Counts]) -> Counts:
-        """Join the counts of batches in order. Raises ValueError if there are none."""
-        if not parts:
-            raise ValueError("no counts to join: the evaluation saw no batch")
-        return Counts(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Counts)))
-
-    def select(self, images: Tensor | Sequence[int]) -> Counts:
-        """Return the counts of these images, in this order."""
-        index = torch.as_tensor(images, dtype=torch.int64, device=self.pixels.device)
-        return Counts(*(getattr(self, field.name)[index] for field in fields(self)))
-
     def to(self, device: torch.device | str) -> Counts:
-        """Return the counts on another device."""
-        return Counts(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return self.map(lambda value: value.to(device))
 
     def pooled(self) -> Counts:
         """Return the counts of all images together, as of one image (N = 1)."""
-        return Counts(*(getattr(self, field.name).sum(0, keepdim=True) for field in fields(self)))
+        return self.map(lambda value: value.sum(0, keepdim=True))
 
     def dice(self, epsilon: float = 0.0) -> Tensor:
         """Return 2|A∩B| / (|A|+|B|+epsilon), (N, C) float64, NaN where A and B are both empty."""
@@ -138,9 +159,6 @@ def encode(
             on them is false.
         legacy_soft_dice_void: with "counted", give void pixels the smallest class in the batch, as in the published
             rows of Soft-Dice.
-
-    Raises:
-        TypeError, ValueError: the labels or the convention are invalid.
     """
     if void not in ("masked", "counted"):
         raise ValueError(f"void={void!r} is invalid: expected 'masked' or 'counted'")

@@ -39,9 +39,8 @@ def panels(
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name, picture) for images of a data set.
 
-    Args:
-        draw: makes the picture from image, target, probs, masks and info; default: `row`.
-        to_probs: logits -> probabilities; default: the link. A rule's attribute ``to_probs`` replaces it.
+    ``draw`` makes a picture from image, target, probs, masks and info; default: `row`. ``to_probs`` turns logits into
+    probabilities; default: the link. A rule's attribute ``to_probs`` replaces it.
     """
     for index in indices:
         image, mask = data.read(index)
@@ -67,22 +66,12 @@ def denormalise(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
 def row(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any, scale: int = 1) -> Tensor:
     """Return one row of tiles: image | truth | probability | the mask of each rule with its mean Dice.
 
-    Args:
-        image: (3, H, W) uint8.
-        target: (H, W) integers.
-        probs: (C, H, W) in [0, 1].
-        masks: rule -> (C, H, W) bool.
-        info: with ``num_classes``, ``scored`` and ``palette``.
-        scale: factor of the size, an integer.
-
-    Returns:
-        (3, H + title, columns · W) uint8.
+    ``image`` is (3, H, W) uint8, ``target`` (H, W) integers, ``probs`` (C, H, W); ``masks`` has (C, H, W) bool by rule.
+    ``info`` has ``num_classes``, ``scored`` and ``palette``. Returns (3, H + title, columns · W) uint8, enlarged.
     """
-    enlarged = {
-        title: tile.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        for title, tile in tiles(image, target, probs, masks, info).items()
-    }
-    return torch.cat([add_title(tile, title) for title, tile in enlarged.items()], dim=2)
+    drawn = tiles(image, target, probs, masks, info).items()
+    enlarged = [(title, tile.repeat_interleave(scale, 1).repeat_interleave(scale, 2)) for title, tile in drawn]
+    return torch.cat([add_title(tile, title) for title, tile in enlarged], dim=2)
 
 
 def sheet(
@@ -94,10 +83,7 @@ def sheet(
     columns: int = 3,
     width: int = 320,
 ) -> Tensor:
-    """Return the tiles of `row` in rows of ``columns`` tiles, each ``width`` pixels wide.
-
-    Titles are large enough to be read in a thumbnail.
-    """
+    """Return the tiles of `row`, each ``width`` pixels wide, in rows. Titles can be read in a thumbnail."""
     size = [max(1, round(width * image.shape[1] / image.shape[2])), width]
     mode = InterpolationMode.NEAREST if image.shape[2] < width else InterpolationMode.BILINEAR
     cells = [

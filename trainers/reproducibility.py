@@ -20,9 +20,8 @@ PACKAGES = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "hydr
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python's and torch's generators; with ``deterministic``, forbid algorithms that are not.
 
-    On CPU training is bit-exact either way. On CUDA, ``deterministic`` makes torch raise at an operation that
-    has no deterministic implementation, naming it: in this project the backward pass of adaptive average
-    pooling to more than one bin, which uses atomic additions in no fixed order. See docs/engine.md.
+    On CPU training is bit-exact either way. On CUDA, torch then raises at an operation without a deterministic
+    implementation: in this project the backward pass of adaptive average pooling to more than one bin.
     """
     random.seed(seed)
     torch.manual_seed(seed)

@@ -26,25 +26,15 @@ COLUMNS = ("image", "class", "intersection", "predicted", "actual", "dice", "iou
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What one rule scored on one set of images.
-
-    Attributes:
-        predictor: the rule's name.
-        names: of the images, in order.
-        counts: (N, C) pixels per image and class.
-        scored: the classes in the means.
-        scores: averages as fractions, by name.
-        seconds: the time that the rule took, without the network.
-        confidence: (N, C) expected Dice of each mask, P(class absent) of an empty one; None if not computed.
-    """
+    """What one rule scored on one set of images."""
 
     predictor: str
-    names: list[str]
-    counts: Counts
-    scored: tuple[int, ...]
-    scores: dict[str, Any]
-    seconds: float
-    confidence: Tensor | None = None
+    names: list[str]  # of the images, in order
+    counts: Counts  # pixels per image and class
+    scored: tuple[int, ...]  # the classes in the means
+    scores: dict[str, Any]  # averages as fractions, by name
+    seconds: float  # that the rule took, without the network
+    confidence: Tensor | None = None  # (N, C) expected Dice of each mask, P(class absent) of an empty one
 
     def image_confidence(self) -> Tensor | None:
         """Return the mean confidence over the predicted classes of each image, (N,); None if not computed."""
@@ -90,19 +80,12 @@ class EvalResult:
     def block(self, model: str, loss: str) -> str:
         """Return the result as text in the form of the paper's logs."""
         lines = [f"## TESTING Results for Model: {model} + Loss: {loss} + predict: {self.predictor} ##"]
-        for label, key in (
-            ("test_loss", "test_loss"),
-            ("Pixel_Accuracy", "pixel_accuracy"),
-            ("Mean_IoU", "mean_iou"),
-            ("Mean_Dice", "mean_dice"),
-            ("Class_IoU", "class_iou"),
-            ("Class_Dice", "class_dice"),
-        ):
-            value = self.scores[key]
+        for label in ("test_loss", "Pixel_Accuracy", "Mean_IoU", "Mean_Dice", "Class_IoU", "Class_Dice"):
+            value = self.scores[label.lower()]
             if isinstance(value, dict):
                 text = "{" + ", ".join(f"{name}: {score:.3f}" for name, score in value.items()) + "}"
             else:
-                text = f"{value:.5f}" if key == "test_loss" else f"{value:.3f}"
+                text = f"{value:.5f}" if label == "test_loss" else f"{value:.3f}"
             lines.append(f"     {label:<15}: {text}")
         return "\n".join(lines)
 
@@ -116,14 +99,10 @@ def results_folder(
     focal_corrected: bool = False,
     gate: float | str = 0.5,
 ) -> Path:
-    """Return the folder of results below a run's, different for every variant and every checkpoint.
+    """Return the folder of results below that of a run, different for every variant and every checkpoint.
 
-    Args:
-        checkpoint: name of the file. Results of ``best_model.pth`` are in ``results``, those of ``last.pth`` in
-            ``results/of_last``, and so on.
-        results: the folder of the protocol, such as ``results`` or ``results/paper``.
-        calibrated: whether a temperature was applied, or "class" for a calibration of each class.
-        threshold, focal_corrected, gate: options that change the masks; each has a sub-folder.
+    Those of ``best_model.pth`` are in ``results``, a folder of the protocol, those of ``last.pth`` in its ``of_last``.
+    Every option that changes the masks has a sub-folder. ``calibrated`` is "class" for one of each class.
     """
     variants = {
         "focal_corrected": focal_corrected,
@@ -139,11 +118,9 @@ def results_folder(
 def comparison(results: Mapping[str, EvalResult]) -> str:
     """Return a table of all rules in percent; ``*`` marks the best of each column."""
     columns = {
-        "mDice": "mean_dice",
-        "mIoU": "mean_iou",
-        "pooled Dice": "pooled_mean_dice",
-        "pooled IoU": "pooled_mean_iou",
-    }
+        "mDice": "mean_dice", "mIoU": "mean_iou",
+        "pooled Dice": "pooled_mean_dice", "pooled IoU": "pooled_mean_iou",
+    }  # fmt: skip
     best = {key: max(result.scores[key] for result in results.values()) for key in columns.values()}
     rows = [["predictor", *columns, "rule's seconds"]]
     for name, result in results.items():

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from rankseg import Predictor
 from rankseg.confidence import confidence, image_confidence, mean_entropy, mean_max_probability, soft_dice_confidence
-from trainers.distributed import World, gather_objects
+from trainers.distributed import World
 from trainers.evaluator import Scoring
-from trainers.forward import forward
-from trainers.metrics import Counts, count, mean_over_classes
+from trainers.forward import measure
+from trainers.metrics import Counts, PerImage, count, mean_over_classes
 
 
 class AurcEstimate(NamedTuple):
@@ -101,8 +101,7 @@ def _resampled_aurc(confidence: Tensor, risk: Tensor, counts: Tensor) -> Tensor:
 def conformal_margin(confidence: Tensor, score: Tensor, alpha: float) -> float:
     """Return q: a new image has score >= confidence - q with probability at least 1 - `alpha`.
 
-    Raises:
-        UserError: `alpha` is outside (0, 1), or there are too few images for it.
+    Raises UserError if `alpha` is outside (0, 1), or if there are too few images for it.
     """
     if not 0 < alpha < 1:
         raise UserError(f"alpha={alpha} is invalid: expected a number between 0 and 1. Fix: alpha=0.1 is usual.")
@@ -132,24 +131,16 @@ def resplit_coverages(
 
 
 @dataclass(frozen=True, eq=False)
-class MaskRecord:
-    """Counts and confidences of the masks of one rule on labelled images.
-
-    Attributes:
-        names: the images, in order.
-        counts: (N, C) pixels per image and class.
-        confidence, soft_dice: (N, C) exact expected Dice (P(class absent) of an empty mask), and its approximation SDC.
-        max_probability, entropy: (N,) means over the pixels.
-        scored: the classes in the means.
-    """
+class MaskRecord(PerImage):
+    """Counts and confidences of the masks of one rule on labelled images."""
 
     names: list[str]
     counts: Counts
-    confidence: Tensor
-    soft_dice: Tensor
-    max_probability: Tensor
-    entropy: Tensor
-    scored: tuple[int, ...]
+    confidence: Tensor  # (N, C) exact expected Dice; P(class absent) of an empty mask
+    soft_dice: Tensor  # (N, C) its approximation SDC
+    max_probability: Tensor  # (N,) mean over the pixels
+    entropy: Tensor  # (N,) mean over the pixels
+    scored: tuple[int, ...]  # the classes in the means
 
     def dice(self) -> Tensor:
         """Return the mean Dice of each image, (N,) float64, NaN if it is undefined."""
@@ -183,31 +174,21 @@ def record_masks(
     precision: str = "fp32",
     progress: str = "",
 ) -> MaskRecord:
-    """Apply a rule to labelled images and record confidence and counts of its masks; of all images, at every rank."""
-    rows: list[tuple[int, str]] = []
-    counts: list[Counts] = []
-    values: list[tuple[Tensor, ...]] = []
-    passes = forward(model, batches, world, precision=precision, progress=progress, unneeded=scoring.is_unneeded)
-    for batch, targets, logits in passes:
+    """Apply a rule to labelled images; return confidence and counts of the masks of all images, at every rank."""
+
+    def record(batch: Any, targets: Tensor, logits: Tensor) -> MaskRecord:
         probs = getattr(rule, "to_probs", to_probs)(logits)
         masks = rule(probs)
-        counts.append(count(masks, scoring.encode(targets)).to("cpu"))
-        exact, approximate = confidence(probs, masks), soft_dice_confidence(probs, masks)
-        found = (exact, approximate, mean_max_probability(probs), mean_entropy(probs))
-        values.append(tuple(value.cpu() for value in found))
-        rows += zip(batch.indices, batch.names, strict=True)
-    shares = gather_objects((rows, counts, values), world)
-    rows = [row for share in shares for row in share[0]]
-    if not rows:
-        raise UserError("images=0 in the split. Fix: check split and dataset.root.")
-    order = sorted(range(len(rows)), key=lambda i: rows[i][0])
-    joined = [torch.cat(part)[order] for part in zip(*(v for share in shares for v in share[2]), strict=True)]
-    return MaskRecord(
-        [rows[i][1] for i in order],
-        Counts.cat([part for share in shares for part in share[1]]).select(order),
-        joined[0],
-        joined[1],
-        joined[2],
-        joined[3],
-        scoring.scored,
-    )
+        found = MaskRecord(
+            list(batch.names),
+            count(masks, scoring.encode(targets)),
+            confidence(probs, masks),
+            soft_dice_confidence(probs, masks),
+            mean_max_probability(probs),
+            mean_entropy(probs),
+            scoring.scored,
+        )
+        return found.map(lambda value: value.cpu() if isinstance(value, Tensor) else value)
+
+    options = {"precision": precision, "progress": progress, "unneeded": scoring.is_unneeded}
+    return measure(record, model, batches, world, **options)[0]

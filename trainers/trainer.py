@@ -60,33 +60,20 @@ def last_logged_step(checkpoint: dict[str, Any] | None) -> int:
 
 @dataclass(eq=False)
 class Trainer:
-    """Train with one update per step, and write what is needed to resume from any step.
-
-    Attributes:
-        update: makes one update from one batch.
-        schedule: ``(k, total) -> factor`` of the base learning rates for update k = 1 … total.
-        loader: the training batches.
-        validate: ``(model, epoch, updates) -> score``, larger is better.
-        checkpoints: where states go.
-        journal: where losses and rates go.
-        stored: what every checkpoint holds besides the training's state: ``config``, ``classes``, ``data``.
-        epochs: how many in all.
-        validate_every, save_every: in epochs; the last one is always validated and saved.
-        save_minutes: the longest time between two ``last.pth`` inside an epoch (0: only at its end).
-    """
+    """Train with one update per step, and write what is needed to resume from any step."""
 
     update: Update
     schedule: Schedule
     loader: EpochLoader
-    validate: Validate
+    validate: Validate  # (model, epoch, updates) -> score, larger is better
     checkpoints: Checkpoints
     journal: Journal
-    stored: dict[str, Any]
+    stored: dict[str, Any]  # what every checkpoint holds besides the training's state: config, classes, data
     _: KW_ONLY
     epochs: int
-    validate_every: int = 1
+    validate_every: int = 1  # in epochs; the last one is always validated and saved
     save_every: int = 10
-    save_minutes: float = 10.0
+    save_minutes: float = 10.0  # the longest time between two last.pth inside an epoch (0: only at its end)
 
     def __post_init__(self) -> None:
         self.world, self.progress = self.update.world, Progress()
@@ -94,12 +81,7 @@ class Trainer:
             group.setdefault("initial_lr", group["lr"])
 
     def fit(self) -> None:
-        """Train up to the last epoch, from the current state.
-
-        Raises:
-            Interrupted: a signal came; ``last.pth`` holds the state.
-            TrainingError: see :class:`trainers.update.Update`; a failure of the loader or of validation.
-        """
+        """Train up to the last epoch, from the current state. After a signal, save it and raise Interrupted."""
         now = self.progress
         with StopSignals() as stop, as_training_error("training"):
             while now.epoch < self.epochs:
@@ -117,11 +99,14 @@ class Trainer:
         title, hidden = f"epoch {now.epoch + 1}/{self.epochs}", None if self.world.is_main else True
         with tqdm(total=steps, initial=now.step, desc=title, disable=hidden, leave=False) as bar:
             for batch in batches:
-                self._set_rates(self.schedule(now.updates + 1, self.epochs * steps))
+                factor = self.schedule(now.updates + 1, self.epochs * steps)
+                for group in self.update.optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * factor
                 now.loss_sum += self.update(batch)
                 now.step, now.updates = now.step + 1, now.updates + 1
                 now.seconds, clock = now.seconds + time.monotonic() - clock, time.monotonic()
-                bar.set_postfix(loss=f"{now.loss_sum / now.step:.4f}", mDice=_format_score(now.score), refresh=False)
+                score = "-" if now.score is None else f"{now.score:.3f}"
+                bar.set_postfix(loss=f"{now.loss_sum / now.step:.4f}", mDice=score, refresh=False)
                 bar.update()
                 overdue = 0 < 60 * self.save_minutes < clock - saved
                 if vote := max_over_ranks(_STOP if stop.name else int(overdue), self.world):
@@ -186,10 +171,6 @@ class Trainer:
         finally:
             restore_rng(random)
 
-    def _set_rates(self, factor: float) -> None:
-        for group in self.update.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-
     def state(self) -> dict[str, Any]:
         """Return the content of a checkpoint (see ``trainers/checkpoint.py``); every rank must call it."""
         return {
@@ -228,7 +209,3 @@ class Trainer:
         state = self.state()
         if self.world.is_main:
             save(state)
-
-
-def _format_score(score: float | None) -> str:
-    return "-" if score is None else f"{score:.3f}"

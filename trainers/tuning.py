@@ -9,47 +9,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
-from trainers.metrics import Truth, mean_over_classes
+from trainers.metrics import PerImage, Truth, mean_over_classes
 
 THRESHOLDS = tuple(k / 100 for k in range(1, 100))
 _GATE = 0.5  # the published gate: a class is predicted if its largest probability exceeds this
 
 
 class ThresholdFit(NamedTuple):
-    """A fitted threshold.
+    """A fitted threshold."""
 
-    Attributes:
-        at: one number for all classes, or one for each class.
-        gated: whether classes whose largest probability is at most 1/2 get the empty mask.
-        mean_dice: the mean Dice of the images that it was fitted on.
-        held_out: (N,) mean Dice of each image with the threshold that all other images choose; NaN if undefined.
-            It is None for thresholds of each class.
-    """
-
-    at: float | list[float]
-    gated: bool
-    mean_dice: float
-    held_out: Tensor | None
+    at: float | list[float]  # for all classes, or for each
+    gated: bool  # whether classes whose largest probability is at most 1/2 get the empty mask
+    mean_dice: float  # of the images that it was fitted on
+    held_out: Tensor | None  # (N,) mean Dice of each image with the threshold that all others choose; only for one `at`
 
 
 @dataclass(frozen=True, eq=False)
-class ThresholdTable:
-    """Counts of every image and class at every threshold, from which the mean Dice of a threshold is computed.
+class ThresholdTable(PerImage):
+    """Counts of every image and class at every threshold, from which the mean Dice of a threshold is computed."""
 
-    Attributes:
-        hits, selected: (N, C, K) int32, true positives and predicted pixels of {p >= threshold}.
-        actual: (N, C) int64, true pixels.
-        likely: (N, C) bool, whether the largest probability exceeds 1/2.
-        thresholds: the K thresholds.
-    """
-
-    hits: Tensor
-    selected: Tensor
-    actual: Tensor
-    likely: Tensor
+    hits: Tensor  # (N, C, K) int32, true positives of {p >= threshold}
+    selected: Tensor  # (N, C, K) int32, its pixels
+    actual: Tensor  # (N, C) int64, true pixels
+    likely: Tensor  # (N, C) bool, whether the largest probability exceeds 1/2
     thresholds: tuple[float, ...]
 
     @staticmethod
@@ -73,24 +59,6 @@ class ThresholdTable:
             return count.view(images, classes, steps).flip(2).cumsum(2).flip(2)[..., 1:].int().cpu()
 
         return ThresholdTable(passing(hits), passing(selected), truth.actual.cpu(), likely.cpu(), tuple(thresholds))
-
-    @staticmethod
-    def cat(parts: Sequence[ThresholdTable]) -> ThresholdTable:
-        """Join the tables of several batches, in order."""
-        return ThresholdTable(
-            torch.cat([part.hits for part in parts]),
-            torch.cat([part.selected for part in parts]),
-            torch.cat([part.actual for part in parts]),
-            torch.cat([part.likely for part in parts]),
-            parts[0].thresholds,
-        )
-
-    def select(self, images: Sequence[int]) -> ThresholdTable:
-        """Return the table of these images, in this order."""
-        index = torch.as_tensor(images, dtype=torch.int64)
-        return ThresholdTable(
-            self.hits[index], self.selected[index], self.actual[index], self.likely[index], self.thresholds
-        )
 
     def dice(self, gated: bool = False) -> Tensor:
         """Return the Dice of every image and class at every threshold: (N, C, K) float64, NaN for 0/0."""
@@ -166,7 +134,7 @@ def fit_gate(expected: Tensor, dice: Tensor, actual: Tensor, scored: Sequence[in
 
 
 class Choice(NamedTuple):
-    """What `choose` decided: the rule, and for each other rule the mean difference to the baseline and its interval."""
+    """The chosen rule, the mean difference of each other rule to the baseline with its interval, and the reason."""
 
     rule: str
     differences: dict[str, dict[str, float]]
@@ -181,13 +149,11 @@ def choose(
     The bound is the lower end of the two-sided BCa bootstrap interval. `dice` holds the mean Dice (N,) of the same
     images for each rule, NaN if undefined.
     """
-    differences: dict[str, dict[str, float]] = {}
-    for name, values in dice.items():
-        if name == baseline:
-            continue
-        difference = (values - dice[baseline]).double()
-        difference = difference[~difference.isnan()]
-        differences[name] = _interval(difference, level, seed, resamples)
+    differences = {
+        name: _interval((values - dice[baseline]).double(), level, seed, resamples)
+        for name, values in dice.items()
+        if name != baseline
+    }
     best = max(differences, key=lambda name: differences[name]["low"], default=baseline)
     if best == baseline or differences[best]["low"] <= 0:
         return Choice(baseline, differences, f"no rule is better than {baseline} by its lower bound")
@@ -199,15 +165,11 @@ def choose(
 def _interval(difference: Tensor, level: float, seed: int, resamples: int) -> dict[str, float]:
     from scipy import stats  # slow to import
 
+    difference = difference[~difference.isnan()]
     mean = float(difference.mean()) if len(difference) else 0.0
     if len(difference) < 2 or float(difference.std()) == 0:
         return {"mean": mean, "low": mean, "high": mean}
-    found: Any = stats.bootstrap(
-        (difference.numpy(),), _mean, confidence_level=level, method="BCa", rng=seed, n_resamples=resamples
-    )
+    data, options = (difference.numpy(),), {"method": "BCa", "rng": seed, "n_resamples": resamples}
+    found: Any = stats.bootstrap(data, numpy.mean, confidence_level=level, **options)
     low, high = (float(end) for end in found.confidence_interval)
     return {"mean": mean, "low": low, "high": high}
-
-
-def _mean(values: Any, axis: int = -1) -> Any:
-    return values.mean(axis=axis)

@@ -22,37 +22,21 @@ SMALLEST_SCALE = 2.0**-14  # of the loss in fp16; below it, a gradient of 1 is l
 _REMEDY = "The last checkpoint is good. Try a lower optimizer.lr, trainer.clip_norm=1 or trainer.precision=fp32"
 
 
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-
-
 @dataclass(eq=False)
 class Update:
-    """Update the weights from one batch, with one forward pass.
+    """Update the weights from one batch, with one forward pass."""
 
-    Attributes:
-        model: the network, possibly wrapped; returns an object with ``logits`` and ``aux`` (or None).
-        criterion: ``(logits (N, C, H, W), targets (N, H, W)) -> scalar``; its ``weight_of(targets)``, if any,
-            returns the number of terms in that mean.
-        optimizer: its learning rates are set by the caller.
-        world: this process among all.
-        precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling).
-        accumulate: parts that a batch is split into to save memory; the update is that of the whole batch.
-        clip_norm: bound of the gradient's norm, or None.
-        channels_last: whether to use that memory format of the images (faster convolutions on recent GPUs).
-        second_forward: run the network again after each update, as the paper's code did for its metrics: BatchNorm
-            then updates its statistics twice per step.
-    """
-
-    model: nn.Module
-    criterion: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: nn.Module  # possibly wrapped; returns an object with ``logits`` and ``aux`` (or None)
+    criterion: nn.Module  # (logits (N, C, H, W), targets (N, H, W)) -> scalar, a mean over `weight_of(targets)` terms
+    optimizer: torch.optim.Optimizer  # the caller sets its learning rates
     world: World
     _: KW_ONLY
-    precision: str = "fp32"
-    accumulate: int = 1
-    clip_norm: float | None = None
-    channels_last: bool = False
+    precision: str = "fp32"  # or bf16, or fp16 with loss scaling
+    accumulate: int = 1  # parts that a batch is split into to save memory; the update is that of the whole batch
+    clip_norm: float | None = None  # bound of the gradient's norm
+    channels_last: bool = False  # memory format of the images: faster convolutions on recent GPUs
+    # Run the network again after each update, as the paper's code did for its metrics: BatchNorm then updates its
+    # statistics twice per step.
     second_forward: bool = False
 
     def __post_init__(self) -> None:
@@ -65,8 +49,7 @@ class Update:
     def __call__(self, batch: Any) -> float:
         """Update the weights on a batch with ``images``, ``targets`` and ``names``; return its loss.
 
-        Raises:
-            TrainingError: a loss or gradient that is not finite (no update was made), or too little memory.
+        Raises TrainingError if a loss or gradient is not finite (no update is made), or if memory is too small.
         """
         images = batch.images.to(self.world.device, non_blocking=True, memory_format=self.memory_format)
         targets = batch.targets.to(self.world.device, non_blocking=True)
@@ -96,7 +79,8 @@ class Update:
         whole = sum_over_ranks(torch.stack(weights).sum(), self.world).clamp(min=1)
         total = torch.zeros((), device=self.world.device)
         for number, ((image, target), weight) in enumerate(zip(parts, weights, strict=True), 1):
-            with self._synchronised(number == len(parts)):
+            exchange = self.world.size == 1 or number == len(parts)  # gradients between ranks: only at the last part
+            with contextlib.nullcontext() if exchange else self.model.no_sync():  # type: ignore[operator]
                 with autocast(self.world.device, self.precision):
                     output = self.model(image)
                 loss = self.criterion(output.logits, target)
@@ -110,10 +94,9 @@ class Update:
 
     def _weight(self, targets: Tensor) -> Tensor:
         """Return the weight of a part of a batch: the weight of its criterion, or else its number of images."""
-        weight = getattr(self.criterion, "weight_of", None)
-        return torch.as_tensor(weight(targets) if weight else len(targets), device=targets.device).to(
-            _wide(targets.device)
-        )
+        weight_of = getattr(self.criterion, "weight_of", len)
+        wide = torch.float32 if targets.device.type == "mps" else torch.float64  # MPS has no float64
+        return torch.as_tensor(weight_of(targets), device=targets.device).to(wide)
 
     def _step(self, names: list[str]) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -133,7 +116,3 @@ class Update:
         """Raise TrainingError, at every rank at the same step: loss and gradient are those of all ranks."""
         everyone = ", ".join(name for share in gather_objects(names, self.world) for name in share)
         raise TrainingError(f"{what} on the batch {everyone}. {_REMEDY}")
-
-    def _synchronised(self, yes: bool) -> contextlib.AbstractContextManager[Any]:
-        """Exchange gradients between ranks only at the last part of a batch."""
-        return contextlib.nullcontext() if yes or self.world.size == 1 else self.model.no_sync()  # type: ignore[operator]

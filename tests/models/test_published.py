@@ -106,7 +106,7 @@ def test_what_is_not_a_released_checkpoint(tmp_path):
     assert not is_published({"arch": "DataParallel", "state_dict": {}, "config": "a text"})
     torch.save({"weights": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"a\.pth.*arch, state_dict and config"):
-        load_published(tmp_path / "a.pth")
+        load_published(read_checkpoint(tmp_path / "a.pth"), "a.pth")
 
 
 def test_a_trained_upsampling_of_fcn8_is_rejected():
@@ -129,7 +129,7 @@ class TestReleasedFile:
         torch.save(checkpoint, tmp_path / "checkpoint-epoch150.pth")
         content = read_checkpoint(tmp_path / "checkpoint-epoch150.pth")
         assert is_published(content) and content["monitor_best"] == 2.6
-        network, config = load_published(tmp_path / "checkpoint-epoch150.pth")
+        network, config = load_published(read_checkpoint(tmp_path / "checkpoint-epoch150.pth"))
         assert isinstance(network, PSPNet) and not network.training
         assert (config["dataset"], config["num_classes"], config["epoch"]) == ("kvasir_seg", 2, 150)
         theirs = checkpoint["state_dict"]["module.master_branch.0.bottleneck.0.weight"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainers import evaluator
+from trainers import forward
 from trainers.distributed import World
 from trainers.evaluator import Scoring, evaluate
 from trainers.losses import CrossEntropy
@@ -88,7 +88,7 @@ def test_any_number_of_shares_makes_the_whole(size: int, monkeypatch: pytest.Mon
     """Each process's share is scored by itself; what they would gather is then given to one of them."""
     shares: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator, "gather_objects", lambda value, where: shares.append(value) or [value])
+        patch.setattr(forward, "gather_objects", lambda value, where: shares.append(value) or [value])
         for rank in range(size):
             indices = range(rank, IMAGES, size)
             if indices:
@@ -97,7 +97,7 @@ def test_any_number_of_shares_makes_the_whole(size: int, monkeypatch: pytest.Mon
                 with pytest.raises(ValueError, match="no image"):
                     score(batches(2, indices), World(rank, size, ALONE.device))
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator, "gather_objects", lambda value, where: shares)
+        patch.setattr(forward, "gather_objects", lambda value, where: shares)
         found = score(batches(2, range(0, IMAGES, size)))
     expected = score(batches(3))
     for rule in RULES:
