@@ -67,7 +67,7 @@ class ImageFolder:
 def list_images(folder: Path, below: bool = False, without: Path | None = None) -> ImageFolder:
     """List the visible image files of a folder; with `below` also of sub-folders, linked ones too, except `without`."""
     found = ImageFolder()
-    for path in sorted(_visible_files(folder, below, without)):
+    for path in sorted(visible_files(folder, below, without)):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             found.ignored.append(path)
             continue
@@ -79,8 +79,8 @@ def list_images(folder: Path, below: bool = False, without: Path | None = None) 
     return found
 
 
-def _visible_files(
-    folder: Path, below: bool, without: Path | None, above: frozenset[tuple[int, int]] = frozenset()
+def visible_files(
+    folder: Path, below: bool, without: Path | None = None, above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[Path]:
     """Yield the files of a folder. A link to one of the folders `above` it is not followed: it is a cycle."""
     status = folder.stat()
@@ -94,7 +94,7 @@ def _visible_files(
         if not path.is_dir():
             yield path
         elif below:
-            yield from _visible_files(path, below, without, above | {identity})
+            yield from visible_files(path, below, without, above | {identity})
 
 
 def canonical_name(name: str) -> str:

@@ -42,19 +42,20 @@ from tqdm import tqdm
 
 from configs.cli import run_cli
 from configs.compose import options
-from configs.errors import UserError, one_line
+from configs.errors import TrainingError, UserError, one_line
 from configs.files import read_json, require_writable, write_json, write_text
 from rankseg.calibration import Reliability
 from scripts import ROOT
 from scripts.analysis.scores import compare, read_rule
 from scripts.common import ahead, check_least, command_line
 from scripts.decoding import rules
-from scripts.decoding.arrays import write_array
-from scripts.decoding.cases import Folder, first_label, named
+from scripts.decoding.arrays import LABEL_SUFFIXES, SUFFIXES, write_array
+from scripts.decoding.cases import Folder, first_label, named, unread
 from scripts.decoding.labelled import FolderFitter, write_report
 from scripts.paired_statistics import markdown
 from scripts.report import facts_of_report
 from trainers.distributed import pick_device
+from trainers.errors import as_training_error
 from trainers.evaluator import Scoring, probability_scores
 from trainers.metrics import Counts
 from trainers.reproducibility import provenance
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_writable(args.out)
     job = Job(args)
     cases = job.folder.cases
+    for folder, suffixes in ((args.probs, SUFFIXES), (args.labels, LABEL_SUFFIXES), (args.valid, LABEL_SUFFIXES)):
+        if folder and (ignored := unread(folder, suffixes, args.out)):
+            print(one_line(f"note: files in {folder} that are not read: {ignored}"), file=sys.stderr)
     failed = {f"--fit {name}": problem for name, problem in job.fit.failed.items()} if job.fit else {}
     todo = [name for name in cases if args.force or not job.is_done(name)]
     bar = tqdm(ahead(job, todo, args.workers), "decode", len(todo), unit="case", disable=args.quiet or None)
@@ -196,8 +200,9 @@ class Job:
     def __call__(self, name: str) -> str | None:
         """Decode and write a case; return what is wrong with it, or None."""
         try:
-            self._decode(name)
-        except UserError as error:
+            with as_training_error(f"decoding {self.folder.cases[name]}", "free memory, or use fewer --workers"):
+                self._decode(name)
+        except (UserError, TrainingError) as error:  # the other cases are decoded
             return str(error)
         return None
 

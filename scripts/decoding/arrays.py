@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import math
-import pickle
 import shutil
 import tempfile
 import zipfile
@@ -24,21 +23,16 @@ import numpy as np
 from configs.errors import UserError
 from configs.files import temporary_file
 from datasets.decode import UPRIGHT, load_image, orient
+from scripts.decoding.pickles import PlainUnpickler
 
 SUFFIXES = (".npy", ".npz", ".nii.gz", ".nii", ".tif", ".tiff")
 LABEL_SUFFIXES = (*SUFFIXES, ".png")
 PICTURES = (".png", ".bmp")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 IN_MEMORY = 64 << 20  # bytes of an array above which it lives in a temporary file
+_MOST_PACKED = 1100  # bytes that gzip makes of one at most, rounded up
 _USUAL_KEYS = ("probabilities", "softmax", "probs", "logits")
 _MAX_PICKLE = 16 << 20
-_SAFE = {
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-}
 
 
 def suffix_of(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
@@ -140,6 +134,8 @@ def _read_nifti(path: Path, folder: Path, classes_last: bool) -> np.ndarray:
     data = load_nifti(path, keep_file_open=True).dataobj  # class after class is one pass through a .gz
     dtype = data.dtype if (data.slope, data.inter) == (1.0, 0.0) else np.dtype(np.float32)
     shape = data.shape
+    if math.prod(shape) * data.dtype.itemsize > _MOST_PACKED * path.stat().st_size:  # before memory or disk is taken
+        raise UserError(f"{path}: its header claims the shape {shape}, more than the file holds. Fix: copy it again.")
     if len(shape) < 3:
         return np.asarray(data, dtype)
     if classes_last and len(shape) > 3:
@@ -241,15 +237,6 @@ def nnunet_picture(probabilities: Path) -> str:
     return next((s for s in suffixes if probabilities.with_name(stem + s).is_file()), "")
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickle data only: nothing in the file can name a function to call but NumPy's own constructors."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _SAFE:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
 def _read_properties(path: Path) -> dict[str, Any]:
     """Read nnU-Net's properties of a case; empty if there are none."""
     if not path.is_file():
@@ -258,7 +245,7 @@ def _read_properties(path: Path) -> dict[str, Any]:
     if path.stat().st_size <= _MAX_PICKLE:
         try:
             with path.open("rb") as file:
-                content = _PlainUnpickler(file).load()
+                content = PlainUnpickler(file).load()
             if isinstance(content, dict):
                 return content
             reason = f"it holds a {type(content).__name__}, not a dict"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from datasets.decode import ImageFolder, visible_files
 from rankseg.calibration import Calibration
 from scripts.decoding import arrays
 from scripts.decoding.arrays import Geometry, read_array, scratch, suffix_of
@@ -97,22 +98,27 @@ class Case:
     suffixes: tuple[str, str]
 
 
-def find_cases(folder: Path, suffixes: tuple[str, ...] = arrays.SUFFIXES) -> dict[str, Path]:
+def find_cases(
+    folder: Path, suffixes: tuple[str, ...] = arrays.SUFFIXES, without: Path | None = None
+) -> dict[str, Path]:
     """Return case name -> file: the path below the folder without its suffix.
 
-    nnU-Net's ``<case>.npz`` with ``<case>.pkl`` is the case; a segmentation of the same name is not.
+    Linked folders are followed; hidden ones, and ``without``, are skipped. nnU-Net's ``<case>.npz`` with ``<case>.pkl``
+    is the case; a segmentation of the same name is not.
     """
     if not folder.exists():
         raise FileNotFoundError(2, "no such file or folder", str(folder))
-    files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+    files = sorted(visible_files(folder, True, without and without.resolve())) if folder.is_dir() else [folder]
     found: dict[str, Path] = {}
     for path in files:
         suffix = suffix_of(path, suffixes)
         if suffix and not path.exists():
             raise UserError(f"{path}: a link to a file that does not exist. Fix: restore the file or the link.")
-        inside = Path(path.name) if folder.is_file() else path.relative_to(folder)
-        if not suffix or any(part.startswith(".") for part in inside.parts):
+        if not suffix:
             continue
+        if not path.is_file():  # opening a pipe could wait for ever
+            raise UserError(f"{path}: not a regular file. Fix: replace it by a file.")
+        inside = path.relative_to(folder) if folder.is_dir() else Path(path.name)
         name = inside.as_posix()[: -len(suffix)]
         stem = Path(name).name
         if suffix != ".npz" and all(path.with_name(stem + s).is_file() for s in (".npz", ".pkl")):
@@ -123,6 +129,13 @@ def find_cases(folder: Path, suffixes: tuple[str, ...] = arrays.SUFFIXES) -> dic
     if not found:
         raise UserError(f"{folder} holds no array ({' '.join(suffixes)}). Fix: give the folder of the arrays.")
     return found
+
+
+def unread(folder: Path, suffixes: tuple[str, ...], without: Path) -> str:
+    """Return the number and the suffixes of the files that are not read, but for nnU-Net's notes; "" for none."""
+    files = list(visible_files(folder, True, without.resolve())) if folder.is_dir() else []
+    known = (*suffixes, *arrays.PICTURES, ".pkl", ".json")
+    return ImageFolder(ignored=[path for path in files if not suffix_of(path, known)]).ignored_text
 
 
 def first_label(channels: int, args: Namespace) -> int:
@@ -148,7 +161,7 @@ class Folder:
     """
 
     def __init__(self, args: Namespace, probs: Path, labels: Path | None = None, valid: Path | None = None) -> None:
-        self.args, self.cases = args, find_cases(probs)
+        self.args, self.cases = args, find_cases(probs, without=args.out)
         self.labels = find_cases(labels, arrays.LABEL_SUFFIXES) if labels else None
         self.valid = find_cases(valid, arrays.LABEL_SUFFIXES) if valid else None
         self.values = FromStored(args.link, args.temperature, args.foreground_only)
@@ -163,7 +176,7 @@ class Folder:
     def channels(self) -> int:
         """The number of channels of the first case that can be read."""
         if self._channels is None and next(iter(self), None) is None:
-            raise UserError("\n".join(["no case can be read:", *self.failed.values()]))
+            raise UserError("no case can be read:", *self.failed.values())
         assert self._channels is not None
         return self._channels
 

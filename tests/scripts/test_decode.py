@@ -287,6 +287,21 @@ def test_a_broken_link_is_named(tmp_path: Path) -> None:
         run(folder, "-p", "max", "--out", tmp_path / "o")
 
 
+def test_links_are_followed_pipes_named_and_other_files_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_all(tmp_path / "elsewhere", softmax_maps(2, (6, 9)))
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "p" / "a.mha").touch()
+    assert run(tmp_path / "p", "-p", "max", "--out", tmp_path / "o") == 0
+    assert sorted(p.name for p in (tmp_path / "o" / "max" / "linked").iterdir()) == ["c0.npy", "c1.npy"]
+    assert "1 .mha" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "p" / "pipe.npy")
+    with pytest.raises(UserError, match=r"pipe\.npy: not a regular file"):
+        run(tmp_path / "p", "-p", "max", "--out", tmp_path / "o")
+
+
 def test_label_pictures_are_read_like_masks_of_a_data_set(tmp_path: Path) -> None:
     """An EXIF orientation is applied; a file of another format under the name .png never reaches its decoder."""
     Image = pytest.importorskip("PIL.Image")

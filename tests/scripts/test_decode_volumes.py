@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import pickle
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,18 @@ import pytest
 import torch
 
 import rankseg
+from scripts.decoding.arrays import nnunet_geometry
 from tests.scripts.decoding import Touch, drawn, result, run, save_all, softmax_maps
+
+
+class Call:
+    """Unpickling calls a function."""
+
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call[0], self.call[1:]
 
 
 class TestNifti:
@@ -143,6 +157,43 @@ class TestNnunet:
         assert not trace.exists()
         assert "case_1.pkl" in capsys.readouterr().err
         assert (tmp_path / "o" / "max" / "c0.npy").is_file()
+
+    @pytest.mark.parametrize("dtype", ["O", [("a", "O")]])
+    def test_no_bytes_of_a_pickle_become_the_address_of_an_object(
+        self, dtype: object, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        """NumPy makes an array of objects of any bytes. These are the address of a float: reading it breaks nothing."""
+        number = 1.5
+        affine = Call(np.ndarray, (4, 4), np.dtype(dtype), struct.pack("P", id(number)) * 16)
+        self._export(tmp_path / "p", {"nibabel_stuff": {"original_affine": affine}}, segmentation=False)
+        assert run(tmp_path / "p", "-p", "max", "--out", tmp_path / "o") == 1
+        assert "case_1.pkl" in capsys.readouterr().err
+
+    def test_an_encoding_that_multiplies_bytes_is_rejected(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        self._export(tmp_path / "p", Call(codecs.encode, b"a", "hex"), segmentation=False)
+        assert run(tmp_path / "p", "-p", "max", "--out", tmp_path / "o") == 1
+        assert "case_1.pkl" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("protocol", [2, 4])
+    def test_arrays_of_numbers_are_read(self, protocol: int, tmp_path: Path) -> None:
+        affine = np.arange(16).reshape(4, 4) + np.eye(4)
+        for array in (affine, np.asfortranarray(affine), affine.astype(">f4"), affine.T):
+            content = {"nibabel_stuff": {"original_affine": array}, "other": [np.float64(2), np.array([None, "a"])]}
+            (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+            found = nnunet_geometry(tmp_path / "a.npz")
+            assert found is not None and np.array_equal(found.affine, array)
+
+
+def test_a_header_that_claims_too_much_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nib = pytest.importorskip("nibabel")
+    save_all(tmp_path / "p", softmax_maps(1, (6, 9)))
+    path = tmp_path / "p" / "bomb.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 2), np.float32), np.eye(4)), path)
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[40:56] = struct.pack("<8h", 4, 30000, 30000, 30000, 2, 1, 1, 1)
+    path.write_bytes(gzip.compress(bytes(content)))
+    assert run(tmp_path / "p", "-p", "max", "--out", tmp_path / "o") == 1
+    assert "bomb.nii.gz" in capsys.readouterr().err and (tmp_path / "o" / "max" / "c0.npy").is_file()
 
 
 @pytest.mark.parametrize("damage", ["not gzip", "gzip without suffix", "truncated", "affine", "no file"])
