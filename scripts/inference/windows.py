@@ -219,7 +219,7 @@ def label_map(
     """
     if len(probs) != info.num_classes:
         raise UserError(
-            f"the network has {len(probs)} classes, the data set {info.num_classes}. Fix: pass the right --classes"
+            f"the network gives {len(probs)} classes, the data set {info.num_classes}. Fix: pass the right --classes"
         )
     labels = torch.full(probs.shape[1:], info.ignore_index, dtype=torch.uint8)
     best = torch.full(probs.shape[1:], -2.0)
