@@ -12,8 +12,7 @@ from rankseg.confidence import confidence
 from rankseg.expected import expected_dice, expected_iou
 from rankseg.label_map import label_map
 from rankseg.masks import RankResult
-from rankseg.rank_dice import rank_dice
-from rankseg.rank_iou import rank_iou
+from rankseg.rank_dice import rank_dice, rank_iou
 from rankseg.rules import Predictor, argmax, rankdice, rankiou, threshold
 
 __all__ = [

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankseg.gather import statistics
-from rankseg.poisson_binomial import moments, refined_cdf, refined_quantile
 from rankseg.solver import Solution, compares_losses, solve
 
 _TAIL = 1e-4
@@ -196,3 +196,34 @@ def _correlate(weights: Tensor, low: Tensor, longest: int, shift: float, numerat
     fast = 1 << (size - 1).bit_length()
     product = torch.fft.rfft(kernel, fast) * torch.fft.rfft(weights, fast).conj()
     return torch.fft.irfft(product, fast)[:, :longest]
+
+
+class Moments(NamedTuple):
+    """`mean` Σp, `variance` Σp(1-p), `third` central moment Σp(1-p)(1-2p), of shape (...)."""
+
+    mean: Tensor
+    variance: Tensor
+    third: Tensor
+
+
+def moments(probs: Tensor) -> Moments:
+    """Central moments of the law of `probs` (..., D), in float64."""
+    p = probs.double()
+    spread = p * (1 - p)
+    return Moments(p.sum(-1), spread.sum(-1), (spread * (1 - 2 * p)).sum(-1))
+
+
+def refined_cdf(x: Tensor, skewness: Tensor) -> Tensor:
+    """Refined normal distribution function Φ(x) + κ (1 - x²) φ(x) / 6 (Volkova, 1996), x standardised."""
+    density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    return torch.special.ndtr(x) + skewness * (1 - x * x) * density / 6
+
+
+def refined_quantile(level: float, skewness: Tensor) -> Tensor:
+    """Solve `refined_cdf`(x) = level for x by bisection on [-12, 12]: the shape of `skewness`."""
+    low, high = torch.full_like(skewness, -12), torch.full_like(skewness, 12)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = refined_cdf(middle, skewness) < level
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2

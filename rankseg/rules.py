@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rankseg.rank_dice import rank_dice
-from rankseg.rank_iou import rank_iou
+from rankseg.rank_dice import rank_dice, rank_iou
 from rankseg.validation import check_probs, eager_only
 
 

@@ -55,10 +55,11 @@ def statistics_kernel(
 
 
 @triton.jit
-def _root(cut, excess, volume, mean, DICE: tl.constexpr):
+def _root(cut, excess, volume, mean, gamma, DICE: tl.constexpr):
     """See `surrogate.excess_root`."""
-    slope = mean + 1 if DICE else mean
-    return tl.minimum(tl.maximum(cut + (excess - cut * slope) / (volume + slope), 0.001), 0.999)
+    slope = mean + gamma + 1 if DICE else mean + 2 * gamma
+    constant = gamma / 2 if DICE else gamma
+    return tl.minimum(tl.maximum(cut + (excess + constant - cut * slope) / (volume + slope), 0.001), 0.999)
 
 
 @triton.jit
@@ -69,6 +70,7 @@ def guess_kernel(
     pixels,
     step,
     mean,
+    smooth,
     cut,
     volume,
     density,
@@ -80,13 +82,13 @@ def guess_kernel(
     place = tl.arange(0, SAMPLE).to(tl.int64) * step
     inside = place < pixels
     p = tl.load(flat + row * stride_row + place * stride_pixel, mask=inside, other=0.0).to(tl.float64)
-    mu = tl.load(mean + row)
+    mu, gamma = tl.load(mean + row), tl.load(smooth)
     at = mu * 0 + 0.35
     count = mu * 0
     for _ in range(4):
         above = tl.maximum(p - at, 0.0)
         count = tl.sum(tl.where(above > 0, 1.0, 0.0), 0).to(tl.float64) * step
-        at = _root(at, tl.sum(above, 0) * step, count, mu, DICE)
+        at = _root(at, tl.sum(above, 0) * step, count, mu, gamma, DICE)
     near = tl.where(inside & (tl.abs(p - at) < 0.05), 1.0, 0.0)
     tl.store(cut + row, at)
     tl.store(volume + row, count)
@@ -109,6 +111,7 @@ def excess_kernel(flat, stride_row, stride_pixel, pixels, span, cut, excess, BLO
 @triton.jit
 def bracket_kernel(
     mean,
+    smooth,
     peak,
     cut,
     volume,
@@ -125,11 +128,12 @@ def bracket_kernel(
     row = tl.program_id(0)
     part = tl.arange(0, CHUNKS)
     total = tl.sum(tl.load(excess + row * chunks + part, mask=part < chunks, other=0.0), 0)
-    mu = tl.load(mean + row)
-    at = _root(tl.load(cut + row), total, tl.load(volume + row), mu, DICE)
+    mu, gamma = tl.load(mean + row), tl.load(smooth)
+    at = _root(tl.load(cut + row), total, tl.load(volume + row), mu, gamma, DICE)
     half = 3 * tl.sqrt(at / tl.load(density + row)) + 0.005 * at
-    large = mu * _NEGLIGIBLE > 1.01
-    bottom = tl.where(large, tl.maximum(at - half, 1e-3), tl.minimum(mu * _NEGLIGIBLE * 0.99, 0.1))
+    least_alone = (mu + gamma) * _NEGLIGIBLE
+    large = least_alone > 1.01
+    bottom = tl.where(large, tl.maximum(at - half, 1e-3), tl.minimum(least_alone * 0.99, 0.1))
     top = tl.where(large, at + half, 1.0)
     kept = tl.load(peak + row) > least
     tl.store(low + row, tl.where(kept, bottom, 2.0).to(low.dtype.element_ty))
@@ -207,11 +211,11 @@ def _values(window, start, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _loss_bound(total, captured, DICE: tl.constexpr):
+def _loss_bound(total, captured, gamma, DICE: tl.constexpr):
     """See `surrogate.loss_bound`; `total` is volume + mean."""
     if DICE:
-        return (total + 1 - 2 * captured) / (total + 1)
-    denominator = total - captured
+        return (total + 1 - 2 * captured) / (total + gamma + 1)
+    denominator = total + gamma - captured
     return tl.where(denominator > 0, (total - 2 * captured) / tl.maximum(denominator, 1e-300), 1.0)
 
 
@@ -223,7 +227,7 @@ def _series(u, p1, p2, p3, p4):
 
 @triton.jit
 def _integrate(
-    window, scores, table, band, width, n0, c0, mean, kept, first, last, stop, c1, c2, c3, c4, r1, r2, r3, r4,
+    window, scores, table, band, width, n0, c0, mean, gamma, kept, first, last, stop, c1, c2, c3, c4, r1, r2, r3, r4,
     DICE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scores of the volumes first..last that are of this band; see `exact._integrate`."""
@@ -247,26 +251,26 @@ def _integrate(
         step, v = _values(window, start, width, BLOCK)
         before = captured + tl.cumsum(v, 0) - v
         captured += tl.sum(v, 0)
-        volume = n0 + step
+        volume = n0 + step + gamma
         scale = volume + mean if DICE else volume + mean - before
         single = tl.where((step < kept) | ((step >= first) & (step < stop)), v, 0.0)[None, :]
         if DICE:
             part = single * (1 - u) / (1 - single * u)
             sums = base + tl.cumsum(part, 1) - part
-            found = tl.sum(tl.exp(log_all - volume[None, :] * t) * 2 * sums, 0)
+            found = tl.sum(tl.exp(log_all - volume[None, :] * t) * (gamma + 2 * sums), 0)
         else:
             part = _log1p(-(single * u))
             sums = base + tl.cumsum(part, 1) - part
-            found = tl.sum(tl.exp(log_all - sums - volume[None, :] * t), 0) * before
+            found = tl.sum(tl.exp(log_all - sums - volume[None, :] * t), 0) * (before + gamma)
         base += tl.sum(part, 1)[:, None]
         wanted = (step >= first) & (step <= last) & (_band(scale) == band)
         tl.store(scores + step, found, mask=wanted)
 
 
 @triton.jit
-def _denominator(window, width, n0, c0, mean, volume, BLOCK: tl.constexpr, DICE: tl.constexpr):
+def _denominator(window, width, n0, c0, mean, gamma, volume, BLOCK: tl.constexpr, DICE: tl.constexpr):
     """The mean denominator of the score at n0 + `volume` pixels."""
-    value = n0 + volume + mean
+    value = n0 + volume + mean + gamma
     if not DICE:
         inside = mean * 0
         for start in range(0, width, BLOCK):
@@ -278,8 +282,8 @@ def _denominator(window, width, n0, c0, mean, volume, BLOCK: tl.constexpr, DICE:
 
 @triton.jit
 def solve_kernel(
-    window, cursor, sums, low, high, table, scores, tau, cutpoint, tied, failed, capacity, pixels, least, peak, chunks,
-    DICE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    window, cursor, sums, low, smooth, table, scores, tau, cutpoint, tied, failed, capacity, pixels, least, peak,
+    chunks, DICE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The best volume of one row: bounds and proof as in `solver._attempt`, then quadrature."""
     row = tl.program_id(0).to(tl.int64)
@@ -302,7 +306,7 @@ def solve_kernel(
     if top > least:
         window += row * capacity
         scores += row * (capacity + 1)
-        mean = c1 + r1
+        mean, gamma = c1 + r1, tl.load(smooth)
         for start in range(0, width, BLOCK):
             _, v = _values(window, start, width, BLOCK)
             mean += tl.sum(v, 0)
@@ -312,7 +316,7 @@ def solve_kernel(
             step, v = _values(window, start, width, BLOCK)
             before = captured + tl.cumsum(v, 0) - v
             captured += tl.sum(v, 0)
-            bound = _loss_bound(n0 + step + mean, before, DICE)
+            bound = _loss_bound(n0 + step + mean, before, gamma, DICE)
             loss = tl.minimum(loss, tl.min(tl.where(step <= width, bound, float("inf")), 0))
         weight = mean * 0 + 2 if DICE else 2 - loss
         first, last = width + 1, width * 0 - 1
@@ -324,18 +328,22 @@ def solve_kernel(
             before = captured + tl.cumsum(v, 0) - v
             captured += tl.sum(v, 0)
             total = n0 + step + mean
-            margin = weight * before - (total - 1) + loss * (total - 1) + 1e-12 * total
-            wanted = ((margin >= 0) | (_loss_bound(total, before, DICE) == loss)) & (step <= width)
+            margin = weight * before - (total - 1) + loss * (total + gamma - 1) + 1e-12 * total
+            # The bounds do not hold for the empty mask, n0 + step = 0.
+            empty = (n0 + step == 0) & (gamma + step > 0)
+            wanted = ((margin >= 0) | (_loss_bound(total, before, gamma, DICE) == loss) | empty) & (step <= width)
             first = tl.minimum(first, tl.min(tl.where(wanted, step, width + 1), 0))
             last = tl.maximum(last, tl.max(tl.where(wanted, step, -1), 0))
             left += tl.sum(tl.where(step == 0, margin, 0.0), 0)
             right += tl.sum(tl.where(step == width, margin, 0.0), 0)
         largest = tl.where(n0 > 0, 1.0, tl.load(low + row).to(tl.float64))
-        proved = (n0 == 0) | ((left < 0) & ((1 - loss) * mean > 1))
-        proved = proved & ((right < 0) | (n0 + width == pixels)) & (largest <= mean * _NEGLIGIBLE)
+        # For γ < 1 the empty mask scores at most 1/μ, and for 0 < γ < 1 this quadrature cannot score it.
+        beaten = (gamma >= 1) | ((1 - loss) * mean > 1)
+        proved = ((n0 == 0) | (left < 0)) & (beaten | ((n0 == 0) & (gamma == 0)))
+        proved = proved & ((right < 0) | (n0 + width == pixels)) & (largest <= (mean + gamma) * _NEGLIGIBLE)
         proved = proved & (count <= capacity)
         # Pixels before the first and behind the last wanted volume join the power sums if they are small enough.
-        begin = _denominator(window, width, n0, c0, mean, first, BLOCK, DICE)
+        begin = _denominator(window, width, n0, c0, mean, gamma, first, BLOCK, DICE)
         confident = width * 0
         for start in range(0, width, BLOCK):
             _, v = _values(window, start, width, BLOCK)
@@ -354,16 +362,16 @@ def solve_kernel(
             r2 += tl.sum(y * y, 0)
             r3 += tl.sum(y * y * y, 0)
             r4 += tl.sum(y * y * y * y, 0)
-        end = _denominator(window, width, n0, c0, mean, last, BLOCK, DICE)
+        end = _denominator(window, width, n0, c0, mean, gamma, last, BLOCK, DICE)
         for band in range(_band(begin), _band(end) + 1):
             if band == 0:
                 _integrate(
-                    window, scores, table, band, width, n0, c0, mean, kept, first, last, stop,
+                    window, scores, table, band, width, n0, c0, mean, gamma, kept, first, last, stop,
                     c1, c2, c3, c4, r1, r2, r3, r4, DICE, 64, 16,
                 )  # fmt: skip
             else:
                 _integrate(
-                    window, scores, table, band, width, n0, c0, mean, kept, first, last, stop,
+                    window, scores, table, band, width, n0, c0, mean, gamma, kept, first, last, stop,
                     c1, c2, c3, c4, r1, r2, r3, r4, DICE, 16, 64,
                 )  # fmt: skip
         tl.debug_barrier()

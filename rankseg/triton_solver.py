@@ -10,7 +10,8 @@ The steps are those of `solver`; every step is one kernel of `triton_kernels` ov
 5. `equal_kernel`, `select_kernel`: the masks, tied pixels in the order of their position.
 
 The host reads two flags in the end: invalid values, and rows that are not proved or whose window overflowed. `solver`
-solves such rows. Overlapping masks with `smooth=0` are supported; everything else is left to the torch path.
+solves such rows. Overlapping masks are supported, with `smooth` up to the number of pixels. Everything else is left to
+the torch path.
 
 RANKSEG_BACKEND=triton selects this module. It is tested with Triton's interpreter (TRITON_INTERPRET=1) and compiles
 for a card; it has not run on one.
@@ -30,7 +31,7 @@ from torch import Tensor
 from rankseg.exact import node_table
 from rankseg.gather import statistics
 from rankseg.masks import RankResult, as_result, rows_of
-from rankseg.solver import solve
+from rankseg.solver import compares_losses, solve
 from rankseg.triton_kernels import (
     bracket_kernel,
     equal_kernel,
@@ -51,9 +52,9 @@ _SMALLEST_WINDOW = 8192
 
 
 @lru_cache(maxsize=4)
-def _table(device: torch.device) -> Tensor:
+def _table(device: torch.device, power: float) -> Tensor:
     """Times, logarithmic weights and u = 1 - e^{-t} of all bands: (3, bands, 64) float64."""
-    times, weights = node_table(device, 0.0)
+    times, weights = node_table(device, power)
     return torch.stack([times, weights, -torch.expm1(-times)])
 
 
@@ -64,12 +65,14 @@ def interpreted() -> bool:
 
 def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_overlap: bool) -> RankResult | None:
     """See `rankseg.backend.best_masks`; None for invalid values and for unsupported arguments."""
-    if smooth or not allow_overlap or type(probs) is not Tensor:
+    if not allow_overlap or type(probs) is not Tensor:
         return None
     if not (probs.is_cuda or (interpreted() and probs.device.type == "cpu")):
         return None
     flat = rows_of(probs)
     rows, pixels = flat.shape
+    if compares_losses(smooth, pixels):
+        return None
     device, dtype = flat.device, torch.float64 if flat.dtype == torch.float64 else torch.float32
     chunks = min(_CHUNKS, triton.cdiv(pixels, _BLOCK))
     span = triton.cdiv(triton.cdiv(pixels, chunks), _BLOCK) * _BLOCK
@@ -82,14 +85,15 @@ def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_ov
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    gamma = torch.full((1,), smooth, dtype=torch.float64, device=device)  # a number would be passed in float32
     total, peaks, bad = empty(*grid), empty(*grid, dtype=dtype), empty(*grid, dtype=torch.int32)
     statistics_kernel[grid](*source, span, total, peaks, bad, **read)
     mean, peak = total.sum(1), peaks.amax(1)
     cut, volume, density, excess = empty(rows), empty(rows), empty(rows), empty(*grid)
-    guess_kernel[(rows,)](*source, pixels // 4096 | 1, mean, cut, volume, density, SAMPLE=_SAMPLE, DICE=dice)
+    guess_kernel[(rows,)](*source, pixels // 4096 | 1, mean, gamma, cut, volume, density, SAMPLE=_SAMPLE, DICE=dice)
     excess_kernel[grid](*source, span, cut, excess, **read)
     low, high = empty(rows, dtype=dtype), empty(rows, dtype=dtype)
-    guess = (mean, peak, cut, volume, density, excess, low, high)
+    guess = (mean, gamma, peak, cut, volume, density, excess, low, high)
     bracket_kernel[(rows,)](*guess, least, chunks, DICE=dice, CHUNKS=_CHUNKS)
     capacity = min(triton.next_power_of_2(pixels), max(_SMALLEST_WINDOW, triton.next_power_of_2(pixels // 64)))
     window = torch.zeros(rows, capacity, dtype=dtype, device=device)
@@ -101,7 +105,7 @@ def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_ov
     cutpoint, failed = empty(rows, dtype=dtype), empty(rows, dtype=torch.int32)
     scores = empty(rows, capacity + 1)
     solution = (tau, cutpoint, tied, failed, capacity, pixels, least, peak, chunks)
-    state = (window, cursor, sums, low, high, _table(device), scores)
+    state = (window, cursor, sums, low, gamma, _table(device, smooth % 1), scores)
     solve_kernel[(rows,)](*state, *solution, DICE=dice, CHUNKS=_CHUNKS, BLOCK=512, num_warps=8)
     equal = empty(*grid, dtype=torch.int32)
     equal_kernel[grid](*source, span, cutpoint, tied, equal, **read)

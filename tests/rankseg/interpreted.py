@@ -43,17 +43,25 @@ def test_against_the_python_solver(kind: str, score: str) -> None:
     compare(maps()[kind], score)
 
 
+@pytest.mark.parametrize("smooth", [1e-3, 0.7, 1.0, 2.5, 90.0])
+@pytest.mark.parametrize("score", ["dice", "iou"])
+@pytest.mark.parametrize("kind", ["uniform", "tiny objects", "tied", "zeros and ones"])
+def test_smoothed_scores(kind: str, score: str, smooth: float) -> None:
+    compare(maps()[kind], score, smooth)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["dice", "iou"])
 @pytest.mark.parametrize("kind", ["large", "large, tied"])
 def test_large_objects(kind: str, score: str) -> None:
     compare(maps()[kind], score)
+    compare(maps()[kind], score, smooth=700.0)
 
 
-def compare(probs: Tensor, score: str) -> None:
+def compare(probs: Tensor, score: str, smooth: float = 0.0) -> None:
     for pruning in (True, False):
-        found = kernels.best_masks(probs, score, 0.0, pruning, True)
-        want = RULES[score](probs, pruning=pruning)
+        found = kernels.best_masks(probs, score, smooth, pruning, True)
+        want = RULES[score](probs, smooth=smooth, pruning=pruning)
         for mine, other in zip(found, want, strict=True):
             assert mine.dtype == other.dtype and torch.equal(mine, other)
 
@@ -84,7 +92,7 @@ def test_bounded_costs() -> None:
 
 def test_what_it_leaves_to_others() -> None:
     probs = maps()["uniform"]
-    assert kernels.best_masks(probs, "dice", 1.0, True, True) is None
+    assert kernels.best_masks(probs, "dice", 100.0, True, True) is None  # more than pixels
     assert kernels.best_masks(probs, "dice", 0.0, True, False) is None
     for wrong in (float("nan"), 1.5, -0.1):
         assert kernels.best_masks(probs.masked_fill(probs > 0.99, wrong), "dice", 0.0, True, True) is None

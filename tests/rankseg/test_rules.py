@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rankseg
-from rankseg.quadrature import jacobi, laguerre
+from rankseg.exact import jacobi, laguerre
 
 ALL = {
     "threshold": rankseg.threshold,

@@ -25,13 +25,13 @@ def test_with_the_interpreter(tier: str) -> None:
 
 SIGNATURES = """
 statistics_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 total=*fp64 peak=*fp32 bad=*i32
-guess_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 step=i64 mean=*fp64 cut=*fp64 volume=*fp64 density=*fp64
+guess_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 step=i64 mean=*fp64 smooth=*fp64 cut=*fp64 volume=*fp64 density=*fp64
 excess_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 cut=*fp64 excess=*fp64
-bracket_kernel mean=*fp64 peak=*fp32 cut=*fp64 volume=*fp64 density=*fp64 excess=*fp64 low=*fp32 high=*fp32 least=fp32 chunks=i32
+bracket_kernel mean=*fp64 smooth=*fp64 peak=*fp32 cut=*fp64 volume=*fp64 density=*fp64 excess=*fp64 low=*fp32 high=*fp32 least=fp32 chunks=i32
 gather_kernel flat=*fp16 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 low=*fp32 high=*fp32 sums=*fp64 window=*fp32 cursor=*i32 capacity=i32
 equal_kernel flat=*fp32 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 cutpoint=*fp32 tied=*i64 equal=*i32
 select_kernel flat=*bf16 stride_row=i64 stride_pixel=i64 pixels=i64 span=i64 tau=*i64 cutpoint=*fp32 tied=*i64 before=*i64 masks=*i8
-solve_kernel window=*fp32 cursor=*i32 sums=*fp64 low=*fp32 high=*fp32 table=*fp64 scores=*fp64 tau=*i64 cutpoint=*fp32 tied=*i64 failed=*i32 capacity=i32 pixels=i64 least=fp32 peak=*fp32 chunks=i32
+solve_kernel window=*fp32 cursor=*i32 sums=*fp64 low=*fp32 smooth=*fp64 table=*fp64 scores=*fp64 tau=*i64 cutpoint=*fp32 tied=*i64 failed=*i32 capacity=i32 pixels=i64 least=fp32 peak=*fp32 chunks=i32
 """  # noqa: E501
 
 
