@@ -6,7 +6,6 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from datasets import Cityscapes, EvalLoader, EvalTransform, TrainLoader, TrainTransform
-from scripts.benchmarks.timing import Stopwatch, add_clock
+from scripts.benchmarks.timing import add_clock, in_turn
 
 WIDTH, HEIGHT = 2048, 1024
 DECODE = "Pillow: decode image and mask"
@@ -50,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def measure(data: Cityscapes, args: argparse.Namespace) -> dict[str, float]:
-    """Return the median seconds for all frames, each way in turn so that drift meets all alike."""
+    """Return the median seconds of each way for all frames."""
     mean, std = data.info.mean, data.info.std
     train = TrainLoader(data, TrainTransform(mean, std, crop=512), 6, seed=0, num_workers=args.workers, drop_last=False)
     paper = EvalLoader(data, EvalTransform(mean, std, crop=512, legacy=True), 6, num_workers=args.workers)
@@ -61,13 +60,7 @@ def measure(data: Cityscapes, args: argparse.Namespace) -> dict[str, float]:
         "evaluation, paper: resize, centre crop 512": lambda: drain(paper),
         "evaluation, corrected: whole frame": lambda: drain(corrected),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
-        watch = Stopwatch(torch.device("cpu"), args.clock)
-        for name, way in ways.items():
-            watch.call(name, way)
-            seconds[name].append(watch.spent[name])
-    return {name: median(values[1:]) for name, values in seconds.items()}  # the first round warms up
+    return {name: getattr(spent, args.clock) for name, spent in in_turn(ways, args.rounds).items()}
 
 
 def pillow(data: Cityscapes) -> None:

@@ -11,24 +11,21 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import rankseg
 from rankseg.nonoverlap import surrogate_objective
+from scripts.benchmarks.timing import Seconds, in_turn
 
 PEER = """
 import json, sys, time, torch
@@ -38,7 +35,7 @@ probs, options = torch.load(sys.argv[1]), json.loads(sys.argv[2])
 rule, seconds = RankSEG(**options), []
 for _ in range(int(sys.argv[4])):
     begin = time.process_time(), time.perf_counter(); found = rule.predict(probs)
-    seconds.append((time.process_time() - begin[0], time.perf_counter() - begin[1]))
+    seconds.append((time.perf_counter() - begin[1], time.process_time() - begin[0]))
 torch.save(found, sys.argv[5])
 print(json.dumps([sorted(column)[len(column) // 2] for column in zip(*seconds)]))
 """
@@ -50,29 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
     parser.add_argument("--busy", type=int, default=0, help="busy processes next to the main table (default 0)")
     parser.add_argument("--size", type=int, default=512, help="pixels a side of the main row (default 512)")
-    parser.add_argument("--largest", type=int, default=2048, help="largest side of the scaling rows (default 2048)")
+    parser.add_argument("--largest", type=int, default=2048, help="largest side of the other sizes (default 2048)")
     parser.add_argument("--peer", help="python of an environment with rankseg==0.0.8")
-    parser.add_argument("--peer-trna", action="store_true", help="the peer's T-RNA too (two minutes a round)")
     parser.add_argument("--volume", action="store_true", help="a 1x2x256x256x256 volume too (1 GiB)")
-    parser.add_argument("--plot", type=Path, help="write the scaling plot to this file (needs matplotlib)")
     parser.add_argument("--logits", type=Path, help=".npz with `logits` (N, C, H, W) of a network, for real maps")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables to print (default all)")
 
 
-class Seconds(NamedTuple):
-    """Seconds of the processor, all threads together, and of the wall clock."""
-
-    processor: float
-    wall: float
-
-    def over(self, other: Seconds) -> str:
-        """Return both ratios as two cells of a table."""
-        return f"{self.processor / other.processor:.2f} | {self.wall / other.wall:.2f}"
-
-
-def now() -> Seconds:
-    """Return both clocks."""
-    return Seconds(time.process_time(), time.perf_counter())
+def ratios(value: Seconds, other: Seconds) -> str:
+    """Return the ratios of both clocks as two cells of a table."""
+    return f"{value.cpu / other.cpu:.2f} | {value.wall / other.wall:.2f}"
 
 
 @contextmanager
@@ -134,40 +118,12 @@ def fields(size: int, images: int = 6, classes: int = 19) -> dict[str, Tensor]:
     }
 
 
-def timed(
-    candidates: dict[str, Callable[[], object]], args: argparse.Namespace, device: str = "cpu"
-) -> dict[str, Seconds]:
-    """Median seconds of each candidate, all in turn each round, after one round that does not count."""
-    seconds: dict[str, list[Seconds]] = {name: [] for name in candidates}
-    for number in range(args.rounds + 1):
-        for name, run in candidates.items():
-            begin = now()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            end = now()
-            if number:
-                seconds[name].append(Seconds(end.processor - begin.processor, end.wall - begin.wall))
-    return {
-        name: Seconds(*(median(column) for column in zip(*values, strict=True))) for name, values in seconds.items()
-    }
-
-
 def peer(args: argparse.Namespace, probs: Tensor, rounds: int, **options: object) -> tuple[Seconds, Tensor]:
     """Median seconds and the prediction of PyPI `rankseg` on `probs`, in its own environment."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "probs.pt", Path(folder) / "found.pt"
         torch.save(probs, source)
-        command = [
-            args.peer,
-            "-c",
-            PEER,
-            source,
-            json.dumps(options),
-            str(args.threads),
-            str(rounds),
-            target,
-        ]
+        command = [args.peer, "-c", PEER, source, json.dumps(options), args.threads, rounds, target]
         out = subprocess.run(map(str, command), cwd=folder, check=True, capture_output=True, text=True).stdout
         return Seconds(*json.loads(out.splitlines()[-1])), torch.load(target)
 
@@ -196,13 +152,13 @@ def speed(args: argparse.Namespace, device: str) -> None:
     print("|---|---|---|---|---|---|")
     for kind, probs in fields(args.size).items():
         probs = probs.to(device)
-        rows = timed(candidates_for(probs, device), args, device)
+        rows = in_turn(candidates_for(probs, device), args.rounds, device)
         if args.peer and device == "cpu":
             options = {"metric": "dice", "solver": "RMA", "output_mode": "multilabel"}
             rows["peer, RMA, screening"] = peer(args, probs, args.rounds, safe_screening="auto", **options)[0]
         for name, value in rows.items():
-            ratio = value.over(rows["argmax + one-hot"])
-            print(f"| {kind} | {name} | {value.processor:.3f} | {value.wall:.3f} | {ratio} |")
+            ratio = ratios(value, rows["argmax + one-hot"])
+            print(f"| {kind} | {name} | {value.cpu:.3f} | {value.wall:.3f} | {ratio} |")
 
 
 def calls(run: Callable[[], object], number: int) -> None:
@@ -240,12 +196,12 @@ def shape_rows(probs: Tensor, args: argparse.Namespace) -> None:
     repeat = max(1, (1 << 17) // probs[0, 0].numel())
     rules = candidates_for(probs)
     kept = ["argmax + one-hot", *(f"rank_dice, {name}" for name in ("native", "python"))]
-    rows = timed({name: partial(calls, rules[name], repeat) for name in kept if name in rules}, args)
+    rows = in_turn({name: partial(calls, rules[name], repeat) for name in kept if name in rules}, args.rounds)
     shape = f"{'x'.join(map(str, probs.shape))} {str(probs.dtype).removeprefix('torch.')}"
     for name, value in rows.items():
         if name != "argmax + one-hot":
-            ratio = value.over(rows["argmax + one-hot"])
-            print(f"| {shape} | {name.split(', ')[1]} | {1000 * value.processor / repeat:.3f} | {ratio} |")
+            ratio = ratios(value, rows["argmax + one-hot"])
+            print(f"| {shape} | {name.split(', ')[1]} | {1000 * value.cpu / repeat:.3f} | {ratio} |")
 
 
 def real(args: argparse.Namespace) -> None:
@@ -266,20 +222,11 @@ def real(args: argparse.Namespace) -> None:
 def trna(args: argparse.Namespace) -> None:
     """The published approximations on 1x2x128x128."""
     probs = torch.softmax(torch.randn(1, 2, 128, 128, generator=torch.Generator().manual_seed(0)), dim=1)
-    rows = timed(
-        {
-            "T-RNA (app=1)": lambda: rankseg.rank_dice(probs, app=1),
-            "BA (app=2)": lambda: rankseg.rank_dice(probs, app=2),
-            "exact (app=0)": lambda: rankseg.rank_dice(probs),
-        },
-        args,
-    )
-    print("\n| 1x2x128x128 | seconds | against T-RNA here |\n|---|---|---|")
-    if args.peer and args.peer_trna:
-        rows["peer, TRNA"] = peer(args, probs, 1, metric="dice", solver="TRNA", output_mode="multilabel")[0]
+    names = ("exact (app=0)", "T-RNA (app=1)", "BA (app=2)")
+    rows = in_turn({name: partial(rankseg.rank_dice, probs, app) for app, name in enumerate(names)}, args.rounds)
+    print("\n| 1x2x128x128 | seconds | against T-RNA |\n|---|---|---|")
     for name, value in rows.items():
-        ratio = value.processor / rows["T-RNA (app=1)"].processor
-        print(f"| {name} | {value.processor:.4f} | {ratio:.1f} |")
+        print(f"| {name} | {value.cpu:.4f} | {value.cpu / rows[names[1]].cpu:.2f} |")
 
 
 def peak_extra(run: Callable[[], object]) -> int:
@@ -336,45 +283,6 @@ def one_label(args: argparse.Namespace) -> None:
         print(f"| sharpness {sharpness} | " + " | ".join(f"{cell:.5f}" for cell in cells) + " |")
 
 
-def scaling(args: argparse.Namespace) -> None:
-    """Growth with the number of pixels and with the number of classes."""
-    print("\n| pixels per class (2 classes, smooth) | seconds | ns per pixel |\n|---|---|---|")
-    points = []
-    for exponent in range(6, int(math.log2(args.largest)) + 1):
-        size = 2**exponent
-        probs = fields(size, images=1, classes=2)["smooth"]
-        value = timed({"": lambda p=probs: rankseg.rank_dice(p)}, args)[""].processor
-        points.append((size * size, value))
-        print(f"| {size}x{size} | {value:.4f} | {value / probs.numel() * 1e9:.2f} |")
-    (first, fast), (last, slow) = points[0], points[-1]
-    if last > first:
-        print(f"\nlog-log slope {math.log(slow / fast) / math.log(last / first):.2f}")
-    print("\n| classes (1xCx256x256, smooth) | seconds | ns per pixel |\n|---|---|---|")
-    for classes in (2, 19, 150):
-        probs = fields(256, images=1, classes=classes)["smooth"]
-        value = timed({"": lambda p=probs: rankseg.rank_dice(p)}, args)[""].processor
-        print(f"| {classes} | {value:.4f} | {value / probs.numel() * 1e9:.2f} |")
-    if args.plot:
-        plot(points, args.plot)
-
-
-def plot(points: list[tuple[int, float]], path: Path) -> None:
-    """Draw seconds over pixels, both logarithmic."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SystemExit("error: --plot needs matplotlib; pip install matplotlib, or leave --plot out") from error
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    pixels, seconds = zip(*points, strict=True)
-    axes.loglog(pixels, seconds, "o-", label="rank_dice, exact")
-    axes.loglog(pixels, [seconds[-1] * p / pixels[-1] for p in pixels], ":", color="0.5", label="linear")
-    axes.set(xlabel="pixels per class", ylabel="seconds (2 classes)")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "main": main_table,
     "shapes": shapes,
@@ -382,5 +290,4 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "approximations": trna,
     "memory": memory,
     "objective": one_label,
-    "scaling": scaling,
 }

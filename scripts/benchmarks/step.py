@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from configs import build
 from configs.compose import compose
-from scripts.benchmarks.timing import Stopwatch, add_clock
+from scripts.benchmarks.timing import Stopwatch, add_clock, in_turn
 from trainers.distributed import World, pick_device
 from trainers.errors import as_training_error
 from trainers.evaluator import Scoring
@@ -100,7 +100,7 @@ def parts(cfg: Any, where: World, batches: Iterator[Any], args: argparse.Namespa
     watch.watch(update.optimizer, "step", "optimizer")
     watch.watch(update, "_step", "check of the gradient")  # and the optimizer, which is taken off below
     rows: dict[str, list[float]] = {name: [] for name in PARTS}
-    for number in steps_of(args, "parts"):
+    for number in tqdm(range(args.steps + WARM_UP), desc="parts", leave=False, disable=None):
         watch.spent = dict.fromkeys(PARTS, 0.0)
         batch = watch.call("data", next, batches)
         watch.call("backward", update, batch)
@@ -116,23 +116,21 @@ def parts(cfg: Any, where: World, batches: Iterator[Any], args: argparse.Namespa
 def compare(
     cfg: Any, where: World, batches: Iterator[Any], args: argparse.Namespace, scoring: Scoring
 ) -> dict[str, float]:
-    """The median seconds of our step and of the original's two additions, on the same batches, in turn."""
-    shown = make(cfg, where, second_forward=True)
-    ways: dict[str, Callable[[Any], Any]] = {
-        "ours: one forward pass": make(cfg, where),
-        "a second forward pass per step: trainer.second_forward=true": make(cfg, where, second_forward=True),
-        SHOWN: lambda batch: with_metrics(shown, scoring, batch),
+    """Return the median seconds of our step and of the original's two additions, on the same batches, in turn."""
+    ours, twice, shown = make(cfg, where), *(make(cfg, where, second_forward=True) for _ in range(2))
+    batch: list[Any] = []
+
+    def load() -> None:
+        batch[:] = [next(batches)]
+
+    ways: dict[str, Callable[[], object]] = {
+        "data": load,
+        "ours: one forward pass": lambda: ours(*batch),
+        "a second forward pass per step: trainer.second_forward=true": lambda: twice(*batch),
+        SHOWN: lambda: with_metrics(shown, scoring, *batch),
     }
-    watch = Stopwatch(where.device, args.clock)
-    rows: dict[str, list[float]] = {name: [] for name in ways}
-    for number in steps_of(args, "one forward pass against two"):
-        batch = next(batches)
-        for name in list(ways)[:: 1 if number % 2 else -1]:
-            watch.spent.clear()
-            watch.call(name, ways[name], batch)
-            if number >= WARM_UP:
-                rows[name].append(watch.spent[name])
-    return {name: median(values) for name, values in rows.items()}
+    rows = in_turn(ways, args.steps, where.device, WARM_UP)
+    return {name: getattr(spent, args.clock) for name, spent in rows.items() if name != "data"}
 
 
 @torch.no_grad()
@@ -149,8 +147,3 @@ def with_metrics(update: Update, scoring: Scoring, batch: Any) -> tuple[Tensor, 
     probs = link_probs(kept[-1], update.criterion.link)  # type: ignore[arg-type]
     counts = count(probs > 0.5, scoring.encode(batch.targets.to(probs.device))).to("cpu")
     return counts.dice(), counts.iou(), counts.pixel_accuracy()
-
-
-def steps_of(args: argparse.Namespace, title: str) -> Any:
-    """The numbers of the steps, those that warm up included, behind a progress bar."""
-    return tqdm(range(args.steps + WARM_UP), desc=title, leave=False, disable=None)

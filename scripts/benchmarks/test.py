@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import resource
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -20,7 +18,7 @@ from configs import build
 from configs.checkpoint import load
 from configs.errors import UserError
 from scripts import ROOT
-from scripts.benchmarks.timing import Stopwatch, add_clock
+from scripts.benchmarks.timing import Seconds, Stopwatch, add_clock
 from trainers import evaluator
 from trainers.distributed import World, pick_device
 
@@ -36,13 +34,6 @@ PARTS = {
     "proper_scores": "log-loss and Brier score",
     "_collect": "averages",
 }
-
-
-class Spent(NamedTuple):
-    """Seconds of one command: by the clock on the wall, and of the processor."""
-
-    wall: float
-    processor: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,14 +56,14 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = args.resume or small(Path(folder), args.images)
         found = parts(checkpoint, args)
-        rows: dict[str, list[Spent]] = {name: [] for name in (*WAYS, IDLE)}
+        rows: dict[str, list[Seconds]] = {name: [] for name in (*WAYS, IDLE)}
         with tqdm(total=args.rounds * len(rows), unit="command", disable=None) as bar:
             for _ in range(args.rounds):
                 for name in rows:
                     bar.set_description(name)
                     rows[name].append(call("test.py", *arguments(name, checkpoint, Path(folder), args)))
                     bar.update()
-    print_commands({name: Spent(*map(median, zip(*spent, strict=True))) for name, spent in rows.items()})
+    print_commands({name: Seconds(*map(median, zip(*spent, strict=True))) for name, spent in rows.items()})
     print_parts(found, args.clock)
 
 
@@ -84,7 +75,7 @@ def arguments(name: str, checkpoint: Path, folder: Path, args: argparse.Namespac
     return ["-r", str(checkpoint), *chosen, "--out", str(folder), "--quiet", *args.overrides]
 
 
-def print_commands(rows: dict[str, Spent]) -> None:
+def print_commands(rows: dict[str, Seconds]) -> None:
     """One row a command: seconds, and the ratios to each of the single rules."""
     one, other = rows["-p max"], rows["-p rankdice"]
     print("| python test.py -r CHECKPOINT | seconds | / max | / rankdice | processor | / max | / rankdice |")
@@ -132,25 +123,15 @@ def parts(checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
 
 def small(folder: Path, images: int) -> Path:
     """A network trained for a moment on the built-in data; testing takes as long as for a good one."""
-    call(
-        "train.py",
-        "epochs=1",
-        f"dataset.num_images={{train: 16, val: 2, test: {images}}}",
-        f"save_dir={folder}",
-    )
+    call("train.py", "epochs=1", f"dataset.num_images={{train: 16, val: 2, test: {images}}}", f"save_dir={folder}")
     return next(folder.rglob("best_model.pth"))
 
 
-def call(command: str, *arguments: str) -> Spent:
+def call(command: str, *arguments: str) -> Seconds:
     """Run a command of the project and return what it took; say what it said if it fails."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / command), *arguments],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ),
-    )
+    done = subprocess.run([sys.executable, str(ROOT / command), *arguments], capture_output=True, text=True)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise UserError(f"{command} failed: {done.stderr.strip()}")
-    return Spent(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return Seconds(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

@@ -1,16 +1,44 @@
-"""The clock of the benchmarks: seconds of named parts, by the wall or of this process alone."""
+"""The clocks of the benchmarks: by the wall, and of this process alone."""
 
 from __future__ import annotations
 
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Seconds(NamedTuple):
+    """Seconds by the wall, and of the processor, all threads together."""
+
+    wall: float
+    cpu: float
+
+
+def in_turn(
+    ways: dict[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 1
+) -> dict[str, Seconds]:
+    """Return the median seconds of each way. All take turns in every round, so that drift affects all alike.
+
+    The first `warm_up` rounds do not count.
+    """
+    watches = {clock: Stopwatch(torch.device(device), clock) for clock in CLOCKS}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
+    for number in tqdm(range(rounds + warm_up), desc="rounds", leave=False, disable=None):
+        for name, way in ways.items():
+            begin = [watch.now() for watch in watches.values()]
+            way()
+            if number >= warm_up:
+                ends = [watch.now() for watch in watches.values()]
+                seconds[name].append(Seconds(*(end - start for end, start in zip(ends, begin, strict=True))))
+    return {name: Seconds(*map(median, zip(*spent, strict=True))) for name, spent in seconds.items()}
 
 
 def add_clock(parser: argparse.ArgumentParser) -> None:

@@ -107,7 +107,7 @@ def test_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RANKSEG_BACKEND", backend)
         with pytest.raises(ValueError, match=r"probs must lie in \[0, 1\]") as caught:
             rankseg.rank_dice(probs * 2)
-        taus = [rankseg.rank_dice(probs, smooth=smooth).tau.tolist() for smooth in (0.0, 1.0)]
+        taus = [rankseg.rank_dice(probs, smooth=smooth).tau.tolist() for smooth in (0.0, 1.0, 1e9)]
         printed.append((taus, str(caught.value)))
         assert bool(calls) == (backend == "triton")
     assert printed[0] == printed[1]

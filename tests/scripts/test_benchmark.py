@@ -73,13 +73,13 @@ def test_a_command_is_measured_and_its_failure_is_reported(tmp_path: Path, monke
     (tmp_path / "test.py").write_text(script)
     monkeypatch.setattr(test, "ROOT", tmp_path)
     spent = test.call("test.py")
-    assert spent.wall > 0 and spent.processor > 0
+    assert spent.wall > 0 and spent.cpu > 0
     with pytest.raises(ValueError, match=r"test\.py failed: .*absent\.pth"):
         test.call("test.py", "absent.pth")
 
 
 def test_ratios_are_to_each_single_rule(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = dict.fromkeys((*test.WAYS, test.IDLE), test.Spent(3.0, 6.0))
-    test.print_commands(rows | {"-p max": test.Spent(2.0, 4.0), "-p rankdice": test.Spent(1.0, 8.0)})
+    rows = dict.fromkeys((*test.WAYS, test.IDLE), test.Seconds(3.0, 6.0))
+    test.print_commands(rows | {"-p max": test.Seconds(2.0, 4.0), "-p rankdice": test.Seconds(1.0, 8.0)})
     last = capsys.readouterr().out.splitlines()[-2]
     assert last == "| `-p T -p max -p rankdice` | 3.00 | 1.50 | 3.00 | 6.00 | 1.50 | 0.75 |"
