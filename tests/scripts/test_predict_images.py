@@ -138,7 +138,7 @@ def test_labels_resolve_overlaps_and_gaps_as_documented() -> None:
 def test_labels_of_argmax_are_argmax() -> None:
     probs = torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(1)).softmax(0)
     assert torch.equal(label_map(probs, argmax, INFO).long(), probs.argmax(0))
-    with pytest.raises(ValueError, match="2 classes.*3"):
+    with pytest.raises(ValueError, match=r"2 classes.*3"):
         label_map(probs[:2], argmax, INFO)
 
 
