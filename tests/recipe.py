@@ -38,7 +38,8 @@ def fill(key: str, shape: list[int], gain: float) -> torch.Tensor:
     elif len(shape) == 1:
         values = 1 + 0.1 * rng.standard_normal(shape)
     else:
-        values = rng.standard_normal(shape) * math.sqrt(gain / math.prod(shape[1:]))
+        values = rng.standard_normal(shape)
+        values *= math.sqrt(gain / math.prod(shape[1:]))  # in place: some have a gigabyte
     return torch.from_numpy(values.astype(np.float32))
 
 

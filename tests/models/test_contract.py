@@ -22,8 +22,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "deeplabv3plus": DeepLabV3Plus,
     "pspnet": PSPNet,
     "fcn8": FCN8,
+    **{
+        f"narrow_{name}": functools.partial(make, narrow=4)
+        for name, make in (("deeplabv3plus", DeepLabV3Plus), ("pspnet", PSPNet), ("fcn8", FCN8))
+    },
 }
-QUICK_OR_SLOW = [pytest.param(n, marks=slow) if n == "fcn8" else n for n in NETWORKS]
+WHOLE = ("deeplabv3plus", "pspnet", "fcn8")  # the narrow ones have the same layers
+QUICK_OR_SLOW = [pytest.param(n, marks=slow) if n in WHOLE else n for n in NETWORKS]
 
 
 @pytest.fixture(scope="module", params=QUICK_OR_SLOW)

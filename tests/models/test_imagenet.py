@@ -85,11 +85,11 @@ def test_weights_are_downloaded_once_and_loaded(
             return f"{address}/{file}"
 
         monkeypatch.setattr(imagenet, "published", published)
-        for _ in range(2):
-            if name == "smp":
-                network = SMP("unet", "tu-resnet18.tv_in1k", 2, weights="imagenet").network.encoder.model
-            else:
-                network = (DeepLabV3Plus if name == "deeplabv3plus" else PSPNet)(2, "imagenet").backbone
+        if name == "smp":
+            network = SMP("unet", "tu-resnet18.tv_in1k", 2, weights="imagenet").network.encoder.model
+        else:
+            network = (DeepLabV3Plus if name == "deeplabv3plus" else PSPNet)(2, "imagenet").backbone
+        assert imagenet.download(source) == own_cache / file
         assert wanted == [source] * 2
         assert asked == [f"GET /{file}"]
     assert (own_cache / file).is_file()

@@ -90,7 +90,7 @@ def test_temperature_threshold_and_cutoffs_are_the_best_of_a_search(tmp_path: Pa
     assert result(calibrated, "rankdice")["scores"]["ece"] < result(out, "T")["scores"]["ece"]
 
 
-@pytest.mark.parametrize("shape", [(24, 20), (8, 9, 10)])
+@pytest.mark.parametrize("shape", [(24, 20), pytest.param((8, 9, 10), marks=pytest.mark.slow)])
 def test_one_channel_is_calibrated_as_two(shape: tuple[int, ...], tmp_path: Path) -> None:
     """One sigmoid channel and the softmax of two have the same temperature, threshold and scores."""
     maps = softmax_maps(5, shape, classes=2, seed=3)

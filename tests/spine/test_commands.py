@@ -1,6 +1,7 @@
 """The commands as a person runs them, in processes of their own.
 
-Each kind of command is started from nothing at least once; the others are forked, as imports take seconds.
+They are forked from a process that has imported torch, which takes seconds. Help, an error and a slow test start from
+nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def forked(name: str, arguments: list[str], cwd: Path) -> subprocess.CompletedPr
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small finished run in it."""
     folder = tmp_path_factory.mktemp("saved")
-    call("train.py", *SMALL, f"save_dir={folder}", cwd=folder, fork=False)
+    call("train.py", *SMALL, f"save_dir={folder}", cwd=folder)
     return folder
 
 
@@ -132,13 +133,20 @@ def test_testing_equals_the_validation_inside_training(run: Path, tmp_path: Path
 
 def test_train_test_table(trained: Path, run: Path, tmp_path: Path) -> None:
     arguments = ("-r", str(run / "best_model.pth"), "-p", "rankdice", "split=test", "-p", "T")
-    done = call("test.py", *arguments, cwd=tmp_path, fork=False)
+    done = call("test.py", *arguments, cwd=tmp_path)
     assert "## TESTING Results for Model: tiny + Loss: ce + predict: rankdice ##" in done.stdout
     assert "Mean_Dice" in done.stdout and "predictor" in done.stdout
     result = json.loads((run / "results" / "rankdice.json").read_text())
     assert result["dataset"]["num_images"] == len(result["images"])
     table = call("scripts/paper_tables.py", "--saved", str(trained), cwd=tmp_path)
     assert f"{100 * result['scores']['mean_dice']:.1f}" in table.stdout
+
+
+@pytest.mark.slow
+def test_training_and_testing_from_nothing(tmp_path: Path) -> None:
+    call("train.py", *SMALL, f"save_dir={tmp_path}", cwd=tmp_path, fork=False)
+    checkpoint = tmp_path / "synthetic" / "tiny" / "ce" / "seed0" / "best_model.pth"
+    assert "Mean_Dice" in call("test.py", "-r", str(checkpoint), "-p", "T", cwd=tmp_path, fork=False).stdout
 
 
 def test_calibrated_scores_have_a_folder_and_rows_of_their_own(trained: Path, run: Path) -> None:

@@ -74,13 +74,13 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
     assert rows(run) == rows(whole)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_no_number_depends_on_the_workers(workers: int, whole: Path, tmp_path: Path) -> None:
     train(tmp_path, f"num_workers={workers}")
     assert_same_run(run_dir(tmp_path), whole)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", pytest.param("SIGUSR2", marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_resume(name: str, whole: Path, tmp_path: Path) -> None:
     run, log = run_dir(tmp_path), tmp_path / "stopped.txt"
     process = begin("train.py", *SMALL, f"save_dir={tmp_path}", log=log)
