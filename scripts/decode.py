@@ -89,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         job.write_confidence(done)
     if args.labels and done:
         print(comparison(job.score(done, failed)))
-        print(f"results: {args.out / 'results'}")
+        print(one_line(f"results: {args.out / 'results'}"))
         if len(job.rules) > 1:
             print(job.compare())
         if args.report:
-            print(f"report: {job.report(failed)}")
+            print(one_line(f"report: {job.report(failed)}"))
     print(one_line(f"{args.out}: {', '.join(parts)}"))
     for problem in failed.values():
         print(one_line(f"  {problem}"), file=sys.stderr)

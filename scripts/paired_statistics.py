@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs.cli import run_cli
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.files import finite_or_none
 from scripts.analysis import charts
 from scripts.analysis.scores import HARM, RESAMPLES, compare, over_seeds, read_rule, result_folder, rules_in
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(markdown(found, seeds), end="")
     if args.plot:
         plot(found, args.plot)
-        print(f"written: {args.plot}", file=sys.stderr)
+        print(one_line(f"written: {args.plot}"), file=sys.stderr)
     return 0
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs.cli import run_cli
 from configs.compose import CONFIGS
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.files import file_sha256
 from scripts import ROOT
 from scripts.common import command_line
@@ -93,7 +93,7 @@ def _show(args: argparse.Namespace, saved: Path) -> int:
     if args.mode == "ours" and args.format == "md":
         path = saved / "tables.csv"
         path.write_text(render(found, "csv"), encoding="utf-8")
-        print(f"written: {path}", file=sys.stderr)
+        print(one_line(f"written: {path}"), file=sys.stderr)
     return 0
 
 

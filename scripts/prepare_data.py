@@ -308,7 +308,11 @@ def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = Fa
     for stem in (stem for stems in split.values() for stem in stems):
         if stem.splitlines() != [stem] or stem != stem.strip():
             raise UserError(f"{root}/images: the name {stem!r} cannot be a line of a file. Fix: rename it and its mask")
-    changed = [p for p, text in paths.items() if p.exists() and p.read_text(encoding="utf-8", errors="replace") != text]
+    changed = [
+        path
+        for path, text in paths.items()  # a pipe is not read: that could wait for ever
+        if path.exists() and not (path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text)
+    ]
     if changed and not force:
         names = ", ".join(path.name for path in changed)
         raise UserError(f"{root} has other split files ({names}); old scores would be incomparable. Fix: --force")

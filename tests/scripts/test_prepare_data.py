@@ -253,6 +253,16 @@ def test_split_without_options_is_the_pinned_one_of_kvasir() -> None:
     assert make_split(stems, {"val": 0.12}) == default_split(stems)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.timeout(30)
+def test_a_pipe_in_place_of_a_split_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.txt")
+    with pytest.raises(UserError, match=r"train\.txt"):
+        write_split(tmp_path, {"train": ["a"]})
+    write_split(tmp_path, {"train": ["a"]}, force=True)
+    assert (tmp_path / "train.txt").read_text() == "a\n"
+
+
 def test_split_is_a_partition_that_keeps_groups_together() -> None:
     stems = [f"p{k % 12}_{k}" for k in range(60)]
     split = make_split(stems, {"val": 0.2, "test": 0.2}, group=r"^(p\d+)_")
