@@ -53,7 +53,14 @@ def maps() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "smooth"), [*((kind, 0.0) for kind in maps()), *((kind, 2.5) for kind in ("images", "tied", "nothing"))]
+    ("kind", "smooth"),
+    [
+        *((kind, 0.0) for kind in maps()),
+        *(
+            pytest.param(kind, 2.5, marks=() if kind in ("images", "tied", "nothing") else pytest.mark.slow)
+            for kind in maps()
+        ),
+    ],
 )
 @pytest.mark.parametrize("name", list(RULES))
 def test_results_and_costs(name: str, kind: str, smooth: float, monkeypatch: pytest.MonkeyPatch) -> None:

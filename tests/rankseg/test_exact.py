@@ -197,7 +197,7 @@ def test_dtype_changes_nothing_but_the_input(dtype: torch.dtype) -> None:
 def test_tiles_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows cut into tiles of any length, or several to a tile, are the rows: volumes, masks and expected scores."""
     generator = torch.Generator().manual_seed(9)
-    for shape in ((2, 2, 307), (3, 2, 83), (1, 3, 60, 60)):
+    for shape in ((2, 2, 307), (3, 2, 83), (1, 3, 120, 120)):
         probs = torch.rand(shape, generator=generator).pow(2)
         whole = {score: rule(probs) for score, rule in RULES.items()}
         scores = {score: EXPECTED[score](probs, whole[score].predict) for score in RULES}
