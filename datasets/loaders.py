@@ -8,32 +8,31 @@ Shapes: N images of a batch, H and W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
-import math
 import multiprocessing
-import multiprocessing.process
+import multiprocessing.util
+import os
+import pickle
+import signal
 import sys
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as NoAnswer
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
 
 from .base import DatasetError, Sample, SegmentationDataset
 
 NO_EPOCH = -1  # evaluation draws nothing at random
-POLL = 1.0  # seconds between two looks at the workers while a batch is waited for
-PATIENCE = 10.0  # seconds after `timeout` for a batch that a worker has started to hand over
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -48,6 +47,7 @@ class Batch(NamedTuple):
 
 Key = tuple[int, int]  # epoch and index of the image that a worker is asked for
 Fault = tuple[str, str]  # name of an image that could not be read, and why
+Loaded = tuple[list[Batch], list[Fault]]
 
 
 def seed_of(*parts: int) -> int:
@@ -56,44 +56,41 @@ def seed_of(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 
 
-class Reader(Dataset):
-    """Read and transform one image per key, each with its own random numbers."""
+class Reader:
+    """Read and transform images by key, each with its own random numbers."""
 
     def __init__(self, dataset: SegmentationDataset, transform: Transform, seed: int, substitute: bool) -> None:
         self.dataset, self.transform, self.seed, self.substitute = dataset, transform, seed, substitute
 
-    def __getitem__(self, key: Key) -> tuple[int, Sample | None, list[Fault]]:
-        """Return index, sample and faults of a key. Any error but DatasetError is a bug, and is raised.
+    def load(self, keys: list[Key]) -> Loaded:
+        """Return the images of the keys as batches of one size each, in order, and the faults.
 
-        With `substitute`, the next readable image replaces one that cannot be read.
+        With `substitute`, the next readable image replaces one that cannot be read. Any error but DatasetError is a
+        bug, and is raised.
         """
-        (epoch, first), total, faults = key, len(self.dataset), list[Fault]()
+        faults: list[Fault] = []
+        samples = [found for epoch, first in keys if (found := self._read(epoch, first, faults))]
+        batches = []
+        for _, run in itertools.groupby(samples, key=lambda found: (found[0].image.shape, found[0].target.shape)):
+            read, indices = zip(*run, strict=True)
+            images, targets, names = zip(*read, strict=True)
+            batches.append(Batch(torch.stack(images), torch.stack(targets), list(names), list(indices)))
+        return batches, faults
+
+    def _read(self, epoch: int, first: int, faults: list[Fault]) -> tuple[Sample, int] | None:
+        total = len(self.dataset)
         for step in range(total if self.substitute else 1):
             index = (first + step) % total
             name = self.dataset.names[index]
             try:
-                return index, self.sample(epoch, index, name), faults
+                image, mask = self.dataset.read(index)
+                # torch.manual_seed would seed the accelerators too, and with them the network's dropout.
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+                    return Sample(*self.transform(image, mask), name), index
             except DatasetError as error:
                 faults.append((name, str(error)))
-        return first, None, faults
-
-    def sample(self, epoch: int, index: int, name: str) -> Sample:
-        image, mask = self.dataset.read(index)
-        # torch.manual_seed would seed the accelerators too, and with them the network's dropout.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            return Sample(*self.transform(image, mask), name)
-
-
-def collate(loaded: list[tuple[int, Sample | None, list[Fault]]]) -> tuple[list[Batch], list[Fault]]:
-    """Return the samples as batches of one size each, in order, and the faults."""
-    found = [(sample, index) for index, sample, _ in loaded if sample is not None]
-    batches = []
-    for _, run in itertools.groupby(found, key=lambda pair: (pair[0].image.shape, pair[0].target.shape)):
-        samples, indices = zip(*run, strict=True)
-        images, targets, names = zip(*samples, strict=True)
-        batches.append(Batch(torch.stack(images), torch.stack(targets), list(names), list(indices)))
-    return batches, [fault for _, _, faults in loaded for fault in faults]
+        return None
 
 
 class Loader:
@@ -123,79 +120,51 @@ class Loader:
             raise UserError(f"on_error={on_error!r} is invalid: expected raise or skip")
         self.dataset, self.transform, self.batch_size, self.seed = dataset, transform, batch_size, seed
         self.rank, self.world_size, self.on_error, self.timeout = rank, world_size, on_error, timeout
-        self.num_workers = num_workers
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.skipped: dict[str, str] = {}  # name -> why it was skipped
-        self._workers: list[multiprocessing.process.BaseProcess] = []  # empty until the first batch
-        self._plan: list[list[Key]] = []  # the keys of the next epoch, batch by batch
-        self._loader: DataLoader = DataLoader(
-            Reader(dataset, transform, seed, self.substitutes and on_error == "skip"),
-            batch_sampler=self._plan,
-            collate_fn=collate,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=pin_memory,
-            timeout=timeout if num_workers else 0,
-            worker_init_fn=_hide_lost_connections if num_workers else None,
-            generator=torch.Generator().manual_seed(seed_of(seed)),  # otherwise the global one is drawn from
-        )
+        self._reader = Reader(dataset, transform, seed, self.substitutes and on_error == "skip")
+        self._pool: ProcessPoolExecutor | None = None  # from the first batch on
 
     def _batches(self, plan: list[list[Key]]) -> Iterator[Batch]:
-        """Yield the planned batches, split where sizes change; raise ChildProcessError if a worker died or froze."""
-        self._plan[:] = plan
-        if not self.num_workers:
-            for batches, faults in self._loader:
-                self._note(faults)
-                yield from batches
-            return
-        # A thread waits for the workers: one that is frozen while it hands over a tensor blocks the waiting thread.
+        """Yield the planned batches, split where sizes change."""
+        for batches, faults in self._in_workers(plan) if self.num_workers else map(self._reader.load, plan):
+            if faults and self.on_error == "raise":
+                raise DatasetError(faults[0][1])
+            self.skipped.update(faults)
+            if faults and len(self.skipped) == len(self.dataset):
+                raise DatasetError(f"no image of {self.dataset.info.name} can be read: {faults[0][1]}")
+            for batch in batches:
+                if self.pin_memory:
+                    batch = batch._replace(images=batch.images.pin_memory(), targets=batch.targets.pin_memory())
+                yield batch
+
+    def _in_workers(self, plan: list[list[Key]]) -> Iterator[Loaded]:
+        """Yield what worker processes load for the plan; raise ChildProcessError if one died or froze."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self.num_workers, initializer=_start_worker, initargs=(self._reader,))
+            # A process that multiprocessing started waits for its children at exit, so its pools have to end before.
+            multiprocessing.util.Finalize(self, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
+        keys, ahead = iter(plan), deque[Future]()
         try:
-            if self._workers:
-                iterator = self._result(_in_thread(iter, self._loader))
-            else:  # in the main thread: otherwise torch does not watch its workers
-                others = multiprocessing.active_children()
-                with _hide_lost_workers():
-                    iterator = iter(self._loader)
-                self._workers = [p for p in multiprocessing.active_children() if p not in others]
             while True:
-                batches, faults = self._result(_in_thread(next, iterator, (None, [])))
-                if batches is None:
+                more = itertools.islice(keys, 2 * self.num_workers - len(ahead))
+                ahead.extend(self._pool.submit(_load, batch) for batch in more)
+                if not ahead:
                     return
-                self._note(faults)
-                yield from batches
-        except (RuntimeError, ConnectionError, EOFError, NoAnswer) as error:
-            if not _is_lost_worker(error):
-                raise
-            _kill_workers()
+                future = ahead.popleft()
+                yield future.result(self.timeout or None)
+        except (BrokenProcessPool, NoAnswer) as error:
+            if isinstance(error, NoAnswer) and future.done() and future.exception() is error:
+                raise  # a TimeoutError of the data set
+            _kill_workers(self._pool)
+            self._pool = None
             raise ChildProcessError(
-                f"a loader process died, or gave no batch for {self.timeout:g} s ({_first_line(error)}). "
+                f"a loader process died, or gave no batch for {self.timeout:g} s. "
                 "Fix: check whether memory or /dev/shm ran out, or set num_workers=0"
             ) from None
-
-    def _result(self, future: Future) -> Any:
-        """Wait for the thread's answer; raise NoAnswer after the timeout, or as soon as a worker is dead.
-
-        torch reports a death by an exception in the main thread. It is lost if it arrives where Python ignores
-        exceptions, as in a callback after a fork.
-        """
-        limit = time.monotonic() + self.timeout + PATIENCE if self.timeout else math.inf
-        while True:
-            try:
-                return future.result(POLL)
-            except NoAnswer:
-                if future.done():
-                    continue
-                dead = [worker for worker in self._workers if not worker.is_alive()]
-                if dead:
-                    raise NoAnswer(f"DataLoader worker (pid {dead[0].pid}) ended") from None
-                if time.monotonic() > limit:
-                    raise
-
-    def _note(self, faults: list[Fault]) -> None:
-        if faults and self.on_error == "raise":
-            raise DatasetError(faults[0][1])
-        self.skipped.update(faults)
-        if faults and len(self.skipped) == len(self.dataset):
-            raise DatasetError(f"no image of {self.dataset.info.name} can be read: {faults[0][1]}")
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 class TrainLoader(Loader):
@@ -278,77 +247,49 @@ class EvalLoader(Loader):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Failures of worker processes
+# Worker processes
+
+_reader: Reader  # of this worker
 
 
-def _hide_lost_connections(_worker: int) -> None:
-    """In a worker, print no traceback if the parent ends the connection, as it does when it fails.
-
-    Faults of images are raised in the parent; only threads of multiprocessing print here.
-    """
-    shown = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            shown(kind, error, trace)
-
-    sys.excepthook = hook
+def _start_worker(reader: Reader) -> None:
+    """Prepare a worker: it ends with its parent, which alone handles Ctrl-C and reports lost connections."""
+    global _reader
+    _reader = reader
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = _hide_lost_connection
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _in_thread(function: Callable[..., Any], *args: Any) -> Future:
-    """Call a function in a thread for which nobody waits at exit: it may be blocked for as long as `loader_timeout`."""
-    future: Future = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="batches", daemon=True).start()
-    return future
-
-
-@contextlib.contextmanager
-def _hide_lost_workers() -> Iterator[None]:
-    """Print no traceback if torch reports a dead worker where Python ignores exceptions: `_result` notices it."""
-    shown = sys.unraisablehook
-
-    def hook(found: sys.UnraisableHookArgs) -> None:
-        error = found.exc_value
-        if not (isinstance(error, RuntimeError) and _is_lost_worker(error)):
-            shown(found)
-
-    sys.unraisablehook = hook
+def _load(keys: list[Key]) -> Loaded:
     try:
-        yield
-    finally:
-        sys.unraisablehook = shown
+        return _reader.load(keys)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # an error that cannot be sent would look like a dead worker
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise
 
 
-def _is_lost_worker(error: Exception) -> bool:
-    """Return whether an error reports a dead or silent worker.
-
-    A worker can be killed while the parent fetches a tensor from it over a connection. An error inside a worker is
-    different: its message begins with "Caught ... in DataLoader worker process".
-    """
-    text = _first_line(error)
-    return text.startswith("DataLoader") if isinstance(error, RuntimeError) else not text.startswith("Caught ")
+def _hide_lost_connection(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the error of a thread, but not if the parent ended its connection, as it does when it fails."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
-def _kill_workers() -> None:
-    """Kill the workers that are left: one that missed a SIGTERM would be waited for at exit.
-
-    torch raises RuntimeError in its handler of SIGCHLD when they end, here or while `join` waits.
-    """
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            with contextlib.suppress(RuntimeError):
-                process.kill()
-                process.join(5)
-            with contextlib.suppress(RuntimeError):
-                process.join(5)
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _kill_workers(pool: ProcessPoolExecutor) -> None:
+    """Kill the workers that are left: one that is frozen would be waited for at exit."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+        process.join(5)
+    pool.shutdown(wait=False)

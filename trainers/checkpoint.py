@@ -49,8 +49,6 @@ def save(payload: dict[str, Any], path: Path, keep_as: Path | None = None) -> No
             _copy(path, keep_as)
         os.replace(temporary, path)
     except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into a RuntimeError
-        if dead := _dead_worker(error):
-            raise dead from None
         reason = str(error).splitlines()[0]
         raise OSError(
             f"{path} could not be written ({reason}): is the disk full? The file before it is kept."
@@ -58,16 +56,6 @@ def save(payload: dict[str, Any], path: Path, keep_as: Path | None = None) -> No
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
-
-
-def _dead_worker(error: BaseException | None) -> BaseException | None:
-    """Return torch's report of a dead loader process, if it is the error or what the error was raised from.
-
-    torch raises it in the main thread at any moment. In the middle of `torch.save` the writer then fails as well.
-    """
-    while error is not None and "DataLoader worker" not in str(error):
-        error = error.__context__
-    return error
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -22,11 +22,6 @@ _KNOWN = (
         "another process of this training stopped answering",
         "read its own message above; start again with the same command",
     ),
-    (
-        r"DataLoader worker .* (killed by signal|exited unexpectedly)",
-        "a loader process died",
-        "check whether memory or /dev/shm ran out, or set num_workers=0",
-    ),
 )
 
 

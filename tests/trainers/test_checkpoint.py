@@ -96,24 +96,6 @@ def test_a_full_disk_keeps_the_one_before(moment: str, tmp_path: Path, monkeypat
     assert number(these.newest()) == 3
 
 
-def test_a_worker_that_dies_during_a_write_is_not_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch raises the death in the main thread, and then its own writer fails over the half-written file."""
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        try:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-        finally:
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
-
-    these = manage(tmp_path)
-    these.save_last(payload(1))
-    before = (tmp_path / "last.pth").read_bytes()
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid 7\)"):
-        these.save_last(payload(2))
-    assert (tmp_path / "last.pth").read_bytes() == before
-
-
 def test_a_limit_of_the_file_size_stops_the_write(tmp_path: Path) -> None:
     """A limit of the file size plays a full disk: every user may set one."""
     these = manage(tmp_path)
