@@ -12,14 +12,13 @@ from configs import build
 from configs.checkpoint import check_classes, load
 from configs.cli import list_skipped, run_cli
 from configs.compose import options
-from configs.errors import one_line
+from configs.errors import as_training_error, one_line
 from configs.files import file_sha256, require_writable
-from configs.fitting import Fitter, is_calibrated
+from configs.fitting import Fitter, folder_of_results, is_calibrated
 from trainers.distributed import World, join_world
-from trainers.errors import as_training_error
 from trainers.evaluator import evaluate
 from trainers.reproducibility import provenance
-from trainers.results import comparison, fingerprint, results_folder
+from trainers.results import comparison, fingerprint
 
 ROOT = Path(__file__).resolve().parent
 ALL = ("T", "T_fit", "max", "rankdice", "rankiou", "pooled_dice")
@@ -71,14 +70,7 @@ def score(args: argparse.Namespace, world: World) -> None:
     build.absolute_root(cfg)
     data = build.dataset(cfg, cfg.split)
     check_classes(checkpoint, data.info.classes, args.resume)
-    folder = args.out or args.resume.resolve().parent / results_folder(
-        args.resume.name,
-        cfg.protocol.results,
-        threshold=threshold,
-        calibrated=is_calibrated(cfg),
-        focal_corrected=cfg.correct_focal,
-        gate=cfg.gate,
-    )
+    folder = args.out or folder_of_results(args.resume, cfg)
     if world.is_main:
         require_writable(folder)
     criterion = build.loss(cfg)

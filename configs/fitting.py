@@ -23,12 +23,20 @@ from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from rankseg.pooled import ProbabilityHistogram
 from trainers.distributed import World, gather_objects
 from trainers.evaluator import Scoring, evaluate
-from trainers.fitted import FittedFile, GatedRule, OtherProbs, held_out_fit
+from trainers.fitted import (
+    FittedFile,
+    GatedRule,
+    OtherProbs,
+    ThresholdFit,
+    ThresholdTable,
+    choose,
+    fit_gate,
+    held_out_fit,
+)
 from trainers.forward import ToProbs, forward, measure
 from trainers.losses import Link, SegmentationLoss
 from trainers.metrics import mean_over_classes
-from trainers.results import EvalResult
-from trainers.tuning import ThresholdFit, ThresholdTable, choose, fit_gate
+from trainers.results import EvalResult, results_folder
 
 _CALIBRATED = "rankdice calibrated"  # a candidate of rule auto
 
@@ -49,6 +57,19 @@ def is_calibrated(cfg: DictConfig) -> bool | str:
     """Return whether logits are calibrated: False, True, or "class" (see `trainers.results.results_folder`)."""
     kind = calibration_kind(cfg)
     return kind if kind == "class" else kind == "temperature" or cfg.temperature != 1
+
+
+def folder_of_results(checkpoint: Path, cfg: DictConfig) -> Path:
+    """Return the folder of a checkpoint's results under a configuration with the options of ``configs/test.yaml``."""
+    below = results_folder(
+        checkpoint.name,
+        cfg.protocol.results,
+        threshold=build.threshold(cfg),
+        calibrated=is_calibrated(cfg),
+        focal_corrected=cfg.correct_focal,
+        gate=cfg.gate,
+    )
+    return checkpoint.resolve().parent / below
 
 
 class Fitter:
@@ -149,34 +170,38 @@ class Fitter:
         """
         values: dict[str, dict[str, Any]] = {}
         rules: dict[str, Predictor] = {}
-
-        def fit(name: str, fit_values: Callable[[], dict[str, Any]], on: SegmentationDataset | None = None) -> Any:
-            values[name] = self._values(name, self.rule_settings(name), fit_values, f"rule {name}", on)
-            return values[name]
-
         for name in names:
-            node = build.rule_node(name, self.cfg)
+            node, split = build.rule_node(name, self.cfg), None
             if name == "auto":
-                found = fit(name, self._choose)
-                with self._reading("rule auto"):
-                    rules[name] = self._build_choice(found)
+                fit = self._choose
+            elif name.startswith("pooled"):
+                fit, split = partial(self._pool, node, scored), scored
             elif build.needs_fit(node):
-                if name.startswith("pooled"):
-                    found = fit(name, partial(self._pool, node, scored), scored)
-                else:
-                    found = fit(name, partial(self._fit_threshold, bool(node.per_class)))
-                with self._reading(f"rule {name}"):
-                    arguments = {key: found[key] for key in ("at", "gated") if key in found}
-                    rules |= build.rules([name], self.cfg, {name: arguments})
-                    self._try(rules[name])
+                fit = partial(self._fit_threshold, bool(node.per_class))
+            elif build.is_ranking(node) and self.cfg.gate == "fit":
+                fit = partial(self._fit_gate, name)
             else:
                 rules |= build.rules([name], self.cfg)
-                if build.is_ranking(node) and self.cfg.gate == "fit":
-                    found = fit(name, partial(self._fit_gate, name, rules[name]))
-                    with self._reading(f"gate=fit of {name}"):
-                        rules[name] = GatedRule(rules[name], float(found["least"]))
-                        self._try(rules[name])
+                continue
+            values[name] = self._values(name, self.rule_settings(name), fit, f"rule {name}", split)
+            with self._reading(f"rule {name}"):
+                rules[name] = self._build(name, values[name])
+                self._try(rules[name])
         return rules, values
+
+    def _build(self, name: str, values: Mapping[str, Any]) -> Predictor:
+        """Build a rule with its fitted values."""
+        if "least" in values:
+            return GatedRule(build.rules([name], self.cfg)[name], float(values["least"]))
+        if name != "auto":
+            at = {key: values[key] for key in ("at", "gated") if key in values}
+            return build.rules([name], self.cfg, {name: at})[name]
+        chosen = values["rule"]
+        if chosen == _CALIBRATED:
+            return OtherProbs(self.rules(["rankdice"])[0]["rankdice"], self.to_probs("temperature"))
+        if chosen not in ("T", "max", "T_fit", "rankdice"):
+            raise UserError(f"{self.file.path}: rule={chosen!r} is not a choice. Fix: delete the file.")
+        return self.rules([chosen])[0][chosen]
 
     def describe_calibration(self) -> dict[str, Any]:
         """Return the description of the calibration for a result file."""
@@ -322,8 +347,8 @@ class Fitter:
             to_probs=self.to_probs(), precision=self.precision, progress=progress, **options,
         )  # fmt: skip
 
-    def _fit_gate(self, name: str, rule: Predictor) -> dict[str, Any]:
-        result = self._evaluate({name: rule}, "fitting the gate", confidences=True)[name]
+    def _fit_gate(self, name: str) -> dict[str, Any]:
+        result = self._evaluate(build.rules([name], self.cfg), "fitting the gate", confidences=True)[name]
         assert result.confidence is not None
         counts = result.counts
         least, mean = fit_gate(result.confidence, counts.dice(), counts.actual, result.scored)
@@ -340,14 +365,6 @@ class Fitter:
         assert held_out is not None
         found = choose({**dice, "T_fit": held_out})
         return {"rule": found.rule, "why": found.why, "differences_to_T": found.differences}
-
-    def _build_choice(self, values: Mapping[str, Any]) -> Predictor:
-        chosen = values["rule"]
-        if chosen == _CALIBRATED:
-            return OtherProbs(self.rules(["rankdice"])[0]["rankdice"], self.to_probs("temperature"))
-        if chosen not in ("T", "max", "T_fit", "rankdice"):
-            raise UserError(f"{self.file.path}: rule={chosen!r} is not a choice. Fix: delete the file.")
-        return self.rules([chosen])[0][chosen]
 
 
 def _plain(value: Any) -> Any:

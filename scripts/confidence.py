@@ -26,14 +26,13 @@ from configs.cli import run_cli
 from configs.compose import options
 from configs.errors import UserError, one_line
 from configs.files import write_json
-from configs.fitting import Fitter, is_calibrated
+from configs.fitting import Fitter, folder_of_results
 from scripts import ROOT
 from scripts.analysis import charts
 from scripts.analysis.measure import assess, known_pairs
 from scripts.common import add_checkpoint_options, check_checkpoint_options, check_least, command_line, load_run
 from trainers.distributed import World, join_world
 from trainers.reproducibility import provenance
-from trainers.results import results_folder
 from trainers.selective import MaskRecord, conformal_margin, record_masks
 
 
@@ -83,15 +82,7 @@ def measure(args: argparse.Namespace, world: World) -> Path | None:
     fitter.save()
     if not world.is_main:
         return None
-    results = results_folder(
-        path.name,
-        cfg.protocol.results,
-        threshold=build.threshold(cfg),
-        calibrated=is_calibrated(cfg),
-        focal_corrected=cfg.correct_focal,
-        gate=cfg.gate,
-    )
-    folder = args.out or path.resolve().parent / results / "confidence" / name
+    folder = args.out or folder_of_results(path, cfg) / "confidence" / name
     about = {
         "rule": name,
         "fitted_on": {"split": args.fit, "fingerprint": held_out.fingerprint(), "images": fitted.names},

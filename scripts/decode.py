@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from configs.cli import run_cli
 from configs.compose import options
-from configs.errors import TrainingError, UserError, one_line
+from configs.errors import TrainingError, UserError, as_training_error, one_line
 from configs.files import read_json, require_writable, write_json, write_text
 from rankseg.calibration import Reliability
 from scripts import ROOT
@@ -55,7 +55,6 @@ from scripts.decoding.labelled import FolderFitter, write_report
 from scripts.paired_statistics import markdown
 from scripts.report import facts_of_report
 from trainers.distributed import pick_device
-from trainers.errors import as_training_error
 from trainers.evaluator import Scoring, probability_scores
 from trainers.metrics import Counts
 from trainers.reproducibility import provenance

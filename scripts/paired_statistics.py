@@ -36,8 +36,8 @@ from configs.files import finite_or_none
 from scripts.analysis import charts
 from scripts.analysis.scores import HARM, RESAMPLES, compare, over_seeds, read_rule, result_folder, rules_in
 from scripts.common import check_least, command_line
+from trainers.fitted import choose
 from trainers.text import markdown_table, markdown_text
-from trainers.tuning import choose
 
 AUTO = ("T", "max", "rankdice")  # what rule auto chooses from, without T_fit
 

@@ -1,6 +1,8 @@
-"""Rules and calibrations with values that are fitted for one checkpoint, and the file that stores them next to it.
+"""Decisions that are fitted on validation images: the rules that use them, how they are fitted, and their file.
 
-Shapes: N images, C classes, H × W pixels.
+They are a calibration, a threshold, a gate for absent classes, and the choice of a rule.
+
+Shapes: N images, C classes, H × W pixels (or any spatial axes *S), K thresholds.
 """
 
 from __future__ import annotations
@@ -8,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +23,11 @@ from rankseg import Predictor
 from rankseg.confidence import gate_by_score
 from trainers.distributed import World, gather_objects
 from trainers.forward import measure
-from trainers.metrics import PerImage
+from trainers.metrics import PerImage, Truth, mean_over_classes
 
 FORMAT = 1
+THRESHOLDS = tuple(k / 100 for k in range(1, 100))
+_GATE = 0.5  # the published gate: a class is predicted if its largest probability exceeds this
 _PIXELS = 4096  # of an image, at a regular stride: neighbouring pixels hold nearly the same information
 
 
@@ -30,7 +35,7 @@ def fitted_threshold(probs: Tensor, *, at: float | Sequence[float], gated: bool,
     """Rule T_fit: select the pixels with p >= `at`; `gated` empties a mask if no probability exceeds 1/2."""
     masks = rankseg.threshold(probs, at=at)
     if gated:
-        masks = masks & (probs.flatten(2).amax(2) > 0.5).view(*probs.shape[:2], *[1] * (probs.ndim - 2))
+        masks = masks & (probs.flatten(2).amax(2) > _GATE).view(*probs.shape[:2], *[1] * (probs.ndim - 2))
     return masks
 
 
@@ -59,6 +64,10 @@ class OtherProbs:
 
     def __call__(self, probs: Tensor) -> Tensor:
         return self.rule(probs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How they are fitted
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +114,166 @@ def held_out_fit(
                 "Fix: choose an earlier checkpoint, or trainer.precision=fp32 if it was trained in fp16."
             )
         return fit(logits, labels, link, ignore_index=ignore_index)
+
+
+class ThresholdFit(NamedTuple):
+    """A fitted threshold."""
+
+    at: float | list[float]  # for all classes, or for each
+    gated: bool  # whether classes whose largest probability is at most 1/2 get the empty mask
+    mean_dice: float  # of the images that it was fitted on
+    held_out: Tensor | None  # (N,) mean Dice of each image with the threshold that all others choose; only for one `at`
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdTable(PerImage):
+    """Counts of every image and class at every threshold, from which the mean Dice of a threshold is computed."""
+
+    hits: Tensor  # (N, C, K) int32, true positives of {p >= threshold}
+    selected: Tensor  # (N, C, K) int32, its pixels
+    actual: Tensor  # (N, C) int64, true pixels
+    likely: Tensor  # (N, C) bool, whether the largest probability exceeds 1/2
+    thresholds: tuple[float, ...]
+
+    @staticmethod
+    @torch.no_grad()
+    def of_batch(probs: Tensor, truth: Truth, thresholds: Sequence[float] = THRESHOLDS) -> ThresholdTable:
+        """Count a batch of probabilities (N, C, *S) against its truth."""
+        images, classes = probs.shape[:2]
+        steps = len(thresholds) + 1
+        grid = torch.tensor(thresholds, dtype=torch.float64, device="cpu").to(probs.device, probs.dtype)
+        rows = torch.arange(images * classes, device=probs.device).view(-1, 1) * steps
+        # Entry k of a row: the pixels that pass k thresholds and not k + 1.
+        places = torch.bucketize(probs.flatten(2).flatten(0, 1), grid, right=True) + rows
+        onehot = truth.onehot.flatten(2).flatten(0, 1)
+        hits = torch.bincount(places[onehot], minlength=images * classes * steps)
+        if truth.valid is not None:
+            places = places[truth.valid.flatten(1).repeat_interleave(classes, 0)]
+        selected = torch.bincount(places.flatten(), minlength=images * classes * steps)
+        likely = probs.flatten(2).amax(2) > _GATE
+
+        def passing(count: Tensor) -> Tensor:
+            return count.view(images, classes, steps).flip(2).cumsum(2).flip(2)[..., 1:].int().cpu()
+
+        return ThresholdTable(passing(hits), passing(selected), truth.actual.cpu(), likely.cpu(), tuple(thresholds))
+
+    def dice(self, gated: bool = False) -> Tensor:
+        """Return the Dice of every image and class at every threshold: (N, C, K) float64, NaN for 0/0."""
+        kept = self.likely[..., None] if gated else torch.ones_like(self.likely)[..., None]
+        total = self.selected * kept + self.actual[..., None]
+        return torch.where(total > 0, 2 * (self.hits * kept).double() / total, torch.nan)
+
+    def fit(self, scored: Sequence[int], per_class: bool = False) -> ThresholdFit:
+        """Choose the threshold, and whether to use the gate, by the mean Dice over the `scored` classes.
+
+        With `per_class` the thresholds are improved one class after another from the common one, as long as the mean
+        rises. Ties go to the smaller change: no gate, and the threshold nearest to 1/2.
+        """
+        by_gate = {gated: self.dice(gated)[:, list(scored)] for gated in (False, True)}
+        candidates = [
+            (round(float(mean), 12), -abs(cut - 0.5), not gated, k)
+            for gated, dice in by_gate.items()
+            for k, (cut, mean) in enumerate(zip(self.thresholds, dice.nanmean(1).nanmean(0), strict=True))
+        ]
+        score, _, ungated, k = max(candidates)
+        if not per_class:
+            return ThresholdFit(self.thresholds[k], not ungated, score, _leave_one_out(by_gate))
+        chosen, score = self._ascend(by_gate[not ungated], k)
+        at = [self.thresholds[k]] * self.actual.shape[1]
+        for c, place in zip(scored, chosen, strict=True):
+            at[c] = self.thresholds[place]
+        return ThresholdFit(at, not ungated, score, None)
+
+    def _ascend(self, dice: Tensor, start: int) -> tuple[list[int], float]:
+        """Maximise the mean of `dice` (N, C, K) by coordinate ascent, starting with one threshold for all classes."""
+        images, classes, _ = dice.shape
+        chosen, score = [start] * classes, -1.0
+        defined, value = ~dice.isnan(), dice.nan_to_num()
+        while True:
+            before = score
+            for c in range(classes):
+                others = [j for j in range(classes) if j != c]
+                places = [chosen[j] for j in others]
+                total = value[:, c] + value[:, others, places].view(images, -1, 1).sum(1)
+                number = defined[:, c] + defined[:, others, places].view(images, -1, 1).sum(1)
+                means = torch.where(number > 0, total / number.clamp(min=1), torch.nan).nanmean(0)
+                if float(means.max()) > score + 1e-12:
+                    chosen[c], score = int(means.argmax()), float(means.max())
+            if score <= before + 1e-12:
+                return chosen, score
+
+
+def _leave_one_out(by_gate: Mapping[bool, Tensor]) -> Tensor:
+    """Return the Dice (N,) of each image with the threshold and gate that the other images choose."""
+    means = torch.cat([dice.nanmean(1) for dice in by_gate.values()], dim=1)
+    defined, value = ~means.isnan(), means.nan_to_num()
+    others = value.sum(0) - value
+    number = (defined.sum(0) - defined.int()).clamp(min=1)
+    return means.gather(1, (others / number).argmax(1, keepdim=True))[:, 0]
+
+
+def fit_gate(expected: Tensor, dice: Tensor, actual: Tensor, scored: Sequence[int]) -> tuple[float, float]:
+    """Choose the gate with the largest mean Dice. It empties a mask whose expected Dice is lower. Return gate and mean.
+
+    Args:
+        expected, dice: (N, C) expected and achieved Dice of the masks without a gate.
+        actual: (N, C) true pixels. An empty mask scores 0 if the class is present; otherwise it has no score.
+        scored: the classes in the mean. Of equal means the smallest gate is chosen.
+    """
+    missed = torch.where(actual > 0, 0.0, torch.nan).double()
+    best = (0.0, -1.0)
+    for least in (k / 100 for k in range(100)):
+        gated = torch.where(expected >= least, dice, missed)
+        mean = float(mean_over_classes(gated, scored).nanmean())
+        if mean > best[1] + 1e-12:
+            best = (least, mean)
+    return best
+
+
+class Choice(NamedTuple):
+    """The chosen rule, the mean difference of each other rule to the baseline with its interval, and the reason."""
+
+    rule: str
+    differences: dict[str, dict[str, float]]
+    why: str
+
+
+def choose(
+    dice: Mapping[str, Tensor], baseline: str = "T", level: float = 0.95, seed: int = 0, resamples: int = 9999
+) -> Choice:
+    """Choose the rule with the largest lower bound of the mean paired difference to `baseline`, if it is positive.
+
+    The bound is the lower end of the two-sided BCa bootstrap interval. `dice` holds the mean Dice (N,) of the same
+    images for each rule, NaN if undefined.
+    """
+    differences = {
+        name: _interval((values - dice[baseline]).double(), level, seed, resamples)
+        for name, values in dice.items()
+        if name != baseline
+    }
+    best = max(differences, key=lambda name: differences[name]["low"], default=baseline)
+    if best == baseline or differences[best]["low"] <= 0:
+        return Choice(baseline, differences, f"no rule is better than {baseline} by its lower bound")
+    bound = 100 * differences[best]["low"]
+    why = f"largest lower {level:.0%} bound of the mean difference to {baseline}: +{bound:.2f} points"
+    return Choice(best, differences, why)
+
+
+def _interval(difference: Tensor, level: float, seed: int, resamples: int) -> dict[str, float]:
+    from scipy import stats  # slow to import
+
+    difference = difference[~difference.isnan()]
+    mean = float(difference.mean()) if len(difference) else 0.0
+    if len(difference) < 2 or float(difference.std()) == 0:
+        return {"mean": mean, "low": mean, "high": mean}
+    data, options = (difference.numpy(),), {"method": "BCa", "rng": seed, "n_resamples": resamples}
+    found: Any = stats.bootstrap(data, numpy.mean, confidence_level=level, **options)
+    low, high = (float(end) for end in found.confidence_interval)
+    return {"mean": mean, "low": low, "high": high}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file
 
 
 class FittedFile:

@@ -14,10 +14,9 @@ from typing import Any, Protocol
 from torch import nn
 from tqdm import tqdm
 
-from configs.errors import Interrupted, UserError
+from configs.errors import Interrupted, UserError, as_training_error
 from trainers.checkpoint import FORMAT, Checkpoints, epoch_of
 from trainers.distributed import gather_objects, max_over_ranks, share_buffers, unwrap
-from trainers.errors import as_training_error
 from trainers.journal import Journal
 from trainers.reproducibility import restore_rng, rng_state
 from trainers.schedules import Schedule

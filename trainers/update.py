@@ -13,9 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from configs.errors import ConfigError, TrainingError
+from configs.errors import ConfigError, TrainingError, as_training_error
 from trainers.distributed import World, gather_objects, sum_over_ranks, unwrap
-from trainers.errors import as_training_error
 from trainers.forward import autocast
 
 SMALLEST_SCALE = 2.0**-14  # of the loss in fp16; below it, a gradient of 1 is lost

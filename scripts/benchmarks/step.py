@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from configs import build
 from configs.compose import compose
+from configs.errors import as_training_error
 from scripts.benchmarks.timing import Stopwatch, add_clock, in_turn
 from trainers.distributed import World, pick_device
-from trainers.errors import as_training_error
 from trainers.evaluator import Scoring
 from trainers.losses import link_probs
 from trainers.metrics import count

@@ -152,9 +152,9 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = pytest.importorskip("trainers.evaluator")
     forward = pytest.importorskip("trainers.forward")
     from trainers.distributed import World
+    from trainers.fitted import ThresholdTable
     from trainers.losses import CrossEntropy
     from trainers.selective import record_masks
-    from trainers.tuning import ThresholdTable
 
     # torch has no autocast for this device; in fp32 it does nothing.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())

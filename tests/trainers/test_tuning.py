@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import rankseg
+from trainers.fitted import ThresholdTable, choose, fit_gate
 from trainers.metrics import Truth, count, encode, mean_over_classes
-from trainers.tuning import ThresholdTable, choose, fit_gate
 
 SCORED = (1, 2, 3)
 
