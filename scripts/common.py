@@ -85,7 +85,7 @@ def default_workers() -> int:
     return len(usable(0)) if usable else os.cpu_count() or 1
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield ``function(item)`` in the order of the items, computed by ``workers`` threads.
 
     Image decoding and disks release Python's lock. At most ``workers + 1`` results wait to be used, so memory is

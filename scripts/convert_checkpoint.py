@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs import stored
 from configs.checkpoint import as_stored
 from configs.cli import run_cli
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from models import CheckpointError, read_checkpoint
 from models.published import is_published, load_published
 from scripts.common import command_line
@@ -57,7 +57,8 @@ def main() -> None:
     payload = convert(args.source)
     save(payload, args.target)
     names = payload["config"]["choices"]
-    print(f"{args.target}: {names['model']} on {names['dataset']} with {names['loss']}, epoch {payload['epoch']}")
+    about = f"{names['model']} on {names['dataset']} with {names['loss']}, epoch {payload['epoch']}"
+    print(one_line(f"{args.target}: {about}"))
 
 
 if __name__ == "__main__":

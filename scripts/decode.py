@@ -31,26 +31,28 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from configs.cli import run_cli
 from configs.compose import options
 from configs.errors import TrainingError, UserError, as_training_error, one_line
-from configs.files import read_json, require_writable, write_json, write_text
+from configs.files import finite_or_none, read_json, require_writable, write_json, write_text
 from rankseg.calibration import Reliability
 from scripts import ROOT
 from scripts.analysis.scores import compare, read_rule
-from scripts.common import ahead, check_least, command_line
+from scripts.common import check_least, command_line, map_in_threads
 from scripts.decoding import rules
-from scripts.decoding.arrays import LABEL_SUFFIXES, SUFFIXES, write_array
-from scripts.decoding.cases import Folder, first_label, named, unread
+from scripts.decoding.arrays import write_array
+from scripts.decoding.cases import Folder, first_label, name_case_in_errors
 from scripts.decoding.labelled import FolderFitter, write_report
 from scripts.paired_statistics import markdown
 from scripts.report import facts_of_report
@@ -62,7 +64,8 @@ from trainers.results import EvalResult, comparison, fingerprint
 from trainers.text import csv_text
 
 SOME_FAILED = 1
-VERSION = 3  # of the records; another one decodes again
+VERSION = 4  # of the records; another one decodes again
+Record = dict[str, Any]  # of a case, as JSON holds it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,33 +73,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     require_writable(args.out)
     job = Job(args)
+    for note in job.folder.notes:
+        print(one_line(f"note: {note}"), file=sys.stderr)
     cases = job.folder.cases
-    for folder, suffixes in ((args.probs, SUFFIXES), (args.labels, LABEL_SUFFIXES), (args.valid, LABEL_SUFFIXES)):
-        if folder and (ignored := unread(folder, suffixes, args.out)):
-            print(one_line(f"note: files in {folder} that are not read: {ignored}"), file=sys.stderr)
-    failed = {f"--fit {name}": problem for name, problem in job.fit.failed.items()} if job.fit else {}
-    todo = [name for name in cases if args.force or not job.is_done(name)]
-    bar = tqdm(ahead(job, todo, args.workers), "decode", len(todo), unit="case", disable=args.quiet or None)
-    failed |= {name: problem for name, problem in zip(todo, bar, strict=True) if problem}
-    done = [name for name in cases if name not in failed]
-    before, decoded = len(cases) - len(todo), sum(name not in failed for name in todo)
-    parts = [f"{decoded} cases decoded with {', '.join(job.rules)}"]
-    parts += [f"{before} done before"] * bool(before) + [f"{len(failed)} failed"] * bool(failed)
+    todo = [name for name in cases if args.force or not job.read_record(name)]
+    bar = tqdm(map_in_threads(job, todo, args.workers), "decode", len(todo), unit="case", disable=args.quiet or None)
+    job.failed |= {name: problem for name, problem in zip(todo, bar, strict=True) if problem}
+    records = {name: record for name in cases if name not in job.failed and (record := job.read_record(name))}
     for line in job.fitter.report(job.fitted, job.folder):  # type: ignore[arg-type]
         print(line)
-    if args.confidence and done:
-        job.write_confidence(done)
-    if args.labels and done:
-        print(comparison(job.score(done, failed)))
+    if args.confidence and records:
+        job.write_confidence(records)
+    if args.labels and records:
+        print(comparison(job.score(records)))
         print(one_line(f"results: {args.out / 'results'}"))
         if len(job.rules) > 1:
             print(job.compare())
         if args.report:
-            print(one_line(f"report: {job.report(failed)}"))
+            print(one_line(f"report: {job.report()}"))
+    before, decoded = len(cases) - len(todo), sum(name not in job.failed for name in todo)
+    parts = [f"{decoded} cases decoded with {', '.join(job.rules)}"]
+    parts += [f"{before} done before"] * bool(before) + [f"{len(job.failed)} failed"] * bool(job.failed)
     print(one_line(f"{args.out}: {', '.join(parts)}"))
-    for problem in failed.values():
+    for problem in job.failed.values():
         print(one_line(f"  {problem}"), file=sys.stderr)
-    return SOME_FAILED if failed else 0
+    return SOME_FAILED if job.failed else 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -152,13 +153,17 @@ def _integers(option: str, text: str) -> list[int]:
         raise UserError(f"{option} {text} is invalid: expected integers, such as 1,2.") from None
 
 
-def _nan_for_null(values: list[float | None]) -> list[float]:
+def _tensor(values: Sequence[float | None]) -> Tensor:
     """Return numbers as they were before JSON, which has no NaN."""
-    return [math.nan if value is None else value for value in values]
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
 
 
 class Job:
-    """Decode cases by name and keep a record of each, so that a second call continues."""
+    """Decode cases by name and keep a record of each, so that a second call continues.
+
+    Attributes:
+        failed: case name -> what is wrong with it.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, pick_device(args.device)
@@ -167,45 +172,50 @@ class Job:
                 raise UserError(f"--out {args.out} is a folder that is read. Fix: choose another one.")
         self.folder = Folder(args, args.probs, args.labels, args.valid)
         self.fit = Folder(args, *args.fit) if args.fit else None
-        self.fitter = FolderFitter(args, self.fit, self.device)
+        self.fitter = FolderFitter(self.folder, self.fit, self.device)
         self.rules, self.fitted = self.fitter.rules(args.predictor, self.folder)  # type: ignore[arg-type]
         self.values = self.fitter.to_probs()
         self.calibration = self.fitter.describe_calibration()
+        self.failed = {f"--fit {name}": problem for name, problem in self.fit.failed.items()} if self.fit else {}
         names = ("predictor", "classes_axis", "key", "link", "write", "unassigned", "foreground_only", "void")
         settings = {name: getattr(args, name) for name in (*names, "confidence")}
         settings |= {"version": VERSION, "labels": bool(args.labels), "valid": bool(args.valid)}
         self.settings = fingerprint({**settings, **self.calibration, "fitted": self.fitted})
-        path = args.out / "decode.json"
-        if path.is_file() and not args.force and read_json(path).get("settings") != self.settings:
+        path, content = args.out / "decode.json", {"settings": self.settings, "rules": args.predictor}
+        if path.is_file() and not args.force and read_json(path) != content:
             raise UserError(f"{args.out} holds results of other options. Fix: choose another --out, or pass --force.")
-        write_json(path, {"settings": self.settings, "rules": args.predictor})
+        write_json(path, content)
         self.fitter.save()
 
-    def record(self, name: str) -> Path:
-        """Return the file that says that a case is done, and holds its counts."""
+    def _record_path(self, name: str) -> Path:
         return self.args.out / ".cases" / f"{name}.json"
 
-    def is_done(self, name: str) -> bool:
-        """Whether a case was decoded from the same files with the same settings."""
-        if not self.record(name).is_file():
-            return False
-        record = read_json(self.record(name))
-        return (
-            record.get("settings") == self.settings
-            and record.get("sources") == self.folder.sources(name)
-            and all(Path(path).is_file() for path in record["written"])
-        )
+    def read_record(self, name: str) -> Record | None:
+        """Return the record of a case that was decoded from the same files with the same settings, else None.
+
+        A record without its own hash was damaged or edited: the case is decoded again.
+        """
+        path = self._record_path(name)
+        if not path.is_file():
+            return None
+        record = read_json(path)
+        if not isinstance(record, dict) or record.pop("hash", None) != fingerprint(record):
+            return None
+        same = (record["settings"], record["sources"]) == (self.settings, self.folder.sources(name))
+        return record if same and all(Path(path).is_file() for path in record["written"]) else None
 
     def __call__(self, name: str) -> str | None:
         """Decode and write a case; return what is wrong with it, or None."""
         try:
             with as_training_error(f"decoding {self.folder.cases[name]}", "free memory, or use fewer --workers"):
-                self._decode(name)
+                record = finite_or_none(self._decode(name))
+                write_json(self._record_path(name), {**record, "hash": fingerprint(record)})
         except (UserError, TrainingError) as error:  # the other cases are decoded
             return str(error)
         return None
 
-    def _decode(self, name: str) -> None:
+    def _decode(self, name: str) -> Record:
+        """Write the result of every rule; return the record of the case."""
         args, case = self.args, self.folder.load(name, self.values)
         channels = len(case.probs)
         first = first_label(channels, args)
@@ -213,67 +223,64 @@ class Job:
             raise UserError(
                 f"{case.path}: {channels} channels, --fit has {self.fit.channels}. Fix: move the case away."
             )
-        record: dict[str, Any] = {"settings": self.settings, "sources": self.folder.sources(name), "written": []}
+        record: Record = {"settings": self.settings, "sources": self.folder.sources(name), "written": []}
         record |= {"classes": channels + first, "rules": {}}
         for rule_name, rule in self.rules.items():
             own = getattr(rule, "to_probs", None)  # a calibration of its own
             given = self.folder.load(name, own) if own else case
             one_label = rules.is_label_map(rule, channels, args.write)
             started = time.perf_counter()
-            with named(case.path):
-                written = rules.select(given.probs, rule, args.out, self.device)
+            with name_case_in_errors(case.path):
+                result = rules.select(given.probs, rule, args.out, self.device)
                 of_rule: dict[str, Any] = {"seconds": time.perf_counter() - started}
                 if one_label:
-                    written = rules.label_map(given, written, args)
+                    result = rules.label_map(given, result, args)
             path = args.out / rule_name / f"{name}{case.suffixes[one_label]}"
-            write_array(written, path, case.geometry, "labels" if one_label else "masks")
+            write_array(result, path, case.geometry, "labels" if one_label else "masks")
             if args.confidence:
-                of_rule["confidence"] = rules.confidence(written, given.probs, first)
+                of_rule["confidence"] = rules.confidence(result, given.probs, first)
             if case.labels is not None:
-                of_rule["counts"] = rules.count_pixels(written, case.labels, channels, args)
+                of_rule["counts"] = rules.count_pixels(result, case.labels, channels, args)
             record["rules"][rule_name] = of_rule
             record["written"].append(str(path))
-        if case.labels is not None:
-            record |= rules.observe(case.probs, case.labels, args)
-        write_json(self.record(name), record)
+        return record if case.labels is None else record | rules.observe(case.probs, case.labels, args)
 
-    def score(self, names: list[str], failed: dict[str, str]) -> dict[str, EvalResult]:
+    def score(self, records: Mapping[str, Record]) -> dict[str, EvalResult]:
         """Write the results of every rule over the cases that are done, and return them."""
-        records = {name: read_json(self.record(name)) for name in names}
-        sizes = {name: record["classes"] for name, record in records.items()}
-        classes = max(sizes.values(), key=list(sizes.values()).count)
-        for name in [name for name, size in sizes.items() if size != classes]:
-            failed[name] = (
-                f"{self.folder.cases[name]}: {sizes[name]} classes, the other cases have {classes}; it is not scored. "
-                "Fix: move it away."
-            )
-            del records[name]
+        ((classes, _),) = Counter(record["classes"] for record in records.values()).most_common(1)
+        for name, record in records.items():
+            if record["classes"] != classes:
+                self.failed[name] = (
+                    f"{self.folder.cases[name]}: {record['classes']} classes, the other cases have {classes}; it is "
+                    "not scored. Fix: move it away."
+                )
+        records = {name: record for name, record in records.items() if name not in self.failed}
         curves = [rules.reliability_of(record["reliability"]) for record in records.values()]
         reliability = functools.reduce(Reliability.merge, curves)
         first = classes - len(reliability.volume_ratio())
-        scored = tuple(self.args.scored or range(first, classes))
-        if not set(scored) <= set(range(classes)):
+        averaged = tuple(self.args.scored or range(first, classes))
+        if not set(averaged) <= set(range(classes)):
             raise UserError(f"--scored {self.args.scored} is invalid: labels are 0 to {classes - 1}.")
-        likelihoods = [_nan_for_null(record["likelihood"]) for record in records.values()]
-        of_probs = probability_scores(reliability, torch.tensor(likelihoods, dtype=torch.float64), first)
-        details = self._details(list(records), classes, failed)
+        likelihoods = torch.stack([_tensor(record["likelihood"]) for record in records.values()])
+        of_probs = probability_scores(reliability, likelihoods, first)
+        details = self._details(list(records), classes)
         results = {}
         for rule in self.rules:
             rows = [record["rules"][rule] for record in records.values()]
-            counts = Counts.cat([rules.counts_of(row["counts"]) for row in rows])
-            summary = Scoring(classes, scored, self.args.void).summary(counts)
-            sure = [_nan_for_null(row["confidence"]) for row in rows if "confidence" in row]
+            counts = [{key: torch.tensor(values) for key, values in row["counts"].items()} for row in rows]
+            joined = Counts.cat([Counts(**one) for one in counts])
+            summary = Scoring(classes, averaged, self.args.void).summary(joined)
             results[rule] = EvalResult(
                 predictor=rule,
                 names=list(records),
-                counts=counts,
-                scored=scored,
+                counts=joined,
+                scored=averaged,
                 scores={"test_loss": math.nan, **summary, **of_probs},
                 seconds=sum(row["seconds"] for row in rows),
-                confidence=torch.tensor(sure, dtype=torch.float64) if sure else None,
+                confidence=torch.stack([_tensor(r["confidence"]) for r in rows]) if self.args.confidence else None,
             )
-            values = {"fitted": self.fitted[rule]} if rule in self.fitted else {}
-            results[rule].save(self.args.out / "results", {**details, **values})
+            fitted = {"fitted": self.fitted[rule]} if rule in self.fitted else {}
+            results[rule].save(self.args.out / "results", {**details, **fitted})
         return results
 
     def compare(self) -> str:
@@ -291,12 +298,12 @@ class Job:
             f"worse on {100 * one['worse']:.0f} % of {one['images']} cases"
             for one in found
         ]
-        return "\n".join([*lines, f"paired statistics: {path}"])
+        return "\n".join([*lines, one_line(f"paired statistics: {path}")])
 
-    def report(self, failed: dict[str, str]) -> Path:
+    def report(self) -> Path:
         """Write OUT/report/index.html over the cases that did not fail; return its path."""
         data, args = self.folder, self.args
-        data.failed = {name: problem for name, problem in failed.items() if name in data.cases}
+        data.failed = {name: problem for name, problem in self.failed.items() if name in data.cases}
         facts = {
             "probabilities": args.probs,
             "labels": args.labels,
@@ -308,11 +315,11 @@ class Job:
         classes = self._classes(data.channels + data.first)[data.first :]
         return write_report(title, data, self.fitter, classes, facts)
 
-    def write_confidence(self, names: list[str]) -> None:
+    def write_confidence(self, records: Mapping[str, Record]) -> None:
         """Write OUT/confidence.csv: case, rule, label and the expected Dice of the mask."""
         rows: list[tuple[Any, ...]] = [("case", "rule", "class", "confidence")]
-        for name in names:
-            for rule, found in read_json(self.record(name))["rules"].items():
+        for name, record in records.items():
+            for rule, found in record["rules"].items():
                 rows += [(name, rule, c, f"{x:.6f}") for c, x in enumerate(found["confidence"]) if x is not None]
         write_text(self.args.out / "confidence.csv", csv_text(rows))
 
@@ -323,7 +330,7 @@ class Job:
             raise UserError(f"--names {self.args.names} has {len(given)} names: expected {count}.")
         return given or [str(c) for c in range(count)]
 
-    def _details(self, names: list[str], classes: int, failed: dict[str, str]) -> dict[str, Any]:
+    def _details(self, names: list[str], classes: int) -> dict[str, Any]:
         """Return what a result file reports of the origin of its numbers."""
         details = {
             "protocol": "corrected",
@@ -340,7 +347,7 @@ class Job:
             "link": self.args.link,
             **self.calibration,
             "correct_focal": False,
-            "failed": list(failed),
+            "failed": list(self.failed),
             "checkpoint": None,
         }
         return {**details, "provenance": provenance(ROOT), "config_hash": fingerprint(details)}

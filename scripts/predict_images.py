@@ -32,7 +32,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -50,13 +50,19 @@ from configs.checkpoint import check_classes, load
 from configs.cli import run_cli
 from configs.compose import options
 from configs.errors import UserError, one_line
-from configs.files import file_sha256
+from configs.files import file_sha256, shell_word
 from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
-from scripts.common import add_checkpoint_options, ahead, check_checkpoint_options, command_line, default_workers
+from scripts.common import (
+    add_checkpoint_options,
+    check_checkpoint_options,
+    command_line,
+    default_workers,
+    map_in_threads,
+)
 from scripts.inference import files
-from scripts.inference.files import Outputs, Review, dataset_info, reject_collisions, settle
+from scripts.inference.files import Review, dataset_info, outputs_of, reject_collisions, settle
 from scripts.inference.windows import WHOLE, WINDOW, View, label_map, probabilities
 from trainers.distributed import World, pick_device
 from trainers.forward import logits_of
@@ -79,28 +85,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     fitter = Fitter(cfg, network, args.resume, World(0, 1, pick_device(args.device)), may_fit=False)
     review = _review(args, fitter, name, info)
     segment = Segmenter(fitter, name, info, _view(args, cfg), review)
-    if fitter.warns_about(name):
-        print(f"warning: {fitter.warns_about(name)}", file=sys.stderr)
-    outputs = {image: Outputs(args, image, info) for image in found}
+    if warning := fitter.warns_about(name):
+        print(f"warning: {warning}", file=sys.stderr)
+    outputs = {image: outputs_of(args, image, info) for image in found}
     reject_collisions(outputs, found)
     settle(args.out, _settings(args, name, info), outputs, found, args.force)
-    todo = [image for image in found if args.force or not outputs[image].done()]
+    todo = [image for image in found if args.force or not all(path.exists() for path in outputs[image].values())]
     failed = 0
-    pictures = ahead(lambda image: _read(found[image]), todo, args.workers)
+    pictures = map_in_threads(lambda image: _read(found[image]), todo, args.workers)
     with tqdm(total=len(todo), desc=name, unit="image", disable=args.quiet or None) as bar:
         for image, picture in zip(todo, pictures, strict=True):
             try:
                 if isinstance(picture, DatasetError):
                     raise picture
                 segment(picture, outputs[image], image)
-            except DatasetError as error:
-                tqdm.write(f"error: {error}", file=sys.stderr)
-                failed += 1
-            except (MemoryError, RuntimeError) as error:
-                if not OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
-                    raise
-                text = one_line(f"error: {found[image]} does not fit in memory. Fix: a smaller --window")
-                tqdm.write(text, file=sys.stderr)
+            except (DatasetError, MemoryError, RuntimeError) as error:
+                problem = str(error)
+                if not isinstance(error, DatasetError):
+                    if not OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+                        raise
+                    problem = one_line(f"{found[image]} does not fit in memory. Fix: a smaller --window")
+                tqdm.write(f"error: {problem}", file=sys.stderr)
                 failed += 1
             del picture  # free it before the next one is read
             bar.update()
@@ -154,7 +159,7 @@ def _view(args: argparse.Namespace, cfg: DictConfig) -> View:
     resize: Any = OmegaConf.to_container(cfg.dataset)["resize"]  # type: ignore[index,call-overload]
     if cfg.protocol.legacy_preprocessing:
         resize = cfg.dataset.eval_crop  # the paper's networks are scored on images of this shorter side
-    return View(args.window, args.overlap, scales, args.flip, resize, args.batch, scratch=args.out)
+    return View(args.window, args.overlap, scales, args.flip, resize, args.batch, args.out)
 
 
 def _review(args: argparse.Namespace, fitter: Fitter, rule: str, info: DatasetInfo) -> Review | None:
@@ -165,7 +170,7 @@ def _review(args: argparse.Namespace, fitter: Fitter, rule: str, info: DatasetIn
     if stored is None:
         print(
             f"note: no margin for rule {rule} and alpha={args.alpha:g}, so review.csv has no lower bounds. "
-            f"Fix: run scripts/confidence.py -r {args.resume} -p {rule} with the same options first.",
+            f"Fix: run scripts/confidence.py -r {shell_word(str(args.resume))} -p {rule} with the same options first.",
             file=sys.stderr,
         )
     margins = (stored or {}).get("classes", {})
@@ -206,28 +211,24 @@ class Segmenter:
         """Return the logits (N, C, h, w) of normalised images (N, 3, h, w)."""
         return logits_of(self.fitter.network, pixels, None, self.fitter.world, self.fitter.precision)
 
-    def __call__(self, picture: files.Picture, outputs: Outputs, image: str) -> None:
+    def __call__(self, picture: files.Picture, outputs: Mapping[str | int, Path], image: str) -> None:
         """Segment one picture, whose name is `image`, and write its files."""
         pixels, orientation = picture
         device = self.fitter.world.device
         probs = probabilities(pixels, self.forward, self.to_probs, self.normalise, self.view, device)
 
         def save_mask(index: int, mask: Tensor) -> None:
-            if outputs.masks:
-                files.save_mask(mask, orientation, outputs.masks[index])
+            if index in outputs:
+                files.save_mask(mask, orientation, outputs[index])
             if self.review:
                 self.review.add(image, index, probs[index], mask)
 
-        if self.review:
-            self.review.start(image)
         labels = label_map(probs, self.rule, self.info, save_mask)
-        if self.review:
-            self.review.finish(image)
-        if outputs.probabilities:
-            files.save_probabilities(probs, orientation, outputs.probabilities)
-        if outputs.overlay:
-            files.save_overlay(pixels, labels, self.info, outputs.overlay)
-        files.save_labels(labels, orientation, self.info, outputs.labels)
+        if "probabilities" in outputs:
+            files.save_probabilities(probs, orientation, outputs["probabilities"])
+        if "overlay" in outputs:
+            files.save_overlay(pixels, labels, self.info, outputs["overlay"])
+        files.save_labels(labels, orientation, self.info, outputs["labels"])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
@@ -33,7 +33,7 @@ from datasets import DatasetError
 from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images, read_split
 from scripts import ROOT
 from scripts.common import command_line, default_workers
-from scripts.prepare.catalog import CATALOG, Archive
+from scripts.prepare.catalog import CATALOG, Entry
 from scripts.prepare.fetching import download, fetch_cityscapes, find_cityscapes_downloader, unpack
 
 FAULTY = 1
@@ -41,17 +41,28 @@ SHOWN = 50
 PUBLISHED = ROOT / "datasets" / "splits"
 
 
+class Outcome(NamedTuple):
+    """The result of a command: for programs (``--json``), and lines for people."""
+
+    content: dict[str, Any]
+    lines: Sequence[str]
+    code: int = 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
-    return args.run(args)
+    outcome: Outcome = args.run(args)
+    lines = [json.dumps(outcome.content, indent=2)] if args.json else map(one_line, outcome.lines)
+    print("\n".join(lines))
+    return outcome.code
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
     commands = parser.add_subparsers(required=True, metavar="list | check | fetch | split | stats")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Callable[..., Any]:
+    def command(name: str, run: Callable[[argparse.Namespace], Outcome], about: str) -> Callable[..., Any]:
         one = commands.add_parser(name, help=about)
         one.set_defaults(run=run)
         one.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -75,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--root", type=Path, help="where to put it (default: as configured, below data/)")
     add("--url", action="append", help="another address of the same archive; may be repeated")
     add("--checksum", help="ALGORITHM:HEX of the archive, instead of the known one")
-    add("--attempts", type=int, default=5, help="tries per address (default: 5)")
     add("--keep", action="store_true", help="keep the archive after unpacking")
     add = command("split", _split, "write train.txt, val.txt and test.txt for a folder of images/")
     add("root", type=Path)
@@ -89,135 +99,125 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(args: argparse.Namespace) -> int:
-    """Print the catalogue."""
-    if args.json:
+def _list(args: argparse.Namespace) -> Outcome:
+    """Describe the catalogue."""
+    content, lines = {}, list[str]()
+    for name, entry in CATALOG.items():
         keys = ("about", "size", "licence", "home", "tree")
-        fetchable = {name: {"root": str(e.root), "fetch": e.archive is not None} for name, e in CATALOG.items()}
-        _print_json({name: {k: getattr(e, k) for k in keys} | fetchable[name] for name, e in CATALOG.items()})
-        return 0
-    for entry in CATALOG.values():
-        print(f"{entry.name}\n  {entry.about}")
+        fetchable = entry.archive is not None
+        content[name] = {key: getattr(entry, key) for key in keys} | {"root": str(entry.root), "fetch": fetchable}
         rows = {"size": entry.size, "terms": entry.licence, "from": entry.home, "looked for in": entry.root}
-        if entry.archive:
-            rows["fetch"] = f"python scripts/prepare_data.py fetch {entry.name}"
-        print("\n".join(f"  {key + ':':<15}{value}" for key, value in rows.items()))
-        print(f"{entry.tree}\n")
-    return 0
+        if fetchable:
+            rows["fetch"] = f"python scripts/prepare_data.py fetch {name}"
+        lines += [name, f"  {entry.about}", *(f"  {key + ':':<15}{value}" for key, value in rows.items())]
+        lines += [*entry.tree.splitlines(), ""]
+    return Outcome(content, lines)
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace) -> Outcome:
     """Read every file of the splits; the exit code is 0 only without faults."""
     from scripts.prepare.checking import check  # needs torch
 
-    entry = CATALOG[args.name]
-    root = args.root or entry.root
-    splits = entry.splits(root, args.split, args.classes)
+    root = args.root or CATALOG[args.name].root
+    splits = CATALOG[args.name].splits(root, args.split, args.classes)
     report = check(args.name, root, splits, args.workers, progress=not args.quiet)
-    number = len(report.faults)
-    if args.json:
-        _print_json(report.as_json())
-        return FAULTY if number else 0
-    shown = number if args.all else SHOWN
-    for fault in report.faults[:shown]:
-        print(one_line(f"{fault.split}: {fault.message}"))
-    if number > shown:
-        print(f"... and {number - shown} more (--all lists them)")
-    for note in report.notes:
-        print(one_line(f"note: {note}"))
+    faults = [f"{fault['split']}: {fault['message']}" for fault in report["faults"]]
+    number = len(faults)
+    if number > SHOWN and not args.all:
+        faults[SHOWN:] = [f"... and {number - SHOWN} more (--all lists them)"]
     info = next(iter(splits.values())).info
-    sizes = ", ".join(f"{split} {size}" for split, size in report.splits.items())
+    sizes = ", ".join(f"{split} {size}" for split, size in report["splits"].items())
     verdict = f"{number or 'no'} fault{'s' * (number > 1)}"
-    print(one_line(f"{report.dataset} in {report.root}: {sizes} images, {info.num_classes} classes, {verdict}"))
-    if not number and {"train", "val"} <= set(report.splits):
-        words = [f"dataset={entry.name}", f"dataset.root={report.root}"]
-        if entry.name == "folder":
+    lines = [*faults, *(f"note: {note}" for note in report["notes"])]
+    lines.append(f"{args.name} in {root}: {sizes} images, {info.num_classes} classes, {verdict}")
+    if not number and {"train", "val"} <= set(splits):
+        words = [f"dataset={args.name}", f"dataset.root={root}"]
+        if args.name == "folder":
             words += [f"dataset.num_classes={info.num_classes}"]
             words += [f"dataset.ignore_index={info.ignore_index}"] * (info.ignore_index != 255)
             words += [f"dataset.classes={args.classes}"] * (args.classes is not None)
-        words += ["dataset.splits.test=test"] * ("test" in report.splits)
-        print(f"train on it: python train.py {' '.join(map(shell_word, words))}")
-    return FAULTY if number else 0
+        words += ["dataset.splits.test=test"] * ("test" in splits)
+        lines.append(f"train on it: python train.py {' '.join(map(shell_word, words))}")
+    return Outcome(report, lines, FAULTY if number else 0)
 
 
-def _stats(args: argparse.Namespace) -> int:
+def _stats(args: argparse.Namespace) -> Outcome:
     """Measure the train split, or the chosen ones."""
     from scripts.prepare.checking import count
 
-    entry = CATALOG[args.name]
-    results = {}
-    for split in args.split or ["train"]:
-        data = entry.open(args.root or entry.root, split, args.classes)
-        results[split] = count(data, args.workers, progress=not args.quiet)
-    if args.json:
-        _print_json(results)
-        return 0
+    splits = CATALOG[args.name].splits(args.root or CATALOG[args.name].root, args.split or ["train"], args.classes)
+    results = {split: count(data, args.workers, progress=not args.quiet) for split, data in splits.items()}
+    lines = []
     for split, result in results.items():
         height, width = ("-".join(map(str, dict.fromkeys(result[key]))) for key in ("height", "width"))
-        print(f"{args.name} {split}: {result['images']} images, height {height}, width {width}")
-        print(f"{'class':<24}{'of the pixels':>14}{'in images':>12}")
+        lines.append(f"{args.name} {split}: {result['images']} images, height {height}, width {width}")
+        lines.append(f"{'class':<24}{'of the pixels':>14}{'in images':>12}")
         for row in result["classes"]:
             share = "-" if row["share"] is None else f"{row['share']:.3%}"
-            print(f"{row['index']:>3} {row['name']:<20}{share:>14}{row['images']:>12}")
-        print(f"    {'void':<20}{result['void']:>14.3%}   (of all pixels)")
+            lines.append(f"{row['index']:>3} {row['name']:<20}{share:>14}{row['images']:>12}")
+        lines.append(f"    {'void':<20}{result['void']:>14.3%}   (of all pixels)")
         for key in ("mean", "std"):
-            print(f"{key}: [{', '.join(f'{value:.8f}' for value in result[key])}]")
-    return 0
+            lines.append(f"{key}: [{', '.join(f'{value:.8f}' for value in result[key])}]")
+    return Outcome(results, lines)
 
 
-def _fetch(args: argparse.Namespace) -> int:
-    """Download, or print what to do."""
+def _fetch(args: argparse.Namespace) -> Outcome:
+    """Download a data set, or say what to do."""
     entry = CATALOG[args.name]
     root = (args.root or entry.root).expanduser()
     downloader = find_cityscapes_downloader() if entry.name == "cityscapes" else None
-    status, steps = "fetched", []
-    if entry.complete(root):
+    status, steps = "fetched", list[str]()
+    if not entry.missing(root):
         status = "there already"
     elif downloader is not None:
         fetch_cityscapes(downloader, root, args.keep)
     elif entry.archive is not None:
-        print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
-        path = root.parent / entry.archive.file
-        with lock_file(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
-            if entry.complete(root):  # by the process that was waited for
-                status = "there already"
-            else:
-                entry.reject_partial(root)
-                _download(args, entry.archive, path, root)
+        status = _download(args, entry, root)
     else:
         status, steps = "by hand", [step.format(root=shell_word(str(root))) for step in entry.steps]
-    if args.json:
-        _print_json({"name": entry.name, "root": str(root), "status": status, "steps": steps})
-    elif steps:
-        print(f"{entry.name} cannot be fetched by a script ({entry.licence}):")
-        print("\n".join(f"  {k}. {step}" for k, step in enumerate(steps, 1)))
+    content = {"name": entry.name, "root": str(root), "status": status, "steps": steps}
+    if steps:
+        lines = [f"{entry.name} cannot be fetched by a script ({entry.licence}):"]
+        lines += [f"  {k}. {step}" for k, step in enumerate(steps, 1)]
     else:
-        print(one_line(f"{entry.name}: {status}, in {root}"))
-        print(f"next: python scripts/prepare_data.py check {entry.name} --root {shell_word(str(root))}")
-    return 0
+        lines = [f"{entry.name}: {status}, in {root}"]
+        lines += [f"next: python scripts/prepare_data.py check {entry.name} --root {shell_word(str(root))}"]
+    return Outcome(content, lines)
 
 
-def _download(args: argparse.Namespace, archive: Archive, path: Path, root: Path) -> None:
-    """Fetch an archive to a path and unpack it into a folder."""
-    other = args.url is not None and args.checksum is not None  # a stranger's archive has a size of its own
-    size, checksum = None if other else archive.size, args.checksum or archive.checksum
-    digest = download(args.url or archive.urls, path, size, checksum, args.attempts, progress=not args.quiet)
-    if not checksum:
-        print(f"no checksum is published; this is {digest} (pin it with --checksum)", file=sys.stderr)
-    unpack(path, root, archive.inside)
-    if not args.keep:
-        path.unlink()
+def _download(args: argparse.Namespace, entry: Entry, root: Path) -> str:
+    """Fetch the archive of a data set and unpack it into a folder; return what was done."""
+    archive = entry.archive
+    assert archive is not None
+    print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
+    path = root.parent / archive.file
+    with lock_file(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
+        missing = entry.missing(root)
+        if not missing:  # fetched by the process that was waited for
+            return "there already"
+        if there := [name for name in entry.holds if name not in missing]:  # nothing is unpacked over them
+            raise UserError(
+                f"{root} has {', '.join(there)} without {', '.join(missing)}. Fix: remove it, or give another --root"
+            )
+        other = args.url is not None and args.checksum is not None  # a stranger's archive has a size of its own
+        size, checksum = None if other else archive.size, args.checksum or archive.checksum
+        digest = download(args.url or archive.urls, path, size, checksum, progress=not args.quiet)
+        if not checksum:
+            print(f"no checksum is published; this is {digest} (pin it with --checksum)", file=sys.stderr)
+        unpack(path, root, archive.inside)
+        if not args.keep:
+            path.unlink()
+    return "fetched"
 
 
-def _split(args: argparse.Namespace) -> int:
+def _split(args: argparse.Namespace) -> Outcome:
     """Write split files."""
-    folder = args.root / "images"
+    folder, masks = args.root / "images", args.root / "masks"
     if not folder.is_dir():
         raise UserError(
             f"{folder} does not exist. Fix: give the folder that has images/ and masks/; if both are in one folder, "
             "separate them: mkdir images masks; mv *_mask.* masks; mv *.png images"
         )
-    shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
     done = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
     if done:
         raise UserError(f"{folder} is already split by folders ({', '.join(done)}). Fix: use them, or move files")
@@ -228,7 +228,7 @@ def _split(args: argparse.Namespace) -> int:
         more = f"; it has files that are not read: {found.ignored_text}" if found.ignored else ""
         raise DatasetError(f"{folder} has no image{more}. Fix: put {kinds} files there")
     if args.published:
-        split = published_split(args.published)
+        split = {path.stem: read_split(path) for path in sorted((PUBLISHED / args.published).glob("*.txt"))}
         absent = sorted({name for names in split.values() for name in names} - images.keys())
         if absent:
             raise DatasetError(
@@ -236,14 +236,10 @@ def _split(args: argparse.Namespace) -> int:
                 "Fix: fetch the whole data set"
             )
     else:
+        shares = {name: share for name, share in (("val", args.val), ("test", args.test)) if share}
         split = make_split(list(images), shares, args.seed, args.group)
     paths = write_split(args.root, split, args.force)
-    sizes = {path.stem: len(split[path.stem]) for path in paths}
-    if args.json:
-        _print_json({"root": str(args.root), "seed": args.seed, "splits": sizes})
-    else:
-        print("\n".join(one_line(f"{path}: {sizes[path.stem]} images") for path in paths))
-    drawn = list_images(args.root / "masks", below=True) if (args.root / "masks").is_dir() else ImageFolder()
+    drawn = list_images(masks, below=True) if masks.is_dir() else ImageFolder()
     suffix = common_suffix(images, drawn.images)
     bare = [str(path) for name, path in images.items() if name + suffix not in drawn.images]
     notes = [f"images without a mask: {len(bare)}, such as {bare[0]}; `check` lists them"] if bare else []
@@ -252,7 +248,9 @@ def _split(args: argparse.Namespace) -> int:
         notes += [f"{path.name} and {other.name} have one name" for path, other in files.clashes[:1]]
     for note in notes:
         print(one_line(f"note: {note}"), file=sys.stderr)
-    return 0
+    sizes = {name: len(stems) for name, stems in split.items()}
+    content = {"root": str(args.root), "seed": args.seed, "splits": sizes}
+    return Outcome(content, [f"{path}: {sizes[path.stem]} images" for path in paths])
 
 
 def make_split(
@@ -303,31 +301,27 @@ def _group(stem: str, pattern: str | None) -> str:
 
 def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = False) -> list[Path]:
     """Write ``<name>.txt``, one name per line, for each split; return the paths."""
-    split = {name: list(stems) for name, stems in split.items()}
-    paths = {root / f"{name}.txt": "".join(f"{stem}\n" for stem in stems) for name, stems in split.items()}
-    for stem in (stem for stems in split.values() for stem in stems):
-        if stem.splitlines() != [stem] or stem != stem.strip():
-            raise UserError(f"{root}/images: the name {stem!r} cannot be a line of a file. Fix: rename it and its mask")
+    texts: dict[Path, str] = {}
+    for name, stems in split.items():
+        stems = list(stems)
+        for stem in stems:
+            if stem.splitlines() != [stem] or stem != stem.strip():
+                raise UserError(
+                    f"{root}/images: the name {stem!r} cannot be a line of a file. Fix: rename it and its mask"
+                )
+        texts[root / f"{name}.txt"] = "".join(f"{stem}\n" for stem in stems)
     changed = [
-        path
-        for path, text in paths.items()  # a pipe is not read: that could wait for ever
+        path.name
+        for path, text in texts.items()  # a pipe is not read: that could wait for ever
         if path.exists() and not (path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text)
     ]
     if changed and not force:
-        names = ", ".join(path.name for path in changed)
-        raise UserError(f"{root} has other split files ({names}); old scores would be incomparable. Fix: --force")
-    for path, text in paths.items():
+        raise UserError(
+            f"{root} has other split files ({', '.join(changed)}); old scores would be incomparable. Fix: --force"
+        )
+    for path, text in texts.items():
         write_text(path, text)
-    return list(paths)
-
-
-def published_split(name: str) -> dict[str, list[str]]:
-    """Return a split that other people use, from ``datasets/splits``."""
-    return {path.stem: read_split(path) for path in sorted((PUBLISHED / name).glob("*.txt"))}
-
-
-def _print_json(content: dict) -> None:
-    print(json.dumps(content, indent=2))
+    return list(texts)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ gives masks that overlap: pass `--write masks`, and read the channels as the reg
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scri
 from configs.cli import run_cli
 from configs.files import read_json
 from scripts import decode
+from scripts.common import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Decode a folder of nnU-Net predictions; other options are those of decode.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("predictions", type=Path)
     parser.add_argument("out", type=Path)
     args, rest = parser.parse_known_args(argv)

@@ -22,8 +22,8 @@ from torch import Tensor
 from configs.errors import UserError
 from datasets.decode import ImageFolder, visible_files
 from rankseg.calibration import Calibration
-from scripts.decoding import arrays
-from scripts.decoding.arrays import Geometry, read_array, scratch, suffix_of
+from scripts.decoding import arrays, nnunet
+from scripts.decoding.arrays import LABEL_SUFFIXES, NIFTI, SUFFIXES, Geometry, read_array, scratch, suffix_of
 from trainers.evaluator import Scoring
 from trainers.forward import ToProbs
 from trainers.losses import Link
@@ -31,7 +31,7 @@ from trainers.metrics import Truth, encode
 from trainers.results import fingerprint
 
 SLAB = 1 << 22  # values that are converted or counted at once
-_NIFTI = (".nii", ".nii.gz")
+_KNOWN = (*LABEL_SUFFIXES, *arrays.PICTURES, ".pkl", ".json")  # other files are reported
 _SMALLEST = 2**-24  # in place of a probability of 0 or 1, whose logit is infinite; float16 holds no smaller number
 _SUM = 0.02  # how far the probabilities of a pixel may be from 1 in sum
 
@@ -98,44 +98,36 @@ class Case:
     suffixes: tuple[str, str]
 
 
-def find_cases(
-    folder: Path, suffixes: tuple[str, ...] = arrays.SUFFIXES, without: Path | None = None
-) -> dict[str, Path]:
-    """Return case name -> file: the path below the folder without its suffix.
+def find_cases(folder: Path, suffixes: Sequence[str], without: Path, notes: list[str]) -> dict[str, Path]:
+    """Return case name -> file: the path below the folder without its suffix. Add a note about files that are not read.
 
     Linked folders are followed; hidden ones, and ``without``, are skipped. nnU-Net's ``<case>.npz`` with ``<case>.pkl``
     is the case; a segmentation of the same name is not.
     """
     if not folder.exists():
         raise FileNotFoundError(2, "no such file or folder", str(folder))
-    files = sorted(visible_files(folder, True, without and without.resolve())) if folder.is_dir() else [folder]
+    files = sorted(visible_files(folder, True, without.resolve())) if folder.is_dir() else [folder]
     found: dict[str, Path] = {}
     for path in files:
         suffix = suffix_of(path, suffixes)
-        if suffix and not path.exists():
-            raise UserError(f"{path}: a link to a file that does not exist. Fix: restore the file or the link.")
         if not suffix:
             continue
+        if not path.exists():
+            raise UserError(f"{path}: a link to a file that does not exist. Fix: restore the file or the link.")
         if not path.is_file():  # opening a pipe could wait for ever
             raise UserError(f"{path}: not a regular file. Fix: replace it by a file.")
-        inside = path.relative_to(folder) if folder.is_dir() else Path(path.name)
-        name = inside.as_posix()[: -len(suffix)]
-        stem = Path(name).name
-        if suffix != ".npz" and all(path.with_name(stem + s).is_file() for s in (".npz", ".pkl")):
+        bare = path.with_name(path.name[: -len(suffix)])
+        if suffix != ".npz" and nnunet.is_export(bare.with_name(f"{bare.name}.npz")):
             continue
+        name = bare.relative_to(folder).as_posix() if folder.is_dir() else bare.name
         if name in found:
             raise UserError(f"{found[name]} and {path} are both case {name}. Fix: remove or rename one.")
         found[name] = path
     if not found:
         raise UserError(f"{folder} holds no array ({' '.join(suffixes)}). Fix: give the folder of the arrays.")
+    ignored = ImageFolder(ignored=[path for path in files if not suffix_of(path, _KNOWN)]).ignored_text
+    notes += [f"files in {folder} that are not read: {ignored}"] if ignored else []
     return found
-
-
-def unread(folder: Path, suffixes: tuple[str, ...], without: Path) -> str:
-    """Return the number and the suffixes of the files that are not read, but for nnU-Net's notes; "" for none."""
-    files = list(visible_files(folder, True, without.resolve())) if folder.is_dir() else []
-    known = (*suffixes, *arrays.PICTURES, ".pkl", ".json")
-    return ImageFolder(ignored=[path for path in files if not suffix_of(path, known)]).ignored_text
 
 
 def first_label(channels: int, args: Namespace) -> int:
@@ -143,12 +135,16 @@ def first_label(channels: int, args: Namespace) -> int:
     return int(channels == 1 or args.foreground_only)
 
 
+def without_background(truth: Truth) -> Truth:
+    """Return the truth of the labels 1, 2, …"""
+    return Truth(truth.onehot[:, 1:], truth.valid, truth.actual[:, 1:], truth.pixels)
+
+
 class _ForegroundScoring(Scoring):
     """Channel c is label c + 1. Label 0, the background, has no channel."""
 
     def encode(self, targets: Tensor) -> Truth:
-        truth = encode(targets, self.num_classes + 1, self.ignore_index, self.void)
-        return Truth(truth.onehot[:, 1:], truth.valid, truth.actual[:, 1:], truth.pixels)
+        return without_background(encode(targets, self.num_classes + 1, self.ignore_index, self.void))
 
 
 class Folder:
@@ -157,14 +153,19 @@ class Folder:
     Without ``labels``, the batches have label 0 everywhere.
 
     Attributes:
+        values: how what is stored becomes probabilities.
+        notes: about files that are not read.
         failed: case name -> what is wrong with it; such a case is left out of the batches.
     """
 
     def __init__(self, args: Namespace, probs: Path, labels: Path | None = None, valid: Path | None = None) -> None:
-        self.args, self.cases = args, find_cases(probs, without=args.out)
-        self.labels = find_cases(labels, arrays.LABEL_SUFFIXES) if labels else None
-        self.valid = find_cases(valid, arrays.LABEL_SUFFIXES) if valid else None
+        self.args = args
         self.values = FromStored(args.link, args.temperature, args.foreground_only)
+        self.notes: list[str] = []
+        self.cases = find_cases(probs, SUFFIXES, args.out, self.notes)
+        self.labels, self.valid = (
+            find_cases(folder, LABEL_SUFFIXES, args.out, self.notes) if folder else None for folder in (labels, valid)
+        )
         self.failed: dict[str, str] = {}
         self.num_images = len(self.cases)
         self._channels: int | None = None
@@ -187,11 +188,11 @@ class Folder:
 
     def scoring(self) -> Scoring:
         """Return the conventions, whose classes are the channels."""
-        first, channels, labels = self.first, self.channels, self.args.scored
-        scored = tuple(c - first for c in labels or range(first, channels + first))
-        if not set(scored) <= set(range(channels)):
-            raise UserError(f"--scored {labels} is invalid: labels are {first} to {channels - 1 + first}.")
-        return (_ForegroundScoring if first else Scoring)(channels, scored, self.args.void)
+        first, count, labels = self.first, self.channels, self.args.scored
+        channels = tuple(c - first for c in labels or range(first, count + first))
+        if not set(channels) <= set(range(count)):
+            raise UserError(f"--scored {labels} is invalid: labels are {first} to {count - 1 + first}.")
+        return (_ForegroundScoring if first else Scoring)(count, channels, self.args.void)
 
     @property
     def info(self) -> SimpleNamespace:
@@ -210,48 +211,111 @@ class Folder:
 
     checksum = fingerprint  # volumes are too large to read their contents for this
 
-    def load(self, name: str, values: FromStored, as_stored: bool = False) -> Case:
-        """Load a case; large arrays stay in files.
-
-        Args:
-            values: what the file holds, and how it becomes probabilities.
-            as_stored: leave logits, and probabilities before a calibration, as they are.
-        """
+    def load(self, name: str, values: FromStored | None) -> Case:
+        """Load a case; large arrays stay in files. ``values`` makes probabilities; None: they are left as stored."""
         path, args = self.cases[name], self.args
-        for kind, group in (("label", self.labels), ("field of view", self.valid)):
-            if group is not None and name not in group:
-                raise UserError(f"{path}: no {kind} of this name. Fix: add it, or move the case away.")
-        geometry, masks = None, suffix_of(path)
-        labels_suffix = masks
-        if masks in _NIFTI:
-            geometry = arrays.read_geometry(path)
-        elif path.name.endswith(".npz") and path.with_name(path.name[:-4] + ".pkl").is_file():
-            geometry = arrays.nnunet_geometry(path)
-            masks = ".npz" if geometry is None else ".nii.gz"
-            labels_suffix = (arrays.nnunet_picture(path) or masks) if geometry is None else masks
-        array = read_array(path, args.out, args.key, classes_last=args.classes_axis in ("auto", "last"))
+        geometry, suffixes = _place(path)
+        labels, valid = (
+            self._read_map(kind, group, name, geometry)
+            for kind, group in (("label", self.labels), ("field of view", self.valid))
+        )
+        array = read_array(path, args.out, args.key)
         if not array.size:
             raise UserError(f"{path}: shape {array.shape} holds no value. Fix: write the file again.")
-        integer_logits = values.link is not None and np.issubdtype(array.dtype, np.integer)
+        integer_logits = args.link is not None and np.issubdtype(array.dtype, np.integer)
         if not (integer_logits or np.issubdtype(array.dtype, np.floating)) or array.dtype.itemsize > 8:
             raise UserError(
                 f"{path}: its values are {array.dtype}, not probabilities. Fix: save float16, float32 or float64 "
                 "values, or logits with --link."
             )
-        paths = [group[name] if group else None for group in (self.labels, self.valid)]
-        maps = [None if p is None else _read_labels(p, args.out, geometry) for p in paths]
-        axis = _class_axis(path, array, next((m.shape for m in maps if m is not None), None), values.link, args)
+        axis = self._class_axis(path, array, next((m.shape for m in (labels, valid) if m is not None), None))
         array = np.moveaxis(array, -1, 0) if axis == "last" else array[None] if axis == "none" else array
-        labels, inside = (
-            None if p is None or m is None else _fit(m, array.shape[1:], p, path)
-            for p, m in zip(paths, maps, strict=True)
+        if valid is not None and self.valid:
+            valid = _fit(valid, array.shape[1:], self.valid[name], path) != 0
+        if labels is not None and self.labels:
+            labels = _fit(labels, array.shape[1:], self.labels[name], path)
+            labels = labels if valid is None else np.where(valid, labels, np.asarray(args.void, np.int64))
+            _check_labels(self.labels[name], labels, len(array) + first_label(len(array), args), args.void)
+        return Case(path, self._as_probs(path, array, valid, values), labels, valid, geometry, suffixes)
+
+    def _read_map(
+        self, kind: str, group: dict[str, Path] | None, name: str, geometry: Geometry | None
+    ) -> np.ndarray | None:
+        """Read integers (*S), with the axes of the probabilities if both files say where they are."""
+        if group is None:
+            return None
+        if name not in group:
+            raise UserError(f"{self.cases[name]}: no {kind} of this name. Fix: add it, or move the case away.")
+        path = group[name]
+        array = read_array(path, self.args.out)
+        if geometry is not None and suffix_of(path, LABEL_SUFFIXES) in NIFTI:
+            array = _aligned(path, array, geometry)
+        if np.issubdtype(array.dtype, np.floating):
+            rounded = array.astype(np.int32)
+            if not np.array_equal(rounded, array):
+                raise UserError(f"{path}: labels are not integers. Fix: save one integer per pixel.")
+            return rounded
+        if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
+            raise UserError(f"{path}: labels are {array.dtype}. Fix: save one integer per pixel.")
+        return array
+
+    def _class_axis(self, path: Path, array: np.ndarray, known: tuple[int, ...] | None) -> str:
+        """Return which axis holds the classes: "first", "last" or "none"; ``known`` is the shape of the labels."""
+        given, shape = self.args.classes_axis, array.shape
+        if array.ndim < 2:
+            raise UserError(f"{path}: shape {shape} is not a map. Fix: save (C, *S) or (*S, C).")
+        if array.ndim == 2:
+            return "none"
+        if given != "auto":
+            return given
+        if suffix_of(path) in NIFTI:
+            return "last" if array.ndim > 3 else "none"
+        if nnunet.is_export(path):
+            return "first"
+        if known is not None:
+            spatial = {"none": _squeezed(shape), "first": _squeezed(shape[1:]), "last": _squeezed(shape[:-1])}
+            for expected in (_squeezed(known), _squeezed(known)[::-1]):
+                fits = [axis for axis, sizes in spatial.items() if sizes == expected]
+                if fits:
+                    break
+            if fits == ["none"] and _sums_to_one(array, 0):
+                raise UserError(
+                    f"{path}: the labels have its shape {shape}, with an axis for the classes. "
+                    "Fix: save one integer per pixel as labels, or pass --classes-axis none."
+                )
+            if len(fits) == 1:
+                return fits[0]
+        if self.args.link is None:
+            fits = [axis for axis, index in (("first", 0), ("last", -1)) if _sums_to_one(array, index)]
+            if len(fits) == 1:
+                return fits[0]
+        raise UserError(
+            f"{path}: which axis of shape {shape} holds the classes is unclear. "
+            "Fix: pass --classes-axis first, last or none."
         )
-        inside = None if inside is None else inside != 0
-        if labels is not None:
-            labels = labels if inside is None else np.where(inside, labels, np.asarray(args.void, np.int64))
-            _check_labels(paths[0], labels, len(array) + first_label(len(array), args), args.void)
-        probs = _as_probs(path, array, inside, values, as_stored, args.out)
-        return Case(path, probs, labels, inside, geometry, (masks, labels_suffix))
+
+    def _as_probs(self, path: Path, array: np.ndarray, valid: np.ndarray | None, values: FromStored | None) -> Tensor:
+        """Return probabilities (C, *S), each class contiguous; a file that has this layout is not copied.
+
+        Pixels outside the field of view get probability 0, which changes no rule's result inside.
+        """
+        dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.float32)  # integer logits
+        logits = self.args.link is not None
+        change = values is not None and values.changes
+        outside = -np.inf if logits and not change else 0
+        out = array
+        if valid is not None or change or not array.flags.c_contiguous or array.dtype != dtype:
+            out = scratch(array.shape, np.float32 if change else dtype, self.args.out)
+        for part in slabs(array.shape[1:], len(array)):
+            some = np.ascontiguousarray(array[:, part], dtype)
+            _check_range(path, some, logits)
+            if out is array:
+                continue
+            if values is not None and change:
+                with name_case_in_errors(path):
+                    some = values(torch.from_numpy(some)[None])[0].numpy()
+            out[:, part] = some if valid is None else np.where(valid[part], some, outside)
+        return torch.from_numpy(np.asarray(out))
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
         """Yield a batch for each case, as stored and in memory as a whole."""
@@ -259,7 +323,7 @@ class Folder:
             if name in self.failed:
                 continue
             try:
-                case = self.load(name, self.values, as_stored=True)
+                case = self.load(name, None)
                 found = len(case.probs)
                 self._channels = self._channels or found
                 if found != self._channels:
@@ -277,7 +341,7 @@ class Folder:
     def logits(self) -> Iterator[SimpleNamespace]:
         """Iterate over batches of logits."""
         for batch in self:
-            with named(self.cases[batch.names[0]]):
+            with name_case_in_errors(self.cases[batch.names[0]]):
                 batch.images = self.values.logits(batch.images)
             yield batch
 
@@ -295,7 +359,20 @@ class Folder:
                 )
 
 
-def _check_labels(path: Path | None, labels: np.ndarray, count: int, void: int) -> None:
+def _place(path: Path) -> tuple[Geometry | None, tuple[str, str]]:
+    """Return the geometry of a case, and the suffixes of its masks and of its label map."""
+    suffix = suffix_of(path)
+    if suffix in NIFTI:
+        return arrays.read_geometry(path), (suffix, suffix)
+    if not nnunet.is_export(path):
+        return None, (suffix, suffix)
+    geometry = nnunet.geometry_of(path)
+    if geometry is not None:
+        return geometry, (".nii.gz", ".nii.gz")
+    return None, (".npz", nnunet.picture_suffix(path) or ".npz")
+
+
+def _check_labels(path: Path, labels: np.ndarray, count: int, void: int) -> None:
     """Raise UserError for labels without a channel."""
     wrong = set[int]()
     for part in slabs(labels.shape):
@@ -305,42 +382,6 @@ def _check_labels(path: Path | None, labels: np.ndarray, count: int, void: int) 
             f"{path}: labels {sorted(wrong)[:5]} are neither in 0..{count - 1} nor void={void}. "
             "Fix: pass --void VALUE or --foreground-only, or change the labels."
         )
-
-
-def _class_axis(path: Path, array: np.ndarray, known: tuple[int, ...] | None, link: str | None, args: Namespace) -> str:
-    """Return which axis holds the classes: "first", "last" or "none"; ``known`` is the shape of the labels."""
-    given = args.classes_axis
-    if given == "none" or array.ndim == 2:
-        return "none"
-    if array.ndim < 2:
-        raise UserError(f"{path}: shape {array.shape} is not a map. Fix: save (C, *S) or (*S, C).")
-    if suffix_of(path) in _NIFTI:  # the reader moved the last of four axes to the front
-        if array.ndim > 3:
-            return "first"
-        return "none" if given == "auto" else given
-    if given != "auto":
-        return given
-    if path.with_name(path.name.removesuffix(".npz") + ".pkl").is_file() and path.suffix == ".npz":
-        return "first"  # nnU-Net's
-    shapes = {"none": array.shape, "first": array.shape[1:], "last": array.shape[:-1]}
-    if known is not None:
-        fits = [name for name, shape in shapes.items() if _squeezed(shape) == _squeezed(known)]
-        fits = fits or [name for name, shape in shapes.items() if _squeezed(shape) == _squeezed(known)[::-1]]
-        if fits == ["none"] and _sums_to_one(array, 0):
-            raise UserError(
-                f"{path}: the labels have its shape {array.shape}, with an axis for the classes. "
-                "Fix: save one integer per pixel as labels, or pass --classes-axis none."
-            )
-        if len(fits) == 1:
-            return fits[0]
-    if link is None:
-        fits = [name for name, index in (("first", 0), ("last", -1)) if _sums_to_one(array, index)]
-        if len(fits) == 1:
-            return fits[0]
-    raise UserError(
-        f"{path}: which axis of shape {array.shape} holds the classes is unclear. "
-        "Fix: pass --classes-axis first, last or none."
-    )
 
 
 def _sums_to_one(array: np.ndarray, axis: int) -> bool:
@@ -358,40 +399,20 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _read_labels(path: Path, folder: Path, geometry: Geometry | None) -> np.ndarray:
-    """Read integer labels (*S), with the axes of the probabilities if both files say where they are."""
-    array = read_array(path, folder)
-    if suffix_of(path, arrays.LABEL_SUFFIXES) in _NIFTI:
-        array = _aligned(path, array, geometry)
-    if np.issubdtype(array.dtype, np.floating):
-        whole = array.astype(np.int32)
-        if not np.array_equal(whole, array):
-            raise UserError(f"{path}: labels are not integers. Fix: save one integer per pixel.")
-        return whole
-    if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
-        raise UserError(f"{path}: labels are {array.dtype}. Fix: save one integer per pixel.")
-    return array
-
-
-def _aligned(path: Path, array: np.ndarray, geometry: Geometry | None) -> np.ndarray:
+def _aligned(path: Path, array: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Turn NIfTI labels to the axes of the probabilities, and check that both are in the same place."""
-    if geometry is None:
-        return array
     nib = arrays.require("nibabel", path)
     affine = arrays.load_nifti(path).affine
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(geometry.affine))
     turned = affine @ nib.orientations.inv_ornt_aff(turn, array.shape[:3])
     if not np.allclose(turned, geometry.affine, atol=1e-3, rtol=1e-4):
+        both = " and ".join(str(np.round(one[:3], 3).tolist()) for one in (affine, geometry.affine))
         raise UserError(
-            f"{path}: another affine than the probabilities have, {_text(affine)} and {_text(geometry.affine)}. "
+            f"{path}: another affine than the probabilities have, {both}. "
             "Fix: resample one of them to the other, or correct the header."
         )
     array = nib.orientations.apply_orientation(array, turn)
     return array.T if geometry.reversed else array
-
-
-def _text(affine: np.ndarray) -> str:
-    return str(np.round(affine[:3], 3).tolist())
 
 
 def _fit(labels: np.ndarray, shape: tuple[int, ...], path: Path, probs: Path) -> np.ndarray:
@@ -413,41 +434,12 @@ def slabs(shape: tuple[int, ...], depth: int = 1) -> Iterator[slice]:
         yield slice(start, min(shape[0], start + step))
 
 
-def _as_probs(
-    path: Path, array: np.ndarray, inside: np.ndarray | None, values: FromStored, as_stored: bool, folder: Path
-) -> Tensor:
-    """Return probabilities (C, *S), each class contiguous; a file that has this layout is not copied.
-
-    Pixels outside the field of view get probability 0, which changes no rule's result inside.
-    """
-    dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.float32)  # integer logits
-    change = values.changes and not as_stored
-    logits = values.link is not None
-    if inside is None and array.flags.c_contiguous and array.dtype == dtype and not change:
-        out = array
-    else:
-        out = scratch(array.shape, np.float32 if change else dtype, folder)
-    outside = -np.inf if logits and not change else 0
-    low, high = np.inf, -np.inf
-    for part in slabs(array.shape[1:], len(array)):
-        some = np.ascontiguousarray(array[:, part], dtype)
-        low, high = min(low, some.min(initial=np.inf)), max(high, some.max(initial=-np.inf))
-        if np.isnan(some).any():
-            raise UserError(f"{path}: holds NaN. Fix: look for an overflow in the network.")
-        if out is array:
-            continue
-        if change:
-            _check_range(path, low, high, dtype, logits)
-            with named(path):
-                some = values(torch.from_numpy(some)[None])[0].numpy()
-        out[:, part] = some if inside is None else np.where(inside[part], some, outside)
-    _check_range(path, low, high, dtype, logits)
-    return torch.from_numpy(np.asarray(out))
-
-
-def _check_range(path: Path, low: float, high: float, dtype: np.dtype, logits: bool) -> None:
-    """Raise UserError for values that are infinite, or outside of [0, 1] if they are not logits."""
-    slack = 2e-3 if dtype == np.float16 else 1e-5  # what rounding alone explains
+def _check_range(path: Path, values: np.ndarray, logits: bool) -> None:
+    """Raise UserError for values that are NaN or infinite, or outside of [0, 1] if they are not logits."""
+    low, high = values.min(), values.max()
+    slack = 2e-3 if values.dtype == np.float16 else 1e-5  # what rounding alone explains
+    if np.isnan(low):
+        raise UserError(f"{path}: holds NaN. Fix: look for an overflow in the network.")
     if not np.isfinite([low, high]).all():
         raise UserError(f"{path}: values in [{low:g}, {high:g}]. Fix: look for an overflow in the network.")
     if not logits and not (low >= -slack and high <= 1 + slack):
@@ -458,7 +450,7 @@ def _check_range(path: Path, low: float, high: float, dtype: np.dtype, logits: b
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def name_case_in_errors(path: Path) -> Iterator[None]:
     """Add a path to the ValueError of a rule or a calibration."""
     try:
         yield

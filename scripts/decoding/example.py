@@ -13,7 +13,6 @@ voxels), which the package nilearn contains. The label of a voxel is drawn from 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -24,7 +23,8 @@ import numpy as np
 import torch
 
 from configs.cli import run_cli
-from configs.errors import UserError
+from configs.errors import UserError, one_line
+from scripts.common import command_line
 from scripts.decoding.arrays import load_nifti, require
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]  # probabilities (X, Y, Z, C), labels (X, Y, Z), affine
@@ -74,7 +74,7 @@ def template_case(n: int) -> Case:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("out", type=Path, metavar="VOLUMES")
     parser.add_argument("--cases", type=int, default=6)
     parser.add_argument("--start", type=int, default=0, help="number of the first case: others are other volumes")
@@ -90,7 +90,7 @@ def main() -> None:
         probs, labels, affine = template_case(n) if args.template else drawn_case(n, args.size)
         for folder, array in (("probs", probs), ("labels", labels)):
             nib.save(nib.Nifti1Image(array, affine), args.out / folder / f"case_{n}.nii.gz")
-    print(f"{args.out}: {args.cases} cases of {'×'.join(map(str, labels.shape))} voxels")
+    print(one_line(f"{args.out}: {args.cases} cases of {'×'.join(map(str, labels.shape))} voxels"))
 
 
 if __name__ == "__main__":

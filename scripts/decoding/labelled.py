@@ -1,14 +1,13 @@
 """Fit and report on folders of saved probabilities with the code for networks.
 
-A case takes the place of an image, and what is stored takes the place of a network's logits. ``args`` is the command
-line of scripts/decode.py.
+A case takes the place of an image, and what is stored takes the place of a network's logits.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,38 +27,32 @@ from trainers.evaluator import Scoring
 from trainers.fitted import held_out_fit
 
 
-class Stored(nn.Module):
-    """A network whose images are its logits."""
-
-    def forward(self, images: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=images)
-
-
-class _NoLoss:
-    """In place of a loss, which saved probabilities do not have."""
+class _Stored(nn.Module):
+    """A network whose images are its logits, and its loss, which is unknown."""
 
     def __init__(self, link: str) -> None:
+        super().__init__()
         self.link = link
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return torch.tensor(torch.nan)
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
+        return SimpleNamespace(logits=images) if targets is None else torch.tensor(torch.nan)
 
 
 class FolderFitter(Fitter):
     """Fit rules and calibrations on a folder of labelled cases; the values are stored in OUT/decode.fitted.json.
 
     Args:
+        folder: the cases that are decoded.
         fit: the labelled cases to fit on; None if there are none.
         changes: of the configuration that the command line makes.
     """
 
-    def __init__(self, args: Namespace, fit: Folder | None, device: torch.device, **changes: Any) -> None:
-        self.args, self.fit = args, fit
-        self.values = FromStored(args.link, args.temperature, args.foreground_only)
+    def __init__(self, folder: Folder, fit: Folder | None, device: torch.device, **changes: Any) -> None:
+        args = folder.args
+        self.args, self.fit, self.values = args, fit, folder.values
         splits = {"val": args.fit and str(args.fit[0]), "test": str(args.probs)}
-        dataset = {"name": args.probs.name, "resize": None, "ignore_index": args.void, "splits": splits}
         cfg = {
-            "dataset": dataset,
+            "dataset": {"name": args.probs.name, "resize": None, "ignore_index": args.void, "splits": splits},
             "protocol": {"name": "corrected", "rules": {}},
             "trainer": {"precision": "fp32"},
             "predictor": {"name": None},
@@ -69,7 +62,8 @@ class FolderFitter(Fitter):
             "correct_focal": False,
             "gate": 0.5,
         }
-        super().__init__(OmegaConf.create({**cfg, **changes}), Stored(), args.out / "decode", World(0, 1, device))
+        network = _Stored(args.link or "softmax")
+        super().__init__(OmegaConf.create({**cfg, **changes}), network, args.out / "decode", World(0, 1, device))
 
     def settings(self, kind: str | None = None) -> dict[str, Any]:
         names = ("classes_axis", "key", "link", "foreground_only", "scored")
@@ -79,12 +73,8 @@ class FolderFitter(Fitter):
         return replace(self.values, calibration=self.calibration(kind or self.kind))
 
     def _fit_calibration(self, kind: str) -> dict[str, Any]:
-        data = self._val(f"--calibrate {kind}")
-
-        def fit(batches: Iterator[SimpleNamespace], link: str) -> Any:
-            method = fit_temperature if kind == "temperature" else fit_calibration
-            return held_out_fit(method, self.network, batches, link, self.world, ignore_index=self.args.void)
-
+        data, method = self._val(f"--calibrate {kind}"), fit_temperature if kind == "temperature" else fit_calibration
+        fit = partial(held_out_fit, method, self.network, world=self.world, ignore_index=self.args.void)
         if not data.first:
             found = fit(data.logits(), self.values.link_of(data.channels))
         elif kind == "temperature":  # without a channel for the background, each is a binary problem of its own
@@ -107,15 +97,14 @@ class FolderFitter(Fitter):
         return data.scoring()
 
     def _loss(self) -> Any:
-        return _NoLoss(self.values.link or "softmax")
+        return self.network
 
 
 def write_report(
-    title: str, scored: Folder, fitter: FolderFitter, classes: Sequence[str], facts: dict[str, Any]
+    title: str, folder: Folder, fitter: FolderFitter, classes: Sequence[str], facts: dict[str, Any]
 ) -> Path:
     """Write the report of labelled cases, with the measurements and the page of networks; return its path."""
-    args = fitter.args
-    names = list(dict.fromkeys((*report.RULES, *args.predictor)))
+    names = list(dict.fromkeys((*report.RULES, *fitter.args.predictor)))
     kinds: dict[str, dict[str, Any]] = {"raw": {"calibrate": "none"}}
     if fitter.fit is not None:
         kinds["calibrated"] = {"calibrate": "temperature", "temperature": 1}
@@ -123,12 +112,12 @@ def write_report(
         kinds["calibrated per class"] = {}
 
     def make(options: Mapping[str, Any]) -> FolderFitter:
-        return FolderFitter(args, fitter.fit, fitter.world.device, **options)
+        return FolderFitter(folder, fitter.fit, fitter.world.device, **options)
 
-    findings, confidence, *_ = analyse(make, kinds, names, scored, fitter.fit)
+    findings, confidence, *_ = analyse(make, kinds, names, folder, fitter.fit)
     lead = [
         f"{len(findings.names)} cases. All rules see the same probabilities: T selects pixels with at least 0.5, "
         "max the most likely class, rankdice the mask with the largest expected Dice. Masks may overlap."
     ]
-    more = {"provenance": facts}
-    return report.write(args.out / "report", title, lead, findings, confidence, classes, names, more, {})
+    of = {"provenance": facts}
+    return report.write(fitter.args.out / "report", title, lead, findings, confidence, classes, names, of, {})

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from rankseg import Predictor
 from rankseg.calibration import Reliability
 from rankseg.label_map import VOID
 from scripts.decoding.arrays import scratch
-from scripts.decoding.cases import Case, first_label, slabs
-from scripts.inference.windows import may_overlap, one_by_one, parts_of
+from scripts.decoding.cases import Case, first_label, slabs, without_background
+from scripts.inference.windows import masks_of, may_overlap, parts_of
 from trainers.evaluator import proper_scores
 from trainers.fitted import pooled_threshold
-from trainers.metrics import Counts, Truth, count, encode
+from trainers.metrics import Counts, count, encode
 
 _SUMS = ("count", "forecast", "observed")  # of a reliability curve
 
@@ -36,14 +35,12 @@ def is_label_map(rule: Predictor, channels: int, write: str) -> bool:
 def select(probs: Tensor, rule: Predictor, folder: Path, device: torch.device) -> np.ndarray:
     """Return the masks (C, *S) bool of a rule; a class or a slab at a time if the rule allows it."""
     masks = scratch(probs.shape, bool, folder)
-    if one_by_one(rule):
-        for c, channel in enumerate(probs):
-            masks[c] = rule(channel[None, None].to(device))[0, 0].cpu().numpy()
-    elif parts_of(rule)[0] in (rankseg.argmax, pooled_threshold):  # each pixel by itself
+    if parts_of(rule)[0] in (rankseg.argmax, pooled_threshold):  # each pixel by itself
         for part in slabs(probs.shape[1:], len(probs)):
             masks[:, part] = rule(probs[None, :, part].to(device))[0].cpu().numpy()
     else:
-        masks[:] = rule(probs[None].to(device))[0].cpu().numpy()
+        for mask, selected in zip(masks, masks_of(probs, rule, device), strict=True):
+            mask[...] = selected.cpu().numpy()
     return masks
 
 
@@ -73,8 +70,8 @@ def confidence(written: np.ndarray, probs: Tensor, first: int) -> list[float]:
     return values
 
 
-def count_pixels(written: np.ndarray, labels: np.ndarray, channels: int, args: Namespace) -> dict[str, list[int]]:
-    """Count masks (C, *S) or a label map (*S) against the labels, slab by slab; see `counts_of` for the result.
+def count_pixels(written: np.ndarray, labels: np.ndarray, channels: int, args: Namespace) -> dict[str, list]:
+    """Count masks (C, *S) or a label map (*S) against the labels, slab by slab; return the values of `Counts`.
 
     If label 0, the background, has no channel, the pixels without a mask are its mask.
     """
@@ -88,13 +85,7 @@ def count_pixels(written: np.ndarray, labels: np.ndarray, channels: int, args: N
             masks = torch.from_numpy(np.ascontiguousarray(written[:, part]))
             masks = torch.cat([~masks.any(0, keepdim=True), masks]) if first else masks
         parts.append(count(masks[None], encode(_long(labels[part])[None], channels + first, args.void)))
-    total = Counts.cat(parts).pooled()
-    return {f.name: getattr(total, f.name)[0].tolist() for f in fields(Counts)}
-
-
-def counts_of(plain: dict[str, list[int]]) -> Counts:
-    """Return counts (1, C) from the lists that JSON holds."""
-    return Counts(*(torch.tensor(plain[f.name], dtype=torch.int64)[None] for f in fields(Counts)))
+    return {name: values.tolist() for name, values in vars(Counts.cat(parts).pooled()).items()}
 
 
 def observe(probs: Tensor, labels: np.ndarray, args: Namespace) -> dict[str, Any]:
@@ -107,7 +98,7 @@ def observe(probs: Tensor, labels: np.ndarray, args: Namespace) -> dict[str, Any
     flat = labels.reshape(-1)
     step = max(1, flat.size // (1 << 14))
     truth = encode(_long(flat[::step])[None], len(probs) + first, args.void)
-    truth = Truth(truth.onehot[:, first:], truth.valid, truth.actual[:, first:], truth.pixels)
+    truth = without_background(truth) if first else truth
     sample = probs.flatten(1)[None, :, ::step].contiguous()
     curve = Reliability()
     curve.update(sample, truth.onehot, truth.valid)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from os.path import realpath  # unlike Path.resolve(), accepts cyclic links, which reading reports
 from pathlib import Path
@@ -64,33 +65,24 @@ def find(inputs: Sequence[Path], out: Path) -> tuple[dict[str, Path], list[str]]
     """
     found: dict[str, Path] = {}
     notes: list[str] = []
-    written = out.resolve()
     for given in inputs:
+        if not given.exists():
+            raise FileNotFoundError(f"{given} does not exist. Fix: give image files or folders of them")
+        names = {given: given.stem}
         if given.is_dir():
-            if given.resolve() == written:
+            if given.resolve() == out.resolve():
                 raise UserError(f"--out {out} is the folder of the images. Fix: choose another for the masks")
-            listing = decode.list_images(given, below=True, without=written)
+            listing = decode.list_images(given, below=True, without=out.resolve())
             if listing.ignored:
                 notes.append(f"files in {given} that are not read: {listing.ignored_text}")
             if not listing.images:
                 raise UserError("; ".join([f"{given} has no image ({' '.join(decode.IMAGE_SUFFIXES)})", *notes]))
-            if listing.clashes:
-                raise UserError(same_name(*listing.clashes[0]))
-            paths = list(listing.images.values())
+            paths = [*listing.images.values(), *(other for pair in listing.clashes for other in pair)]
             names = {path: path.relative_to(given).with_suffix("").as_posix() for path in paths}
-        elif given.is_file():
-            names = {given: given.stem}
-        else:
-            raise FileNotFoundError(f"{given} does not exist. Fix: give image files or folders of them")
         for path, name in names.items():
             if found.setdefault(name, path) != path:
-                raise UserError(same_name(found[name], path))
+                raise UserError(f"{found[name]} and {path} would both be written as {path.stem}. Fix: rename one")
     return found, notes
-
-
-def same_name(path: Path, other: Path) -> str:
-    """Return the message for two images whose masks would have one name."""
-    return f"{path} and {other} would both be written as {path.stem}. Fix: rename one"
 
 
 def as_stored(labels: np.ndarray, orientation: int) -> Image.Image:
@@ -100,8 +92,10 @@ def as_stored(labels: np.ndarray, orientation: int) -> Image.Image:
 
 def save_labels(labels: Tensor, orientation: int, info: DatasetInfo, path: Path) -> None:
     """Write labels (H, W) uint8 as a palette PNG: the index is the class, the colour its colour."""
+    colours = [*info.palette, *[(0, 0, 0)] * (256 - info.num_classes)]
+    colours[info.ignore_index] = VOID_COLOUR
     image = as_stored(labels.numpy(), orientation)
-    image.putpalette(palette(info))
+    image.putpalette([channel for colour in colours for channel in colour])
     save_png(image, path, orientation)
 
 
@@ -134,13 +128,6 @@ def save_probabilities(probs: Tensor, orientation: int, path: Path) -> None:
         out.flush()
 
 
-def palette(info: DatasetInfo) -> list[int]:
-    """Return the 256 colours of a palette PNG, void included."""
-    colours = [*info.palette, *[(0, 0, 0)] * (256 - info.num_classes)]
-    colours[info.ignore_index] = VOID_COLOUR
-    return [int(channel) for colour in colours for channel in colour]
-
-
 def save_png(image: Image.Image, path: Path, orientation: int = 1) -> None:
     """Write a PNG, with the EXIF orientation if there is one."""
     exif = Image.Exif()
@@ -154,30 +141,21 @@ def save_png(image: Image.Image, path: Path, orientation: int = 1) -> None:
 # What is written
 
 
-class Outputs:
-    """The files made from one image. The palette PNG is written last, so that it shows that all are there.
+def outputs_of(args: Namespace, image: str, info: DatasetInfo) -> dict[str | int, Path]:
+    """Return the files that are made from an image, by kind; those of masks by the index of the class.
 
-    Args:
-        args: the command line: ``out``, and which of ``overlay``, ``per_class`` and ``probabilities`` are requested.
-        image: the image's name, a path below ``out`` without suffix.
-        info: the classes.
+    ``image`` is its name, a path below ``args.out`` without suffix. The palette PNG is written last, so it shows that
+    all are there.
     """
-
-    def __init__(self, args: Namespace, image: str, info: DatasetInfo) -> None:
-        out: Path = args.out
-        self.labels = out / f"{image}.png"
-        self.overlay = out / "overlay" / f"{image}.png" if args.overlay else None
-        self.probabilities = out / "probabilities" / f"{image}.npy" if args.probabilities else None
-        names = file_names(info.classes) if args.per_class else []
-        self.masks = [out / "classes" / image / f"{name}.png" for name in names]
-
-    def all(self) -> list[Path]:
-        """Return every file that is written."""
-        return [self.labels, *self.masks, *(p for p in (self.overlay, self.probabilities) if p is not None)]
-
-    def done(self) -> bool:
-        """Whether every file is there."""
-        return all(path.exists() for path in self.all())
+    out: Path = args.out
+    paths: dict[str | int, Path] = {}
+    if args.per_class:
+        paths |= {c: out / "classes" / image / f"{name}.png" for c, name in enumerate(file_names(info.classes))}
+    if args.overlay:
+        paths["overlay"] = out / "overlay" / f"{image}.png"
+    if args.probabilities:
+        paths["probabilities"] = out / "probabilities" / f"{image}.npy"
+    return {**paths, "labels": out / f"{image}.png"}
 
 
 def file_names(classes: tuple[str, ...]) -> list[str]:
@@ -186,13 +164,13 @@ def file_names(classes: tuple[str, ...]) -> list[str]:
     return [name if safe.count(name) == 1 else f"{name}_{c}" for c, name in enumerate(safe)]
 
 
-def reject_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]) -> None:
+def reject_collisions(outputs: Mapping[str, Mapping[Any, Path]], images: Mapping[str, Path]) -> None:
     """Raise UserError if two files have one path, or if a file would replace an image."""
     fix = "Fix: rename one, or segment them into folders of their own"
     read = {realpath(path): path for path in images.values()}
     written: dict[Path, str] = {}
     for name, files in outputs.items():
-        for path in files.all():
+        for path in files.values():
             if realpath(path) in read:
                 raise UserError(f"{read[realpath(path)]} would be written over. Fix: choose another --out")
             other = written.setdefault(path, name)
@@ -205,7 +183,11 @@ def reject_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]
 
 
 def settle(
-    out: Path, settings: dict[str, Any], outputs: Mapping[str, Outputs], images: Mapping[str, Path], force: bool
+    out: Path,
+    settings: dict[str, Any],
+    outputs: Mapping[str, Mapping[Any, Path]],
+    images: Mapping[str, Path],
+    force: bool,
 ) -> None:
     """Store in the folder how its masks are made, and from which images.
 
@@ -225,7 +207,7 @@ def settle(
         raise UserError(f"{out} holds masks made with another {', '.join(changed)}. Fix: another --out, or --force")
     known = {} if changed else before.get("images", {})  # what was made otherwise is not done
     for name, files in outputs.items() if not force else ():
-        there = next((file for file in files.all() if file.exists()), None)
+        there = next((file for file in files.values() if file.exists()), None)
         if there and known.get(name) != sources[name]:
             of = f"is the mask of {known[name]}" if name in known else "was not made by this command"
             raise UserError(f"{there} {of}: choose another --out, or --force to write over it")
@@ -257,7 +239,6 @@ def dataset_info(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
 # How sure each mask is
 
 COLUMNS = ("image", "class", "area", "confidence", "lower_bound")
-Row = tuple[str, str, int, float, float | None]
 
 
 class Review:
@@ -278,57 +259,38 @@ class Review:
         self, path: Path, classes: Sequence[str], scored: Sequence[int], margins: Mapping[str, float | None]
     ) -> None:
         self.path, self.classes, self.scored, self.margins = path, classes, scored, margins
-        self.rows: dict[str, list[Row]] = {}
-        for row in _read_review(path) if path.exists() else ():
-            self.rows.setdefault(row[0], []).append(row)
-
-    def start(self, image: str) -> None:
-        """Forget the rows of an image."""
-        self.rows[image] = []
-        self._empty = torch.ones((), dtype=torch.float64)
+        self.before = _read_review(path) if path.exists() else {}
+        self.rows: dict[str, list[dict[str, str]]] = defaultdict(list)  # also of classes without a mask
 
     def add(self, image: str, index: int, probs: Tensor, mask: Tensor) -> None:
         """Add one class of an image: probabilities and mask, (H, W)."""
         if index not in self.scored:
             return
-        area = int(mask.sum())
-        if not area:
-            self._empty = self._empty.minimum(absence(probs[None, None])[0, 0].cpu())
-            return
-        sure = float(confidence(probs[None, None], mask[None, None]))
-        margin = self.margins.get(str(index))
-        bound = None if margin is None else max(0.0, sure - margin)
-        self.rows[image].append((image, self.classes[index], area, sure, bound))
-
-    def finish(self, image: str) -> None:
-        """Add the row of an image without any mask."""
-        if not self.rows[image]:
-            self.rows[image] = [(image, "", 0, float(self._empty), None)]
+        area, margin = int(mask.sum()), self.margins.get(str(index))
+        sure = float(confidence(probs[None, None], mask[None, None]) if area else absence(probs[None, None]))
+        bound = "" if margin is None or not area else f"{max(0.0, sure - margin):.4f}"
+        values = (image, self.classes[index] if area else "", str(area), f"{sure:.4f}", bound)
+        self.rows[image].append(dict(zip(COLUMNS, values, strict=True)))
 
     def save(self) -> None:
         """Write the file, the least sure first."""
-        rows = sorted((row for rows in self.rows.values() for row in rows), key=lambda row: (row[3], row[:2]))
-        shown = [
-            (image, name, area, f"{sure:.4f}", "" if bound is None else f"{bound:.4f}")
-            for image, name, area, sure, bound in rows
-        ]
-        write_text(self.path, csv_text([COLUMNS, *shown]))
+        rows: list[dict[str, str]] = []
+        for found in {**self.before, **self.rows}.values():
+            rows += [row for row in found if row["class"]] or [min(found, key=lambda row: row["confidence"])]
+        rows.sort(key=lambda row: (float(row["confidence"]), row["image"], row["class"]))
+        write_text(self.path, csv_text([COLUMNS, *([row[key] for key in COLUMNS] for row in rows)]))
 
 
-def _read_review(path: Path) -> list[Row]:
+def _read_review(path: Path) -> dict[str, list[dict[str, str]]]:
+    """Return image -> its rows."""
+    found: dict[str, list[dict[str, str]]] = defaultdict(list)
     try:
         text = read_text(path)
         if text.partition("\n")[0].rstrip("\r") != ",".join(COLUMNS):
             raise ValueError("another header")
-        return [
-            (
-                row["image"],
-                row["class"],
-                int(row["area"]),
-                float(row["confidence"]),
-                float(row["lower_bound"]) if row["lower_bound"] else None,
-            )
-            for row in read_csv(text)
-        ]
-    except (ValueError, KeyError, TypeError, OSError, csv.Error):
+        for row in read_csv(text):
+            float(row["area"]), float(row["confidence"]), float(row["lower_bound"] or 0)
+            found[row["image"]].append(row)
+    except (ValueError, KeyError, OSError, csv.Error):
         raise UserError(f"{path} is not a review written here. Fix: move it, or choose another --out.") from None
+    return found

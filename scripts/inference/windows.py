@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
@@ -24,11 +25,13 @@ from configs.errors import UserError
 from datasets.base import DatasetInfo
 from datasets.transforms import Size, resize_to
 from rankseg import Predictor
+from scripts.decoding.arrays import scratch
 from trainers.fitted import OtherProbs, fitted_threshold
 from trainers.forward import at_size
 
 WHOLE = 4 << 20  # pixels up to which an image goes through the network at once by default
 WINDOW = 1024  # side of the windows of larger ones
+IN_MEMORY = 2 << 30  # bytes of probabilities above which they are in a temporary file
 
 Network = Callable[[Tensor], Tensor]  # normalised (B, 3, h, w) -> logits (B, C, h', w')
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -46,7 +49,7 @@ class View:
         flip: whether mirror images are seen too.
         resize: the size the network is evaluated at (`dataset.resize`).
         batch: windows at once.
-        memory: bytes of probabilities above which they are in a file in the folder ``scratch`` instead of memory.
+        folder: for temporary files.
     """
 
     window: int | None = None
@@ -55,8 +58,7 @@ class View:
     flip: bool = False
     resize: Size | None = None
     batch: int = 1
-    memory: int = 2 << 30
-    scratch: Path | None = None
+    folder: Path = Path(tempfile.gettempdir())
 
     def __post_init__(self) -> None:
         if self.window and self.window < 16:
@@ -92,7 +94,7 @@ def probabilities(
         if len(boxes) == 1 and boxes[0] == (0, 0, height, width) and len(view.scales) == 1:
             return probs[0]
         if total is None:
-            total = zeros((probs.shape[1], height, width), view.memory, view.scratch)
+            total = torch.from_numpy(scratch((probs.shape[1], height, width), np.float32, view.folder, IN_MEMORY))
         ramp = _ramp(boxes[0][2:], view.overlap)
         for (top, left, h, w), part in zip(boxes, probs, strict=True):
             total[:, top : top + h, left : left + w] += part * ramp
@@ -101,16 +103,6 @@ def probabilities(
     for channel in total:  # one class at a time: no second copy of the whole map
         channel.div_(weights).clamp_(0, 1)
     return total
-
-
-def zeros(shape: Sequence[int], memory: int, folder: Path | None = None) -> Tensor:
-    """Return float32 zeros, in a temporary file where they are larger than ``memory`` bytes."""
-    count = math.prod(shape)
-    if 4 * count <= memory:
-        return torch.zeros(*shape)
-    with tempfile.NamedTemporaryFile(prefix=".probabilities-", dir=folder) as file:
-        # The mapping outlives the name: the space is given back when the tensor goes.
-        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).view(*shape)
 
 
 def _look(
@@ -194,13 +186,13 @@ def parts_of(rule: Predictor) -> tuple[Callable[..., Tensor], dict[str, object]]
     return (rule.func, rule.keywords) if isinstance(rule, partial) else (rule, {})
 
 
-def masks_of(probs: Tensor, rule: Predictor) -> Iterator[Tensor]:
-    """Yield each class's mask (H, W) bool of probabilities (C, H, W)."""
+def masks_of(probs: Tensor, rule: Predictor, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """Yield each class's mask (*S) bool of probabilities (C, *S)."""
     if one_by_one(rule):
         for channel in probs:
-            yield rule(channel[None, None])[0, 0]
+            yield rule(channel[None, None].to(device))[0, 0]
     else:
-        yield from rule(probs[None])[0]
+        yield from rule(probs[None].to(device))[0]
 
 
 def label_map(

@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 
 import datasets
 from configs.compose import CONFIGS
-from configs.errors import UserError
 from datasets import DatasetError
 
 if TYPE_CHECKING:
@@ -60,36 +59,21 @@ class Entry:
         """Return the default of dataset.root."""
         return Path(str(OmegaConf.load(CONFIGS / "dataset" / f"{self.name}.yaml").root))
 
-    def complete(self, root: Path) -> bool:
-        """Return whether all parts are there."""
-        return all((root / name).exists() for name in self.holds)
-
-    def reject_partial(self, root: Path) -> None:
-        """Raise UserError if only some parts are there: nothing is unpacked over them."""
-        lacking = [name for name in self.holds if not (root / name).exists()]
-        there = [name for name in self.holds if name not in lacking]
-        if there and lacking:
-            raise UserError(
-                f"{root} has {', '.join(there)} without {', '.join(lacking)}. Fix: remove it, or give another --root"
-            )
-
-    def open(self, root: Path, split: str, classes: Path | None = None) -> PairedDataset:
-        """Return one split.
-
-        Raises DatasetError if it is not there.
-        """
-        own = {"classes": classes} if self.kind == "Folder" else {}
-        return getattr(datasets, self.kind)(root, split, **own)
+    def missing(self, root: Path) -> list[str]:
+        """Return the parts that are not there."""
+        return [name for name in self.holds if not (root / name).exists()]
 
     def splits(self, root: Path, chosen: list[str], classes: Path | None = None) -> dict[str, PairedDataset]:
         """Return the chosen splits, or else train and val, and test if it exists.
 
         Raises DatasetError if one is not there.
         """
-        found = {split: self.open(root, split, classes) for split in chosen or ("train", "val")}
+        own = {"classes": classes} if self.kind == "Folder" else {}
+        source = getattr(datasets, self.kind)
+        found = {split: source(root, split, **own) for split in chosen or ("train", "val")}
         if not chosen and self.kind in ("Folder", "KvasirSEG"):
             with contextlib.suppress(DatasetError):  # not every data set has one
-                found["test"] = self.open(root, "test", classes)
+                found["test"] = source(root, "test", **own)
         return found
 
 

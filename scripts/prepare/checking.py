@@ -7,10 +7,9 @@ splits) are found here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +20,14 @@ from configs.files import file_sha256
 from datasets import SegmentationDataset
 from datasets.decode import list_images
 from datasets.paired import PairedDataset, file_size
-from scripts.common import ahead
+from scripts.common import map_in_threads
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+Splits = Mapping[str, PairedDataset]
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """One fault. ``kind`` is pair, partner, duplicate, leak or set."""
 
     kind: str
@@ -36,64 +36,50 @@ class Fault:
     message: str
 
 
-@dataclass
-class Report:
-    """The result of a check. ``splits`` has the number of images of each split; ``notes`` are not faults."""
-
-    dataset: str
-    root: str
-    splits: dict[str, int]
-    faults: list[Fault] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the report as plain containers."""
-        return {"ok": not self.faults, **asdict(self)}
-
-
-def check(name: str, root: Path, splits: Mapping[str, PairedDataset], workers: int, progress: bool) -> Report:
-    """Check every file of the splits."""
-    report = Report(name, str(root), {split: len(data) for split, data in splits.items()})
-    report.faults = [
+def check(name: str, root: Path, splits: Splits, workers: int, progress: bool) -> dict[str, Any]:
+    """Check every file of the splits; return faults, the number of images of each split, and notes."""
+    faults = [
         *pair_faults(splits, workers, progress),
         *file_faults(splits),
-        *shared_names(splits),
-        *shared_content(splits, workers),
+        *shared_images(splits, workers),
         *(Fault("set", split, str(root), text) for split, data in splits.items() for text in data.faults_as_a_whole()),
     ]
     unused = unused_images(splits)
-    if unused:
-        report.notes.append(f"images in none of these splits: {len(unused)}, such as {unused[0]}")
-    report.notes += dict.fromkeys(note for data in splits.values() for note in data.notes())
-    return report
+    notes = [f"images in none of these splits: {len(unused)}, such as {unused[0]}"] if unused else []
+    notes += dict.fromkeys(note for data in splits.values() for note in data.notes())
+    return {
+        "ok": not faults,
+        "dataset": name,
+        "root": str(root),
+        "splits": {split: len(data) for split, data in splits.items()},
+        "faults": [fault._asdict() for fault in faults],
+        "notes": notes,
+    }
 
 
-def pair_faults(splits: Mapping[str, PairedDataset], workers: int, progress: bool) -> list[Fault]:
+def pair_faults(splits: Splits, workers: int, progress: bool) -> list[Fault]:
     """Return the faults of single pairs: unreadable, missing, different sizes, labels that are not in the table."""
-    work = [(split, data, index) for split, data in splits.items() for index in range(len(data))]
 
     def examine(item: tuple[str, PairedDataset, int]) -> list[Fault]:
         split, data, index = item
-        pair = data.pairs[index]
-        of_mask = one_line(pair.mask)
-        return [
-            Fault("pair", split, str(pair.mask if text.startswith(of_mask) else pair.image), text)
-            for text in data.check(index)
-        ]
+        image, mask = map(str, data.pairs[index][1:])
+        of_mask = one_line(mask)
+        return [Fault("pair", split, mask if text.startswith(of_mask) else image, text) for text in data.check(index)]
 
-    found: list[Fault] = []
-    for faults in _bar(ahead(examine, work, workers), len(work), "checking", progress):
-        found += faults
-    return found
+    work = [(split, data, index) for split, data in splits.items() for index in range(len(data))]
+    return [fault for faults in _with_bar(examine, work, workers, "checking", progress) for fault in faults]
 
 
-def _bar(items: Iterable[Item], total: int, title: str, shown: bool) -> Iterable[Item]:
-    """Return the items with a progress bar over images; without a terminal there is none."""
+def _with_bar(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, title: str, shown: bool
+) -> Iterable[Result]:
+    """Yield the results of threads, with a progress bar over images; without a terminal there is none."""
     hidden = None if shown else True
-    return tqdm(items, desc=title, total=total, unit="image", disable=hidden, leave=False)
+    results = map_in_threads(function, items, workers)
+    return tqdm(results, desc=title, total=len(items), unit="image", disable=hidden, leave=False)
 
 
-def file_faults(splits: Mapping[str, PairedDataset]) -> list[Fault]:
+def file_faults(splits: Splits) -> list[Fault]:
     """Return masks without an image, and files that share a name so that only one is read; each once."""
     orphans = {text: split for split, data in splits.items() for text in data.orphans}
     clashes = {text: split for split, data in splits.items() for text in data.clashes}
@@ -103,62 +89,48 @@ def file_faults(splits: Mapping[str, PairedDataset]) -> list[Fault]:
     ]
 
 
-def shared_names(splits: Mapping[str, PairedDataset]) -> list[Fault]:
-    """Return images that are listed twice or in two splits."""
+def shared_images(splits: Splits, workers: int) -> list[Fault]:
+    """Return images that are listed twice or in two splits, and images whose files are equal byte by byte."""
     listed: dict[Path, list[str]] = defaultdict(list)
     for split, data in splits.items():
         for pair in data.pairs:
             listed[pair.image].append(split)
     found = []
+    sizes: dict[int, list[Path]] = defaultdict(list)
     for path, where in listed.items():
+        sizes[file_size(path)].append(path)
         if len(set(where)) > 1:
             text = f"{path} is in {' and '.join(dict.fromkeys(where))}. Fix: keep it in one split"
             found.append(Fault("leak", where[-1], str(path), text))
         elif len(where) > 1:
             text = f"{path} is listed {len(where)} times in {where[0]}. Fix: list it once"
             found.append(Fault("duplicate", where[0], str(path), text))
-    return found
-
-
-def shared_content(splits: Mapping[str, PairedDataset], workers: int) -> list[Fault]:
-    """Return images whose files are equal byte by byte; only files of equal size are read."""
-    sizes: dict[int, dict[Path, str]] = defaultdict(dict)
-    for split, data in splits.items():
-        for pair in data.pairs:
-            size = file_size(pair.image)
-            if size > 0:
-                sizes[size].setdefault(pair.image, split)
-    candidates = [item for group in sizes.values() if len(group) > 1 for item in group.items()]
-    digests = ahead(lambda item: _digest(item[0]), candidates, workers)
-    first_of: dict[str, tuple[Path, str]] = {}
-    found = []
-    for (path, split), digest in zip(candidates, digests, strict=True):
-        if not digest:
-            continue  # unreadable; pair_faults names it
-        first, other = first_of.setdefault(digest, (path, split))
-        if first == path:
-            continue
-        if split == other:
-            kind, text = "duplicate", f"{path} is the same picture as {first}. Fix: keep one"
-        else:
-            kind = "leak"
+    first_of: dict[str, Path] = {}
+    candidates = [path for size, group in sizes.items() if size > 0 and len(group) > 1 for path in group]
+    for path, digest in zip(candidates, map_in_threads(_digest, candidates, workers), strict=True):
+        first = first_of.setdefault(digest, path)
+        split, other = listed[path][0], listed[first][0]
+        if first != path and split == other:
+            text = f"{path} is the same picture as {first}. Fix: keep one"
+            found.append(Fault("duplicate", split, str(path), text))
+        elif first != path:
             text = f"{path} ({split}) is the same picture as {first} ({other}). Fix: keep it in one split"
-        found.append(Fault(kind, split, str(path), text))
+            found.append(Fault("leak", split, str(path), text))
     return found
-
-
-def unused_images(splits: Mapping[str, PairedDataset]) -> list[Path]:
-    """Return images in the folders of the splits that belong to no split."""
-    used = {pair.image for data in splits.values() for pair in data.pairs}
-    folders = {path.parent for path in used if path.parent.is_dir()}
-    return sorted(path for folder in folders for path in set(list_images(folder).images.values()) - used)
 
 
 def _digest(path: Path) -> str:
     try:
         return file_sha256(path)
     except OSError:
-        return ""
+        return str(path)  # equal to no other; pair_faults names it
+
+
+def unused_images(splits: Splits) -> list[Path]:
+    """Return images in the folders of the splits that belong to no split."""
+    used = {pair.image for data in splits.values() for pair in data.pairs}
+    folders = {path.parent for path in used if path.parent.is_dir()}
+    return sorted(path for folder in folders for path in set(list_images(folder).images.values()) - used)
 
 
 def count(data: SegmentationDataset, workers: int, progress: bool) -> dict[str, Any]:
@@ -176,7 +148,7 @@ def count(data: SegmentationDataset, workers: int, progress: bool) -> dict[str, 
 
     pixels, labels, present = (torch.zeros(shape, dtype=torch.int64) for shape in ((3, 256), 256, 256))
     sizes = []
-    for colours, of_mask, size in _bar(ahead(read, range(len(data)), workers), len(data), "counting", progress):
+    for colours, of_mask, size in _with_bar(read, range(len(data)), workers, "counting", progress):
         pixels += colours
         labels += of_mask
         present += of_mask > 0

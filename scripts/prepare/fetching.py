@@ -30,6 +30,7 @@ BLOCK = 1 << 16
 PATIENCE, MIN_RATE = 60.0, 10_000  # after so many seconds, fewer bytes per second on average are too slow
 MAX_BYTES = 20 << 30  # of an archive whose size is not known
 WORTH_A_RETRY = (408, 429, 500, 502, 503, 504)
+ATTEMPTS = 5  # per address
 PAUSE = 1.0  # seconds before a second attempt; each further pause is twice as long
 BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError)
 CITYSCAPES = {"gtFine": "gtFine_trainvaltest.zip", "leftImg8bit": "leftImg8bit_trainvaltest.zip"}
@@ -44,19 +45,13 @@ class FetchError(OSError):
 
 
 def download(
-    urls: Sequence[str],
-    path: Path,
-    size: int | None = None,
-    checksum: str | None = None,
-    attempts: int = 5,
-    progress: bool = True,
+    urls: Sequence[str], path: Path, size: int | None = None, checksum: str | None = None, progress: bool = True
 ) -> str:
-    """Fetch a file into ``path`` and return its ``sha256:...``. A file that is there is only verified.
+    """Fetch a file into ``path`` and return its checksum. A file that is there is only verified.
 
     Args:
         urls: the same file at several places, tried in this order.
         size, checksum: bytes and ``algorithm:hexdigest``, if known.
-        attempts: how often each place is tried.
 
     Raises:
         FetchError: no place gave the file, or it is not the expected one.
@@ -65,14 +60,12 @@ def download(
     for url in urls:
         if not url.startswith(("https://", "http://")):
             raise UserError(f"--url {url} is invalid: expected an address that begins with https:// or http://")
-    if attempts < 1:
-        raise UserError(f"--attempts {attempts} is invalid: expected a whole number >= 1")
     _algorithm(checksum)
     if path.exists():
         return verify(path, size, checksum)
     problems = []
     for url in urls:
-        for attempt in range(attempts):
+        for attempt in range(ATTEMPTS):
             time.sleep(PAUSE * (2**attempt - 1))
             try:
                 with temporary_file(path) as temporary:
@@ -82,7 +75,7 @@ def download(
                 problems.append(str(error))
                 break
             except BROKEN as error:
-                problem = f"{url}: {' '.join(str(error).split())}, after {attempt + 1} attempts"
+                problem = f"{url}: {' '.join(str(error).split())}, after {ATTEMPTS} attempts"
         else:
             problems.append(f"{problem}. Fix: try again later, or pass --url")
     raise FetchError("; ".join(problems))
@@ -104,7 +97,10 @@ def _transfer(url: str, path: Path, name: str, limit: int, progress: bool) -> No
         answer.raise_for_status()
         total = answer.raw.length_remaining or 0
         _require_size(name, total, limit)
-        require_space(path.parent, total)
+        if total > (free := shutil.disk_usage(path.parent).free):
+            raise FetchError(
+                f"{path.parent} has {free >> 20} MiB free, but {total >> 20} MiB are needed. Fix: make room"
+            )
         hidden = None if progress else True
         with tqdm(total=total or None, desc=name, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
             while True:
@@ -130,13 +126,6 @@ def _require_size(name: str, size: int, limit: int) -> None:
         raise FetchError(f"{name} has more than the expected {limit} bytes. Fix: pass a newer --url")
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Raise FetchError if the disk of a folder has too little space."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise FetchError(f"{folder} has {free >> 20} MiB free, but {needed >> 20} MiB are needed. Fix: make room")
-
-
 def _algorithm(checksum: str | None) -> tuple[str, str]:
     algorithm, _, expected = (checksum or "sha256:").partition(":")
     if algorithm not in hashlib.algorithms_guaranteed or (checksum and not expected):
@@ -145,24 +134,23 @@ def _algorithm(checksum: str | None) -> tuple[str, str]:
 
 
 def verify(path: Path, size: int | None, checksum: str | None, source: str = "") -> str:
-    """Return ``sha256:...`` of a file. Raises FetchError if its size or checksum is not the expected one.
+    """Return the checksum of a file. Raises FetchError if its size or checksum is not the expected one.
 
     ``source`` names the file in messages; default: its path.
     """
     name = source or path
     fix = "Fix: pass a newer --url" if source else "Fix: remove it and fetch it again"
-    algorithm, expected = _algorithm(checksum)
-    named, sha256, length = hashlib.new(algorithm), hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            named.update(block)
-            sha256.update(block)
-            length += len(block)
+    length = path.stat().st_size
     if size is not None and length != size:
         raise FetchError(f"{name} has {length} bytes, not {size}. {fix}")
-    if checksum and named.hexdigest() != expected:
-        raise FetchError(f"{name} has {algorithm} {named.hexdigest()}, not {expected}. {fix}")
-    return f"sha256:{sha256.hexdigest()}"
+    algorithm, expected = _algorithm(checksum)
+    digest = hashlib.new(algorithm)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if checksum and digest.hexdigest() != expected:
+        raise FetchError(f"{name} has {algorithm} {digest.hexdigest()}, not {expected}. {fix}")
+    return f"{algorithm}:{digest.hexdigest()}"
 
 
 def unpack(archive: Path, root: Path, inside: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,6 +347,37 @@ class TestResume:
         assert run(*words, "--workers", 3) == 0
         assert (tmp_path / "o" / "results" / "rankdice.csv").read_bytes() == table
 
+    @pytest.mark.parametrize("edit", ["[1]", "{}", "counts", "written", "sources"])
+    def test_an_edited_record_is_decoded_again(
+        self, edit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        maps = softmax_maps(2, (20, 20))
+        labels = save_all(tmp_path / "l", [drawn(p, i) for i, p in enumerate(maps)])
+        probs, out = save_all(tmp_path / "p", maps), tmp_path / "o"
+        words = [probs, "--labels", labels, "-p", "max", "-p", "rankdice", "--out", out]
+        assert run(*words) == 0
+        record, table = out / ".cases" / "c1.json", (out / "results" / "max.csv").read_bytes()
+        before = record.read_bytes()
+        content = json.loads(before)
+        if edit == "counts":
+            content["rules"]["max"]["counts"]["predicted"] = [["many"]]
+        else:
+            content[edit] = 5
+        record.write_text(edit if edit in ("[1]", "{}") else json.dumps(content))
+        assert run(*words) == 0
+        assert "1 cases decoded with max, rankdice, 1 done before" in capsys.readouterr().out
+        assert (out / "results" / "max.csv").read_bytes() == table
+        assert json.loads(record.read_bytes())["sources"] == json.loads(before)["sources"]
+
+    @pytest.mark.parametrize("text", ["[1]", "{}", '{"settings": []}', "{"])
+    def test_an_edited_note_of_the_options_is_one_line(self, text: str, tmp_path: Path) -> None:
+        probs, out = save_all(tmp_path / "p", softmax_maps(1, (20, 20))), tmp_path / "o"
+        assert run(probs, "-p", "max", "--out", out) == 0
+        (out / "decode.json").write_text(text)
+        with pytest.raises(UserError, match=str(out)):
+            run(probs, "-p", "max", "--out", out)
+        assert run(probs, "-p", "max", "--out", out, "--force") == 0
+
     def test_other_options_need_force(self, tmp_path: Path) -> None:
         probs = save_all(tmp_path / "p", softmax_maps(1, (20, 20)))
         assert run(probs, "-p", "max", "--out", tmp_path / "o") == 0
@@ -388,3 +420,12 @@ def test_two_files_of_one_case(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         run(tmp_path / "empty", "-p", "max", "--out", tmp_path / "o")
+
+
+def test_a_folder_with_a_line_break_is_printed_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = softmax_maps(2, (20, 20))
+    labels, out = save_all(tmp_path / "l", [drawn(p, i) for i, p in enumerate(maps)]), tmp_path / "new\n\x1b[2Jline"
+    probs = save_all(tmp_path / "p", maps)
+    assert run(probs, "--labels", labels, "-p", "max", "-p", "rankdice", "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(r"new\n\x1b[2Jline") == 3 and "\x1b" not in printed

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rankseg
-from scripts.decoding.arrays import nnunet_geometry
+from scripts.decoding.nnunet import geometry_of
 from tests.scripts.decoding import Touch, drawn, result, run, save_all, softmax_maps
 
 
@@ -180,7 +180,7 @@ class TestNnunet:
         for array in (affine, np.asfortranarray(affine), affine.astype(">f4"), affine.T):
             content = {"nibabel_stuff": {"original_affine": array}, "other": [np.float64(2), np.array([None, "a"])]}
             (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
-            found = nnunet_geometry(tmp_path / "a.npz")
+            found = geometry_of(tmp_path / "a.npz")
             assert found is not None and np.array_equal(found.affine, array)
 
 

@@ -106,11 +106,13 @@ def test_a_broken_transfer_is_tried_again(server: Server, tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_fetched_leaves_nothing(server: Server, tmp_path: Path) -> None:
-    server.breaks = [1000] * 3
-    with pytest.raises(FetchError, match=r"archive\.zip: .*after 3 attempts"):
-        get(server, tmp_path / "a.zip", attempts=3)
+    server.breaks = [1000] * 5
+    with pytest.raises(FetchError, match=r"archive\.zip: .*after 5 attempts"):
+        get(server, tmp_path / "a.zip")
+    assert server.asked == 5
     with pytest.raises(FetchError, match="00ff"):
-        get(server, tmp_path / "a.zip", checksum="md5:00ff", attempts=1)
+        get(server, tmp_path / "a.zip", checksum="md5:00ff")
+    assert server.asked == 6
     with pytest.raises(FetchError, match="more than the expected 10 bytes"):
         get(server, tmp_path / "a.zip", size=10)
     assert not list(tmp_path.iterdir())
@@ -120,7 +122,7 @@ def test_what_cannot_be_fetched_leaves_nothing(server: Server, tmp_path: Path) -
 def test_a_header_that_lies_is_one_line(server: Server, tmp_path: Path, length: str) -> None:
     server.content, server.length = b"x" * 100, length
     with contextlib.suppress(FetchError):
-        get(server, tmp_path / "a.zip", attempts=1, checksum=sha256(b"y"))
+        get(server, tmp_path / "a.zip", checksum=sha256(b"y"))
     assert not list(tmp_path.iterdir())
 
 
@@ -159,10 +161,10 @@ def test_answers_that_will_not_change_end_at_once(server: Server, tmp_path: Path
 
 def test_another_place_is_tried(server: Server, tmp_path: Path) -> None:
     dead = "http://127.0.0.1:9/archive.zip"
-    download([dead, server.url], tmp_path / "a.zip", attempts=1, progress=False)
+    download([dead, server.url], tmp_path / "a.zip", progress=False)
     assert (tmp_path / "a.zip").read_bytes() == server.content
     with pytest.raises(FetchError, match=r"127\.0\.0\.1:9"):
-        download([dead], tmp_path / "b.zip", attempts=1, progress=False)
+        download([dead], tmp_path / "b.zip", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,6 @@ def test_another_place_is_tried(server: Server, tmp_path: Path) -> None:
     [
         ({"urls": ["garbage"]}, "--url garbage"),
         ({"urls": ["file:///etc/passwd"]}, "--url file"),
-        ({"attempts": 0}, "--attempts 0"),
         ({"checksum": "md5"}, "--checksum md5"),
         ({"checksum": "crc7:00"}, "--checksum crc7"),
     ],
@@ -240,7 +241,7 @@ def test_fetch_says_what_to_do_for_cityscapes(capsys: pytest.CaptureFixture[str]
 def test_voc_is_pinned_by_size_and_checksum(server: Server, tmp_path: Path) -> None:
     server.content = b"not the archive"
     with pytest.raises(FetchError, match=r"archive\.zip|15 bytes"):
-        main(["fetch", "voc2012", "--root", str(tmp_path / "voc"), "--url", server.url, "--quiet", "--attempts", "1"])
+        main(["fetch", "voc2012", "--root", str(tmp_path / "voc"), "--url", server.url, "--quiet"])
 
 
 def test_a_login_page_is_not_an_archive(server: Server, tmp_path: Path) -> None:

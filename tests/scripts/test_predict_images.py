@@ -26,9 +26,10 @@ from datasets.decode import EXIF_ORIENTATION
 from datasets.transforms import EvalTransform, Normalise
 from rankseg import argmax, expected_dice, rankdice, threshold
 from scripts import decode
+from scripts.decoding.arrays import scratch
 from scripts.inference import files
 from scripts.inference.files import file_names
-from scripts.inference.windows import View, label_map, masks_of, one_by_one, probabilities, starts, zeros
+from scripts.inference.windows import View, label_map, masks_of, one_by_one, probabilities, starts
 from scripts.predict_images import main
 from tests.trees import bomb
 from trainers.checkpoint import save
@@ -101,13 +102,15 @@ def test_windows_are_measured_as_the_network_sees_them() -> None:
     assert probs.shape == (3, 120, 90) and all(max(h, w) <= 32 for _, _, h, w in spy.seen)
 
 
-def test_probabilities_beyond_the_memory_are_the_same(tmp_path: Path) -> None:
+def test_probabilities_beyond_the_memory_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = picture(70, 80)
     inside = look(image, Spy(), window=32)
-    outside = look(image, Spy(), window=32, memory=0, scratch=tmp_path)
+    monkeypatch.setattr("scripts.inference.windows.IN_MEMORY", 0)
+    outside = look(image, Spy(), window=32, folder=tmp_path)
     assert torch.equal(inside, outside)
     assert not list(tmp_path.iterdir())  # nothing is left behind
-    assert torch.equal(zeros((2, 3), 0), torch.zeros(2, 3))
+    array = scratch((2, 3), np.float32, tmp_path, 0)
+    assert isinstance(array, np.memmap) and not array.any() and array.shape == (2, 3)
 
 
 @pytest.mark.parametrize("options", [{"window": 3}, {"overlap": 0.9}, {"scales": ()}, {"scales": (0,)}, {"batch": 0}])

@@ -19,7 +19,7 @@ from configs.compose import compose
 from configs.errors import UserError
 from datasets import DatasetError, Folder
 from datasets.kvasir_seg import default_split
-from scripts.common import ahead
+from scripts.common import map_in_threads
 from scripts.prepare.checking import count
 from scripts.prepare_data import main, make_split, write_split
 
@@ -361,7 +361,7 @@ def test_work_ahead_is_in_order_bounded_and_hands_on_exceptions() -> None:
             raise RuntimeError("seven")
         return k * k
 
-    results = ahead(work, range(100), workers=3)
+    results = map_in_threads(work, range(100), workers=3)
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     assert max(started) <= 3 + 4
     with pytest.raises(RuntimeError, match="seven"):

@@ -1,1 +1,0 @@
-"""What scripts/predict_images.py is made of."""

@@ -1,1 +1,0 @@
-"""Parts of scripts/prepare_data.py: catalogue, download and check."""
