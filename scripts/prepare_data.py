@@ -104,7 +104,7 @@ def _list(args: argparse.Namespace) -> Outcome:
     content, lines = {}, list[str]()
     for name, entry in CATALOG.items():
         keys = ("about", "size", "licence", "home", "tree")
-        fetchable = entry.archive is not None
+        fetchable = bool(entry.urls)
         content[name] = {key: getattr(entry, key) for key in keys} | {"root": str(entry.root), "fetch": fetchable}
         rows = {"size": entry.size, "terms": entry.licence, "from": entry.home, "looked for in": entry.root}
         if fetchable:
@@ -171,7 +171,7 @@ def _fetch(args: argparse.Namespace) -> Outcome:
         status = "there already"
     elif downloader is not None:
         fetch_cityscapes(downloader, root, args.keep)
-    elif entry.archive is not None:
+    elif entry.urls:
         status = _download(args, entry, root)
     else:
         status, steps = "by hand", [step.format(root=shell_word(str(root))) for step in entry.steps]
@@ -187,10 +187,8 @@ def _fetch(args: argparse.Namespace) -> Outcome:
 
 def _download(args: argparse.Namespace, entry: Entry, root: Path) -> str:
     """Fetch the archive of a data set and unpack it into a folder; return what was done."""
-    archive = entry.archive
-    assert archive is not None
     print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
-    path = root.parent / archive.file
+    path = root.parent / Path(entry.urls[0]).name
     with lock_file(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
         missing = entry.missing(root)
         if not missing:  # fetched by the process that was waited for
@@ -200,11 +198,11 @@ def _download(args: argparse.Namespace, entry: Entry, root: Path) -> str:
                 f"{root} has {', '.join(there)} without {', '.join(missing)}. Fix: remove it, or give another --root"
             )
         other = args.url is not None and args.checksum is not None  # a stranger's archive has a size of its own
-        size, checksum = None if other else archive.size, args.checksum or archive.checksum
-        digest = download(args.url or archive.urls, path, size, checksum, progress=not args.quiet)
+        size, checksum = None if other else entry.bytes, args.checksum or entry.checksum
+        digest = download(args.url or entry.urls, path, size, checksum, progress=not args.quiet)
         if not checksum:
             print(f"no checksum is published; this is {digest} (pin it with --checksum)", file=sys.stderr)
-        unpack(path, root, archive.inside)
+        unpack(path, root, entry.inside)
         if not args.keep:
             path.unlink()
     return "fetched"

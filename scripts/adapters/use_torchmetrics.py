@@ -27,7 +27,6 @@ class WithRule(WrapperMetric):
         self.metric, self.rule = metric, rule
 
     def update(self, probs: Tensor, labels: Tensor) -> None:
-        """Add a batch."""
         self.metric.update(self.rule(probs).long(), _one_hot(labels, probs.shape[1]))
 
     def forward(self, probs: Tensor, labels: Tensor) -> Any:
@@ -35,11 +34,9 @@ class WithRule(WrapperMetric):
         return self.metric(self.rule(probs).long(), _one_hot(labels, probs.shape[1]))
 
     def compute(self) -> Any:
-        """Return the score over all batches."""
         return self.metric.compute()
 
     def reset(self) -> None:
-        """Forget all batches."""
         super().reset()
         self.metric.reset()
 

@@ -109,12 +109,9 @@ def _look(
     network: Network, to_probs: Callable[[Tensor], Tensor], pixels: Tensor, size: Sequence[int], flip: bool
 ) -> Tensor:
     """Return (B, C, *size) probabilities of windows (B, 3, h, w), averaged with those of their mirror images."""
-    probs = None
-    for mirrored in (False, True) if flip else (False,):
-        logits = network(pixels.flip(-1) if mirrored else pixels)
-        one = to_probs(at_size(logits.flip(-1) if mirrored else logits, size))
-        probs = one if probs is None else (probs + one) / 2
-    assert probs is not None
+    probs = to_probs(at_size(network(pixels), size))
+    if flip:
+        probs = (probs + to_probs(at_size(network(pixels.flip(-1)).flip(-1), size))) / 2
     return probs
 
 

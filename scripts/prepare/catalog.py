@@ -18,25 +18,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Archive:
-    """An archive that can be downloaded without an account.
-
-    ``checksum`` is ``algorithm:hexdigest``, or None if the owner publishes none; ``size`` is in bytes.
-    ``inside`` is the folder of the archive that becomes the data set's root.
-    """
-
-    urls: tuple[str, ...]
-    file: str
-    size: int | None = None
-    checksum: str | None = None
-    inside: str = ""
-
-
-@dataclass(frozen=True)
 class Entry:
     """One data set.
 
-    ``kind``: the name of its class. ``holds``: the entries of its root once it is there.
+    Attributes:
+        kind: the name of its class.
+        size, licence, home: for people.
+        holds: the entries of its root once it is there.
+        urls: places of its archive, if it can be downloaded without an account.
+        bytes, checksum: of the archive, ``algorithm:hexdigest``; None if the owner publishes none.
+        inside: the folder of the archive that becomes the root.
+        steps: how to get it by hand.
     """
 
     name: str
@@ -46,7 +38,10 @@ class Entry:
     licence: str
     home: str
     holds: tuple[str, ...]
-    archive: Archive | None = None
+    urls: tuple[str, ...] = ()
+    bytes: int | None = None
+    checksum: str | None = None
+    inside: str = ""
     steps: tuple[str, ...] = ()
 
     @property
@@ -86,15 +81,12 @@ _ENTRIES = (
         "images from Flickr under its terms of use; for research",
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
         ("VOCdevkit",),
-        Archive(
-            (
-                "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-                "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-            ),
-            "VOCtrainval_11-May-2012.tar",
-            size=1999639040,
-            checksum="md5:6cd6e144f989b92b3379bac3b3de84fd",
+        urls=(
+            "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
         ),
+        bytes=1999639040,
+        checksum="md5:6cd6e144f989b92b3379bac3b3de84fd",
     ),
     Entry(
         "kvasir_seg",
@@ -104,7 +96,8 @@ _ENTRIES = (
         "for research and education, citing Jha et al., MMM 2020",
         "https://datasets.simula.no/kvasir-seg/",
         ("images", "masks"),
-        Archive(("https://datasets.simula.no/downloads/kvasir-seg.zip",), "kvasir-seg.zip", inside="Kvasir-SEG"),
+        urls=("https://datasets.simula.no/downloads/kvasir-seg.zip",),
+        inside="Kvasir-SEG",
     ),
     Entry(
         "cityscapes",
