@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     files = generated(root, groups, problems)
     if args.write:
         for path in write(files):
-            print(f"written: {path.relative_to(root)}")
+            print(one_line(f"written: {path.relative_to(root)}"))
         count = extend_manifest(records) if records.is_dir() else 0
         if count:
             print(f"new records in the manifest: {count}")
@@ -107,14 +107,14 @@ def _read(saved: Path) -> tuple[ours.Groups, list[ours.Problem]]:
         if group.reason:
             notes.append(f"rejected: {' '.join(filter(None, group.first.cell))}: {group.reason}")
     for note in notes:
-        print(note, file=sys.stderr)
+        print(one_line(note), file=sys.stderr)
     return groups, problems
 
 
 def _report(faults: Sequence[str], checked: str) -> int:
     """Print the faults; return the exit code."""
     for fault in faults:
-        print(fault, file=sys.stderr)
+        print(one_line(fault), file=sys.stderr)
     print(f"{checked}: faults: {len(faults) or 'none'}")
     return 1 if faults else 0
 

@@ -277,7 +277,7 @@ def main() -> None:
     if args.dry_run:
         for run in grid:
             state = "finished" if run not in todo else f"epoch {run.epochs_done()} of {run.cfg.epochs}"
-            print(f"{run.folder}  {state}")
+            print(errors.one_line(f"{run.folder}  {state}"))
         print(f"{len(grid)} runs, {len(grid) - len(todo)} finished")
         return
     check_data(todo)
@@ -285,13 +285,14 @@ def main() -> None:
     if args.record:
         trained = [run for run in grid if run.is_trained()]
         count = sum(run.record(args.record, ROOT) for run in trained)
-        print(f"recorded: {count} files of {len(trained)} runs in {args.record}")
+        print(errors.one_line(f"recorded: {count} files of {len(trained)} runs in {args.record}"))
     print_table(grid)
     for words, reasons in (("failed", failed), ("are in use by another process", busy)):
         if reasons:
             print(f"\n{len(reasons)} of {len(grid)} runs {words}:", file=sys.stderr)
         for run, reason in reasons.items():
-            print(f"  {run}: {reason}\n    log: {run.folder / 'reproduce.log'}", file=sys.stderr)
+            print(f"  {run}: {reason}", file=sys.stderr)
+            print(errors.one_line(f"    log: {run.folder / 'reproduce.log'}"), file=sys.stderr)
     if failed or busy:
         sys.exit(errors.EXIT_FAILED if failed else errors.EXIT_BUSY)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs.cli import run_cli
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.files import write_text
 from rankseg import rank_dice
 from rankseg.rules import threshold
@@ -255,7 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for example in args.examples or EXAMPLES:
         rows += simulate(example, args.sizes, args.images, args.draws, args.seed)
         if args.heatmaps:
-            print(f"written: {draw_heatmaps(example, args.heatmaps, seed=args.seed)}", file=sys.stderr)
+            path = draw_heatmaps(example, args.heatmaps, seed=args.seed)
+            print(one_line(f"written: {path}"), file=sys.stderr)
     print(markdown(rows), end="")
     if args.csv:
         write_text(args.csv, as_csv(rows))
