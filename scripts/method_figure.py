@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from configs.errors import one_line
 from rankseg import expected_dice, rank_dice
 from scripts import ROOT
 from scripts.common import command_line
@@ -70,7 +71,7 @@ def draw(path: Path) -> None:
     for axis in (axes[0], axes[3]):
         axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=110, metadata={"Software": None})
-    print(path)
+    print(one_line(path))
 
 
 if __name__ == "__main__":

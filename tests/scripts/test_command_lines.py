@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -35,6 +37,22 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         return code, *capsys.readouterr()
 
     return run
+
+
+PATHS = re.compile(r"\b(path|folder|out|target|root|saved|record|resume|draw_heatmaps)\b")  # values that may be paths
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").rglob("*.py")), ids=lambda path: path.stem)
+def test_paths_are_printed_on_one_line(path: Path) -> None:
+    """The name of a folder may hold a line break or a command for the terminal: no value that may be a path is raw."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print"):
+            continue
+        for given in call.args:
+            values = [node.value for node in ast.walk(given) if isinstance(node, ast.FormattedValue)] or [given]
+            raw = [text for text in map(ast.unparse, values) if PATHS.search(text) and "shell_word" not in text]
+            safe = isinstance(given, ast.Call) and ast.unparse(given.func).endswith("one_line")
+            assert safe or not raw, f"{path}:{call.lineno}: {raw}"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
