@@ -52,7 +52,7 @@ from scripts.analysis.scores import compare, read_rule
 from scripts.common import check_least, command_line, map_in_threads
 from scripts.decoding import rules
 from scripts.decoding.arrays import write_array
-from scripts.decoding.cases import Folder, first_label, name_case_in_errors
+from scripts.decoding.cases import Folder, name_case_in_errors
 from scripts.decoding.labelled import FolderFitter, write_report
 from scripts.paired_statistics import markdown
 from scripts.report import facts_of_report
@@ -218,13 +218,13 @@ class Job:
         """Write the result of every rule; return the record of the case."""
         args, case = self.args, self.folder.load(name, self.values)
         channels = len(case.probs)
-        first = first_label(channels, args)
+        classes = channels + case.first
         if self.fit and self.fit.channels != channels:
             raise UserError(
                 f"{case.path}: {channels} channels, --fit has {self.fit.channels}. Fix: move the case away."
             )
         record: Record = {"settings": self.settings, "sources": self.folder.sources(name), "written": []}
-        record |= {"classes": channels + first, "rules": {}}
+        record |= {"classes": classes, "rules": {}}
         for rule_name, rule in self.rules.items():
             own = getattr(rule, "to_probs", None)  # a calibration of its own
             given = self.folder.load(name, own) if own else case
@@ -238,12 +238,12 @@ class Job:
             path = args.out / rule_name / f"{name}{case.suffixes[one_label]}"
             write_array(result, path, case.geometry, "labels" if one_label else "masks")
             if args.confidence:
-                of_rule["confidence"] = rules.confidence(result, given.probs, first)
+                of_rule["confidence"] = rules.confidence(result, given)
             if case.labels is not None:
-                of_rule["counts"] = rules.count_pixels(result, case.labels, channels, args)
+                of_rule["counts"] = rules.count_pixels(result, case.labels, classes, args.void)
             record["rules"][rule_name] = of_rule
             record["written"].append(str(path))
-        return record if case.labels is None else record | rules.observe(case.probs, case.labels, args)
+        return record if case.labels is None else record | rules.observe(case, case.labels, args)
 
     def score(self, records: Mapping[str, Record]) -> dict[str, EvalResult]:
         """Write the results of every rule over the cases that are done, and return them."""

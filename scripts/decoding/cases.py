@@ -87,11 +87,13 @@ class FromStored:
 class Case:
     """One case: its file ``path``, `probs` (C, *S), `labels` and `valid` (*S), or None if they were not asked for.
 
-    Labels are void outside the field of view. ``suffixes`` are those of the files of masks and of label maps.
+    Labels are void outside the field of view. ``first`` is the label of the first channel. ``suffixes`` are those of
+    the files of masks and of label maps.
     """
 
     path: Path
     probs: Tensor
+    first: int
     labels: np.ndarray | None
     valid: np.ndarray | None
     geometry: Geometry | None
@@ -128,11 +130,6 @@ def find_cases(folder: Path, suffixes: Sequence[str], without: Path, notes: list
     ignored = ImageFolder(ignored=[path for path in files if not suffix_of(path, _KNOWN)]).ignored_text
     notes += [f"files in {folder} that are not read: {ignored}"] if ignored else []
     return found
-
-
-def first_label(channels: int, args: Namespace) -> int:
-    """Return the label of the first channel: 1 if label 0, the background, has no channel."""
-    return int(channels == 1 or args.foreground_only)
 
 
 def without_background(truth: Truth) -> Truth:
@@ -184,7 +181,11 @@ class Folder:
     @property
     def first(self) -> int:
         """The label of the first channel."""
-        return first_label(self.channels, self.args)
+        return self._first(self.channels)
+
+    def _first(self, channels: int) -> int:
+        """Return 1 if label 0, the background, has no channel."""
+        return int(channels == 1 or self.args.foreground_only)
 
     def scoring(self) -> Scoring:
         """Return the conventions, whose classes are the channels."""
@@ -230,13 +231,14 @@ class Folder:
             )
         axis = self._class_axis(path, array, next((m.shape for m in (labels, valid) if m is not None), None))
         array = np.moveaxis(array, -1, 0) if axis == "last" else array[None] if axis == "none" else array
+        first = self._first(len(array))
         if valid is not None and self.valid:
             valid = _fit(valid, array.shape[1:], self.valid[name], path) != 0
         if labels is not None and self.labels:
             labels = _fit(labels, array.shape[1:], self.labels[name], path)
             labels = labels if valid is None else np.where(valid, labels, np.asarray(args.void, np.int64))
-            _check_labels(self.labels[name], labels, len(array) + first_label(len(array), args), args.void)
-        return Case(path, self._as_probs(path, array, valid, values), labels, valid, geometry, suffixes)
+            _check_labels(self.labels[name], labels, len(array) + first, args.void)
+        return Case(path, self._as_probs(path, array, valid, values), first, labels, valid, geometry, suffixes)
 
     def _read_map(
         self, kind: str, group: dict[str, Path] | None, name: str, geometry: Geometry | None

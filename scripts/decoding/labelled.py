@@ -28,7 +28,7 @@ from trainers.fitted import held_out_fit
 
 
 class _Stored(nn.Module):
-    """A network whose images are its logits, and its loss, which is unknown."""
+    """Network and loss of what is stored: the images are the logits, and the loss is unknown."""
 
     def __init__(self, link: str) -> None:
         super().__init__()

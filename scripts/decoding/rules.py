@@ -18,7 +18,7 @@ from rankseg import Predictor
 from rankseg.calibration import Reliability
 from rankseg.label_map import VOID
 from scripts.decoding.arrays import scratch
-from scripts.decoding.cases import Case, first_label, slabs, without_background
+from scripts.decoding.cases import Case, slabs, without_background
 from scripts.inference.windows import masks_of, may_overlap, parts_of
 from trainers.evaluator import proper_scores
 from trainers.fitted import pooled_threshold
@@ -46,63 +46,62 @@ def select(probs: Tensor, rule: Predictor, folder: Path, device: torch.device) -
 
 def label_map(case: Case, masks: np.ndarray, args: Namespace) -> np.ndarray:
     """Return one label per pixel (*S); pixels without a class are background if there is no channel for it."""
-    first = first_label(len(masks), args)
-    unassigned = 0 if first and args.unassigned == "void" else args.unassigned
+    unassigned = 0 if case.first and args.unassigned == "void" else args.unassigned
     fill = {"void": VOID, "max": 0}.get(unassigned, unassigned)
-    top = max(len(masks) - 1 + first, fill, args.void if case.valid is not None else 0)
+    top = max(len(masks) - 1 + case.first, fill, args.void if case.valid is not None else 0)
     dtypes = (np.uint8, np.uint16, np.int16, np.int32)
     dtype = next(t for t in dtypes if np.iinfo(t).min <= fill and top <= np.iinfo(t).max)
     labels = scratch(masks.shape[1:], dtype, args.out)
     for part in slabs(masks.shape[1:], 2 * len(masks)):
         probs = case.probs[None, :, part]
-        inner = rankseg.label_map(torch.from_numpy(masks[None, :, part]), unassigned, probs, first=first)[0].numpy()
+        inner = rankseg.label_map(torch.from_numpy(masks[None, :, part]), unassigned, probs, first=case.first)[
+            0
+        ].numpy()
         labels[part] = inner if case.valid is None else np.where(case.valid[part], inner, args.void)
     return labels
 
 
-def confidence(written: np.ndarray, probs: Tensor, first: int) -> list[float]:
+def confidence(written: np.ndarray, case: Case) -> list[float]:
     """Return `rankseg.confidence` of every mask that is written; NaN for a background without a channel."""
-    values = [float("nan")] * first
-    for c, channel in enumerate(probs):
-        mask = written[c] if written.ndim == probs.ndim else written == c + first
+    values = [float("nan")] * case.first
+    for label, channel in enumerate(case.probs, case.first):
+        mask = written[label - case.first] if written.ndim == case.probs.ndim else written == label
         part = rankseg.confidence(channel[None, None], torch.from_numpy(np.ascontiguousarray(mask))[None, None])
         values.append(float(part))
     return values
 
 
-def count_pixels(written: np.ndarray, labels: np.ndarray, channels: int, args: Namespace) -> dict[str, list]:
+def count_pixels(written: np.ndarray, labels: np.ndarray, classes: int, void: int) -> dict[str, list]:
     """Count masks (C, *S) or a label map (*S) against the labels, slab by slab; return the values of `Counts`.
 
     If label 0, the background, has no channel, the pixels without a mask are its mask.
     """
-    first = first_label(channels, args)
     parts = []
-    for part in slabs(labels.shape, 2 * (channels + first)):
+    for part in slabs(labels.shape, 2 * classes):
         if written.ndim == labels.ndim:
             found = torch.from_numpy(written[part].astype(np.int64))
-            masks = found == torch.arange(channels + first).view(-1, *[1] * found.dim())
+            masks = found == torch.arange(classes).view(-1, *[1] * found.dim())
         else:
             masks = torch.from_numpy(np.ascontiguousarray(written[:, part]))
-            masks = torch.cat([~masks.any(0, keepdim=True), masks]) if first else masks
-        parts.append(count(masks[None], encode(_long(labels[part])[None], channels + first, args.void)))
+            masks = torch.cat([~masks.any(0, keepdim=True), masks]) if len(masks) < classes else masks
+        parts.append(count(masks[None], encode(_long(labels[part])[None], classes, void)))
     return {name: values.tolist() for name, values in vars(Counts.cat(parts).pooled()).items()}
 
 
-def observe(probs: Tensor, labels: np.ndarray, args: Namespace) -> dict[str, Any]:
+def observe(case: Case, labels: np.ndarray, args: Namespace) -> dict[str, Any]:
     """Measure the probabilities at the pixels that `trainers.evaluator.observe` takes.
 
     Returns:
         "reliability": the lists that `reliability_of` reads; "likelihood": log-loss and Brier score.
     """
-    first = first_label(len(probs), args)
     flat = labels.reshape(-1)
     step = max(1, flat.size // (1 << 14))
-    truth = encode(_long(flat[::step])[None], len(probs) + first, args.void)
-    truth = without_background(truth) if first else truth
-    sample = probs.flatten(1)[None, :, ::step].contiguous()
+    truth = encode(_long(flat[::step])[None], len(case.probs) + case.first, args.void)
+    truth = without_background(truth) if case.first else truth
+    sample = case.probs.flatten(1)[None, :, ::step].contiguous()
     curve = Reliability()
     curve.update(sample, truth.onehot, truth.valid)
-    link = args.link or ("sigmoid" if first else "softmax")
+    link = args.link or ("sigmoid" if case.first else "softmax")
     return {
         "reliability": {name: getattr(curve, name).tolist() for name in _SUMS},
         "likelihood": proper_scores(sample, truth, link)[0].tolist(),
