@@ -99,7 +99,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
         if world.is_main:
             for data in (train_set, val_set) if cfg.verify else ():
                 data.verify(on_error=cfg.on_error)
-            describe(cfg, trainer, network, len(train_set), fingerprints)
+            announce(cfg, trainer, network, len(train_set), fingerprints)
         trainer.fit()
         options = {group: cfg[group].get("name", choices[group]) for group in GROUPS}
         numbers = {"lr": cfg.optimizer.lr, **{key: cfg[key] for key in ("epochs", "batch_size", "seed")}}
@@ -112,7 +112,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
         print(f"done. Score it: python test.py -r {shell_word(str(checkpoints.best))} -p all", flush=True)
 
 
-def describe(
+def announce(
     cfg: DictConfig, trainer: Trainer, network: nn.Module, num_images: int, fingerprints: dict[str, str]
 ) -> None:
     """Print what is about to be trained, and write config.yaml and provenance.json."""

@@ -13,6 +13,7 @@ from configs import build, stored
 from configs.errors import UserError
 from configs.files import read_json
 from models import CheckpointError, load_state, read_checkpoint
+from models.reading import epoch_number
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier
 
@@ -42,9 +43,9 @@ def read_state(path: Path) -> dict[str, Any]:
         and isinstance(progress, dict)
         and {"epoch", "updates", "step"} <= set(progress)
         and all(one is None or type(one) in (int, float) for one in progress.values())
-        and is_epoch(checkpoint.get("epoch"))
     ):
         raise CheckpointError(f"checkpoint {path} does not hold the state of a training to resume from")
+    epoch_number(checkpoint.get("epoch"), path)
     _class_names(checkpoint.get("classes"), path)
     return checkpoint
 
@@ -72,11 +73,6 @@ def newest_checkpoint(checkpoints: Checkpoints, identity: Mapping[str, Any]) -> 
     return checkpoint
 
 
-def is_epoch(value: Any) -> bool:
-    """Return whether the epoch of a checkpoint is valid."""
-    return type(value) is int and 0 <= value < 10**9
-
-
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
     """Load a checkpoint of this project or of the paper's authors.
 
@@ -99,8 +95,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
             f"{path} is not a checkpoint of this project: it lacks model, config or epoch. "
             "Fix: choose one that train.py wrote."
         )
-    if not is_epoch(checkpoint["epoch"]):
-        raise CheckpointError(f"{path}: epoch={str(checkpoint['epoch'])[:100]!r} is not a number of epochs")
+    epoch_number(checkpoint["epoch"], path)
     checkpoint["classes"] = _class_names(checkpoint.get("classes"), path)
     cfg = stored.unpack(checkpoint["config"], overrides)
     if "weights" in cfg.model:

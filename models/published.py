@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.deeplabv3plus import DeepLabV3Plus
 from models.fcn8 import FCN8, bilinear_kernel
 from models.pspnet import PSPNet
-from models.reading import CheckpointError, load_state, plain_key
+from models.reading import CheckpointError, epoch_number, load_state, plain_key
 
 NETWORKS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "fcn8": FCN8}
 
@@ -102,9 +102,7 @@ def load_published(checkpoint: dict[str, Any], source: str = "the checkpoint") -
             f"{source} was trained for {num_classes} classes, but its data set {config['dataset']} has "
             f"{NUM_CLASSES[config['dataset']]}. Fix: use an undamaged file."
         )
-    epoch = checkpoint.get("epoch", 0)
-    if type(epoch) is not int or not 0 <= epoch < 10**9:
-        raise CheckpointError(f"{source}: epoch={str(epoch)[:100]!r} is not a number of epochs")
+    epoch = epoch_number(checkpoint.get("epoch", 0), source)
     network = NETWORKS[name](num_classes)
     load_state(network, translate_state(name, state, source), source)
     config |= {"num_classes": num_classes, "epoch": epoch}

@@ -63,9 +63,9 @@ class SegmentationLoss(nn.Module, ABC):
             logits = _at_least_float32(logits)
             if not valid.any() and not (self.legacy and self.void_is_negative):
                 return logits[:0].sum()  # 0, and still connected to the graph
-            return self.of_labelled(logits, targets.long().masked_fill(~valid, 0), valid)
+            return self.compute(logits, targets.long().masked_fill(~valid, 0), valid)
 
-    def weight_of(self, targets: Tensor) -> Tensor:
+    def num_terms(self, targets: Tensor) -> Tensor:
         """Return the number of pixels that the loss of targets (N, *S) is a mean over.
 
         Parts of a batch are averaged with these weights. For a mean over pixels, that is the loss of the whole batch.
@@ -75,7 +75,7 @@ class SegmentationLoss(nn.Module, ABC):
         return (targets != self.ignore_index).sum()
 
     @abstractmethod
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """Return the loss. At least one pixel is valid, unless `legacy` counts void.
 
         logits: (N, C, *S). labels: (N, *S) int64 in [0, C), 0 on void. valid: (N, *S) bool, False on void.
@@ -88,7 +88,7 @@ class CrossEntropy(SegmentationLoss):
     link = "softmax"
     strictly_proper = True
 
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         return _mean_where(-_log_likelihood(logits, labels), valid)
 
 
@@ -105,13 +105,13 @@ class Focal(SegmentationLoss):
         super().__init__(ignore_index, legacy)
         self.gamma = gamma
 
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         log_likelihood = _log_likelihood(logits, labels)
         labelled = _mean_where(-log_likelihood * _focal_weight(log_likelihood, self.gamma), valid)
         return labelled * valid.sum() / valid.numel() if self.legacy else labelled
 
-    def weight_of(self, targets: Tensor) -> Tensor:
-        return torch.tensor(targets.numel()) if self.legacy else super().weight_of(targets)
+    def num_terms(self, targets: Tensor) -> Tensor:
+        return torch.tensor(targets.numel()) if self.legacy else super().num_terms(targets)
 
 
 class BCE(SegmentationLoss):
@@ -124,7 +124,7 @@ class BCE(SegmentationLoss):
     strictly_proper = True
     void_is_negative = True
 
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         onehot = _onehot(labels, valid, logits)
         per_class = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
         return per_class.mean() if self.legacy else _mean_where(per_class.mean(1), valid)
@@ -142,8 +142,8 @@ class BCEFocal(BCE):
         super().__init__(ignore_index, legacy)
         self.gamma = gamma
 
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        bce = super().of_labelled(logits, labels, valid)
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        bce = super().compute(logits, labels, valid)
         return bce * _focal_weight(-bce, self.gamma)
 
 
@@ -157,7 +157,7 @@ class SoftDice(SegmentationLoss):
     link = "softmax"
     strictly_proper = False
 
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         if self.legacy:
             labels = labels.where(valid, labels[valid].min())
             valid = torch.ones_like(valid)
@@ -176,7 +176,7 @@ class BSoftDice(SegmentationLoss):
     strictly_proper = False
     void_is_negative = True
 
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         onehot = _onehot(labels, valid, logits)
         probs = logits.sigmoid()
         if not self.legacy:
@@ -190,7 +190,7 @@ class Lovasz(SegmentationLoss):
     link = "softmax"
     strictly_proper = False
 
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         probs = logits.softmax(1).transpose(0, 1).flatten(1)
         kept = valid.flatten()
         if kept.all():
@@ -198,27 +198,19 @@ class Lovasz(SegmentationLoss):
         return lovasz_softmax(probs[:, kept], labels.flatten()[kept])
 
 
-class CEDice(SegmentationLoss):
-    """The sum of `CrossEntropy` and `SoftDice`, each with the same `legacy`."""
+class CEDice(SoftDice):
+    """The sum of `CrossEntropy` and `SoftDice`. `legacy` has the meaning that it has in `SoftDice`."""
 
-    link = "softmax"
-    strictly_proper = False
-
-    def __init__(self, ignore_index: int = 255, legacy: bool = False) -> None:
-        super().__init__(ignore_index, legacy)
-        self.cross_entropy = CrossEntropy(ignore_index, legacy)
-        self.dice = SoftDice(ignore_index, legacy)
-
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        batch = (logits, labels, valid)
-        return self.cross_entropy.of_labelled(*batch) + self.dice.of_labelled(*batch)
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        cross_entropy = _mean_where(-_log_likelihood(logits, labels), valid)
+        return cross_entropy + super().compute(logits, labels, valid)
 
 
 class LogCoshDice(SoftDice):
     """log cosh of `SoftDice` (Jadon, CIBCB 2020). `legacy` has the meaning that it has there."""
 
-    def of_labelled(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        return super().of_labelled(logits, labels, valid).cosh().log()
+    def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        return super().compute(logits, labels, valid).cosh().log()
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Update:
     """Update the weights from one batch, with one forward pass."""
 
     model: nn.Module  # possibly wrapped; returns an object with ``logits`` and ``aux`` (or None)
-    criterion: nn.Module  # (logits (N, C, H, W), targets (N, H, W)) -> scalar, a mean over `weight_of(targets)` terms
+    criterion: nn.Module  # (logits (N, C, H, W), targets (N, H, W)) -> scalar, a mean over `num_terms(targets)` terms
     optimizer: torch.optim.Optimizer  # the caller sets its learning rates
     world: World
     _: KW_ONLY
@@ -93,9 +93,9 @@ class Update:
 
     def _weight(self, targets: Tensor) -> Tensor:
         """Return the weight of a part of a batch: the weight of its criterion, or else its number of images."""
-        weight_of = getattr(self.criterion, "weight_of", len)
+        num_terms = getattr(self.criterion, "num_terms", len)
         wide = torch.float32 if targets.device.type == "mps" else torch.float64  # MPS has no float64
-        return torch.as_tensor(weight_of(targets), device=targets.device).to(wide)
+        return torch.as_tensor(num_terms(targets), device=targets.device).to(wide)
 
     def _step(self, names: list[str]) -> None:
         self.scaler.unscale_(self.optimizer)

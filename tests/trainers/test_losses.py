@@ -183,7 +183,7 @@ def test_an_all_void_batch_costs_nothing(name: str, legacy: bool) -> None:
     void = torch.full_like(labels, VOID)
     value, grad = value_and_grad(LOSSES[name](legacy=legacy), logits, void)
     if legacy and name in ("bce", "bce_focal", "b_soft_dice"):
-        assert value > 0 and grad.abs().sum() > 0 and LOSSES[name](legacy=True).weight_of(void) == void.numel()
+        assert value > 0 and grad.abs().sum() > 0 and LOSSES[name](legacy=True).num_terms(void) == void.numel()
     else:
         assert value == 0 and grad.shape == logits.shape and grad.eq(0).all()
 

@@ -19,8 +19,7 @@ from tests.trainers.forked import start
 from trainers.checkpoint import Checkpoints, epoch_of
 from trainers.distributed import World
 from trainers.journal import Journal, read_rows
-from trainers.signals import StopSignals
-from trainers.trainer import Trainer
+from trainers.trainer import StopSignals, Trainer
 from trainers.update import Update
 
 ALONE = World(0, 1, torch.device("cpu"))
