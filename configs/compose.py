@@ -19,12 +19,12 @@ CONFIGS = Path(__file__).parent
 GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "predictor", "protocol", "trainer")
 
 
-def compose(name: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
+def compose(name: str = "train", overrides: Iterable[str] = (), **options: bool) -> DictConfig:
     """Compose a configuration as the command line does, also outside a function of ``hydra.main``."""
     if GlobalHydra.instance().is_initialized():
-        return hydra_compose(name, quote_overrides(overrides))
+        return hydra_compose(name, quote_overrides(overrides), **options)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra_compose(name, quote_overrides(overrides))
+        return hydra_compose(name, quote_overrides(overrides), **options)
 
 
 def quote_overrides(words: Iterable[str]) -> list[str]:

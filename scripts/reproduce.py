@@ -30,7 +30,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -38,7 +37,7 @@ from tqdm import tqdm
 
 from configs import build, errors, stored
 from configs.cli import run_cli
-from configs.compose import CONFIGS, options, quote_overrides, unknown_option
+from configs.compose import CONFIGS, compose, options, quote_overrides, unknown_option
 from configs.files import file_sha256, read_json, read_text, shell_word
 from configs.values import check_values
 from scripts import ROOT, paper_tables
@@ -134,21 +133,20 @@ def load_runs(overrides: Sequence[str]) -> list[Run]:
     given = parser.parse_overrides(quote_overrides(overrides))
     swept = {o.key_or_group: _values(o) for o in given if o.is_sweep_override()}
     fixed = [str(o.input_line) for o in given if not o.is_sweep_override()]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        # Compose with the first value of each swept option: a key such as model.encoder exists only in some.
-        first = [*(f"{key}={values[0]}" for key, values in swept.items()), *fixed]
-        params = compose("train", first, return_hydra_config=True).hydra.sweeper.get("params") or {}
-        for key, values in params.items():
-            if key not in {override.key_or_group for override in given}:
-                swept[key] = _values(parser.parse_override(f"{key}={values}"))
-        keys = sorted(swept, key=lambda key: key != "seed")
-        runs: list[Run] = []
-        for values in product(*(swept[key] for key in keys)):
-            line = (*fixed, *(f"{key}={value}" for key, value in zip(keys, values, strict=True)))
-            cfg = compose("train", list(line))
-            check_values(cfg)
-            build.absolute_root(cfg)
-            runs.append(Run(line, cfg))
+    # Compose with the first value of each swept option: a key such as model.encoder exists only in some.
+    first = [*(f"{key}={values[0]}" for key, values in swept.items()), *fixed]
+    params = compose("train", first, return_hydra_config=True).hydra.sweeper.get("params") or {}
+    for key, values in params.items():
+        if key not in {override.key_or_group for override in given}:
+            swept[key] = _values(parser.parse_override(f"{key}={values}"))
+    keys = sorted(swept, key=lambda key: key != "seed")
+    runs: list[Run] = []
+    for values in product(*(swept[key] for key in keys)):
+        line = (*fixed, *(f"{key}={value}" for key, value in zip(keys, values, strict=True)))
+        cfg = compose("train", list(line))
+        check_values(cfg)
+        build.absolute_root(cfg)
+        runs.append(Run(line, cfg))
     folders = [run.folder for run in runs]
     shared = next((folder for folder in folders if folders.count(folder) > 1), None)
     if shared:

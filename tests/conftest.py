@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
+import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,27 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Fork the server of tests/trainers/forked.py after all imports, before any test changes anything."""
+    forked = sys.modules.get("tests.trainers.forked")
+    if forked and sys.platform == "linux" and not session.config.option.collectonly:
+        forked.fork_server()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def composed_once() -> Iterator[None]:
     """Compose each configuration once: a composition takes 0.1 s, and many tests need the same ones."""
     from configs import compose
 
-    found: dict[tuple[str, ...], Any] = {}
+    found: dict[tuple[Any, ...], bytes] = {}
     original = compose.hydra_compose
 
-    def remembered(name: str, overrides: list[str]) -> Any:
-        key = (name, *overrides)
+    def remembered(name: str, overrides: list[str], **options: bool) -> Any:
+        key = (name, *overrides, *options)
         if key not in found:
-            found[key] = original(name, overrides)
-        return copy.deepcopy(found[key])
+            found[key] = pickle.dumps(original(name, overrides, **options))
+        return pickle.loads(found[key])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compose, "hydra_compose", remembered)

@@ -17,6 +17,7 @@ import rankseg
 from rankseg import triton_solver as kernels
 from tests.rankseg.claiming import _VIEWS, _WAITS
 
+slow = pytest.mark.slow
 RULES = {"dice": rankseg.rank_dice, "iou": rankseg.rank_iou}
 
 
@@ -43,14 +44,14 @@ def test_against_the_python_solver(kind: str, score: str) -> None:
     compare(maps()[kind], score)
 
 
-@pytest.mark.parametrize("smooth", [1e-3, 0.7, 1.0, 2.5, 90.0])
+@pytest.mark.parametrize("smooth", [0.7, 90.0, *(pytest.param(value, marks=slow) for value in (1e-3, 1.0, 2.5))])
 @pytest.mark.parametrize("score", ["dice", "iou"])
 @pytest.mark.parametrize("kind", ["uniform", "tiny objects", "tied", "zeros and ones"])
 def test_smoothed_scores(kind: str, score: str, smooth: float) -> None:
     compare(maps()[kind], score, smooth)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("score", ["dice", "iou"])
 @pytest.mark.parametrize("kind", ["large", "large, tied"])
 def test_large_objects(kind: str, score: str) -> None:

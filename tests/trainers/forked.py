@@ -5,6 +5,7 @@ A process started from nothing spends seconds on imports; tests that kill and re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -13,9 +14,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -50,6 +53,29 @@ def context() -> ForkServerContext:
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(list(PRELOADED))
     return found
+
+
+def fork_server() -> None:
+    """Make this process's server a fork of it: what tests import, the server need not import again."""
+
+    def spawn(path: str, arguments: list[str], keep: list[int]) -> int:
+        """Fork, and do what the command of the server's own program would do."""
+        if pid := os.fork():
+            return pid
+        try:
+            for fd in map(int, os.listdir("/proc/self/fd")):
+                if fd > 2 and fd not in keep:
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest has others
+            exec(arguments[-1], {})
+        finally:
+            os._exit(0)
+
+    context()
+    resource_tracker.ensure_running()
+    with mock.patch.object(util, "spawnv_passfds", spawn):
+        forkserver.ensure_running()
 
 
 def start(target: Callable[..., None], *arguments: Any) -> ForkServerProcess:
