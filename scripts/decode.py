@@ -193,12 +193,13 @@ class Job:
     def read_record(self, name: str) -> Record | None:
         """Return the record of a case that was decoded from the same files with the same settings, else None.
 
-        A record without its own hash was damaged or edited: the case is decoded again.
+        A record that is damaged or edited does not have its own hash: the case is decoded again.
         """
         path = self._record_path(name)
-        if not path.is_file():
+        try:
+            record = read_json(path) if path.is_file() else None
+        except UserError:  # not JSON
             return None
-        record = read_json(path)
         if not isinstance(record, dict) or record.pop("hash", None) != fingerprint(record):
             return None
         same = (record["settings"], record["sources"]) == (self.settings, self.folder.sources(name))

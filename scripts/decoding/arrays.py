@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from configs.errors import UserError
 from configs.files import temporary_file
@@ -142,14 +143,10 @@ def write_array(array: np.ndarray, path: Path, geometry: Any, key: str) -> None:
     suffix = suffix_of(path, (*SUFFIXES, *PICTURES))
     with temporary_file(path) as temporary:
         if suffix == ".npy":
-            with temporary.open("wb") as file:
-                np.save(file, array)
+            np.save(temporary, array)
         elif suffix == ".npz":
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **{key: array})
+            np.savez_compressed(temporary, **{key: array})
         elif suffix in PICTURES:
-            from PIL import Image
-
             if array.dtype != np.uint8 and (array.dtype != np.uint16 or suffix == ".bmp"):
                 raise UserError(
                     f"{path}: a picture cannot hold labels such as {array.min()}, {array.max()}. "

@@ -347,7 +347,7 @@ class TestResume:
         assert run(*words, "--workers", 3) == 0
         assert (tmp_path / "o" / "results" / "rankdice.csv").read_bytes() == table
 
-    @pytest.mark.parametrize("edit", ["[1]", "{}", "counts", "written", "sources"])
+    @pytest.mark.parametrize("edit", ["[1]", "{}", "{", "counts", "written", "sources"])
     def test_an_edited_record_is_decoded_again(
         self, edit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -363,7 +363,7 @@ class TestResume:
             content["rules"]["max"]["counts"]["predicted"] = [["many"]]
         else:
             content[edit] = 5
-        record.write_text(edit if edit in ("[1]", "{}") else json.dumps(content))
+        record.write_text(edit if edit in ("[1]", "{}", "{") else json.dumps(content))
         assert run(*words) == 0
         assert "1 cases decoded with max, rankdice, 1 done before" in capsys.readouterr().out
         assert (out / "results" / "max.csv").read_bytes() == table
