@@ -1,4 +1,4 @@
-"""The tables: the published ones cell for cell, ours from result files, rejected results, checks, markers."""
+"""The tables of our results: from result files, rejected results, differences to the published, checks, markers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from scripts.tables.published import (
     Expected,
     compared_tables,
     load_published,
-    published_tables,
     read_expected,
     violations,
 )
 from scripts.tables.results import group_seeds, our_tables, read_results
 from tests.exits import exit_code
 from trainers.text import csv_text
-
-DATASETS = {"CityScapes": "cityscapes", "VOC": "voc2012", "kvasirSEG": "kvasir_seg"}
 
 
 def record(**changes) -> dict:
@@ -81,89 +78,9 @@ def tables_of(folder):
     return our_tables(group_seeds(results), problems)
 
 
-# --- published
-
-
-@pytest.mark.golden
-def test_published_tables_reproduce_every_printed_cell_and_its_bold(recordings):
-    recorded = json.loads((recordings / "full" / "tables.json").read_text())
-    tables = dict(zip(COLUMNS, published_tables(load_published()), strict=True))
-    laid = {name: iter([c for row in t.rows for c in row[t.labels :]]) for name, t in tables.items()}
-    for cell in recorded:
-        ours = next(laid[DATASETS[cell["dataset"]]])
-        printed = cell["raw"].replace("*", "").replace(". ", ", ")  # one cell has a full stop for a comma
-        assert ours.text == printed, cell
-        assert all(ours.bold) == cell["bold"] if cell["mDice"] is not None else True, cell
-    assert len(recorded) == 132
-    assert all(next(rest, None) is None for rest in laid.values())
-
-
-@pytest.mark.golden
-def test_logs_are_the_published_logs(recordings):
-    recorded = json.loads((recordings / "full" / "published_logs.json").read_text())
-    logs = list(load_published().logs.values())
-    assert len(logs) == len(recorded) == 136
-    for ours, theirs in zip(logs, recorded, strict=True):
-        assert ours["mean_dice"] == theirs["Mean_Dice"] and ours["test_loss"] == theirs["test_loss"]
-        assert ours["class_iou"] == list(theirs["Class_IoU"].values())
-        assert ours["class_dice"] == list(theirs["Class_Dice"].values())
-
-
-def test_every_disagreement_between_table_and_log_carries_a_mark():
-    data = load_published()
-    for cell in data.cells:
-        own = {e.mark for e in data.errata if e.scope == "cell" and e.concerns(cell)}
-        if cell.mdice is None:
-            assert bool(own & {"k", "f"}) == bool(cell.log), cell
-            continue
-        log = data.logs[cell.log]
-        agrees = abs(100 * log["mean_dice"] - cell.mdice) < 0.051 and abs(100 * log["mean_iou"] - cell.miou) < 0.051
-        assert bool(own & {"b", "c", "d"}) != agrees, cell
-        assert ("a" in own) == (abs(cell.miou - cell.mdice / 2) < 0.051), cell
-
-
-def test_counts_of_the_errata():
-    data = load_published()
-    count = {e.mark: sum(map(e.concerns, data.cells)) for e in data.errata}
-    assert count["a"] == 26 and count["b"] == count["c"] == 1 and count["d"] == 6
-    assert count["k"] + count["f"] == 25
-    assert len({e.mark for e in data.errata}) == len(data.errata)
-    assert {e.scope for e in data.errata} == {"cell", "loss", "model", "table"}
-
-
-def test_every_mark_of_a_table_has_its_reason_and_every_reason_its_mark():
-    for table in published_tables(load_published()):
-        used = {mark for row in table.rows for cell in row for mark in cell.marks} | set(table.marks)
-        assert used == {note.mark for note in table.notes}
-
-
-# --- the three forms
-
-
-def test_markdown_latex_and_csv_hold_the_same_cells():
-    for table in published_tables(load_published()):
-        cells = [[cell.text for cell in row[table.labels :]] for row in table.rows]
-        text = re.sub(r"<sup>.*?</sup>|\*", "", markdown(table))
-        lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
-        assert [re.split(r" *\| *", line.strip("| "))[-len(cells[0]) :] for line in lines[1:]] == cells
-        tex = latex(table)
-        bare = re.sub(r"\\textbf\{([\d.]+)\}", r"\1", re.sub(r"\$\^\{[\w,]+\}\$", "", tex))
-        body = [line.removesuffix(r" \\").split(" & ")[2:] for line in bare.splitlines() if " & " in line]
-        assert body[1:] == cells
-        assert tex.count(r"\textbf") == sum(b for row in table.rows for c in row for b in c.bold)
-        assert tex.count("{") == tex.count("}") and tex.count(r"\midrule") == 3
-        rows = list(csv.DictReader(csv_tables([table]).splitlines()))
-        for row, line in zip(rows, cells, strict=True):
-            pairs = [(row[f"{head} mDice"], row[f"{head} mIoU"]) for head in table.head[2:]]
-            assert [f"({a}, {b})" if b else a for a, b in pairs] == line
-
-
-def test_latex_escapes_what_latex_would_read():
-    from scripts.tables.layout import Cell, Table
-
-    table = Table("t", "50% & a_b", ("x",), ((Cell(("±1 #",)),),), 0, ("x",))
-    text = latex(table)
-    assert r"50\% \& a\_b" in text and r"$\pm$1 \#" in text
+def table_of(saved):
+    (table,) = tables_of(saved.folder)
+    return table
 
 
 # --- ours
@@ -179,7 +96,7 @@ def test_seeds_become_mean_and_half_range_and_the_best_is_bold(saved):
             scores__mean_dice=dice + 0.02,
             scores__mean_iou=0.3,
         )
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert table.name == "ours-paper" and table.head[3:] == ("Threshold (at 0.5)", "mRankDice")
     (row,) = table.rows
     assert "3 seeds" in row[2].text
@@ -190,7 +107,7 @@ def test_seeds_become_mean_and_half_range_and_the_best_is_bold(saved):
 def test_equal_as_printed_is_bold_alike(saved):
     saved(scores__mean_dice=0.500001)
     saved(predictor="max", scores__mean_dice=0.500002)
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert table.rows[0][3].bold == table.rows[0][4].bold == (True, True)
 
 
@@ -198,7 +115,7 @@ def test_missing_cells_say_so(saved):
     saved()
     saved(predictor="rankdice")
     saved(loss="focal")
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert [row[4].text for row in table.rows] == ["(50.00, 40.00)", "missing"]
 
 
@@ -207,7 +124,7 @@ def test_runs_of_the_grid_that_were_not_made_are_missing_too(saved):
     saved(model="pspnet", loss="focal", checkpoint__sha256="b")
     saved(model="fcn8", loss="ce", checkpoint__sha256="c")
     saved(model="fcn8", loss="bce", dataset__name="voc2012", checkpoint__sha256="d")
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     found = {(row[0].text.split()[0], row[1].text, row[2].text): row[3].text for row in table.rows}
     absent = {key for key, text in found.items() if text == "missing"}
     assert len(found) == 5 and absent == {("Cityscapes", "FCN8", "Focal")}
@@ -224,7 +141,7 @@ def test_calibrated_scores_have_rows_of_their_own(saved):
         for name, data in (("calibrated", fitted), ("focal_corrected", corrected)):
             (here / name).mkdir()
             (here / name / "T.json").write_text(json.dumps(data))
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     found = {row[2].text: (row[3].text, row[2].marks) for row in table.rows}
     assert found == {
         "Focal (2 seeds)": ("(50.00 ± 0.00, 40.00 ± 0.00)", ()),
@@ -240,7 +157,7 @@ def test_calibrated_scores_have_rows_of_their_own(saved):
 def test_a_temperature_fitted_on_the_scored_images_says_so(saved):
     saved(temperature=1.2, temperature_fitted_on="f00d")
     saved(seed=1, temperature=1.2, temperature_fitted_on="beef", checkpoint__sha256="bb")
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert [row[2].text for row in table.rows] == ["CE, calibrated"] * 2
     assert sum("which are the images scored" in note.text for note in table.notes) == 1
 
@@ -248,16 +165,16 @@ def test_a_temperature_fitted_on_the_scored_images_says_so(saved):
 def test_temperatures_fitted_on_unlike_images_are_rejected(saved):
     saved(temperature=1.2, temperature_fitted_on="one")
     saved(seed=1, temperature=1.3, temperature_fitted_on="two", checkpoint__sha256="bb")
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert table.rows[0][3].text == "rejected" and "images of the temperature one against two" in table.notes[1].text
 
 
 def test_other_temperatures_and_thresholds_are_told_apart(saved):
     saved(temperature=2.0)
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert table.rows[0][2].text == "CE, temperature 2"
     saved(temperature=1.0, threshold=0.3)
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert table.rows[0][2].text == "CE, T at 0.3"
 
 
@@ -282,7 +199,7 @@ def test_protocols_and_collections_stay_apart(saved):
 def test_unlike_results_are_rejected_with_the_difference(saved, change, words, capsys):
     saved()
     saved(seed=1, checkpoint__sha256="bb", **change)
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert table.rows[0][3].text == "rejected"
     assert words in table.notes[0].text and "seeds 0 and 1" in table.notes[0].text
     assert main(["--saved", str(saved.folder)]) == 0
@@ -292,21 +209,21 @@ def test_unlike_results_are_rejected_with_the_difference(saved, change, words, c
 def test_the_difference_is_named_by_the_configuration_key(saved):
     saved(config={"epochs": 6, "seed": 0, "optimizer": {"lr": 0.1}})
     saved(config={"epochs": 10, "seed": 1, "optimizer": {"lr": 0.1}}, seed=1, checkpoint__sha256="bb")
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert "epochs 6 against 10" in table.notes[0].text and "lr" not in table.notes[0].text
 
 
 def test_seed_and_path_may_differ(saved):
     saved(config={"seed": 0, "run_dir": "a", "dataset": {"root": "/x"}})
     saved(config={"seed": 1, "run_dir": "b", "dataset": {"root": "/y"}}, seed=1, checkpoint__sha256="bb")
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert table.rows[0][3].text == "(50.00 ± 0.00, 40.00 ± 0.00)"
 
 
 def test_rules_of_unlike_checkpoints_are_not_compared(saved):
     saved()
     saved(predictor="rankdice", checkpoint__sha256="other", scores__mean_dice=0.9)
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert not any(any(cell.bold) for cell in table.rows[0])
     assert "checkpoints" in table.notes[0].text
 
@@ -353,7 +270,7 @@ def test_hostile_names_in_a_result_are_printed_not_interpreted(saved):
     """Protocol, model, loss and collection come from files of other people."""
     hostile = "x}\\input{/etc/passwd}|a\nb<script>"
     saved(protocol=hostile.replace("/", ""), model="=cmd()", loss="a|b\n# head")
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     tex, text, data = latex(table), markdown(table), csv_tables([table])
     assert "\\input" not in tex and re.search(r"\\label\{tab:[\w:.-]*\}", tex)
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -364,7 +281,7 @@ def test_hostile_names_in_a_result_are_printed_not_interpreted(saved):
 
 def test_nothing_scored_is_undefined_not_zero(saved):
     saved(scores__mean_dice=None, scores__mean_iou=None)
-    (table,) = tables_of(saved.folder)
+    table = table_of(saved)
     assert table.rows[0][3].text == "(undefined, undefined)"
 
 
@@ -440,22 +357,6 @@ def test_both_shows_a_nearest_network_and_says_what_differs(saved):
     assert {n.mark: n.text for n in table.notes}[mark].endswith("smp_pspnet-small: a small encoder.")
     saved(scores__mean_dice=0.6, scores__mean_iou=0.49)  # the paper's own network comes first
     assert _both(saved.folder, expected=[block])[1]["PSPNet", "CE"][2].text == "(+2.50, −0.60)"
-
-
-def test_expectations_of_the_experiments_are_the_logs(root):
-    data = load_published()
-    found = {e.dataset: e for e in read_expected(root / "configs") if e.path.parent.name == "paper"}
-    assert set(found) == set(COLUMNS)
-    for dataset, expected in found.items():
-        held = {(m, lo, r): v for m, a in expected.scores.items() for lo, b in a.items() for r, v in b.items()}
-        logged = {
-            (c.model, c.loss, c.predictor): data.logs[c.log] for c in data.cells if c.dataset == dataset and c.log
-        }
-        assert held.keys() == logged.keys()
-        for key, (dice, iou) in held.items():
-            assert dice == pytest.approx(100 * logged[key]["mean_dice"], abs=1e-9)
-            halved = key[1] in ("bce", "b_soft_dice")
-            assert iou is None if halved else iou == pytest.approx(100 * logged[key]["mean_iou"], abs=1e-9)
 
 
 def test_a_number_outside_its_tolerance_is_found(saved, tmp_path):
@@ -585,16 +486,3 @@ def test_a_changed_record_is_found_and_not_listed_again(evidence, change, words,
     if words in ("changed", "missing"):  # `make tables` must not hide it
         main(["--write"], evidence)
         assert main(["--verify"], evidence) == 1
-
-
-# --- configurations
-
-
-@pytest.mark.parametrize("dataset", list(COLUMNS))
-def test_the_grid_of_an_experiment_covers_the_published_cells(root, dataset):
-    text = yaml.safe_load((root / "configs" / "experiment" / "paper" / f"{dataset}.yaml").read_text())
-    params = text["hydra"]["sweeper"]["params"]
-    grid = {(m, lo) for m in params["model"].split(",") for lo in params["loss"].split(",")}
-    published = {(c.model, c.loss) for c in load_published().cells if c.dataset == dataset}
-    assert text["hydra"]["mode"] == "MULTIRUN" and len(grid) == 18
-    assert published <= grid and len(published) == (12 if dataset == "kvasir_seg" else 18)
