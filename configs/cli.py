@@ -5,7 +5,6 @@ Exit codes are in ``configs/errors.py``. ``--traceback`` (or RANKSEG_TRACEBACK=1
 
 from __future__ import annotations
 
-import codecs
 import errno
 import os
 import re
@@ -36,8 +35,6 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "fix the links that lead in a circle",
 }
-# Replacements for characters that a terminal cannot show.
-_PLAIN = dict(zip("−–—×·…≥≤±→", ["-", "-", "-", "x", "*", "...", ">=", "<=", "+-", "->"], strict=True))
 # Hydra completes in zsh through bash's `complete`, which zsh has only after these lines.
 _ZSH = """\
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
@@ -55,7 +52,9 @@ def run_cli(main: Callable[[], Any]) -> None:
     if "--traceback" in sys.argv:
         sys.argv.remove("--traceback")
         os.environ["RANKSEG_TRACEBACK"] = "1"
-    _print_anywhere()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # characters that a terminal cannot show, as on Windows, are escaped
+            stream.reconfigure(errors="backslashreplace")
     if "install=zsh" in sys.argv:
         print(_ZSH)
     try:
@@ -93,21 +92,6 @@ def _leave(code: int, message: str, kind: str = "error") -> None:
     sys.stdout.flush()
     print(f"{kind}: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def _print_anywhere() -> None:
-    """Print also to terminals and pipes that are not UTF-8, as on Windows."""
-
-    def plain(error: UnicodeError) -> tuple[str | bytes, int]:
-        if not isinstance(error, UnicodeEncodeError):
-            raise error
-        text = error.object[error.start : error.end]
-        return "".join(_PLAIN.get(c, c.encode("ascii", "backslashreplace").decode()) for c in text), error.end
-
-    codecs.register_error("plain", plain)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="plain")
 
 
 def list_skipped(skipped: Mapping[str, str]) -> None:

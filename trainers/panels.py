@@ -20,6 +20,7 @@ from rankseg import Predictor
 from trainers.distributed import World
 from trainers.forward import logits_of
 from trainers.losses import Link, link_probs
+from trainers.metrics import count, encode, mean_over_classes
 
 Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
@@ -69,9 +70,8 @@ def row(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor
     ``image`` is (3, H, W) uint8, ``target`` (H, W) integers, ``probs`` (C, H, W); ``masks`` has (C, H, W) bool by rule.
     ``info`` has ``num_classes``, ``scored`` and ``palette``. Returns (3, H + title, columns · W) uint8, enlarged.
     """
-    drawn = tiles(image, target, probs, masks, info).items()
-    enlarged = [(title, tile.repeat_interleave(scale, 1).repeat_interleave(scale, 2)) for title, tile in drawn]
-    return torch.cat([add_title(tile, title) for title, tile in enlarged], dim=2)
+    columns, width = 3 + len(masks), scale * image.shape[2]
+    return sheet(image, target, probs, masks, info, columns, width, font_size=11)
 
 
 def sheet(
@@ -82,12 +82,13 @@ def sheet(
     info: Any,
     columns: int = 3,
     width: int = 320,
+    font_size: int = 32,
 ) -> Tensor:
     """Return the tiles of `row`, each ``width`` pixels wide, in rows. Titles can be read in a thumbnail."""
     size = [max(1, round(width * image.shape[1] / image.shape[2])), width]
     mode = InterpolationMode.NEAREST if image.shape[2] < width else InterpolationMode.BILINEAR
     cells = [
-        add_title(resize(tile, size, interpolation=mode, antialias=True), title, font_size=width // 10)
+        add_title(resize(tile, size, interpolation=mode, antialias=True), title, font_size)
         for title, tile in tiles(image, target, probs, masks, info).items()
     ]
     cells += [torch.full_like(cells[0], 255)] * (-len(cells) % columns)
@@ -97,14 +98,15 @@ def sheet(
 
 def tiles(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any) -> dict[str, Tensor]:
     """Return the tiles (3, H, W) uint8 of one image by title, in order."""
-    truth = target == torch.arange(info.num_classes)[:, None, None]
+    truth = encode(target[None], info.num_classes, info.ignore_index)
     drawn = {
         "image": image,
-        "truth": overlay(image, truth, info),
+        "truth": overlay(image, truth.onehot[0], info),
         "probability": heat(probs[list(info.scored)].amax(0)),
     }
     for name, mask in masks.items():
-        drawn[f"{name}  Dice {_dice(mask, truth, info.scored):.3f}"] = overlay(image, mask, info)
+        dice = mean_over_classes(count(mask[None], truth).dice(), info.scored)
+        drawn[f"{name}  Dice {float(dice):.3f}"] = overlay(image, mask, info)
     return drawn
 
 
@@ -132,10 +134,3 @@ def add_title(tile: Tensor, title: str, font_size: int = 11) -> Tensor:
         font = ImageFont.load_default(size)
     ImageDraw.Draw(canvas).text((2, 1), title, fill="black", font=font)
     return pil_to_tensor(canvas)
-
-
-def _dice(masks: Tensor, truth: Tensor, scored: Sequence[int]) -> float:
-    valid = truth.any(0)
-    masks, truth = masks[list(scored)] & valid, truth[list(scored)]
-    both, sizes = (masks & truth).flatten(1).sum(1), masks.flatten(1).sum(1) + truth.flatten(1).sum(1)
-    return float((2 * both / sizes).nanmean())
