@@ -1,11 +1,12 @@
-"""Speed and memory, as ratios measured side by side in one run:
+"""Measure speed and memory, as ratios within one run.
 
-python scripts/benchmark.py rules | step | loader | test | volume  [options; --help says which]
+python scripts/benchmark.py rules
+python scripts/benchmark.py step model=pspnet --steps 12
+python scripts/benchmark.py rules --help        the options of one benchmark
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,22 +14,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs.cli import run_cli
 from scripts.benchmarks import loader, rules, step, test, volume
+from scripts.common import command_line
 
 MODULES = {"rules": rules, "step": step, "loader": loader, "test": test, "volume": volume}
 
 
 def main() -> None:
-    """Hand over to the module of the benchmark asked for; flags and overrides may mix."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="benchmark", required=True)
-    parsers = {}
-    for name, module in MODULES.items():
-        parsers[name] = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
-        module.add_arguments(parsers[name])
-    name, *rest = sys.argv[1:] or [""]
-    if name not in MODULES:
-        parser.parse_args()  # help, or what is wrong
-    MODULES[name].main(parsers[name].parse_intermixed_args(rest))
+    """Run the benchmark that the first argument names; its flags and overrides may be mixed."""
+    parser = command_line(__doc__)
+    about = "; ".join(f"{name}: {(module.__doc__ or '').splitlines()[0]}" for name, module in MODULES.items())
+    parser.add_argument("benchmark", choices=MODULES, help=about)
+    name = parser.parse_args(sys.argv[1:2]).benchmark
+    parser = command_line(MODULES[name].__doc__)
+    parser.prog += f" {name}"
+    MODULES[name].add_arguments(parser)
+    MODULES[name].main(parser.parse_intermixed_args(sys.argv[2:]))
 
 
 if __name__ == "__main__":

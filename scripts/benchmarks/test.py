@@ -1,29 +1,25 @@
-"""What a prediction rule costs in test.py: the whole command, one rule against another, and where its time goes."""
+"""The cost of a prediction rule in test.py: the whole command, one rule against another, and its parts."""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import resource
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
-from statistics import median
-
-from tqdm import tqdm
+from unittest import mock
 
 from configs import build
 from configs.checkpoint import load
 from configs.errors import UserError
 from scripts import ROOT
-from scripts.benchmarks.timing import Seconds, Stopwatch, add_clock
+from scripts.benchmarks.timing import Seconds, Stopwatch, add_clock, in_turn, print_table
 from trainers import evaluator
 from trainers.distributed import World, pick_device
 
 THREE = ("T", "max", "rankdice")
-WAYS = {"-p max": ("max",), "-p rankdice": ("rankdice",), "-p T -p max -p rankdice": THREE}
+RULES = ("-p max", "-p rankdice", "-p T -p max -p rankdice")
 IDLE = "(start-up alone: --help)"
 # The functions of the evaluator, and what they do.
 PARTS = {
@@ -37,101 +33,70 @@ PARTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("-r", "--resume", type=Path, help="a checkpoint; a small one is trained where none is given")
-    parser.add_argument("--rounds", type=int, default=5, help="how many rounds the medians are of (default 5)")
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=1000,
-        help="built-in images to score where no checkpoint is given: enough that start-up does not hide the "
-        "difference (default 1000)",
-    )
+    """Add the options."""
+    parser.add_argument("-r", "--resume", type=Path, help="a checkpoint (default: a small one is trained)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are of (default 5)")
+    # Enough images that start-up does not hide the difference.
+    parser.add_argument("--images", type=int, default=1000, help="built-in images without -r (default 1000)")
     add_clock(parser)
     parser.add_argument("overrides", nargs="*", help="of test.py, such as split=val or dataset.root=PATH")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print seconds and ratios of the commands, each in turn so that drift meets all alike, and the parts."""
+    """Print seconds and ratios of the commands, and the parts of one evaluation."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = args.resume or small(Path(folder), args.images)
-        found = parts(checkpoint, args)
-        rows: dict[str, list[Seconds]] = {name: [] for name in (*WAYS, IDLE)}
-        with tqdm(total=args.rounds * len(rows), unit="command", disable=None) as bar:
-            for _ in range(args.rounds):
-                for name in rows:
-                    bar.set_description(name)
-                    rows[name].append(call("test.py", *arguments(name, checkpoint, Path(folder), args)))
-                    bar.update()
-    print_commands({name: Seconds(*map(median, zip(*spent, strict=True))) for name, spent in rows.items()})
-    print_parts(found, args.clock)
+        checkpoint = args.resume or train_small(Path(folder), args.images)
+        found = measure_parts(checkpoint, args)
+        more = ["-r", str(checkpoint), "--out", folder, "--quiet", *args.overrides]
+        candidates = {name: partial(call, "test.py", *name.split(), *more) for name in RULES}
+        candidates[IDLE] = partial(call, "test.py", "--help")
+        rows = in_turn(candidates, args.rounds, warm_up=0)
+    print_commands(rows)
+    print()
+    total = sum(found.values())
+    shares = [[name, f"{seconds:.2f}", f"{seconds / total:.0%}"] for name, seconds in found.items()]
+    print_table(["part of scoring three rules, after start-up", f"{args.clock} seconds", "share"], shares)
 
 
-def arguments(name: str, checkpoint: Path, folder: Path, args: argparse.Namespace) -> list[str]:
-    """The command line of a way."""
-    if name == IDLE:
-        return ["--help"]
-    chosen = [word for rule in WAYS[name] for word in ("-p", rule)]
-    return ["-r", str(checkpoint), *chosen, "--out", str(folder), "--quiet", *args.overrides]
+def print_commands(seconds: dict[str, Seconds]) -> None:
+    """Print the seconds of each command, and the ratios to each of the single rules."""
+    rows = []
+    for name, spent in seconds.items():
+        row = [f"`{name}`"]
+        for mine, first, second in zip(spent, seconds["-p max"], seconds["-p rankdice"], strict=True):
+            row += [f"{mine:.2f}", f"{mine / first:.2f}", f"{mine / second:.2f}"]
+        rows.append(row)
+    ratios = ["/ max", "/ rankdice"]
+    print_table(["python test.py -r CHECKPOINT", "seconds", *ratios, "processor", *ratios], rows)
 
 
-def print_commands(rows: dict[str, Seconds]) -> None:
-    """One row a command: seconds, and the ratios to each of the single rules."""
-    one, other = rows["-p max"], rows["-p rankdice"]
-    print("| python test.py -r CHECKPOINT | seconds | / max | / rankdice | processor | / max | / rankdice |")
-    print("|---|---|---|---|---|---|---|")
-    for name, spent in rows.items():
-        cells = [
-            f"{mine:.2f} | {mine / first:.2f} | {mine / second:.2f}"
-            for mine, first, second in zip(spent, one, other, strict=True)
-        ]
-        print(f"| `{name}` | {' | '.join(cells)} |")
-
-
-def print_parts(rows: dict[str, float], clock: str) -> None:
-    """One row a part, in the order of time."""
-    total = sum(rows.values())
-    print(f"\n| part of scoring three rules, after start-up | {clock} seconds | share |\n|---|---|---|")
-    for name, seconds in rows.items():
-        print(f"| {name} | {seconds:.2f} | {seconds / total:.0%} |")
-
-
-def parts(checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
-    """The seconds of each part of one evaluation of three rules, in this process."""
+def measure_parts(checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of each part of one evaluation of three rules, in this process."""
     network, cfg, _ = load(checkpoint, args.overrides)
-    where = World(0, 1, pick_device())
+    world = World(0, 1, pick_device())
     data = build.dataset(cfg, cfg.split)
-    loader, criterion = build.eval_loader(cfg, data, where), build.loss(cfg)
-    rules = build.rules(THREE, cfg)
-    watch, network = Stopwatch(where.device, args.clock), network.to(where.device)
+    loader, criterion, scoring = build.eval_loader(cfg, data, world), build.loss(cfg), build.scoring(cfg, data.info)
+    watch, network = Stopwatch(world.device, args.clock), network.to(world.device)
     watch.watch(network, "forward", "network")
-    rules = {name: functools.partial(watch.call, f"rule {name}", rule) for name, rule in rules.items()}
-    original = {name: getattr(evaluator, name) for name in PARTS}
+    rules = {name: partial(watch.call, f"rule {name}", rule) for name, rule in build.rules(THREE, cfg).items()}
     start = watch.now()
-    try:
+    with mock.patch.multiple(evaluator, **{name: getattr(evaluator, name) for name in PARTS}):  # restored at the end
         for name, part in PARTS.items():
             watch.watch(evaluator, name, part)
         batches = watch.iterate(loader, "reading images")
-        scoring = build.scoring(cfg, data.info)
-        evaluator.evaluate(network, batches, rules, criterion, scoring, where, precision=cfg.trainer.precision)
-    finally:
-        for name, function in original.items():
-            setattr(evaluator, name, function)
+        evaluator.evaluate(network, batches, rules, criterion, scoring, world, precision=cfg.trainer.precision)
     spent = dict(watch.spent)
     return {**spent, "the rest": watch.now() - start - sum(spent.values())}
 
 
-def small(folder: Path, images: int) -> Path:
-    """A network trained for a moment on the built-in data; testing takes as long as for a good one."""
+def train_small(folder: Path, images: int) -> Path:
+    """Train a network on the built-in data for a moment; testing it takes as long as testing a good one."""
     call("train.py", "epochs=1", f"dataset.num_images={{train: 16, val: 2, test: {images}}}", f"save_dir={folder}")
     return next(folder.rglob("best_model.pth"))
 
 
-def call(command: str, *arguments: str) -> Seconds:
-    """Run a command of the project and return what it took; say what it said if it fails."""
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+def call(command: str, *arguments: str) -> None:
+    """Run a command of the project; raise UserError with its message if it fails."""
     done = subprocess.run([sys.executable, str(ROOT / command), *arguments], capture_output=True, text=True)
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise UserError(f"{command} failed: {done.stderr.strip()}")
-    return Seconds(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

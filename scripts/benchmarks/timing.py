@@ -1,10 +1,12 @@
-"""The clocks of the benchmarks: by the wall, and of this process alone."""
+"""Time candidates in turn, or the parts of one of them, and print tables."""
 
 from __future__ import annotations
 
 import argparse
+import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -12,85 +14,78 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
 
 class Seconds(NamedTuple):
-    """Seconds by the wall, and of the processor, all threads together."""
+    """Seconds of wall time, and of the processor, all threads together."""
 
     wall: float
     cpu: float
 
 
+def read_clocks(device: torch.device) -> Seconds:
+    """Return the time when all work so far is done. Processes that this one started count when they have ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Seconds(time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime)
+
+
 def in_turn(
-    ways: dict[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 1
+    candidates: dict[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 1
 ) -> dict[str, Seconds]:
-    """Return the median seconds of each way. All take turns in every round, so that drift affects all alike.
+    """Return the median seconds of each candidate. All take turns in every round, so that drift affects all alike.
 
     The first `warm_up` rounds do not count.
     """
-    watches = {clock: Stopwatch(torch.device(device), clock) for clock in CLOCKS}
-    seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
+    device = torch.device(device)
+    seconds: dict[str, list[Seconds]] = {name: [] for name in candidates}
     for number in tqdm(range(rounds + warm_up), desc="rounds", leave=False, disable=None):
-        for name, way in ways.items():
-            begin = [watch.now() for watch in watches.values()]
-            way()
+        for name, run in candidates.items():
+            begin = read_clocks(device)
+            run()
             if number >= warm_up:
-                ends = [watch.now() for watch in watches.values()]
-                seconds[name].append(Seconds(*(end - start for end, start in zip(ends, begin, strict=True))))
+                end = read_clocks(device)
+                seconds[name].append(Seconds(end.wall - begin.wall, end.cpu - begin.cpu))
     return {name: Seconds(*map(median, zip(*spent, strict=True))) for name, spent in seconds.items()}
 
 
 def add_clock(parser: argparse.ArgumentParser) -> None:
-    """Declare `--clock`."""
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="what seconds are; cpu, this process's, on a machine that others use too, with "
-        "OMP_NUM_THREADS=1 (default wall)",
-    )
+    """Add `--clock`."""
+    about = "what seconds are; cpu: of this process, on a busy machine, with OMP_NUM_THREADS=1 (default wall)"
+    parser.add_argument("--clock", choices=Seconds._fields, default="wall", help=about)
 
 
 class Stopwatch:
-    """Adds up, part by part, the seconds of the calls that it watches; it waits for the device's work."""
+    """Adds up the seconds of the calls that it watches, part by part; it waits for the work of the device."""
 
     def __init__(self, device: torch.device, clock: str = "wall") -> None:
-        self.device, self.clock = device, CLOCKS[clock]
+        self.device, self.clock = device, clock
         self.spent: dict[str, float] = {}
 
     def now(self) -> float:
-        """The time, when all work so far is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return self.clock()
-
-    def add(self, part: str, start: float) -> None:
-        """Count the time since `start` to a part."""
-        self.spent[part] = self.spent.get(part, 0.0) + self.now() - start
+        """Return the time when all work so far is done."""
+        return getattr(read_clocks(self.device), self.clock)
 
     def call(self, part: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a function and count its seconds."""
         start = self.now()
         result = function(*arguments, **options)
-        self.add(part, start)
+        self.spent[part] = self.spent.get(part, 0.0) + self.now() - start
         return result
 
     def watch(self, owner: Any, method: str, part: str) -> None:
-        """From now on, count the seconds of one method of one object, or of one function of a module."""
-        original = getattr(owner, method)
-
-        def measured(*arguments: Any, **options: Any) -> Any:
-            return self.call(part, original, *arguments, **options)
-
-        if isinstance(owner, nn.Module):
-            object.__setattr__(owner, method, measured)  # past nn.Module's own bookkeeping
-        else:
-            setattr(owner, method, measured)
+        """From now on, count the seconds of one method of an object, or of one function of a module."""
+        set_attribute = object.__setattr__ if isinstance(owner, nn.Module) else setattr  # not as a sub-module
+        set_attribute(owner, method, partial(self.call, part, getattr(owner, method)))
 
     def iterate(self, batches: Iterable[Any], part: str) -> Iterator[Any]:
-        """Yield what `batches` yields, and count the seconds of waiting for it."""
+        """Yield the batches, and count the seconds of waiting for them."""
         iterator = iter(batches)
-        end = object()
-        while (batch := self.call(part, next, iterator, end)) is not end:
-            yield batch
+        return iter(lambda: self.call(part, next, iterator, None), None)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a Markdown table, each row as soon as it is there."""
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |", flush=True)

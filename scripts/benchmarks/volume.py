@@ -18,72 +18,58 @@ import torch
 
 from configs.errors import UserError
 from scripts import ROOT
+from scripts.benchmarks.timing import print_table
 
-SECONDS = 0.02  # between two looks at the memory
+INTERVAL = 0.02  # seconds between two looks at the memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options."""
     parser.add_argument("--shape", default="4,320,512,1024", help="classes and sides (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
-    parser.add_argument(
-        "--rules",
-        default="max,rankdice,rankdice_nonoverlap",
-        help="each in a call of its own (default: %(default)s)",
-    )
+    rules = "max,rankdice,rankdice_nonoverlap"
+    parser.add_argument("--rules", default=rules, help="each in a call of its own (default: %(default)s)")
 
 
 def main(args: argparse.Namespace) -> None:
     """Print time and memory for each rule."""
-    try:
-        shape = tuple(int(size) for size in args.shape.split(","))
-    except ValueError:
-        shape = ()
-    if len(shape) != 4 or min(shape) < 1:
+    sizes = args.shape.split(",")
+    shape = tuple(int(size) for size in sizes if size.isdecimal() and int(size))
+    if len(shape) != len(sizes) or len(shape) != 4:
         raise UserError(f"--shape {args.shape} is invalid: expected C,D,H,W.")
     with tempfile.TemporaryDirectory(dir=ROOT) as name:
-        folder = Path(name)
-        size = write_case(folder, shape, args.dtype)
+        large, small, out = Path(name) / "large", Path(name) / "small", Path(name) / "out"
+        size = write_case(large, shape, args.dtype)
+        write_case(small, (4, 4, 4, 4), "float32")  # its memory is that of the program
+        least = decode(small, out, "max")[1]
         print(f"{args.dtype}, {shape}, {size / 1e9:.2f} GB, with labels, {torch.get_num_threads()} threads\n")
-        print(
-            "| rule | seconds | memory of the process, MiB | above that of a case of 1 kB |\n| :-- | --: | --: | --: |"
-        )
-        least = run(write_small(folder / "small"), folder / "out", "max")[1]
-        for rule in args.rules.split(","):
-            seconds, memory = run(folder / "large", folder / "out", rule)
-            print(f"| `{rule}` | {seconds:.0f} | {memory} | {memory - least} |", flush=True)
+        measured = ((rule, *decode(large, out, rule)) for rule in args.rules.split(","))
+        rows = ([f"`{rule}`", f"{seconds:.0f}", memory, memory - least] for rule, seconds, memory in measured)
+        print_table(["rule", "seconds", "memory of the process, MiB", "above that of a case of 1 kB"], rows)
 
 
 def write_case(folder: Path, shape: tuple[int, ...], dtype: str) -> int:
     """Write probabilities and labels slab by slab; return the size of the probabilities in bytes."""
-    for part in ("large/probs", "large/labels"):
+    for part in ("probs", "labels"):
         (folder / part).mkdir(parents=True)
-    probs = np.lib.format.open_memmap(folder / "large/probs/case.npy", "w+", np.dtype(dtype), shape)
-    labels = np.lib.format.open_memmap(folder / "large/labels/case.npy", "w+", np.uint8, shape[1:])
+    probs = np.lib.format.open_memmap(folder / "probs/case.npy", "w+", np.dtype(dtype), shape)
+    labels = np.lib.format.open_memmap(folder / "labels/case.npy", "w+", np.uint8, shape[1:])
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, shape[0], *(max(2, side // 32) for side in shape[1:]), generator=generator)
     depth = coarse.shape[2] - 1
     for z in range(shape[1]):
         at = z / max(1, shape[1] - 1) * depth
-        low, share = min(int(at), depth - 1), at - min(int(at), depth - 1)
-        plane = coarse[:, :, low] * (1 - share) + coarse[:, :, low + 1] * share
+        low = min(int(at), depth - 1)
+        plane = torch.lerp(coarse[:, :, low], coarse[:, :, low + 1], at - low)
         fine = torch.nn.functional.interpolate(plane, shape[2:], mode="bilinear")
         p = (4 * fine).softmax(1)[0]
         probs[:, z] = p.numpy()
         draw = torch.rand(shape[2:], generator=generator)
         labels[z] = (draw >= p.cumsum(0)[:-1]).sum(0).numpy()
-    probs.flush()
-    labels.flush()
     return probs.nbytes
 
 
-def write_small(folder: Path) -> Path:
-    """Write a case of a few voxels, whose memory is that of the program; return its folder."""
-    write_case(folder, (4, 4, 4, 4), "float32")
-    return folder / "large"
-
-
-def run(case: Path, out: Path, rule: str) -> tuple[float, int]:
+def decode(case: Path, out: Path, rule: str) -> tuple[float, int]:
     """Decode the case with a rule; return seconds and the largest anonymous memory in MiB."""
     command = [sys.executable, str(ROOT / "scripts" / "decode.py"), str(case / "probs")]
     command += ["--labels", str(case / "labels"), "-p", rule, "--out", str(out / rule), "--force", "--quiet"]
@@ -92,7 +78,7 @@ def run(case: Path, out: Path, rule: str) -> tuple[float, int]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             peak = max(peak, anonymous_memory(process.pid))
-            time.sleep(SECONDS)
+            time.sleep(INTERVAL)
     if process.returncode:
         raise UserError(f"decode.py ended with exit code {process.returncode}; its message is above.")
     return time.perf_counter() - started, peak >> 10

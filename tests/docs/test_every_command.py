@@ -33,7 +33,6 @@ PLACEHOLDERS = {
     "OLD NEW": "checkpoint-epoch300.pth converted.pth",
     " --peer /tmp/peer/bin/python": "",  # an environment with another package
     " --logits voc2012_espnetv2.npz": "",  # maps of a public network, not in the repository
-    " --volume": "",  # 1 GiB
     " records/*/*/*/focal/seed*": "",  # `shrink` leaves this loss out of the grid
 }  # fmt: skip
 # Numbers that configurations get at most, and options that make the other scripts small; the last of two counts.

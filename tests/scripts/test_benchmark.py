@@ -14,7 +14,7 @@ from torch import nn
 from configs import build, stored
 from configs.compose import compose
 from scripts.benchmarks import step, test
-from scripts.benchmarks.timing import Stopwatch
+from scripts.benchmarks.timing import Seconds, Stopwatch, in_turn
 from tests.trainers.test_update import ALONE, batch, make, network
 from trainers import evaluator
 from trainers.evaluator import Scoring
@@ -37,7 +37,7 @@ def test_the_stopwatch_counts_each_part() -> None:
 def test_the_originals_step_runs_the_network_twice_and_scores_it() -> None:
     net, given = network(norm=True), batch()
     update = make(net, second_forward=True)
-    dice, iou, accuracy = step.with_metrics(update, Scoring(3, (1, 2)), given)
+    dice, iou, accuracy = step.update_and_score(update, Scoring(3, (1, 2)), given)
     assert net.norm.num_batches_tracked == 2
     assert dice.shape == iou.shape == (5, 3) and accuracy.shape == (5,)
     torch.testing.assert_close(iou, dice / (2 - dice), equal_nan=True)
@@ -48,9 +48,9 @@ def test_the_parts_of_a_step_are_all_there() -> None:
     cfg = compose("train", ["experiment=smoke"])
     data = build.dataset(cfg, "train")
     batches = step.endless(build.train_loader(cfg, data, ALONE))
-    rows = step.parts(cfg, ALONE, batches, OPTIONS)
+    rows = step.measure_parts(cfg, ALONE, batches, OPTIONS)
     assert list(rows) == list(step.PARTS) and min(rows.values()) >= 0 < rows["backward"]
-    ways = step.compare(cfg, ALONE, batches, OPTIONS, build.scoring(cfg, data.info))
+    ways = step.compare_steps(cfg, ALONE, batches, OPTIONS, build.scoring(cfg, data.info))
     assert len(ways) == 3 and min(ways.values()) > 0
 
 
@@ -62,7 +62,7 @@ def test_the_parts_of_a_test_are_all_there_and_nothing_stays_watched(
     cfg = stored.unpack({"choices": {}, "values": {}}, small)
     network = build.model(cfg)
     monkeypatch.setattr(test, "load", lambda path, overrides: (network, cfg, {}))
-    rows = test.parts(tmp_path, OPTIONS)
+    rows = test.measure_parts(tmp_path, OPTIONS)
     expected = {"reading images", "network", "rule T", "rule max", "rule rankdice", *test.PARTS.values()}
     assert rows.keys() == expected | {"the rest"} and min(rows.values()) >= 0
     assert {name: getattr(evaluator, name) for name in test.PARTS} == before
@@ -72,14 +72,14 @@ def test_a_command_is_measured_and_its_failure_is_reported(tmp_path: Path, monke
     script = "import sys\nsum(range(10**6))\nif len(sys.argv) > 1: sys.exit('error: ' + sys.argv[1] + ' is absent')\n"
     (tmp_path / "test.py").write_text(script)
     monkeypatch.setattr(test, "ROOT", tmp_path)
-    spent = test.call("test.py")
+    spent = in_turn({"command": lambda: test.call("test.py")}, 1, warm_up=0)["command"]
     assert spent.wall > 0 and spent.cpu > 0
     with pytest.raises(ValueError, match=r"test\.py failed: .*absent\.pth"):
         test.call("test.py", "absent.pth")
 
 
 def test_ratios_are_to_each_single_rule(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = dict.fromkeys((*test.WAYS, test.IDLE), test.Seconds(3.0, 6.0))
-    test.print_commands(rows | {"-p max": test.Seconds(2.0, 4.0), "-p rankdice": test.Seconds(1.0, 8.0)})
+    rows = dict.fromkeys((*test.RULES, test.IDLE), Seconds(3.0, 6.0))
+    test.print_commands(rows | {"-p max": Seconds(2.0, 4.0), "-p rankdice": Seconds(1.0, 8.0)})
     last = capsys.readouterr().out.splitlines()[-2]
     assert last == "| `-p T -p max -p rankdice` | 3.00 | 1.50 | 3.00 | 6.00 | 1.50 | 0.75 |"
