@@ -103,9 +103,9 @@ def _read(saved: Path) -> tuple[ours.Groups, list[ours.Problem]]:
     groups = ours.group_seeds(results)
     notes = [f"skipped: {problem.path}: {problem.reason}" for problem in problems]
     notes += [ours.problem_count(problems)] * bool(problems)
-    for group in groups.values():
+    for (row, rule), group in groups.items():
         if group.reason:
-            notes.append(f"rejected: {' '.join(filter(None, group.first.cell))}: {group.reason}")
+            notes.append(f"rejected: {' '.join(filter(None, (*row, rule)))}: {group.reason}")
     for note in notes:
         print(one_line(note), file=sys.stderr)
     return groups, problems
@@ -154,7 +154,7 @@ def generated(root: Path, groups: ours.Groups, problems: Sequence[ours.Problem])
         named[mode] = render(found, "md", problems)  # all tables of the mode under one marker
         for form in FORMATS:
             files[root / f"{stem}.{form}"] = render(found, form, problems)
-    raw = {key: group for key, group in groups.items() if ours.short_variant(group.first.variant) in ("", "last")}
+    raw = {cell: group for cell, group in groups.items() if ours.short_variant(cell[0].variant) in ("", "last")}
     named |= {f"{table.name}-raw": markdown(table) for table in ours.our_tables(raw)}  # without calibrated rows
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         if page.is_file() and "<!-- table:" in (text := page.read_text(encoding="utf-8")):

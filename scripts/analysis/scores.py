@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -157,12 +157,12 @@ def compare(
     pairs, unpaired = pair(baseline.by_image(), rule.by_image())
     group_of = read_groups(group, list(pairs)) if group else None
 
-    def groups(images: Sequence[str]) -> list[Hashable] | None:
+    def groups(images: Iterable[str]) -> list[Hashable] | None:
         return [group_of[image] for image in images] if group_of else None
 
     values = [100 * value for value in pairs.values()]
     listed = rule.record.get("classes")
-    names = [str(name) for name in listed] if isinstance(listed, list) else []
+    names = dict(enumerate(listed)) if isinstance(listed, list) else {}
     one, other, classes = baseline.by_class(), rule.by_class(), []
     for c in sorted(one.keys() | other.keys()):
         found, missing = pair(baseline.of_class(c), rule.of_class(c))
@@ -170,15 +170,13 @@ def compare(
         classes.append(
             {
                 "class": c,
-                "name": names[c] if c < len(names) else str(c),
+                "name": str(names.get(c, c)),
                 "baseline": 100 * one.get(c, math.nan),
                 "rule": 100 * other.get(c, math.nan),
                 "images": len(points),
                 "unpaired": missing,
                 "mean": ours.mean(points),
-                "interval": list(mean_interval(points, confidence, resamples, seed, groups(list(found))))
-                if points
-                else [math.nan, math.nan],
+                "interval": list(mean_interval(points, confidence, resamples, seed, groups(found))),
             }
         )
     return {
@@ -190,7 +188,7 @@ def compare(
         "variant": ours.short_variant(ours.variant_of(rule.record)),
         "seed": rule.record.get("seed"),
         "unpaired": unpaired,
-        **describe_differences(values, confidence, resamples, seed, groups(list(pairs))),
+        **describe_differences(values, confidence, resamples, seed, groups(pairs)),
         "classes": classes,
     }
 
@@ -207,9 +205,11 @@ def over_seeds(found: Sequence[dict[str, Any]], scores: Sequence[RuleScores]) ->
     results = []
     for path, one in zip(of_path, scores, strict=True):
         try:
-            results.append(replace(ours.parse_result(path, Path(path.anchor), one.record), collection=""))
+            result = ours.parse_result(path, Path(path.anchor), one.record)
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: no key {error}. Fix: score again with test.py.") from None
+        results.append(replace(result, row=result.row._replace(collection="")))
+
     rows = []
     for group in ours.group_seeds(results).values():
         if len(group.results) > 1:
@@ -242,7 +242,7 @@ def mean_interval(
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
 ) -> Interval:
-    """Return the BCa bootstrap interval of the mean; the same seed gives the same interval.
+    """Return the BCa bootstrap interval of the mean, NaN without values; the same seed gives the same interval.
 
     Args:
         values: one number per image.
@@ -251,14 +251,13 @@ def mean_interval(
     """
     from scipy import stats  # slow to import
 
-    if not len(values):
-        raise UserError("there is no image that both rules score, so there is no interval. Fix: compare other rules.")
     if not 0 < confidence < 1:
         raise UserError(f"confidence={confidence} is invalid: expected a number in (0, 1), such as 0.95.")
     if resamples < 1:
         raise UserError(f"resamples={resamples} is invalid: expected an integer >= 1; 10000 is usual.")
-    data = np.asarray(values, dtype=np.float64)
-    sums, sizes = _group_sums(data, groups)
+    if not len(values):
+        return math.nan, math.nan
+    sums, sizes = _group_sums(np.asarray(values, dtype=np.float64), groups)
     means = sums / sizes
     if len(sums) == 1 or means.min() == means.max():
         return float(means[0]), float(means[0])
@@ -312,12 +311,6 @@ def signed_rank(values: Sequence[float]) -> tuple[float, str, float]:
     return float(p), "exact" if exact else "normal", effect
 
 
-def standardized_mean(values: Sequence[float]) -> float:
-    """Return mean over standard deviation (Cohen's d for pairs); NaN if the values do not vary."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return float(np.mean(values)) / deviation if deviation > 0 else math.nan
-
-
 def describe_differences(
     values: Sequence[float],
     confidence: float = 0.95,
@@ -330,13 +323,15 @@ def describe_differences(
     ``better``, ``worse``, ``tied`` and the values of ``harm`` ("1", "5", "10": images that lose more than so many
     points) are shares of the images; ``worst_loss`` and ``best_gain`` are in points and not negative.
     """
-    count = len(values)
+    if not values:
+        raise UserError("there is no image that both rules score, so there is no interval. Fix: compare other rules.")
+    count, deviation = len(values), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     interval = mean_interval(values, confidence, resamples, seed, groups)
     p, method, effect = signed_rank([round(value, 9) for value in values])
     return {
         "images": count,
         "groups": None if groups is None else len(set(groups)),
-        "mean": math.fsum(values) / count,
+        "mean": ours.mean(values),
         "median": median(values),
         "interval": list(interval),
         "confidence": confidence,
@@ -346,7 +341,7 @@ def describe_differences(
         "harm": {str(points): sum(value < -points for value in values) / count for points in HARM},
         "worst_loss": max(0.0, -min(values)),
         "best_gain": max(0.0, max(values)),
-        "standardized_mean": standardized_mean(values),
+        "standardized_mean": float(np.mean(values)) / deviation if deviation > 0 else math.nan,  # Cohen's d of pairs
         "rank_biserial": effect,
         "wilcoxon_p": p,
         "wilcoxon_method": method,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from trainers.text import csv_text, latex_label, latex_text, markdown_cell, markdown_text
 
@@ -55,39 +54,21 @@ class Cell:
         return f"({', '.join(self.values)})" if len(self.values) > 1 else self.values[0]
 
 
-class Note(NamedTuple):
-    """The explanation of a mark."""
-
-    mark: str
-    text: str
-
-
-class Notes:
-    """The notes of one table; equal reasons share a mark."""
-
-    def __init__(self) -> None:
-        self._marks: dict[str, str] = {}
-
-    def mark(self, reason: str) -> str:
-        """Return the mark of this reason."""
-        return self._marks.setdefault(reason, str(len(self._marks) + 1))
-
-    def all(self) -> tuple[Note, ...]:
-        """Return the notes in the order of their marks."""
-        return tuple(Note(mark, reason) for reason, mark in self._marks.items())
+def mark_of(reason: str, notes: dict[str, str]) -> str:
+    """Return the mark of a reason, which is added to the notes (reason -> mark); equal reasons share a mark."""
+    return notes.setdefault(reason, str(len(notes) + 1))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `labels` columns of labels, then columns of cells; `parts` names the values of a cell in CSV."""
+    """A table: `labels` columns of labels, then columns of cells. `notes` explain its marks."""
 
     name: str
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     labels: int
-    parts: tuple[str, ...]
-    notes: tuple[Note, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
     marks: tuple[str, ...] = ()
     caption: str = ""
 
@@ -139,8 +120,8 @@ def markdown(table: Table) -> str:
     lines += ["| " + " | ".join(texts) + " |" for texts in _MARKDOWN.rows(table)]
     if table.caption:
         lines += ["", markdown_text(table.caption)]
-    for note in table.notes:
-        lines += ["", f"{_MARKDOWN.superscript([note.mark])} {markdown_text(note.text)}"]
+    for mark, text in table.notes.items():
+        lines += ["", f"{_MARKDOWN.superscript([mark])} {markdown_text(text)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -149,12 +130,12 @@ def csv_tables(tables: Sequence[Table]) -> str:
     rows: list[list[str]] = []
     for table in tables:
         rows += [[]] * bool(rows)
-        heads = [f"{head} {part}" for head in table.head[table.labels :] for part in (*table.parts, "marks")]
+        heads = [f"{head} {part}" for head in table.head[table.labels :] for part in ("mDice", "mIoU", "marks")]
         rows.append(["table", *table.head[: table.labels], *heads])
         for row in table.rows:
             texts = [table.name, *(cell.text for cell in row[: table.labels])]
             for cell in row[table.labels :]:  # a symbol is in the first of its columns
-                texts += [*cell.values, *[""] * (len(table.parts) - len(cell.values)), " ".join(cell.marks)]
+                texts += [*cell.values, *[""] * (2 - len(cell.values)), " ".join(cell.marks)]
             rows.append(texts)
     return csv_text(rows)
 
@@ -172,7 +153,7 @@ def latex(table: Table) -> str:
         lines.append(" & ".join(texts) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     reasons = [latex_text(table.caption)] * bool(table.caption)
-    reasons += [f"{_LATEX.superscript([note.mark])} {latex_text(note.text)}" for note in table.notes]
+    reasons += [f"{_LATEX.superscript([mark])} {latex_text(text)}" for mark, text in table.notes.items()]
     if reasons:
         lines += [r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize"]
         lines += [" \\par\n".join(reasons), r"\end{minipage}"]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from configs.errors import UserError
-from configs.files import read_json, read_yaml
+from configs.files import read_json, read_text, read_yaml
 from scripts import ROOT
-from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Note, Notes, Table, label
+from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Table, label, mark_of
 from scripts.tables.results import Group, Groups, matching, our_cell
+from trainers.text import read_csv
 
 FOLDER = ROOT / "saved" / "published"
 COLUMNS = {"cityscapes": ("T", "max", "rankdice"), "voc2012": ("T", "max", "rankdice"), "kvasir_seg": ("T", "rankdice")}
@@ -70,12 +70,8 @@ class Erratum:
 
     def concerns(self, cell: PublishedCell) -> bool:
         """Return whether one of the selections fits the cell."""
-        facts = {"numeric": cell.mdice is not None, "logged": bool(cell.log)}
-
-        def fits(key: str, want: Any) -> bool:
-            return facts[key] == want if key in facts else getattr(cell, key) in want
-
-        return any(all(fits(key, want) for key, want in choice.items()) for choice in self.select)
+        facts = {**vars(cell), "numeric": cell.mdice is not None, "logged": bool(cell.log)}
+        return any(all(facts[key] in wanted for key, wanted in choice.items()) for choice in self.select)
 
 
 class Published(NamedTuple):
@@ -88,16 +84,13 @@ class Published(NamedTuple):
 
 def load_published(folder: Path = FOLDER) -> Published:
     """Read cells, logs and errata."""
-    with open(folder / "cells.csv", newline="", encoding="utf-8") as file:
-        cells = tuple(_cell(row) for row in csv.DictReader(file))
+    cells = []
+    for row in read_csv(read_text(folder / "cells.csv")):
+        numbers = {key: float(row[key]) if row[key] else None for key in ("mdice", "miou")}
+        cells.append(PublishedCell(**{**row, **numbers, "bold": row["bold"] == "1"}))
     logs = {log["id"]: log for log in read_json(folder / "logs.json")}
     errata = tuple(Erratum(**item) for item in read_json(folder / "errata.json"))
-    return Published(cells, logs, errata)
-
-
-def _cell(row: dict[str, str]) -> PublishedCell:
-    number = {key: float(row[key]) if row[key] else None for key in ("mdice", "miou")}
-    return PublishedCell(**{**row, **number, "bold": row["bold"] == "1"})
+    return Published(tuple(cells), logs, errata)
 
 
 def published_tables(data: Published) -> list[Table]:
@@ -117,7 +110,8 @@ def compared_tables(data: Published, groups: Groups, expected: Iterable[Expected
 def _table(data: Published, dataset: str, groups: Groups | None = None, nearest: Sequence[Expected] = ()) -> Table:
     """Return one table: rows model × loss, columns rules, (mDice, mIoU) × .01; with ``groups`` also ours."""
     cells = {(c.model, c.loss, c.predictor): c for c in data.cells if c.dataset == dataset}
-    numbered, rows = Notes(), []
+    numbered: dict[str, str] = {}
+    rows = []
     for model, loss in dict.fromkeys((m, lo) for m, lo, _ in cells):
         row = [cells[model, loss, rule] for rule in COLUMNS[dataset]]
         line = [
@@ -129,21 +123,23 @@ def _table(data: Published, dataset: str, groups: Groups | None = None, nearest:
             if groups is not None:
                 line += _ours(data, groups, cell, numbered, nearest)
         rows.append(tuple(line))
-    # With two classes, threshold and argmax are one column.
     heads = [HEADS[rule] for rule in COLUMNS[dataset]]
-    heads = heads if "max" in COLUMNS[dataset] else ["Threshold/Argmax", HEADS["rankdice"]]
-    name, title = "published", "published (mDice, mIoU) × .01"
+    if "max" not in COLUMNS[dataset]:  # with two classes, threshold and argmax are one column
+        heads[0] = "Threshold/Argmax"
     if groups is not None:
-        name, title = "both", "published and ours (mDice, mIoU) × .01"
         heads = [f"{rule}: {part}" for rule in heads for part in ("published", "ours", "Δ")]
+    notes = {}
+    for erratum in data.errata:
+        concerned = [cell for cell in cells.values() if erratum.concerns(cell)]
+        if concerned:
+            notes[erratum.mark] = erratum.reason + (_logged(data, concerned) if erratum.log else "")
     return Table(
-        name=f"{name}-{dataset}",
-        title=f"{DATASETS[dataset]}: {title}",
+        name=f"{'published' if groups is None else 'both'}-{dataset}",
+        title=f"{DATASETS[dataset]}: published {'' if groups is None else 'and ours '}(mDice, mIoU) × .01",
         head=("Model", "Loss", *heads),
         rows=tuple(rows),
         labels=2,
-        parts=("mDice", "mIoU"),
-        notes=(*_notes(data, cells.values()), *numbered.all()),
+        notes={**notes, **{mark: reason for reason, mark in numbered.items()}},
         marks=_marks(data, cells.values(), "table"),
         caption="" if groups is None else _CAPTION,
     )
@@ -151,18 +147,7 @@ def _table(data: Published, dataset: str, groups: Groups | None = None, nearest:
 
 def _marks(data: Published, cells: Iterable[PublishedCell], scope: str) -> tuple[str, ...]:
     """Return the marks of one scope that concern any of the cells."""
-    cells = list(cells)
-    return tuple(e.mark for e in data.errata if e.scope == scope and any(map(e.concerns, cells)))
-
-
-def _notes(data: Published, cells: Iterable[PublishedCell]) -> list[Note]:
-    """Return the notes of a table, with the logged values of cells that differ from their logs."""
-    cells, found = list(cells), []
-    for erratum in data.errata:
-        concerned = [cell for cell in cells if erratum.concerns(cell)]
-        if concerned:
-            found.append(Note(erratum.mark, erratum.reason + (_logged(data, concerned) if erratum.log else "")))
-    return found
+    return tuple(e.mark for e in data.errata if e.scope == scope and any(e.concerns(cell) for cell in cells))
 
 
 def _logged(data: Published, cells: Sequence[PublishedCell]) -> str:
@@ -176,7 +161,7 @@ def _logged(data: Published, cells: Sequence[PublishedCell]) -> str:
 
 
 def _ours(
-    data: Published, groups: Groups, cell: PublishedCell, numbered: Notes, nearest: Sequence[Expected]
+    data: Published, groups: Groups, cell: PublishedCell, notes: dict[str, str], nearest: Sequence[Expected]
 ) -> tuple[Cell, Cell]:
     """Return our cell and the difference; no difference for other data or a number that an erratum spoils."""
     found = matching(groups, cell.dataset, "paper", cell.model, cell.loss, cell.predictor)
@@ -190,26 +175,24 @@ def _ours(
     if not found:
         return label("missing"), _NONE
     if len(found) > 1:
-        names = ", ".join(sorted(group.first.collection or "runs" for group in found))
-        return label("rejected", [numbered.mark(_SEVERAL.format(names=names))]), _NONE
+        names = ", ".join(sorted(group.first.row.collection or "runs" for group in found))
+        return label("rejected", [mark_of(_SEVERAL.format(names=names), notes)]), _NONE
     group = found[0]
-    ours = our_cell(group, numbered)
+    ours = our_cell(group, notes, {})
     if other:
-        ours = replace(ours, marks=(*ours.marks, numbered.mark(other)))
+        ours = replace(ours, marks=(*ours.marks, mark_of(other, notes)))
     if group.reason or cell.mdice is None:
         return ours, _NONE
-    expected = IMAGES[cell.dataset]
-    if expected is not None and expected != group.first.num_images:
-        reason = _OTHER_DATA.format(ours=group.first.num_images, theirs=expected)
-        return ours, label("–", [numbered.mark(reason)])
+    expected, scored = IMAGES[cell.dataset], group.first.num_images
+    if expected not in (None, scored):
+        return ours, label("–", [mark_of(_OTHER_DATA.format(ours=scored, theirs=expected), notes)])
     spoiled = {part for erratum in data.errata if erratum.concerns(cell) for part in erratum.spoils}
-    deltas = {part: group.summary(part)[0] - value for part, value in (("dice", cell.mdice), ("iou", cell.miou))}
-    split = (numbered.mark(_UNKNOWN_SPLIT),) if expected is None else ()
-    return ours, Cell(tuple("–" if part in spoiled else _signed(d) for part, d in deltas.items()), marks=split)
-
-
-def _signed(delta: float) -> str:
-    return "–" if math.isnan(delta) else f"{delta:+.2f}".replace("-", "−")
+    deltas = []
+    for part, value in (("dice", cell.mdice), ("iou", cell.miou)):
+        delta = math.nan if part in spoiled else group.summary(part)[0] - value
+        deltas.append("–" if math.isnan(delta) else f"{delta:+.2f}".replace("-", "−"))
+    marks = (mark_of(_UNKNOWN_SPLIT, notes),) if expected is None else ()
+    return ours, Cell(tuple(deltas), marks=marks)
 
 
 # --- what experiments expect
@@ -236,7 +219,7 @@ class Expected:
 
     def covers(self, group: Group) -> bool:
         """Return whether a result is of the images and the collection of this experiment."""
-        images, collection = group.first.num_images, group.first.collection
+        images, collection = group.first.num_images, group.first.row.collection
         return self.num_images in (None, images) and self.collection in (None, collection)
 
 
@@ -253,28 +236,21 @@ def read_expected(configs: Path) -> list[Expected]:
     return found
 
 
-def violations(expected: Iterable[Expected], groups: Groups) -> list[str]:
-    """Return one line for each of our numbers that is out of the tolerance of an experiment."""
-    return [
-        line
-        for block in expected
-        for model, losses in block.scores.items()
-        for loss, rules in losses.items()
-        for rule, values in rules.items()
-        for group in matching(groups, block.dataset, block.protocol, model, loss, rule)
-        if not group.reason and block.covers(group)
-        for line in _out_of_tolerance(block, group, values)
-    ]
+def violations(expected: Iterable[Expected], groups: Groups) -> Iterator[str]:
+    """Yield one line for each of our numbers that is out of the tolerance of an experiment."""
+    for block in expected:
+        for model, losses in block.scores.items():
+            for loss, rules in losses.items():
+                for rule, values in rules.items():
+                    for group in matching(groups, block.dataset, block.protocol, model, loss, rule):
+                        if not group.reason and block.covers(group):
+                            yield from _out_of_tolerance(block, group, values)
 
 
-def _out_of_tolerance(block: Expected, group: Group, values: Sequence[float | None]) -> list[str]:
-    lines = []
-    for metric, value in zip(("dice", "iou"), values, strict=True):
-        mean = group.summary(metric)[0]
+def _out_of_tolerance(block: Expected, group: Group, values: Sequence[float | None]) -> Iterator[str]:
+    for metric, name, value in zip(("dice", "iou"), ("mDice", "mIoU"), values, strict=True):
+        mean, first = group.summary(metric)[0], group.first
         if value is not None and not abs(mean - value) <= block.tolerance:
-            cell = " ".join(filter(None, group.first.cell[2:]))
-            lines.append(
-                f"{cell}: m{'Dice' if metric == 'dice' else 'IoU'} {mean:.2f}, {block.path.name} expects "
-                f"{value:.2f} ± {block.tolerance:g} ({group.first.path})"
-            )
-    return lines
+            cell = " ".join(filter(None, (*first.row[2:], first.rule)))
+            expects = f"{block.path.name} expects {value:.2f} ± {block.tolerance:g}"
+            yield f"{cell}: {name} {mean:.2f}, {expects} ({first.path})"

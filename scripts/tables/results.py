@@ -18,31 +18,33 @@ from typing import Any, NamedTuple
 from configs.errors import UserError
 from configs.files import read_json, read_text, read_yaml
 from configs.stored import NON_RESULT_KEYS
-from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Notes, Table, label
+from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Table, label, mark_of
 from trainers.metrics import PAPER_EPSILON
 from trainers.text import read_csv
 
-_ROUNDING = 2
 _MAY_DIFFER = NON_RESULT_KEYS | {"seed", "hydra"}  # within one average
 _SHOWN = 5  # differences that are listed
 
 
-@dataclass(frozen=True)
-class Result:
-    """One rule on one checkpoint; `dice` and `iou` in percent, NaN if nothing was scored.
+class Row(NamedTuple):
+    """The names of a table row; `variant` says what was done to the probabilities before the rule."""
 
-    `variant` names what was done to the probabilities before the rule, "" for nothing.
-    """
-
-    path: Path
     collection: str
+    protocol: str
     dataset: str
     split: str
-    protocol: str
     model: str
     loss: str
     variant: str
-    predictor: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """One rule on one checkpoint; `dice` and `iou` in percent, NaN if nothing was scored."""
+
+    path: Path
+    row: Row
+    rule: str
     seed: int
     num_images: int
     checkpoint: str
@@ -50,17 +52,6 @@ class Result:
     iou: float
     identity: dict[str, Any] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
-
-    @property
-    def cell(self) -> tuple[str, ...]:
-        """Return the names of a table cell, which is an average over seeds."""
-        return (*self.row, self.predictor)
-
-    @property
-    def row(self) -> tuple[str, ...]:
-        """Return the names of a table row: collection, protocol, data set, split, model, loss, variant."""
-        names = ("collection", "protocol", "dataset", "split", "model", "loss", "variant")
-        return tuple(getattr(self, name) for name in names)
 
 
 class Problem(NamedTuple):
@@ -73,14 +64,14 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The seeds of one table cell; `reason` says why they have no average, "" if they have one."""
+    """The seeds of one table cell, by row and rule; `reason` says why they have no average, "" if they have one."""
 
     results: tuple[Result, ...]
     reason: str = ""
 
     @property
     def first(self) -> Result:
-        """Return one of the results; the names of the cell are the same for all."""
+        """Return one of the results; row and rule are the same for all."""
         return self.results[0]
 
     def summary(self, metric: str) -> tuple[float, float]:
@@ -89,7 +80,7 @@ class Group:
         return mean(values), (max(values) - min(values)) / 2
 
 
-Groups = Mapping[tuple[str, ...], Group]
+Groups = Mapping[tuple[Row, str], Group]
 
 
 def read_results(saved: Path, from_counts: bool = False) -> tuple[list[Result], list[Problem]]:
@@ -112,8 +103,8 @@ def read_results(saved: Path, from_counts: bool = False) -> tuple[list[Result], 
         except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             problems.append(Problem(path, _describe(error), str(path.relative_to(saved))))
             continue
-        identity = (result.seed, result.checkpoint, result.dice, result.iou, str(result.identity))
-        results.setdefault((*result.cell[1:], *identity) if result.checkpoint else (path,), result)
+        scores = (result.seed, result.checkpoint, result.dice, result.iou, str(result.identity))
+        results.setdefault((result.row[1:], result.rule, *scores) if result.checkpoint else (path,), result)
     return list(results.values()), problems
 
 
@@ -191,21 +182,24 @@ def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
     """Return the result of a file below `saved`."""
     if record["format"] != 1:
         raise UserError(f"format={record['format']!r} is invalid: this program reads format 1.")
-    data, scores = record["dataset"], record["scores"]
-    run = _run_folder(path)
+    data, scores, checkpoint = record["dataset"], record["scores"], record.get("checkpoint") or {}
+    run = next((p for p in path.parents if p.name.startswith("seed") and p.name[4:].isdigit()), path.parent)
+    above = run.relative_to(saved).parts[: -4 if run.name.startswith("seed") else None]
     return Result(
         path=path,
-        collection=_collection(run, saved),
-        dataset=str(data["name"]),
-        split=str(data["split"]),
-        protocol=str(record["protocol"]),
-        model=str(record["model"]),
-        loss=str(record["loss"]),
-        variant=variant_of(record, path.relative_to(run).parts),
-        predictor=str(record["predictor"]),
+        row=Row(
+            collection="/".join(above),  # the folders above <dataset>/<model>/<loss>/seed<k>: "" for runs
+            protocol=str(record["protocol"]),
+            dataset=str(data["name"]),
+            split=str(data["split"]),
+            model=str(record["model"]),
+            loss=str(record["loss"]),
+            variant=variant_of(record, path.relative_to(run).parts),
+        ),
+        rule=str(record["predictor"]),
         seed=int(record["seed"]),
         num_images=int(data["num_images"]),
-        checkpoint=str((record.get("checkpoint") or {}).get("sha256") or ""),
+        checkpoint=str(checkpoint.get("sha256") or ""),
         dice=_percent(scores, "mean_dice"),
         iou=_percent(scores, "mean_iou"),
         identity={
@@ -218,7 +212,7 @@ def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
             "temperature": None if "temperature_fitted_on" in record else record.get("temperature"),
             "images of the temperature": record.get("temperature_fitted_on"),
             "correct_focal": record.get("correct_focal"),
-            "checkpoint": (record.get("checkpoint") or {}).get("file"),
+            "checkpoint": checkpoint.get("file"),
             "configuration": record.get("config_hash"),
         },
         config=_read_config(run / "config.yaml"),
@@ -260,17 +254,6 @@ def _percent(scores: dict[str, Any], key: str) -> float:
     return 100 * value
 
 
-def _run_folder(path: Path) -> Path:
-    """Return the folder `seed<k>` that holds the file, or the file's own folder."""
-    return next((p for p in path.parents if p.name.startswith("seed") and p.name[4:].isdigit()), path.parent)
-
-
-def _collection(run: Path, saved: Path) -> str:
-    """Return the folders above <dataset>/<model>/<loss>/seed<k>: "" for runs, "demo", "results/kvasir"."""
-    parts = run.relative_to(saved).parts
-    return "/".join(parts[:-4] if run.name.startswith("seed") else parts)
-
-
 @functools.cache  # slow, and all results of a run share it
 def _read_config(path: Path) -> dict[str, Any]:
     """Return a run's configuration, flat, to name a difference by its key; {} if it cannot be read."""
@@ -292,14 +275,19 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def group_seeds(results: Iterable[Result]) -> Groups:
     """Group the seeds of each cell; seeds that differ in anything else have no average, and the reason is kept."""
-    cells: dict[tuple[str, ...], list[Result]] = {}
+    cells: dict[tuple[Row, str], list[Result]] = {}
     for result in results:
-        cells.setdefault(result.cell, []).append(result)
-    groups: dict[tuple[str, ...], Group] = {}
+        cells.setdefault((result.row, result.rule), []).append(result)
+    groups = {}
     for cell, members in cells.items():
         members.sort(key=lambda r: (r.seed, str(r.path)))
-        found = next((text for other in members[1:] if (text := difference(members[0], other))), "")
-        groups[cell] = Group(tuple(members), found or _duplicate_seed(members))
+        reasons = [difference(members[0], other) for other in members[1:]]
+        reasons += [
+            f"seed {one.seed} occurs twice: {one.path.name} of two checkpoints or two scores"
+            for one, other in pairwise(members)
+            if one.seed == other.seed
+        ]
+        groups[cell] = Group(tuple(members), next(filter(None, reasons), ""))
     return groups
 
 
@@ -309,12 +297,11 @@ def matching(groups: Groups, dataset: str, protocol: str, model: str, loss: str,
     Scores of the last epoch come first, because the paper tested the last epoch. Those of the best epoch are
     returned if a collection has no others.
     """
-    names = ("dataset", "protocol", "model", "loss", "predictor")
-    wanted = (dataset, protocol, model, loss, rule)
-    found = [g for g in groups.values() if tuple(getattr(g.first, name) for name in names) == wanted]
-    last = [g for g in found if short_variant(g.first.variant) == "last"]
-    have_last = {g.first.collection for g in last}
-    return last + [g for g in found if g.first.variant == "" and g.first.collection not in have_last]
+    names = (dataset, protocol, model, loss, rule)
+    found = [g for (r, own), g in groups.items() if (r.dataset, r.protocol, r.model, r.loss, own) == names]
+    last = [g for g in found if short_variant(g.first.row.variant) == "last"]
+    have_last = {g.first.row.collection for g in last}
+    return last + [g for g in found if g.first.row.variant == "" and g.first.row.collection not in have_last]
 
 
 def difference(one: Result, other: Result) -> str:
@@ -335,34 +322,33 @@ def difference(one: Result, other: Result) -> str:
     return f"seeds {one.seed} and {other.seed} differ: {'; '.join(parts[:_SHOWN])}{more}"
 
 
-def _duplicate_seed(members: list[Result]) -> str:
-    for one, other in pairwise(members):
-        if one.seed == other.seed:
-            return f"seed {one.seed} occurs twice: {one.path.name} of two checkpoints or two scores"
-    return ""
-
-
 # --- tables
 
 
 def our_tables(groups: Groups, problems: Sequence[Problem] = ()) -> list[Table]:
     """Return one table for each collection and protocol; `problems` are listed below the first."""
-    keys = sorted({group.first.row[:2] for group in groups.values()})
+    keys = sorted({row[:2] for row, _ in groups})
     return [_table(groups, *key, problems if index == 0 else ()) for index, key in enumerate(keys)]
 
 
 def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Problem]) -> Table:
-    here = {key: group for key, group in groups.items() if key[:2] == (collection, protocol)}
-    rules = sorted({group.first.predictor for group in here.values()}, key=lambda rule: _rank(rule, RULES))
-    lines, numbered = [], Notes()
-    of_data = {group.first.row[:4]: group.first for group in here.values()}
-    for row in sorted(_grid({group.first.row for group in here.values()}), key=_row_order):
-        of_row = [here.get((*row, rule)) for rule in rules]
+    here = {cell: group for cell, group in groups.items() if cell[0][:2] == (collection, protocol)}
+    of_data = {row[:4]: group.first for (row, _), group in here.items()}
+    rules = sorted({rule for _, rule in here}, key=lambda rule: _rank(rule, RULES))
+    lines, notes = [], {}
+    for row in sorted(_grid({row for row, _ in here}), key=_row_order):
+        of_row = [here.get((row, rule)) for rule in rules]
         present = [group for group in of_row if group]
+        valid = [group for group in present if not group.reason]
+        # All rules of a row must have the same seeds, checkpoints and data.
+        runs = {tuple((r.seed, r.checkpoint, str(r.identity["data fingerprint"])) for r in g.results) for g in valid}
         any_result = present[0].first if present else of_data[row[:4]]
-        lines.append((*_labels(row, any_result, present, numbered), *_cells(of_row, numbered)))
+        labels = _labels(row, any_result, {len(group.results) for group in present}, len(runs) > 1, notes)
+        comparable = len(valid) > 1 and len(runs) == 1
+        best = {metric: _best(valid, metric) for metric in ("dice", "iou")} if comparable else {}
+        lines.append((*labels, *(our_cell(group, notes, best) for group in of_row)))
     if problems:
-        numbered.mark(problem_count(problems) + ": " + "; ".join(f"{p.name} ({p.reason})" for p in problems))
+        mark_of(problem_count(problems) + ": " + "; ".join(f"{p.name} ({p.reason})" for p in problems), notes)
     place = f" ({collection})" if collection else ""
     return Table(
         name="-".join([*(collection.split("/") if collection else ["ours"]), protocol]),
@@ -370,19 +356,18 @@ def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Pr
         head=("Data", "Model", "Loss", *(RULES.get(rule, rule) for rule in rules)),
         rows=tuple(lines),
         labels=3,
-        parts=("mDice", "mIoU"),
-        notes=numbered.all(),
-        caption=_caption(here.values()),
+        notes={mark: reason for reason, mark in notes.items()},
+        caption=_caption({len(group.results) for group in here.values()}),
     )
 
 
-def _grid(rows: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+def _grid(rows: set[Row]) -> set[Row]:
     """Add the rows that are missing: every model of a data set with every loss of it."""
     found = set(rows)
     for place in {row[:4] for row in rows}:
-        cells = {row[4:6] for row in rows if row[:4] == place}
+        cells = {(row.model, row.loss) for row in rows if row[:4] == place}
         every = {(model, loss) for model, _ in cells for _, loss in cells}
-        found |= {(*place, *cell, "") for cell in every - cells}
+        found |= {Row(*place, *cell, "") for cell in every - cells}
     return found
 
 
@@ -392,83 +377,57 @@ def _rank(name: str, known: Iterable[str]) -> tuple[int, str]:
     return places.get(name, len(places)), name
 
 
-def _row_order(row: tuple[str, ...]) -> tuple:
-    _, _, dataset, split, model, loss, variant = row
-    return _rank(dataset, DATASETS), split, _rank(model, MODELS), _rank(loss, LOSSES), variant
+def _row_order(row: Row) -> tuple:
+    return _rank(row.dataset, DATASETS), row.split, _rank(row.model, MODELS), _rank(row.loss, LOSSES), row.variant
 
 
-def _caption(groups: Iterable[Group]) -> str:
-    counts = {len(group.results) for group in groups}
+def _caption(counts: set[int]) -> str:
     if counts == {1}:
         return "One seed each; the best of a row in bold."
     alone = " Rows with one seed have no range." if 1 in counts else ""
     return f"Mean ± half the range over seeds; the best of a row in bold.{alone}"
 
 
-def _labels(row: tuple[str, ...], result: Result, present: Sequence[Group], numbered: Notes) -> tuple[Cell, Cell, Cell]:
+def _labels(row: Row, result: Result, seeds: set[int], unlike: bool, notes: dict[str, str]) -> tuple[Cell, Cell, Cell]:
     """Return the labels of a row: data set with split and size; model; loss with variant and number of seeds.
 
     The split is that of the data set's folder: the role `test` of a run may be the images of `val`.
     """
-    _, _, dataset, split, model, loss, variant = row
-    folder_split = result.config.get(f"dataset.splits.{split}", split)
-    seeds = sorted({len(group.results) for group in present})
-    count = f" ({'–'.join(map(str, seeds))} seeds)" if seeds not in ([1], []) else ""
-    marks = [numbered.mark(f"{variant[0].upper()}{variant[1:]}.")] if variant else []
-    marks += [numbered.mark(_UNLIKE)] if not comparable(present) else []
+    folder_split = result.config.get(f"dataset.splits.{row.split}", row.split)
+    count = f" ({'–'.join(map(str, sorted(seeds)))} seeds)" if seeds - {1} else ""
+    variant, marks = row.variant, []
+    if variant:
+        marks.append(mark_of(f"{variant[0].upper()}{variant[1:]}.", notes))
+    if unlike:
+        marks.append(
+            mark_of("The rules of this row were scored on different checkpoints or data, so none is bold.", notes)
+        )
     return (
-        label(f"{DATASETS.get(dataset, dataset)} {folder_split}, {result.num_images} images"),
-        label(MODELS.get(model, model)),
-        label(LOSSES.get(loss, loss) + (variant and f", {short_variant(variant)}") + count, marks),
+        label(f"{DATASETS.get(row.dataset, row.dataset)} {folder_split}, {result.num_images} images"),
+        label(MODELS.get(row.model, row.model)),
+        label(LOSSES.get(row.loss, row.loss) + (variant and f", {short_variant(variant)}") + count, marks),
     )
-
-
-_UNLIKE = "The rules of this row were scored on different checkpoints or data, so none is bold."
-
-
-def comparable(groups: Sequence[Group]) -> bool:
-    """Return whether all rules of a row were scored with the same seeds, checkpoints and data."""
-    runs = {
-        tuple((r.seed, r.checkpoint, str(r.identity["data fingerprint"])) for r in group.results)
-        for group in groups
-        if not group.reason
-    }
-    return len(runs) <= 1
-
-
-def _cells(groups: Sequence[Group | None], numbered: Notes) -> list[Cell]:
-    """Return the cells of one row; the best of each metric is bold if all rules were scored on the same runs."""
-    valid = [group for group in groups if group and not group.reason]
-    best = {metric: _best(valid, metric) for metric in ("dice", "iou")}
-    if len(valid) < 2 or not comparable(valid):
-        best = dict.fromkeys(best)
-    return [our_cell(group, numbered, best) for group in groups]
 
 
 def _best(groups: Sequence[Group], metric: str) -> float | None:
     """Return the largest mean as printed, so that equal numbers are bold alike."""
     means = [group.summary(metric)[0] for group in groups]
-    return max((round(mean, _ROUNDING) for mean in means if not math.isnan(mean)), default=None)
+    return max((round(mean, 2) for mean in means if not math.isnan(mean)), default=None)
 
 
-def our_cell(group: Group | None, numbered: Notes, best: Mapping[str, float | None] | None = None) -> Cell:
+def our_cell(group: Group | None, notes: dict[str, str], best: Mapping[str, float | None]) -> Cell:
     """Return one cell: "(70.13 ± 0.42, 60.02 ± 0.51)", or "missing", or "rejected" with its reason."""
     if group is None:
         return label("missing")
     if group.reason:
-        return label("rejected", [numbered.mark(f"Not averaged: {group.reason}.")])
+        return label("rejected", [mark_of(f"Not averaged: {group.reason}.", notes)])
     values, bold = [], []
     for metric in ("dice", "iou"):
         mean, half = group.summary(metric)
-        values.append(_number(mean, half if len(group.results) > 1 else None))
-        bold.append(best is not None and best[metric] is not None and round(mean, _ROUNDING) == best[metric])
+        half_range = f" ± {half:.2f}" if len(group.results) > 1 else ""
+        values.append("undefined" if math.isnan(mean) else f"{mean:.2f}{half_range}")
+        bold.append(round(mean, 2) == best.get(metric))
     return Cell(tuple(values), tuple(bold))
-
-
-def _number(mean: float, half: float | None) -> str:
-    if math.isnan(mean):
-        return "undefined"
-    return f"{mean:.{_ROUNDING}f}" + (f" ± {half:.{_ROUNDING}f}" if half is not None else "")
 
 
 def problem_count(problems: Sequence[Problem]) -> str:

@@ -22,7 +22,6 @@ from scripts.analysis.scores import (
     read_groups,
     read_rule,
     signed_rank,
-    standardized_mean,
 )
 from scripts.paired_statistics import main
 from tests.exits import exit_code
@@ -95,7 +94,7 @@ def test_intervals_of_equal_values_and_bad_arguments():
     low, high = mean_interval([0.0, 1e-3, 5.0], resamples=3)
     assert 0 <= low <= high <= 5
     with pytest.raises(UserError, match="no image"):
-        mean_interval([])
+        describe_differences([])
     with pytest.raises(UserError, match="confidence=95"):
         mean_interval([1.0, 2.0], confidence=95)
 
@@ -129,8 +128,10 @@ def test_effect_sizes():
     assert signed_rank([1.0, -2.0, 3.0, -4.0])[2] == pytest.approx((4 - 6) / 10)
     p, method, effect = signed_rank([0.0, 0.0])
     assert math.isnan(p) and effect == 0 and method == "none"
-    assert standardized_mean([1.0, 2.0, 3.0]) == pytest.approx(2.0)
-    assert math.isnan(standardized_mean([1.0])) and math.isnan(standardized_mean([2.0, 2.0]))
+    assert all(map(math.isnan, mean_interval([])))
+    assert describe_differences([1.0, 2.0, 3.0])["standardized_mean"] == pytest.approx(2.0)
+    for values in ([1.0], [2.0, 2.0]):
+        assert math.isnan(describe_differences(values)["standardized_mean"])
 
 
 def test_harm_is_counted():
