@@ -29,11 +29,12 @@ from configs.files import write_json
 from configs.fitting import Fitter, folder_of_results
 from scripts import ROOT
 from scripts.analysis import charts
-from scripts.analysis.measure import assess, known_pairs
+from scripts.analysis.measure import assess, known_pairs, record_split
 from scripts.common import add_checkpoint_options, check_checkpoint_options, check_least, command_line, load_run
 from trainers.distributed import World, join_world
 from trainers.reproducibility import provenance
-from trainers.selective import MaskRecord, conformal_margin, record_masks
+from trainers.selective import MaskRecord, conformal_margin
+from trainers.text import markdown_table
 
 
 def arguments() -> argparse.Namespace:
@@ -65,17 +66,12 @@ def measure(args: argparse.Namespace, world: World) -> Path | None:
     fitter = Fitter(cfg, network, path, world)
     to_probs = fitter.to_probs()
     rule = fitter.rules([name], data)[0][name]
-
-    def record(split: str, images: Any) -> MaskRecord:
-        batches, scoring, title = fitter.batches(images), fitter.scoring(images), f"{cfg.dataset.name} {split}"
-        return record_masks(network, batches, rule, to_probs, scoring, world, fitter.precision, title)
-
-    fitted, on = record(args.fit, held_out), record(args.on, data)
+    fitted = record_split(fitter, held_out, rule, to_probs, f"{cfg.dataset.name} {args.fit}")
+    on = record_split(fitter, data, rule, to_probs, f"{cfg.dataset.name} {args.on}")
     found = assess(on, known_pairs(fitted), args.alpha, args.resplits)
     if "no_bound" in found:
         raise UserError(found["no_bound"])
-    margins = class_margins(fitted, args.alpha)
-    settings = fitter.rule_settings(name)
+    margins, settings = class_margins(fitted, args.alpha), fitter.rule_settings(name)
     values = {"image": found["margin"], "classes": margins}
     source = {"split": cfg.dataset.splits[args.fit], "fingerprint": held_out.fingerprint()}
     fitter.file.put(f"margin {args.alpha:g}", settings, values, {**source, "num_images": len(held_out)})
@@ -91,7 +87,7 @@ def measure(args: argparse.Namespace, world: World) -> Path | None:
         "provenance": provenance(ROOT),
     }
     write_json(folder / "confidence.json", {"of": about, **found, "class_margins": margins})
-    charts.draw([[charts.risk_coverage(found["curves"])]], (6, 4), folder / "confidence.svg")
+    charts.save((6, 4), folder / "confidence.svg", charts.risk_coverage, found["curves"])
     print(table(name, found, args))
     return folder
 
@@ -109,31 +105,25 @@ def class_margins(record: MaskRecord, alpha: float) -> dict[str, float | None]:
 
 def table(rule: str, found: dict[str, Any], args: argparse.Namespace) -> str:
     """Return the numbers for people, as Markdown."""
-    lines = [
-        f"{rule}: expected Dice {100 * found['expected']:.2f}, achieved {100 * found['achieved']:.2f}, "
-        f"correlation {found['correlation']:.3f}, {found['images']} images of {args.on}",
-        "",
-        "| order by | AURC [95 % bootstrap], percent | difference to expected Dice |",
-        "| :-- | --: | --: |",
-    ]
+    rows = []
     for name, one in found["aurc"].items():
         low, high = (100 * end for end in one["interval"])
         worse, better = (-100 * end for end in reversed(one["gain_interval"]))
-        lines.append(
-            f"| {name} | {100 * one['aurc']:.2f} [{low:.2f}, {high:.2f}] "
-            f"| {-100 * one['gain']:+.2f} [{worse:+.2f}, {better:+.2f}] |"
-        )
+        aurc = f"{100 * one['aurc']:.2f} [{low:.2f}, {high:.2f}]"
+        rows.append([name, aurc, f"{-100 * one['gain']:+.2f} [{worse:+.2f}, {better:+.2f}]"])
+    rows.append(["none", f"{100 * found['aurc_without_order']:.2f}", ""])
+    head = ["order by", "AURC [95 % bootstrap], percent", "difference to expected Dice"]
     random = found["resplits"]
-    lines += [
-        f"| none | {100 * found['aurc_without_order']:.2f} | |",
-        "",
+    return (
+        f"{rule}: expected Dice {100 * found['expected']:.2f}, achieved {100 * found['achieved']:.2f}, "
+        f"correlation {found['correlation']:.3f}, {found['images']} images of {args.on}\n\n"
+        f"{markdown_table(head, rows)}\n\n"
         f"Bound at alpha={found['alpha']:g}, margin {found['margin']:.3f} from {args.fit}: "
         f"Dice >= expected Dice - margin on {found['coverage']:.1%} of {args.on}, "
-        f"mean bound {100 * found['mean_bound']:.1f}.",
+        f"mean bound {100 * found['mean_bound']:.1f}.\n"
         f"Random splits of both, {random['number']}: coverage {random['mean']:.1%}, "
-        f"90 % of them between {random['from']:.1%} and {random['to']:.1%}.",
-    ]
-    return "\n".join(lines)
+        f"90 % of them between {random['from']:.1%} and {random['to']:.1%}."
+    )
 
 
 def main() -> None:

@@ -40,8 +40,8 @@ def main() -> None:
 
 def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[str]:
     """Return the scores, the gains and the interactions as Markdown; the baseline is one of the rules."""
-    rows = []
-    gains: dict[tuple[Path, str, str], list[dict[str, float]]] = {}
+    scores, gains = [], []
+    by_image: dict[tuple[Path, str, str], dict[str, float]] = {}  # gains, averaged over the seeds
     for folder in folders:
         seeds = sorted(folder.glob("seed*"))
         if not seeds:
@@ -53,42 +53,37 @@ def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[
                 scale = 100 if "%" in name else 1
                 values = [scale * float(one.record["scores"][key]) for one in read[baseline]]
                 cells.append(spread(values, digits=3))
-            rows.append([f"{folder.name}, {kind} ({len(seeds)} seeds)", *cells])
+            scores.append([f"{folder.name}, {kind} ({len(seeds)} seeds)", *cells])
             for rule in rules:
                 if rule != baseline:
                     pairs = zip(read[baseline], read[rule], strict=True)
-                    gains[folder, kind, rule] = [pair(base.by_image(), one.by_image())[0] for base, one in pairs]
-    head = ["runs, probabilities", *(f"{rule} mDice" for rule in rules), *MEASURES]
-    lines = markdown_table(head, rows).splitlines()
-    rows = []
-    for (folder, kind, rule), by_seed in gains.items():
-        each = [100 * mean(one.values()) for one in by_seed]
-        cells = [interval(average(by_seed)), f"{min(each):+.2f} … {max(each):+.2f}"]
-        rows.append([f"{rule}, {folder.name}, {kind}", *cells])
+                    by_seed = [pair(base.by_image(), one.by_image())[0] for base, one in pairs]
+                    common = set.intersection(*map(set, by_seed))
+                    average = {image: mean(one[image] for one in by_seed) for image in sorted(common)}
+                    by_image[folder, kind, rule] = average
+                    each = [100 * mean(one.values()) for one in by_seed]
+                    ends = f"{min(each):+.2f} … {max(each):+.2f}"
+                    gains.append([f"{rule}, {folder.name}, {kind}", interval(average), ends])
     points = "points [95 % BCa over images]"
-    lines += ["", *markdown_table([f"gain over {baseline}", points, "range over seeds"], rows).splitlines()]
+    parts = [
+        markdown_table(["runs, probabilities", *(f"{rule} mDice" for rule in rules), *MEASURES], scores),
+        markdown_table([f"gain over {baseline}", points, "range over seeds"], gains),
+    ]
     if len(folders) == 2:
         first, second = folders
         rows = [
-            [f"{rule}, {kind}", interval(pair(average(gains[second, kind, rule]), average(by_seed))[0])]
-            for (folder, kind, rule), by_seed in gains.items()
+            [f"{rule}, {kind}", interval(pair(by_image[second, kind, rule], average)[0])]
+            for (folder, kind, rule), average in by_image.items()
             if folder == first
         ]
-        title = f"interaction: gain with {first.name} - gain with {second.name}"
-        lines += ["", *markdown_table([title, points], rows).splitlines()]
-    return lines
+        parts.append(markdown_table([f"interaction: gain with {first.name} - gain with {second.name}", points], rows))
+    return "\n\n".join(parts).splitlines()
 
 
 def results_of(run: Path) -> Path:
     """Return the folder of the results of last.pth, or of best_model.pth if last.pth was not scored."""
     last = run / "results" / "of_last"
     return last if last.is_dir() else run / "results"
-
-
-def average(by_seed: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the mean over seeds of each image that all seeds score."""
-    common = set.intersection(*(set(one) for one in by_seed))
-    return {image: mean([one[image] for one in by_seed]) for image in sorted(common)}
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

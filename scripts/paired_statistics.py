@@ -4,7 +4,6 @@
     python scripts/paired_statistics.py RUN/seed0 RUN/seed1 --rule rankdice    several seeds
     python scripts/paired_statistics.py RUN/seed0 --protocol paper --json
     python scripts/paired_statistics.py RUN/seed0 --group '(patient[0-9]+)'    images of a patient belong together
-    python scripts/paired_statistics.py RUN/seed0 --rule rankdice --plot differences.png
     python scripts/paired_statistics.py RUN/seed0 RUN/seed1 --auto 30          would -p auto have gained?
 
 Differences are rule − baseline in points (percent) of the image's mean over classes. The interval is the BCa
@@ -31,9 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs.cli import run_cli
-from configs.errors import UserError, one_line
+from configs.errors import UserError
 from configs.files import finite_or_none
-from scripts.analysis import charts
 from scripts.analysis.scores import HARM, RESAMPLES, compare, over_seeds, read_rule, result_folder, rules_in
 from scripts.common import check_least, command_line
 from trainers.fitted import choose
@@ -126,19 +124,6 @@ def _range(ends: Sequence[float]) -> str:
     return f"{ends[0]:+.2f}, {ends[1]:+.2f}"
 
 
-def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw each comparison in a row: sorted differences and classes."""
-    parts = []
-    for one in found:
-        ylabel = f"{title(one, found)}, seed {one['seed']}, points"
-        classes = [(c["name"], c["mean"], c["interval"]) for c in one["classes"] if c["images"]]
-        xlabel = f"{one['metric']} difference by class, points"
-        bars = charts.sorted_differences(one["differences"], one["mean"], ylabel)
-        parts.append([bars, charts.intervals(classes, xlabel, signed=True)])
-    tall = max(2.8, 0.24 * max(len(one["classes"]) for one in found) + 1)
-    charts.draw(parts, (5.5, tall), path)
-
-
 def auto_gains(folder: Path, metric: str, halves: int, seed: int) -> dict[str, Any]:
     """Return the mean gains over T of rankdice and of `auto`, in points, over random halves of the images."""
     found = {rule: read_rule(folder, rule, metric).by_image() for rule in AUTO}
@@ -203,9 +188,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(finite_or_none({"comparisons": found, "seeds": seeds}), indent=1))
     else:
         print(markdown(found, seeds), end="")
-    if args.plot:
-        plot(found, args.plot)
-        print(one_line(f"written: {args.plot}"), file=sys.stderr)
     return 0
 
 
@@ -227,7 +209,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--group", metavar="FILE|PATTERN", help=group)
     add("--auto", type=int, default=0, metavar="N", help="choose on a random half of the images, score the other")
     add("--json", action="store_true", help="print JSON, with every difference")
-    add("--plot", type=Path, metavar="FILE", help="draw sorted differences and classes")
     return parser
 
 

@@ -237,7 +237,7 @@ class ScoringPlan:
     rules: list[str]
     folders: dict[str, str]
     checkpoint: str
-    calibrate: bool = False
+    calibrate: bool
 
     def evaluations(self, run: Run) -> Iterator[tuple[str, str, list[str]]]:
         """Yield the calls of test.py that a run needs: name, result folder, overrides."""
@@ -267,7 +267,11 @@ def main() -> None:
     check_least(args, threads=1)
     swept = (("model", args.models), ("loss", args.losses), ("seed", args.seeds))
     grid = load_runs([*args.overrides, *(f"{key}={value}" for key, value in swept if value)])
-    folders = {name: _results_folder(name) for name in args.protocols.split(",")}
+    folders = {}
+    for name in args.protocols.split(","):
+        if name not in options("protocol"):
+            raise errors.ConfigError(unknown_option("protocol", name))
+        folders[name] = str(OmegaConf.load(CONFIGS / "protocol" / f"{name}.yaml").results)
     plan = ScoringPlan(args.rules.split(","), folders, args.checkpoint, args.calibrate)
     for rule in plan.rules:
         build.rule_node(rule, None)  # report an unknown rule now, not after the first training
@@ -279,7 +283,9 @@ def main() -> None:
         print(f"{len(grid)} runs, {len(grid) - len(todo)} finished")
         return
     check_data(todo)
-    failed, busy = execute(todo, len(grid), plan, args)
+    if not args.quiet:
+        print(f"{len(grid)} runs, {len(grid) - len(todo)} finished before, {len(todo)} to do", flush=True)
+    failed, busy = execute(todo, plan, args)
     if args.record:
         trained = [run for run in grid if run.is_trained()]
         count = sum(run.record(args.record, ROOT) for run in trained)
@@ -295,13 +301,6 @@ def main() -> None:
         sys.exit(errors.EXIT_FAILED if failed else errors.EXIT_BUSY)
 
 
-def _results_folder(protocol: str) -> str:
-    """Return the sub-folder of a run that holds the results of a protocol."""
-    if protocol not in options("protocol"):
-        raise errors.ConfigError(unknown_option("protocol", protocol))
-    return str(OmegaConf.load(CONFIGS / "protocol" / f"{protocol}.yaml").results)
-
-
 def check_data(runs: Sequence[Run]) -> None:
     """Verify each data set of the runs once, so that invalid data is reported before any training."""
     seen = set()
@@ -315,43 +314,35 @@ def check_data(runs: Sequence[Run]) -> None:
             build.dataset(run.cfg, split).verify(progress=sys.stderr.isatty())
 
 
-def execute(
-    runs: Sequence[Run], total: int, plan: ScoringPlan, args: argparse.Namespace
-) -> tuple[dict[Run, str], dict[Run, str]]:
+def execute(runs: Sequence[Run], plan: ScoringPlan, args: argparse.Namespace) -> tuple[dict[Run, str], dict[Run, str]]:
     """Train and score each run; return those that failed and those that another process uses, with reasons."""
     signal.signal(signal.SIGTERM, _raise_interrupted)
-    failed, busy, started = {}, {}, time.monotonic()
-    before, costs = {run: run.epochs_done() for run in runs}, {run: run.epochs_left() for run in runs}
-    everything = sum(costs.values())
-    with tqdm(total=everything, unit="epoch", disable=args.quiet or None, leave=False) as bar:
+    failed, busy, finished = {}, {}, 0
+    costs, started = [run.epochs_left() for run in runs], time.monotonic()
+    with tqdm(total=sum(costs), unit="epoch", disable=args.quiet or None, leave=False) as bar:
 
-        def say(text: str) -> None:
-            if not args.quiet:
-                bar.clear()
-                print(text, flush=True)
-
-        def show(number: int, run: Run, finished: int, stage: str) -> None:
-            bar.set_description_str(f"[{number}/{len(runs)}] {run}  {stage}", refresh=False)
-            bar.update(finished + min(run.epochs_done() - before[run], costs[run]) - bar.n)
+        def show(name: str, run: Run, finished: int, before: int, cost: int, stage: str) -> None:
+            bar.set_description_str(f"{name}  {stage}", refresh=False)
+            bar.update(finished + min(run.epochs_done() - before, cost) - bar.n)
             bar.refresh()
 
-        say(f"{total} runs, {total - len(runs)} finished before, {len(runs)} to do")
-        finished = 0
-        for number, run in enumerate(runs, 1):
-            begin = time.monotonic()
+        for number, (run, cost) in enumerate(zip(runs, costs, strict=True), 1):
+            name, begin = f"[{number}/{len(runs)}] {run}", time.monotonic()
             try:
-                text = _train_and_score(run, plan, args.threads, partial(show, number, run, finished))
+                progress = partial(show, name, run, finished, run.epochs_done(), cost)
+                text = _train_and_score(run, plan, args.threads, progress)
             except errors.TrainingError as error:
                 text = failed[run] = str(error)
             except errors.BusyError as error:
                 text = busy[run] = str(error)
             except KeyboardInterrupt:
                 raise errors.Interrupted("Ctrl-C") from None
-            finished += costs[run]
+            finished += cost
             now = time.monotonic()
-            left = (now - started) * (everything - finished) / finished
-            duration, left = tqdm.format_interval(now - begin), tqdm.format_interval(left)
-            say(f"[{number}/{len(runs)}] {run}: {text}  ({duration}, about {left} left)")
+            left = tqdm.format_interval((now - started) * (sum(costs) - finished) / finished)
+            if not args.quiet:
+                bar.clear()
+                print(f"{name}: {text}  ({tqdm.format_interval(now - begin)}, about {left} left)", flush=True)
     return failed, {run: reason for run, reason in busy.items() if not plan.is_done(run)}
 
 

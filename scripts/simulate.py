@@ -2,7 +2,7 @@
 
     python scripts/simulate.py                                  all four examples
     python scripts/simulate.py thresholds --images 200          Example 2: fixed thresholds against RankDice
-    python scripts/simulate.py exponential linear --sizes 28 64 --csv decay.csv --heatmaps figures/
+    python scripts/simulate.py exponential linear --sizes 28 64 --heatmaps figures/
 
 exponential  p = b^-(i+j), b = 1.01, 1.05, 1.10
 linear       p = max(0, 1 − b(i+j) / (2 width)), b = 1, 2, 4
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
 
@@ -36,12 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs.cli import run_cli
 from configs.errors import UserError, one_line
-from configs.files import write_text
 from rankseg import rank_dice
 from rankseg.rules import threshold
 from scripts.analysis.charts import load_pyplot
 from scripts.common import command_line
-from trainers.text import csv_text, markdown_table
+from trainers.text import markdown_table
 
 EXAMPLES = ("exponential", "linear", "step", "thresholds")
 SIZES = (28, 64, 128, 256)
@@ -54,7 +54,10 @@ Rule = Callable[[Tensor], Tensor]  # (1, 1, H, W) probabilities -> (1, 1, H, W) 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: Dice of each rule as mean and standard error in percent, and the mean volume in pixels."""
+    """One setting: Dice of each rule as mean and standard error in percent, and the mean volume in pixels.
+
+    `gain` is RankDice − T 0.5, paired, and `cutoffs` are the least, mean and largest cut-off of RankDice.
+    """
 
     example: str
     setting: str
@@ -124,9 +127,11 @@ def settings(example: str, sizes: Sequence[int], seed: int) -> Iterator[tuple[st
         return
     for size in sizes:
         if example == "exponential":
-            yield from ((f"b = {base:.2f}", size, partial(exponential, size, base)) for base in (1.01, 1.05, 1.10))
+            for base in (1.01, 1.05, 1.10):
+                yield f"b = {base:.2f}", size, partial(exponential, size, base)
         elif example == "linear":
-            yield from ((f"b = {slope:g}", size, partial(linear, size, slope)) for slope in (1.0, 2.0, 4.0))
+            for slope in (1.0, 2.0, 4.0):
+                yield f"b = {slope:g}", size, partial(linear, size, slope)
         else:
             for level in (0.1, 0.2, 0.3, 0.4):
                 source = _generator(seed, f"step {size} {level}")
@@ -161,20 +166,20 @@ def simulate(
             masks = [rule(probs[None, None])[0, 0] for rule in rules.values()]
             dice = dice_of_draws(probs, masks, draws, labels)
             scores.append(dice if images == 1 else dice.mean(0, keepdim=True))
-            volumes.append([int(mask.sum()) for mask in masks])
+            volumes.append(torch.stack([mask.sum() for mask in masks]).double())
             cutoffs.append(float(probs[masks[-1]].min()) if masks[-1].any() else 1.0)
         table = dict(zip(rules, 100 * torch.cat(scores).T, strict=True))  # of the images or draws
-        means = torch.tensor(volumes, dtype=torch.float64).mean(0).tolist()
-        row = Row(
-            example,
-            setting,
-            size,
-            dice={name: _mean_and_error(values) for name, values in table.items()},
-            volume=dict(zip(rules, means, strict=True)),
-            gain=_mean_and_error(table["RankDice"] - table["T 0.5"]),
-            cutoffs=(min(cutoffs), math.fsum(cutoffs) / len(cutoffs), max(cutoffs)),
+        rows.append(
+            Row(
+                example,
+                setting,
+                size,
+                dice={name: _mean_and_error(values) for name, values in table.items()},
+                volume=dict(zip(rules, torch.stack(volumes).mean(0).tolist(), strict=True)),
+                gain=_mean_and_error(table["RankDice"] - table["T 0.5"]),
+                cutoffs=(min(cutoffs), fmean(cutoffs), max(cutoffs)),
+            )
         )
-        rows.append(row)
     return rows
 
 
@@ -199,16 +204,6 @@ def markdown(rows: Sequence[Row]) -> str:
             cells.append([row.setting, f"{row.size}²", *scores, gain, span, volumes])
         blocks.append(f"**{example}**\n\n{markdown_table(head, cells, labels=2)}")
     return "\n\n".join(blocks) + "\n"
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """Return a line for each setting and rule."""
-    lines = [("example", "setting", "size", "rule", "dice", "standard_error", "volume")]
-    for row in rows:
-        for name, (mean, error) in row.dice.items():
-            numbers = (f"{mean:.4f}", f"{error:.4f}", f"{row.volume[name]:.1f}")
-            lines.append((row.example, row.setting, str(row.size), name, *numbers))
-    return csv_text(lines)
 
 
 def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
@@ -243,7 +238,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--images", type=int, default=100, help="random patterns of each setting (default: 100)")
     add("--draws", type=int, default=100, help="label maps of each image (default: 100)")
     add("--seed", type=int, default=0, help="seed of patterns and labels (default: 0)")
-    add("--csv", type=Path, help="write the numbers to this file too")
     add("--heatmaps", type=Path, metavar="FOLDER", help="draw the patterns")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.examples if name not in EXAMPLES]
@@ -258,8 +252,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = draw_heatmaps(example, args.heatmaps, seed=args.seed)
             print(one_line(f"written: {path}"), file=sys.stderr)
     print(markdown(rows), end="")
-    if args.csv:
-        write_text(args.csv, as_csv(rows))
     return 0
 
 

@@ -1,14 +1,11 @@
-"""Charts with matplotlib: parts that draw on an axis, and figures of them as inline SVG or as a PNG file.
+"""Charts with matplotlib: functions that draw on an axis, and figures as inline SVG or as a file.
 
 In SVG the colours become CSS variables, so that the page chooses them for light and dark displays.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import io
-import itertools
 import math
 import re
 import warnings
@@ -53,7 +50,6 @@ _SETTINGS = {
     "lines.markersize": 4,
 }
 Ends = tuple[float, float]
-Part = Callable[[Any], None]  # draws on an axis
 
 
 def colour(name: str) -> str:
@@ -61,40 +57,29 @@ def colour(name: str) -> str:
     return PALETTE.get(name, PALETTE["other"])
 
 
-def draw(parts: Sequence[Sequence[Part]], size: Ends, path: Path) -> None:
-    """Write a PNG or SVG file with one row of axes for each row of parts; ``size`` is that of one axis, in inches."""
-    with _figure(parts, size) as figure:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+def save(size: Ends, target: Path | io.StringIO, chart: Callable[..., None], *data: Any, **options: Any) -> None:
+    """Draw one chart of the data, and write it as SVG to a file, or to a buffer without a background."""
+    plt = load_pyplot()
+    with plt.rc_context(_SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names may have letters that the font lacks
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        chart(axis, *data, **options)
+        transparent = isinstance(target, io.StringIO)
+        figure.savefig(target, format="svg", transparent=transparent, metadata={"Date": None})
+        plt.close(figure)
 
 
-def svg(title: str, part: Part, size: Ends = (5.8, 3.1)) -> Markup:
-    """Return one chart as an SVG element; ``title`` is its text for screen readers."""
+def svg(title: str, chart: Callable[..., None], *data: Any, size: Ends = (5.8, 3.1), **options: Any) -> Markup:
+    """Return one chart of the data as an SVG element; ``title`` is its text for screen readers."""
     buffer = io.StringIO()
-    with _figure([[part]], size, {"svg.hashsalt": title}) as figure:
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with load_pyplot().rc_context({"svg.hashsalt": title}):  # ids that differ from those of other charts
+        save(size, buffer, chart, *data, **options)
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r' id="[a-z0-9]+(?:\.[a-z0-9]+)*_\d+"', "", text)  # they would occur once in each chart
     for name, value in PALETTE.items():
         text = text.replace(value, f"var(--{name})")
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1))
-
-
-@contextlib.contextmanager
-def _figure(parts: Sequence[Sequence[Part]], size: Ends, settings: Mapping[str, Any] | None = None) -> Any:
-    """Yield a figure with these parts; names may have letters that the font lacks."""
-    plt = load_pyplot()
-    rows, columns = len(parts), max(map(len, parts))
-    with plt.rc_context({**_SETTINGS, **(settings or {})}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")
-        figsize = size[0] * columns, size[1] * rows
-        figure, axes = plt.subplots(rows, columns, figsize=figsize, squeeze=False, layout="constrained")
-        for row, drawn in zip(axes, parts, strict=True):
-            for axis, part in itertools.zip_longest(row, drawn):
-                part(axis) if part else axis.set_axis_off()
-        yield figure
-        plt.close(figure)
 
 
 def load_pyplot() -> Any:
@@ -107,23 +92,12 @@ def load_pyplot() -> Any:
     return plt
 
 
-def part(draw_on: Callable[..., None]) -> Callable[..., Part]:
-    """Turn a function of an axis and data into a function of the data that returns a part of a figure."""
-
-    @functools.wraps(draw_on)
-    def with_data(*data: Any, **options: Any) -> Part:
-        return lambda axis: draw_on(axis, *data, **options)
-
-    return with_data
-
-
 def shorten(name: str, most: int = 24) -> str:
     """Shorten a name for the label of an axis."""
     name = " ".join(name.split())
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-@part
 def intervals(axis: Any, rows: Sequence[tuple[str, float, Ends]], xlabel: str, signed: bool = False) -> None:
     """Draw a value with its interval for each row; with ``signed``, coloured by its sign."""
     for place, (name, value, (low, high)) in enumerate(rows):
@@ -138,7 +112,6 @@ def intervals(axis: Any, rows: Sequence[tuple[str, float, Ends]], xlabel: str, s
         axis.axvline(0, color=PALETTE["soft"], linewidth=0.8)
 
 
-@part
 def sorted_differences(axis: Any, values: Sequence[float], mean: float, ylabel: str) -> None:
     """Draw one bar for each image, from the largest loss to the largest gain."""
     edges = range(len(values) + 1)
@@ -150,7 +123,6 @@ def sorted_differences(axis: Any, values: Sequence[float], mean: float, ylabel: 
     axis.legend()
 
 
-@part
 def class_bars(axis: Any, rows: Sequence[tuple[str, Mapping[str, float]]], xlabel: str) -> None:
     """Draw a group of bars for each class, one bar for each rule."""
     rules = list(rows[0][1])
@@ -167,7 +139,6 @@ def class_bars(axis: Any, rows: Sequence[tuple[str, Mapping[str, float]]], xlabe
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1 + 0.5 / (len(rows) + 1)), ncols=len(rules))
 
 
-@part
 def reliability(axis: Any, curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
     """Draw observed frequency against predicted probability; bars show the share of decisions, on a log scale.
 
@@ -184,7 +155,6 @@ def reliability(axis: Any, curves: Mapping[str, Sequence[tuple[float, float, flo
     axis.legend()
 
 
-@part
 def lines(
     axis: Any,
     series: Mapping[str, Sequence[tuple[float, float]]],
@@ -198,14 +168,13 @@ def lines(
     for name, points in series.items():
         style = _STYLES.get(name, "-")
         xs, ys = [x for x, _ in points], [y for _, y in points]
-        axis.plot(xs, ys, marker=marker, linestyle=style, color=colour(colours[name]), label=name)
+        axis.plot(xs, ys, marker=marker, linestyle=style, color=colour(colours.get(name, name)), label=name)
     if integers:
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend()
 
 
-@part
 def cutoffs(
     axis: Any, values: Sequence[float], thresholds: Sequence[tuple[float, float]], levels: Mapping[str, float]
 ) -> None:
@@ -223,16 +192,15 @@ def cutoffs(
     axis.legend()
 
 
-def risk_coverage(curves: Mapping[str, Sequence[float]]) -> Part:
+def risk_coverage(axis: Any, curves: Mapping[str, Sequence[float]]) -> None:
     """Draw the mean risk of the most confident images, in percent; ``curves[name]`` has it for 1, 2, ... images."""
     shades = dict(zip(curves, ("rankdice", "max", "T", "other", "ink"), strict=False))
     percent = {
         name: [((k + 1) / len(curve), 100 * risk) for k, risk in enumerate(curve)] for name, curve in curves.items()
     }
-    return lines(percent, "coverage: share of images kept", "mean risk, 100 − Dice, %", shades, marker="")
+    lines(axis, percent, "coverage: share of images kept", "mean risk, 100 − Dice, %", shades, marker="")
 
 
-@part
 def scatter(axis: Any, points: Sequence[Ends], margin: float | None, xlabel: str, ylabel: str) -> None:
     """Draw (x, y) points of images, the line y = x, and below it the bound y = x − margin."""
     below = [y < x - (margin or 0) for x, y in points] if margin is not None else [False] * len(points)

@@ -94,7 +94,7 @@ def analyse(
 
     Args:
         make: returns the fitter of a kind from its options. It reads the file that the fitter before has written.
-        kinds: the options of each kind; "raw" is one of them.
+        kinds: the options of each kind; "raw" is the first of them.
         names: the rules.
         data: the images.
         held_out: images that the bound on the Dice is fitted on; None if there are none.
@@ -103,7 +103,7 @@ def analyse(
         The findings, the result of `assess`, the fitter and the rules of raw probabilities, and lines about what was
         fitted.
     """
-    compared, fitters, lines, temperature = {}, {}, [], math.nan
+    compared, fitters, temperature = {}, {}, math.nan
     for kind, options in kinds.items():
         fitter = fitters[kind] = make(options)
         rules, values = fitter.rules(names, data)
@@ -114,15 +114,20 @@ def analyse(
             temperature = cast(float, fitter.calibration("temperature"))
         fitter.save()
     raw, (to_probs, rules) = fitters["raw"], compared["raw"]
-    network, world, precision, scoring = raw.network, raw.world, raw.precision, raw.scoring(data)
-    findings = measure(network, raw.batches(data), compared, scoring, world, temperature, precision)
+    findings = measure(
+        raw.network, raw.batches(data), compared, raw.scoring(data), raw.world, temperature, raw.precision
+    )
+    on = record_split(raw, data, rules["rankdice"], to_probs, "confidence")
+    fitted = None
+    if held_out is not None:
+        fitted = known_pairs(record_split(raw, held_out, rules["rankdice"], to_probs, "held-out images"))
+    return findings, assess(on, fitted), raw, rules, lines
 
-    def record(images: Any, title: str) -> MaskRecord:
-        batches, scoring = raw.batches(images), raw.scoring(images)
-        return record_masks(network, batches, rules["rankdice"], to_probs, scoring, world, precision, title)
 
-    known = None if held_out is None else known_pairs(record(held_out, "held-out images"))
-    return findings, assess(record(data, "confidence"), known), raw, rules, lines
+def record_split(fitter: Fitter, data: Any, rule: Predictor, to_probs: ToProbs, title: str) -> MaskRecord:
+    """Return counts and confidence of the masks of a rule on a split."""
+    batches, scoring = fitter.batches(data), fitter.scoring(data)
+    return record_masks(fitter.network, batches, rule, to_probs, scoring, fitter.world, fitter.precision, title)
 
 
 @torch.inference_mode()
@@ -151,9 +156,8 @@ def measure(
     def add(key: Key, masks: Tensor, truth: Any) -> None:
         counts.setdefault(key, []).append(count(masks, truth).to("cpu"))
 
-    unneeded = scoring.is_unneeded
-    passes = forward(model, batches, world, precision=precision, progress="measuring", unneeded=unneeded)
-    for batch, targets, logits in passes:
+    options: Any = {"precision": precision, "progress": "measuring", "unneeded": scoring.is_unneeded}
+    for batch, targets, logits in forward(model, batches, world, **options):
         truth, other_truth = scoring.encode(targets), other.encode(targets)
         names += batch.names
         for kind, (to_probs, rules_of_kind) in compared.items():

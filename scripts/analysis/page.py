@@ -95,41 +95,33 @@ def compare_rules(findings: Findings, rules: Sequence[str]) -> dict[str, dict[st
 def score_section(scores: Mapping[str, Any]) -> Section:
     """Return the averages, with the intervals as a chart."""
     dots = [(rule, 100 * one["mean_dice"], one["dice_interval"]) for rule, one in scores.items()]
-    part = charts.intervals(dots, "mDice, %")
-    return {
-        "rules": scores,
-        "chart": charts.svg("mDice of each rule with its interval", part, (5.8, 0.6 + 0.35 * len(dots))),
-    }
+    title, size = "mDice of each rule with its interval", (5.8, 0.6 + 0.35 * len(dots))
+    return {"rules": scores, "chart": charts.svg(title, charts.intervals, dots, "mDice, %", size=size)}
 
 
 def difference_section(gains: Mapping[str, Any]) -> Section:
     """Return the paired differences, with a chart of each."""
     drawn = {}
     for rule, one in gains.items():
-        part = charts.sorted_differences(one["differences"], one["mean"], f"rankdice − {rule}, points of Dice")
-        drawn[rule] = charts.svg(f"rankdice − {rule}, image by image in order", part)
+        title, ylabel = f"rankdice − {rule}, image by image in order", f"rankdice − {rule}, points of Dice"
+        drawn[rule] = charts.svg(title, charts.sorted_differences, one["differences"], one["mean"], ylabel)
     return {"gains": gains, "charts": drawn}
 
 
 def class_section(findings: Findings, names: Sequence[str], rules: Sequence[str]) -> Section:
     """Return charts of the Dice of each class and rule, and of the gain of RankDice over T in each class."""
-
-    def tall(rows: Sequence[Any], inches: float) -> tuple[float, float]:
-        return 5.8, 1 + inches * len(rows)
-
     scored = findings.scoring.scored
     dice = {rule: findings.counts[findings.key(rule)].dice() for rule in rules}
     rows = [(names[c], {rule: 100 * float(one[:, c].nanmean()) for rule, one in dice.items()}) for c in scored]
     half = math.ceil(len(rows) / 2) if len(rows) > 8 else len(rows)
-    drawn = [
-        charts.svg(f"Dice of each class and rule, part {k}", charts.class_bars(part, "Dice, %"), tall(part, 0.45))
-        for k, part in enumerate((rows[:half], rows[half:]), 1)
-        if part
-    ]
+    drawn = []
+    for part in filter(None, (rows[:half], rows[half:])):
+        title, size = f"Dice of each class and rule, part {len(drawn) + 1}", (5.8, 1 + 0.45 * len(part))
+        drawn.append(charts.svg(title, charts.class_bars, part, "Dice, %", size=size))
     gained = [(names[c], *percent_interval((dice["rankdice"] - dice["T"])[:, c])) for c in scored]
-    part = charts.intervals(gained, "rankdice − T, points of Dice", signed=True)
-    gain = charts.svg("gain of RankDice over T, class by class", part, tall(gained, 0.25))
-    return {"charts": drawn, "gain": gain}
+    title, size = "gain of RankDice over T, class by class", (5.8, 1 + 0.25 * len(gained))
+    xlabel = "rankdice − T, points of Dice"
+    return {"charts": drawn, "gain": charts.svg(title, charts.intervals, gained, xlabel, signed=True, size=size)}
 
 
 def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
@@ -156,7 +148,7 @@ def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
     }
     curve = [(at, findings.mean(findings.key(f"at {at:.1f}"))) for at in THRESHOLDS]
     cut, ours = chosen_cutoffs(findings).tolist(), findings.mean(findings.key("rankdice"))
-    part = charts.cutoffs(cut, curve, {"rankdice": ours})
+    title = "mean Dice against threshold, and cut-offs of RankDice"
     return {
         "rules": [rule for rule in rules if rule != "rankdice"],
         "blocks": {
@@ -171,7 +163,7 @@ def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
         "best": max(curve, key=lambda point: point[1]),
         "rankdice": ours,
         "masks": len(cut),
-        "chart": charts.svg("mean Dice against threshold, and cut-offs of RankDice", part, (7.0, 3.4)),
+        "chart": charts.svg(title, charts.cutoffs, cut, curve, {"rankdice": ours}, size=(7.0, 3.4)),
     }
 
 
@@ -182,7 +174,7 @@ def calibration_section(findings: Findings, names: Sequence[str]) -> Section:
     ratios = {kind: one.volume_ratio().tolist() for kind, one in findings.reliability.items()}
     return {
         "temperature": findings.temperature,
-        "chart": charts.svg("reliability diagram", charts.reliability(curves), SQUARE),
+        "chart": charts.svg("reliability diagram", charts.reliability, curves, size=SQUARE),
         "errors": {
             kind: (100 * one.ece(), 100 * float(one.classwise_ece().nanmean()))
             for kind, one in findings.reliability.items()
@@ -205,11 +197,11 @@ def confidence_section(found: Mapping[str, Any]) -> Section:
     """Return the result of `measure.assess`, with charts of the order and of the bound."""
     if not found["images"]:
         return dict(found)
-    part = charts.scatter(found["points"], found.get("margin"), "expected Dice (confidence)", "achieved Dice")
+    title, labels = "achieved against expected Dice", ("expected Dice (confidence)", "achieved Dice")
     return {
         **found,
-        "risk": charts.svg("risk against coverage", charts.risk_coverage(found["curves"])),
-        "scatter": charts.svg("achieved against expected Dice", part, SQUARE),
+        "risk": charts.svg("risk against coverage", charts.risk_coverage, found["curves"]),
+        "scatter": charts.svg(title, charts.scatter, found["points"], found.get("margin"), *labels, size=SQUARE),
     }
 
 
@@ -226,11 +218,17 @@ def learning_section(rows: Sequence[Mapping[str, Any]]) -> Section:
                 losses[row["epoch"]] = row["test_loss"]
     if not train or not scores:
         return {"charts": []}
-    series = {"training": train, "validation": list(losses.items())}
-    loss = charts.lines(series, "epoch", "loss", {"training": "soft", "validation": "other"}, integers=True)
-    own = {rule: rule for rule in scores}
-    dice = charts.lines(scores, "epoch", "validation mDice, %", own, integers=True)
-    return {"charts": [charts.svg("loss by epoch", loss), charts.svg("validation mDice by epoch", dice)]}
+    drawn = [
+        ("loss by epoch", {"training": train, "validation": list(losses.items())}, "loss"),
+        ("validation mDice by epoch", scores, "validation mDice, %"),
+    ]
+    colours = {"training": "soft", "validation": "other"}
+    return {
+        "charts": [
+            charts.svg(title, charts.lines, series, "epoch", ylabel, colours, integers=True)
+            for title, series, ylabel in drawn
+        ]
+    }
 
 
 @dataclass(frozen=True)

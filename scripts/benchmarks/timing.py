@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -77,11 +77,6 @@ class Stopwatch:
         """From now on, count the seconds of one method of an object, or of one function of a module."""
         set_attribute = object.__setattr__ if isinstance(owner, nn.Module) else setattr  # not as a sub-module
         set_attribute(owner, method, partial(self.call, part, getattr(owner, method)))
-
-    def iterate(self, batches: Iterable[Any], part: str) -> Iterator[Any]:
-        """Yield the batches, and count the seconds of waiting for them."""
-        iterator = iter(batches)
-        return iter(lambda: self.call(part, next, iterator, None), None)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

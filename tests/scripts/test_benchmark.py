@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from configs import build, stored
+from configs import build
 from configs.compose import compose
 from scripts.benchmarks import step, test
 from scripts.benchmarks.timing import Seconds, Stopwatch, in_turn
 from tests.trainers.test_update import ALONE, batch, make, network
-from trainers import evaluator
 from trainers.evaluator import Scoring
 
 OPTIONS = argparse.Namespace(steps=2, clock="wall", overrides=[])
@@ -29,7 +28,7 @@ def test_the_stopwatch_counts_each_part() -> None:
     owner = SimpleNamespace(rest=lambda seconds: time.sleep(seconds) or seconds)
     watch.watch(owner, "rest", "resting")
     assert module(3) == 3 and owner.rest(0.02) + owner.rest(0.02) == 0.04
-    assert list(watch.iterate(iter([1, 2]), "reading")) == [1, 2]
+    assert watch.call("reading", next, iter([1, 2])) == 1
     assert watch.spent["resting"] >= 0.04 > watch.spent["waiting"] >= 0
     assert watch.spent.keys() == {"waiting", "resting", "reading"}
 
@@ -54,20 +53,6 @@ def test_the_parts_of_a_step_are_all_there() -> None:
     assert len(ways) == 3 and min(ways.values()) > 0
 
 
-def test_the_parts_of_a_test_are_all_there_and_nothing_stays_watched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = {name: getattr(evaluator, name) for name in test.PARTS}
-    small = ["split=val", "dataset.size=32", "dataset.num_images=3"]
-    cfg = stored.unpack({"choices": {}, "values": {}}, small)
-    network = build.model(cfg)
-    monkeypatch.setattr(test, "load", lambda path, overrides: (network, cfg, {}))
-    rows = test.measure_parts(tmp_path, OPTIONS)
-    expected = {"reading images", "network", "rule T", "rule max", "rule rankdice", *test.PARTS.values()}
-    assert rows.keys() == expected | {"the rest"} and min(rows.values()) >= 0
-    assert {name: getattr(evaluator, name) for name in test.PARTS} == before
-
-
 def test_a_command_is_measured_and_its_failure_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import sys\nsum(range(10**6))\nif len(sys.argv) > 1: sys.exit('error: ' + sys.argv[1] + ' is absent')\n"
     (tmp_path / "test.py").write_text(script)
@@ -80,6 +65,6 @@ def test_a_command_is_measured_and_its_failure_is_reported(tmp_path: Path, monke
 
 def test_ratios_are_to_each_single_rule(capsys: pytest.CaptureFixture[str]) -> None:
     rows = dict.fromkeys((*test.RULES, test.IDLE), Seconds(3.0, 6.0))
-    test.print_commands(rows | {"-p max": Seconds(2.0, 4.0), "-p rankdice": Seconds(1.0, 8.0)})
+    test.print_ratios(rows | {"-p max": Seconds(2.0, 4.0), "-p rankdice": Seconds(1.0, 8.0)})
     last = capsys.readouterr().out.splitlines()[-2]
     assert last == "| `-p T -p max -p rankdice` | 3.00 | 1.50 | 3.00 | 6.00 | 1.50 | 0.75 |"

@@ -324,11 +324,6 @@ def test_bad_input_is_one_line_and_exit_code_two(results, capsys, arguments):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_plot_is_drawn(results, tmp_path):
-    assert main([str(results), "--plot", str(tmp_path / "p.png"), "--resamples", "200"]) == 0
-    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-
-
 def test_groups_from_a_file_or_a_pattern(tmp_path):
     images = ["p1_a.png", "p1_b.png", "=p2.png"]
     assert read_groups(r"(p\d)", images) == {"p1_a.png": "p1", "p1_b.png": "p1", "=p2.png": "p2"}

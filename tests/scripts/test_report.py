@@ -274,13 +274,13 @@ def test_charts_take_any_name_and_what_is_undefined() -> None:
     names = ["<b>&", "$\\frac", "a\nb", "日本"]
     rows = [(name, {"T": math.nan, "rankdice": 50.0}) for name in names]
     undefined = [(name, math.nan, (math.nan, math.nan)) for name in names]
-    for part in (
-        charts.class_bars(rows, "Dice"),
-        charts.intervals(undefined, "gain", signed=True),
-        charts.sorted_differences([0.0], 0.0, "points"),
-        charts.scatter([], None, "x", "y"),
+    for chart, *data in (
+        (charts.class_bars, rows, "Dice"),
+        (charts.intervals, undefined, "gain", True),
+        (charts.sorted_differences, [0.0], 0.0, "points"),
+        (charts.scatter, [], None, "x", "y"),
     ):
-        text = charts.svg("<i>", part)
+        text = charts.svg("<i>", chart, *data)
         assert "<b>" not in text and "<i>" not in text and "nan" not in text
         assert not set(re.findall(r"#[0-9a-f]{6}\b", text)) & set(charts.PALETTE.values())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 
 import pytest
@@ -102,14 +101,6 @@ def test_the_document_shows_what_is_printed(root, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| b = ")]
     shown = (root / "docs" / "simulations.md").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 3 and set(rows) <= set(shown)
-
-
-def test_csv_holds_a_line_for_each_setting_and_rule(tmp_path, capsys):
-    path = tmp_path / "s.csv"
-    assert main(["linear", "--sizes", "28", "--draws", "5", "--csv", str(path)]) == 0
-    rows = list(csv.DictReader(path.open()))
-    assert len(rows) == 9 and {row["rule"] for row in rows} == {"T 0.5", "RankDice (BA)", "RankDice"}
-    assert f"{float(rows[0]['dice']):.2f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["steps"], ["step", "--draws", "1"], ["linear", "--sizes", "0"]])
