@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle thread
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.transforms.v2.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
@@ -59,10 +60,6 @@ def strip(drawn: Sequence[Tensor], above: Sequence[str], titles: Sequence[str] =
     return torch.cat(made, dim=2)
 
 
-def _stack(*shown: Any) -> Tensor:
-    return torch.stack(list(tiles(*shown).values()))
-
-
 def main() -> None:
     """Run the command."""
     parser = command_line(__doc__)
@@ -87,15 +84,17 @@ def main() -> None:
         if not order:
             raise UserError(f"split={cfg.split}: no image has a class that is scored. Fix: choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
-        link, transform = criterion.link, loader.transform
-        drawn = panels(network, data, transform, rules, link, world, picked, _stack, **options)
+        drawn = panels(
+            network, data, loader.transform, rules, criterion.link, world, picked,
+            lambda *shown: torch.stack(list(tiles(*shown).values())), **options,
+        )  # fmt: skip
         rows: list[Tensor] = []
         for quantile, index, (_, stack) in zip(QUANTILES, picked, drawn, strict=True):
             enlarged = stack.repeat_interleave(args.scale, 2).repeat_interleave(args.scale, 3)
             above = captions(quantile, {name: 100 * float(dice[name][index]) for name in RULES})
             rows.append(strip(list(enlarged), above, () if rows else headings(build.threshold(cfg))))
     width = max(strip.shape[2] for strip in rows)
-    rows = [torch.nn.functional.pad(strip, (0, width - strip.shape[2]), value=255) for strip in rows]
+    rows = [pad(strip, (0, width - strip.shape[2]), value=255) for strip in rows]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(torch.cat(rows, dim=1)).save(args.out)
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())

@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,10 @@ def title(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
 
 def _seed_parts(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
     """Return mean and range over seeds, also of each class; or the reason why there are none."""
-    name, count = f"{title(one, found)} over {len(one['seeds'])} seeds", len(one["seeds"])
+    count = len(one["seeds"])
     if "rejected" in one:
         return [markdown_text(f"{title(one, found)}: no mean over {count} runs, because {one['rejected']}.")]
+    name = f"{title(one, found)} over {count} seeds"
     parts = [markdown_text(f"{name}: {one['mean']:+.2f} points, range {_range(one['range'])}.")]
     if len(one["classes"]) > 1:
         rows = [[c["name"], f"{c['mean']:+.2f}", _range(c["range"])] for c in one["classes"]]
@@ -106,16 +107,10 @@ def _remarks(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _class_parts(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
-    rows = [
-        [
-            row["name"],
-            f"{row['baseline']:.2f}",
-            f"{row['rule']:.2f}",
-            f"{row['mean']:+.2f} [{_range(row['interval'])}]",
-            str(row["images"]),
-        ]
-        for row in one["classes"]
-    ]
+    rows = []
+    for row in one["classes"]:
+        difference = f"{row['mean']:+.2f} [{_range(row['interval'])}]"
+        rows.append([row["name"], f"{row['baseline']:.2f}", f"{row['rule']:.2f}", difference, str(row["images"])])
     head = ["class", one["baseline"], one["rule"], "paired difference [interval]", "images"]
     return [markdown_text(f"{title(one, found)}, seed {one['seed']}, by class:"), markdown_table(head, rows)]
 
@@ -124,43 +119,43 @@ def _range(ends: Sequence[float]) -> str:
     return f"{ends[0]:+.2f}, {ends[1]:+.2f}"
 
 
-def auto_gains(folder: Path, metric: str, halves: int, seed: int) -> dict[str, Any]:
+def auto_table(folders: Sequence[Path], metric: str, halves: int, seed: int) -> str:
     """Return the mean gains over T of rankdice and of `auto`, in points, over random halves of the images."""
-    found = {rule: read_rule(folder, rule, metric).by_image() for rule in AUTO}
-    calibrated = folder / "calibrated"
-    if "rankdice" in rules_in(calibrated):
-        found["rankdice, calibrated"] = read_rule(calibrated, "rankdice", metric).by_image()
-    images = sorted(set.intersection(*map(set, found.values())))
-    scores = {rule: torch.tensor([of[image] for image in images]).double() for rule, of in found.items()}
+    rows: list[list[str]] = []
+    gains_by_loss: dict[str, list[list[float]]] = {}
+    for folder in folders:
+        found = {rule: read_rule(folder, rule, metric) for rule in AUTO}
+        record = found["T"].record
+        try:
+            name = f"{record['dataset']['name']}, {record['model']}, {record['loss']}, {record['seed']}"
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder}/T.json: no key {error}. Fix: score again with test.py.") from None
+        if "rankdice" in rules_in(folder / "calibrated"):
+            found["rankdice, calibrated"] = read_rule(folder / "calibrated", "rankdice", metric)
+        gains, chosen = choose_on_halves({rule: one.by_image() for rule, one in found.items()}, halves, seed)
+        gains_by_loss.setdefault(record["loss"], []).append(gains)
+        counts = ", ".join(f"{rule} {count}" for rule, count in chosen.most_common())
+        rows.append([name, *(f"{gain:+.2f}" for gain in gains), counts])
+    for loss, gains in gains_by_loss.items():
+        means = [sum(column) / len(gains) for column in zip(*gains, strict=True)]
+        rows.append([f"mean of {len(gains)} runs, {loss}", *(f"{mean:+.2f}" for mean in means), ""])
+    return markdown_table(["run, seed", "rankdice − T", "auto − T", "chosen"], rows) + "\n"
+
+
+def choose_on_halves(dice: Mapping[str, dict[str, float]], halves: int, seed: int) -> tuple[list[float], Counter[str]]:
+    """Choose a rule on one half of the images and score the other; ``dice[rule][image]`` are fractions.
+
+    Returns the mean gains over T of rankdice and of the chosen rules, and how often each rule was chosen.
+    """
+    images = sorted(set.intersection(*map(set, dice.values())))
+    scores = {rule: torch.tensor([of[image] for image in images]).double() for rule, of in dice.items()}
     generator, gains, chosen = torch.Generator().manual_seed(seed), [], Counter[str]()
     for _ in range(halves):
         one, other = torch.randperm(len(images), generator=generator).tensor_split(2)
-        rule = choose({name: dice[one] for name, dice in scores.items()}, resamples=999).rule
+        rule = choose({name: values[one] for name, values in scores.items()}, resamples=999).rule
         chosen[rule] += 1
-        differences = [scores[name][other] - scores["T"][other] for name in ("rankdice", rule)]
-        gains.append([100 * float(d.nanmean()) for d in differences])
-    rankdice, auto = (sum(column) / halves for column in zip(*gains, strict=True))
-    return {"rankdice": rankdice, "auto": auto, "chosen": dict(chosen.most_common())}
-
-
-def _auto_table(args: argparse.Namespace, folders: Sequence[Path]) -> str:
-    rows: list[list[str]] = []
-    by_loss: dict[str, list[dict[str, Any]]] = {}
-    for folder in folders:
-        gains = auto_gains(folder, args.metric, args.auto, args.seed)
-        record = read_rule(folder, "T", args.metric).record
-        chosen = ", ".join(f"{rule} {count}" for rule, count in gains["chosen"].items())
-        try:
-            name = f"{record['dataset']['name']}, {record['model']}, {record['loss']}, {record['seed']}"
-            by_loss.setdefault(record["loss"], []).append(gains)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder}/T.json: no key {error}. Fix: score again with test.py.") from None
-        rows.append([name, f"{gains['rankdice']:+.2f}", f"{gains['auto']:+.2f}", chosen])
-    for loss, found in by_loss.items():
-        means = [sum(one[rule] for one in found) / len(found) for rule in ("rankdice", "auto")]
-        rows.append([f"mean of {len(found)} runs, {loss}", *(f"{mean:+.2f}" for mean in means), ""])
-    head = ["run, seed", "rankdice − T", "auto − T", "chosen"]
-    return markdown_table(head, rows) + "\n"
+        gains.append([100 * float((scores[name] - scores["T"])[other].nanmean()) for name in ("rankdice", rule)])
+    return [sum(column) / halves for column in zip(*gains, strict=True)], chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95.")
     folders = [result_folder(run, args.protocol) for run in args.runs]
     if args.auto:
-        print(_auto_table(args, folders), end="")
+        print(auto_table(folders, args.metric, args.auto, args.seed), end="")
         return 0
     pairs = []
     for folder in folders:

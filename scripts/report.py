@@ -30,7 +30,7 @@ from configs.fitting import Fitter
 from configs.values import check_uncalibrated
 from scripts import ROOT
 from scripts.analysis import page
-from scripts.analysis.measure import Findings, Key, analyse, by_size, chosen_cutoffs, variants
+from scripts.analysis.measure import THRESHOLDS, Findings, analyse, by_size, chosen_cutoffs, variants
 from scripts.common import LoadedRun, add_run_options, command_line, load_run
 from trainers.distributed import World, join_world
 from trainers.journal import read_rows
@@ -130,18 +130,18 @@ def write(
 def numbers(findings: Findings, rules: Sequence[str]) -> dict[str, Any]:
     """Return the numbers of the sections about gain and calibration, for programs."""
     return {
-        "void": {v: {r: findings.mean(Key(r, "raw", v)) / 100 for r in rules} for v in ("masked", "counted")},
+        "void": {v: {r: findings.mean(r, "raw", v) / 100 for r in rules} for v in ("masked", "counted")},
         "size": [{"group": name, "pairs": n, "dice": means} for name, n, means in by_size(findings, rules)],
         "probabilities": {
             kind: {
                 "ece": one.ece(),
                 "volume_ratio": one.volume_ratio().tolist(),
-                "mean_dice": {r: findings.mean(findings.key(r, kind)) / 100 for r in rules},
+                "mean_dice": {r: findings.mean(r, kind) / 100 for r in rules},
             }
             for kind, one in findings.reliability.items()
         },
         "temperature": findings.temperature,
-        "threshold": {key.rule: findings.mean(key) / 100 for key in findings.counts if key.rule.startswith("at ")},
+        "threshold": {f"at {at:.1f}": findings.mean(f"at {at:.1f}") / 100 for at in THRESHOLDS},
         "cutoffs": [round(at, 4) for at in chosen_cutoffs(findings).tolist()],
         "images": findings.names,
     }

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -32,21 +32,13 @@ ToProbs = Callable[[Tensor], Tensor]
 Pairs = tuple[Tensor, Tensor]  # expected and achieved Dice of images
 
 
-class Key(NamedTuple):
-    """What was counted: a rule, on which probabilities, with void pixels masked or counted."""
-
-    rule: str
-    probs: str = "raw"
-    void: str = "masked"
-
-
 @dataclass(frozen=True)
 class Findings:
     """The sufficient statistics of the report.
 
     Attributes:
         names: the images, in order.
-        counts: (N, C) pixels, by what was counted.
+        counts: (N, C) pixels, by rule, kind of probabilities, and void pixels "masked" or "counted".
         cutoffs: (N, C) the smallest probability that RankDice selected; NaN if it selected nothing.
         reliability: by kind of probabilities.
         scoring: the conventions of the run.
@@ -54,23 +46,23 @@ class Findings:
     """
 
     names: list[str]
-    counts: dict[Key, Counts]
+    counts: dict[tuple[str, str, str], Counts]
     cutoffs: Tensor
     reliability: dict[str, Reliability]
     scoring: Scoring
     temperature: float
 
-    def key(self, rule: str, probs: str = "raw") -> Key:
-        """Return the key of the counts under the run's own protocol."""
-        return Key(rule, probs, self.scoring.void)
+    def of(self, rule: str, probs: str = "raw", void: str = "") -> Counts:
+        """Return the counts of a rule; default: under the run's own protocol."""
+        return self.counts[rule, probs, void or self.scoring.void]
 
-    def dice(self, key: Key) -> Tensor:
+    def dice(self, rule: str, probs: str = "raw", void: str = "") -> Tensor:
         """Return the mean Dice over scored classes of each image, (N,) float64, NaN if undefined."""
-        return mean_over_classes(self.counts[key].dice(), self.scoring.scored)
+        return mean_over_classes(self.of(rule, probs, void).dice(), self.scoring.scored)
 
-    def mean(self, key: Key) -> float:
+    def mean(self, rule: str, probs: str = "raw", void: str = "") -> float:
         """Return the mean Dice, in percent."""
-        return 100 * float(self.dice(key).nanmean())
+        return 100 * float(self.dice(rule, probs, void).nanmean())
 
 
 def variants(cfg: DictConfig) -> dict[str, dict[str, Any]]:
@@ -147,14 +139,14 @@ def measure(
             ``to_probs`` has a conversion of its own.
     """
     names: list[str] = []
-    counts: dict[Key, list[Counts]] = {}
+    counts: dict[tuple[str, str, str], list[Counts]] = {}
     cutoffs: list[Tensor] = []
     reliability = {kind: Reliability() for kind in compared}
     other = replace(scoring, void="counted" if scoring.void == "masked" else "masked", legacy_soft_dice_void=False)
     sweep = {f"at {at:.1f}": functools.partial(threshold, at=at) for at in THRESHOLDS}  # RankDice is compared with
 
-    def add(key: Key, masks: Tensor, truth: Any) -> None:
-        counts.setdefault(key, []).append(count(masks, truth).to("cpu"))
+    def add(rule: str, kind: str, void: str, masks: Tensor, truth: Any) -> None:
+        counts.setdefault((rule, kind, void), []).append(count(masks, truth).to("cpu"))
 
     options: Any = {"precision": precision, "progress": "measuring", "unneeded": scoring.is_unneeded}
     for batch, targets, logits in forward(model, batches, world, **options):
@@ -166,14 +158,14 @@ def measure(
             for rule, predictor in rules_of_kind.items():
                 own = getattr(predictor, "to_probs", None)
                 masks = predictor(own(logits) if own else probs)
-                add(Key(rule, kind, scoring.void), masks, truth)
+                add(rule, kind, scoring.void, masks, truth)
                 if kind == "raw":
-                    add(Key(rule, kind, other.void), masks, other_truth)
+                    add(rule, kind, other.void, masks, other_truth)
                     if rule == "rankdice":
                         cutoffs.append(smallest_selected(probs, masks).cpu())
             if kind == "raw":
                 for rule, predictor in sweep.items():
-                    add(Key(rule, kind, scoring.void), predictor(probs), truth)
+                    add(rule, kind, scoring.void, predictor(probs), truth)
     if not names:
         raise UserError("there is no image to report on. Fix: check split and dataset.root.")
     joined = {key: Counts.cat(parts) for key, parts in counts.items()}
@@ -199,11 +191,11 @@ def by_size(findings: Findings, compared: Iterable[str]) -> list[tuple[str, int,
         (name of the third, number of pairs, rule -> mean).
     """
     scored = list(findings.scoring.scored)
-    first = findings.counts[findings.key("rankdice")]
+    first = findings.of("rankdice")
     share = (first.actual[:, scored].double() / first.pixels[:, None].double()).flatten()
     present = (share > 0).nonzero()[:, 0]
     thirds = present[share[present].argsort(stable=True)].tensor_split(3)
-    scores = {rule: findings.counts[findings.key(rule)].dice()[:, scored].flatten() for rule in compared}
+    scores = {rule: findings.of(rule).dice()[:, scored].flatten() for rule in compared}
     rows = []
     for name, pairs in zip(("small", "medium", "large"), thirds, strict=True):
         if len(pairs):
@@ -216,7 +208,7 @@ def by_size(findings: Findings, compared: Iterable[str]) -> list[tuple[str, int,
 def false_alarms(findings: Findings, rule: str) -> tuple[int, int]:
     """Return how many pairs of image and absent class a rule predicts a mask for, and how many pairs there are."""
     scored = list(findings.scoring.scored)
-    counts = findings.counts[findings.key(rule)]
+    counts = findings.of(rule)
     absent = counts.actual[:, scored] == 0
     return int((absent & (counts.predicted[:, scored] > 0)).sum()), int(absent.sum())
 
@@ -251,14 +243,14 @@ def assess(on: MaskRecord, fitted: Pairs | None, alpha: float = 0.1, resplits: i
         "images": len(dice),
         "expected": float(expected.mean()),
         "achieved": float(dice.mean()),
-        "correlation": _correlation(expected, dice),
+        "correlation": float(torch.stack([expected, dice]).corrcoef()[0, 1]) if len(dice) > 1 else math.nan,
         "aurc": {name: one._asdict() for name, one in selective.compare_aurc(signals, risk, EXPECTED).items()},
         "aurc_without_order": selective.aurc(torch.zeros(len(risk)), risk),
         "curves": {name: selective.risk_coverage(values, risk)[1].tolist() for name, values in signals.items()},
         "points": torch.stack((expected, dice), 1).tolist(),
     }
     try:
-        return found | _check_bound(expected, dice, fitted, alpha, resplits)
+        return {**found, **_check_bound(expected, dice, fitted, alpha, resplits)}
     except UserError as error:
         return {**found, "no_bound": str(error)}
 
@@ -285,9 +277,3 @@ def _check_bound(expected: Tensor, dice: Tensor, fitted: Pairs | None, alpha: fl
             "to": float(coverages.quantile(0.95)),
         },
     }
-
-
-def _correlation(one: Tensor, other: Tensor) -> float:
-    if len(one) < 2 or float(one.std()) == 0 or float(other.std()) == 0:
-        return math.nan
-    return float(torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1])

@@ -24,7 +24,7 @@ from configs.fitting import Fitter
 from rankseg import Predictor
 from rankseg.calibration import Reliability
 from scripts.analysis import charts
-from scripts.analysis.measure import EXPECTED, THRESHOLDS, Findings, Key, by_size, chosen_cutoffs, false_alarms
+from scripts.analysis.measure import EXPECTED, THRESHOLDS, Findings, by_size, chosen_cutoffs, false_alarms
 from scripts.analysis.scores import HARM, describe_differences, mean_interval
 from trainers import panels
 from trainers.metrics import mean_over_classes
@@ -72,11 +72,11 @@ def score_rules(findings: Findings, rules: Sequence[str]) -> dict[str, dict[str,
     """Return the averages of each rule as `test.py` prints them, with intervals over images."""
     found = {}
     for rule in rules:
-        counts = findings.counts[findings.key(rule)]
+        counts = findings.of(rule)
         iou = counts.iou(legacy_bce_iou=findings.scoring.legacy_bce_iou)
         found[rule] = {
             **findings.scoring.summary(counts),
-            "dice_interval": percent_interval(findings.dice(findings.key(rule)))[1],
+            "dice_interval": percent_interval(findings.dice(rule))[1],
             "iou_interval": percent_interval(mean_over_classes(iou, findings.scoring.scored))[1],
         }
     return found
@@ -84,9 +84,9 @@ def score_rules(findings: Findings, rules: Sequence[str]) -> dict[str, dict[str,
 
 def compare_rules(findings: Findings, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the statistics of RankDice minus each other rule, image by image, in points."""
-    best, found = findings.dice(findings.key("rankdice")), {}
+    best, found = findings.dice("rankdice"), {}
     for rule in rules:
-        difference = 100 * (best - findings.dice(findings.key(rule)))
+        difference = 100 * (best - findings.dice(rule))
         if rule != "rankdice":
             found[rule] = describe_differences(difference[~difference.isnan()].tolist())
     return found
@@ -111,7 +111,7 @@ def difference_section(gains: Mapping[str, Any]) -> Section:
 def class_section(findings: Findings, names: Sequence[str], rules: Sequence[str]) -> Section:
     """Return charts of the Dice of each class and rule, and of the gain of RankDice over T in each class."""
     scored = findings.scoring.scored
-    dice = {rule: findings.counts[findings.key(rule)].dice() for rule in rules}
+    dice = {rule: findings.of(rule).dice() for rule in rules}
     rows = [(names[c], {rule: 100 * float(one[:, c].nanmean()) for rule, one in dice.items()}) for c in scored]
     half = math.ceil(len(rows) / 2) if len(rows) > 8 else len(rows)
     drawn = []
@@ -131,10 +131,10 @@ def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
     """
 
     def means(probs: str = "raw", void: str = findings.scoring.void) -> dict[str, float]:
-        return {rule: findings.mean(Key(rule, probs, void)) for rule in rules}
+        return {rule: findings.mean(rule, probs, void) for rule in rules}
 
-    pixels = findings.counts[findings.key("T")].pixels
-    if all(findings.counts[Key("T", "raw", v)].pixels.equal(pixels) for v in ("masked", "counted")):
+    pixels = findings.of("T").pixels
+    if all(findings.of("T", "raw", v).pixels.equal(pixels) for v in ("masked", "counted")):
         void = [("this split has none", means())]
     else:
         void = [
@@ -146,8 +146,8 @@ def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
         "calibrated": f"temperature {findings.temperature:.3f}, fitted on validation images",
         "focal-corrected": "corrected for the focal loss (closed form)",
     }
-    curve = [(at, findings.mean(findings.key(f"at {at:.1f}"))) for at in THRESHOLDS]
-    cut, ours = chosen_cutoffs(findings).tolist(), findings.mean(findings.key("rankdice"))
+    curve = [(at, findings.mean(f"at {at:.1f}")) for at in THRESHOLDS]
+    cut, ours = chosen_cutoffs(findings).tolist(), findings.mean("rankdice")
     title = "mean Dice against threshold, and cut-offs of RankDice"
     return {
         "rules": [rule for rule in rules if rule != "rankdice"],
@@ -242,8 +242,8 @@ class Strip:
 
 def pick(findings: Findings, number: int = 3) -> dict[str, list[int]]:
     """Choose images by their scores: largest gains and losses against T, lowest and highest Dice."""
-    dice = findings.dice(findings.key("rankdice"))
-    gain = dice - findings.dice(findings.key("T"))
+    dice = findings.dice("rankdice")
+    gain = dice - findings.dice("T")
     order = [i for i in gain.argsort(stable=True).tolist() if gain[i] == gain[i]]
     by_dice = [i for i in dice.argsort(stable=True).tolist() if dice[i] == dice[i]]
     groups = {
@@ -275,7 +275,7 @@ def draw_strips(
     for index, (name, parts) in zip(picked, seen, strict=True):
         titles = ("image", "truth", "probability", *rules)
         uris = {title: data_uri(tile) for title, tile in zip(titles, panels.tiles(*parts).values(), strict=True)}
-        dice = {rule: 100 * float(findings.dice(findings.key(rule))[index]) for rule in rules}
+        dice = {rule: 100 * float(findings.dice(rule)[index]) for rule in rules}
         drawn[index] = Strip(name, uris, dice)
         stem = re.sub(r"[^\w.-]", "_", Path(name).stem)[:80]
         picture = panels.row(*parts, scale=max(1, 160 // parts[0].shape[2]))

@@ -29,7 +29,6 @@ from scripts.analysis import page as pages
 from scripts.analysis.measure import (
     EXPECTED,
     Findings,
-    Key,
     assess,
     by_size,
     false_alarms,
@@ -209,8 +208,8 @@ def record_of(probs: Tensor, targets: Tensor) -> MaskRecord:
 def test_void_is_left_out_and_counted() -> None:
     first = torch.tensor([[0.9, 0.9, 0.9, 0.1]]).view(1, 1, 2, 2)
     findings = findings_of(torch.cat([1 - first, first], 1), torch.tensor([[[1, 1], [255, 0]]]))
-    assert findings.mean(Key("T", "raw", "masked")) == pytest.approx(100)
-    assert findings.mean(Key("T", "raw", "counted")) == pytest.approx(80)  # 2·2 / (3 + 2)
+    assert findings.mean("T", "raw", "masked") == pytest.approx(100)
+    assert findings.mean("T", "raw", "counted") == pytest.approx(80)  # 2·2 / (3 + 2)
     text = pages.render("t", [], {"gain": pages.gain_section(findings, RULES)})
     assert {"<td>80.00</td>", "<td>100.00</td>"} <= set(re.findall(r"<td>[^<]*</td>", text))
 
@@ -240,8 +239,8 @@ def test_a_cut_off_is_the_smallest_probability_selected() -> None:
 def test_images_are_picked_by_gain_and_by_dice() -> None:
     torch.manual_seed(0)
     findings = findings_of(torch.rand(8, 2, 6, 6), torch.randint(0, 2, (8, 6, 6)))
-    dice = findings.dice(findings.key("rankdice"))
-    gain = dice - findings.dice(findings.key("T"))
+    dice = findings.dice("rankdice")
+    gain = dice - findings.dice("T")
     groups = pages.pick(findings, 2)
     best, worst = groups["Best images of RankDice"], groups["Worst images of RankDice"]
     assert dice[best[0]] == dice.max() and dice[worst[0]] == dice.min()
