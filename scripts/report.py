@@ -59,16 +59,17 @@ def report(args: argparse.Namespace, world: World) -> Path:
     for name in names:
         build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
 
-    def make(options: Mapping[str, Any]) -> Fitter:
-        return Fitter(cast(DictConfig, OmegaConf.merge(cfg, options)), network, path, world)
-
+    fitters = (
+        (kind, Fitter(cast(DictConfig, OmegaConf.merge(cfg, options)), network, path, world))
+        for kind, options in variants(cfg).items()
+    )
     on_validation = cfg.dataset.splits[cfg.split] == cfg.dataset.splits["val"]
     held_out = None if on_validation else build.dataset(cfg, "val")
-    findings, confidence, raw, rules, fitted = analyse(make, variants(cfg), names, data, held_out)
+    findings, confidence, rules, fitted = analyse(fitters, names, data, held_out)
     folder = args.out or path.resolve().parent / "report"
     groups = page.pick(findings, args.images)
     indices = [index for picked in groups.values() for index in picked]
-    strips = page.draw_strips(raw, data, rules, findings, indices, folder / "images")
+    strips = page.draw_strips(Fitter(cfg, network, path, world), data, rules, findings, indices, folder / "images")
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
     lead = [
         f"Split {cfg.split}, {len(findings.names)} images, protocol {cfg.protocol.name}, checkpoint of epoch "

@@ -76,44 +76,36 @@ def variants(cfg: DictConfig) -> dict[str, dict[str, Any]]:
 
 
 def analyse(
-    make: Callable[[Mapping[str, Any]], Fitter],
-    kinds: Mapping[str, Mapping[str, Any]],
-    names: Sequence[str],
-    data: Any,
-    held_out: Any,
-) -> tuple[Findings, dict[str, Any], Fitter, dict[str, Predictor], list[str]]:
+    fitters: Iterable[tuple[str, Fitter]], names: Sequence[str], data: Any, held_out: Any
+) -> tuple[Findings, dict[str, Any], dict[str, Predictor], list[str]]:
     """Score rules on every kind of probabilities, and measure the confidence of RankDice on raw ones.
 
     Args:
-        make: returns the fitter of a kind from its options. It reads the file that the fitter before has written.
-        kinds: the options of each kind; "raw" is the first of them.
+        fitters: by kind of probabilities, "raw" first; each is made when the one before has saved its values.
         names: the rules.
         data: the images.
         held_out: images that the bound on the Dice is fitted on; None if there are none.
 
     Returns:
-        The findings, the result of `assess`, the fitter and the rules of raw probabilities, and lines about what was
-        fitted.
+        The findings, the result of `assess`, the rules of raw probabilities, and lines about what was fitted.
     """
-    compared, fitters, temperature = {}, {}, math.nan
-    for kind, options in kinds.items():
-        fitter = fitters[kind] = make(options)
+    compared, temperature = {}, math.nan
+    for kind, fitter in fitters:
         rules, values = fitter.rules(names, data)
         compared[kind] = fitter.to_probs(), rules
         if kind == "raw":
-            lines = fitter.report(values, data)
+            raw, lines = fitter, fitter.report(values, data)
         if kind == "calibrated":
             temperature = cast(float, fitter.calibration("temperature"))
         fitter.save()
-    raw, (to_probs, rules) = fitters["raw"], compared["raw"]
-    findings = measure(
-        raw.network, raw.batches(data), compared, raw.scoring(data), raw.world, temperature, raw.precision
-    )
+    batches, scoring = raw.batches(data), raw.scoring(data)
+    findings = measure(raw.network, batches, compared, scoring, raw.world, temperature, raw.precision)
+    to_probs, rules = compared["raw"]
     on = record_split(raw, data, rules["rankdice"], to_probs, "confidence")
     fitted = None
     if held_out is not None:
         fitted = known_pairs(record_split(raw, held_out, rules["rankdice"], to_probs, "held-out images"))
-    return findings, assess(on, fitted), raw, rules, lines
+    return findings, assess(on, fitted), rules, lines
 
 
 def record_split(fitter: Fitter, data: Any, rule: Predictor, to_probs: ToProbs, title: str) -> MaskRecord:

@@ -267,7 +267,7 @@ def draw_strips(
     positions = {name: index for index, name in enumerate(data.names)}
     picked = list(dict.fromkeys(indices))
     places = [positions[findings.names[index]] for index in picked]
-    transform: Any = fitter.batches(data).transform  # type: ignore[attr-defined]
+    transform: Any = fitter.batches(data).transform
     options = fitter.link, fitter.world, places, lambda *parts: parts, fitter.precision
     seen = panels.panels(fitter.network, data, transform, rules, *options)
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,8 +286,7 @@ def draw_strips(
 def data_uri(tile: Tensor) -> str:
     """Return a tile (3, H, W) uint8 as a data URI, at most as wide as it is shown."""
     picture = to_pil_image(tile)
-    if picture.width > _WIDTH:
-        picture = picture.resize((_WIDTH, max(1, round(picture.height * _WIDTH / picture.width))))
+    picture.thumbnail((_WIDTH, picture.height))
     small = picture.width * picture.height <= 1 << 14
     buffer, kind = io.BytesIO(), "png" if small else "jpeg"
     picture.save(buffer, kind, **({"optimize": True} if small else {"quality": 88}))

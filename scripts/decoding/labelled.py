@@ -5,7 +5,7 @@ A case takes the place of an image, and what is stored takes the place of a netw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -110,11 +110,9 @@ def write_report(
         kinds["calibrated"] = {"calibrate": "temperature", "temperature": 1}
     if fitter.kind == "class":
         kinds["calibrated per class"] = {}
-
-    def make(options: Mapping[str, Any]) -> FolderFitter:
-        return FolderFitter(folder, fitter.fit, fitter.world.device, **options)
-
-    findings, confidence, *_ = analyse(make, kinds, names, folder, fitter.fit)
+    device = fitter.world.device
+    fitters = ((kind, FolderFitter(folder, fitter.fit, device, **options)) for kind, options in kinds.items())
+    findings, confidence, *_ = analyse(fitters, names, folder, fitter.fit)
     lead = [
         f"{len(findings.names)} cases. All rules see the same probabilities: T selects pixels with at least 0.5, "
         "max the most likely class, rankdice the mask with the largest expected Dice. Masks may overlap."
