@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs.cli import run_cli
 from configs.errors import UserError
-from scripts.analysis.scores import mean_interval, pair, read_rule
+from scripts.analysis.scores import mean, mean_interval, pair, read_rule
 from scripts.common import command_line
-from scripts.tables.results import mean
 from trainers.text import markdown_table
 
 PROBABILITIES = {"raw": "", "temperature": "calibrated"}

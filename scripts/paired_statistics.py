@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs.cli import run_cli
 from configs.errors import UserError
 from configs.files import finite_or_none
-from scripts.analysis.scores import HARM, RESAMPLES, compare, over_seeds, read_rule, result_folder, rules_in
+from scripts.analysis.scores import (
+    HARM,
+    RESAMPLES,
+    RuleScores,
+    compare,
+    mean,
+    read_rule,
+    result_folder,
+    rules_in,
+)
 from scripts.common import check_least, command_line
+from scripts.tables.results import group_seeds, parse_result
 from trainers.fitted import choose
 from trainers.text import markdown_table, markdown_text
 
@@ -119,6 +131,48 @@ def _range(ends: Sequence[float]) -> str:
     return f"{ends[0]:+.2f}, {ends[1]:+.2f}"
 
 
+def over_seeds(found: Sequence[dict[str, Any]], scores: Sequence[RuleScores]) -> list[dict[str, Any]]:
+    """Return mean and range over the training runs of each compared rule; images of several runs are not pooled.
+
+    Runs that differ in more than their seed have no mean; ``rejected`` holds the difference. ``scores`` are the
+    rules of ``found``, in the same order.
+    """
+    of_path = {one.path.resolve(): comparison for one, comparison in zip(scores, found, strict=True)}
+    if len(of_path) < len(found):
+        raise UserError("a run is given twice. Fix: give each run once.")
+    results = []
+    for path, one in zip(of_path, scores, strict=True):
+        try:
+            result = parse_result(path, Path(path.anchor), one.record)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: no key {error}. Fix: score again with test.py.") from None
+        results.append(replace(result, row=result.row._replace(collection="")))
+
+    rows = []
+    for group in group_seeds(results).values():
+        if len(group.results) > 1:
+            runs = [of_path[result.path] for result in group.results]
+            row = {key: runs[0][key] for key in ("rule", "baseline", "model", "loss", "variant")}
+            row["seeds"] = [run["seed"] for run in runs]
+            rows.append(row | ({"rejected": group.reason} if group.reason else _summary(runs)))
+    return rows
+
+
+def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean and range over runs of the mean difference, and of each class that has one in every run."""
+    by_run = [{(row["class"], row["name"]): row["mean"] for row in run["classes"]} for run in runs]
+    classes = []
+    for key in by_run[0]:
+        means, name = [found.get(key, math.nan) for found in by_run], key[1]
+        if not any(map(math.isnan, means)):
+            classes.append({"name": name, **_spread(means)})
+    return {**_spread([run["mean"] for run in runs]), "classes": classes}
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"mean": mean(values), "range": [min(values), max(values)]}
+
+
 def auto_table(folders: Sequence[Path], metric: str, halves: int, seed: int) -> str:
     """Return the mean gains over T of rankdice and of `auto`, in points, over random halves of the images."""
     rows: list[list[str]] = []
@@ -138,7 +192,7 @@ def auto_table(folders: Sequence[Path], metric: str, halves: int, seed: int) -> 
         rows.append([name, *(f"{gain:+.2f}" for gain in gains), counts])
     for loss, gains in gains_by_loss.items():
         means = [sum(column) / len(gains) for column in zip(*gains, strict=True)]
-        rows.append([f"mean of {len(gains)} runs, {loss}", *(f"{mean:+.2f}" for mean in means), ""])
+        rows.append([f"mean of {len(gains)} runs, {loss}", *(f"{gain:+.2f}" for gain in means), ""])
     return markdown_table(["run, seed", "rankdice − T", "auto − T", "chosen"], rows) + "\n"
 
 

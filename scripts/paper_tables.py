@@ -28,6 +28,7 @@ from configs.compose import CONFIGS
 from configs.errors import UserError, one_line
 from configs.files import file_sha256
 from scripts import ROOT
+from scripts.analysis.scores import short_variant
 from scripts.common import command_line
 from scripts.tables import results as ours
 from scripts.tables.layout import Table, csv_tables, latex, markdown
@@ -154,7 +155,7 @@ def generated(root: Path, groups: ours.Groups, problems: Sequence[ours.Problem])
         named[mode] = render(found, "md", problems)  # all tables of the mode under one marker
         for form in FORMATS:
             files[root / f"{stem}.{form}"] = render(found, form, problems)
-    raw = {cell: group for cell, group in groups.items() if ours.short_variant(cell[0].variant) in ("", "last")}
+    raw = {cell: group for cell, group in groups.items() if short_variant(cell[0].variant) in ("", "last")}
     named |= {f"{table.name}-raw": markdown(table) for table in ours.our_tables(raw)}  # without calibrated rows
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         if page.is_file() and "<!-- table:" in (text := page.read_text(encoding="utf-8")):

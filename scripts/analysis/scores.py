@@ -1,4 +1,4 @@
-"""Per-image scores of rules from the result files of `test.py`, and their comparison image by image.
+"""Scores from the result files of `test.py`, of images, classes and averages, and paired statistics of two rules.
 
 A rule's CSV has a row for each image and scored class in which prediction or truth is not empty. The score of an
 image is the mean over its rows. An image without rows has no score and is in no pair.
@@ -14,7 +14,7 @@ import csv
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from configs.files import read_json, read_text
-from scripts.tables import results as ours
+from trainers.metrics import PAPER_EPSILON
 from trainers.text import read_csv
 
 RESAMPLES = 10_000
@@ -39,6 +39,90 @@ Array = NDArray[np.float64]
 _SAME = ("checkpoint", "dataset", "protocol", "temperature", "calibration", "correct_focal", "images")
 
 
+def read_counts(table: Path) -> dict[tuple[str, int], tuple[int, int, int]]:
+    """Return intersection, predicted and actual pixels of each image and class in a rule's CSV file.
+
+    Raises:
+        UserError: counts are impossible, or a row occurs twice.
+        OSError, ValueError, KeyError, csv.Error: the file cannot be read.
+    """
+    counts: dict[tuple[str, int], tuple[int, int, int]] = {}
+    for row in read_csv(read_text(table, errors="surrogateescape")):
+        key = (row["image"], int(row["class"]))
+        inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
+        if not 0 <= inter <= min(predicted, actual) or not predicted + actual:
+            raise UserError(f"{table}: impossible counts {inter}, {predicted}, {actual} of {key[0]}. Fix: score again.")
+        if key in counts:
+            raise UserError(f"{table}: image {key[0]}, class {key[1]} occurs twice. Fix: score again.")
+        counts[key] = inter, predicted, actual
+    return counts
+
+
+def mean_by_key(items: Iterable[tuple[Any, float]]) -> dict[Any, float]:
+    """Return the mean of the values of each key, in the order of the keys."""
+    found: dict[Any, list[float]] = {}
+    for key, value in items:
+        found.setdefault(key, []).append(value)
+    return {key: mean(values) for key, values in found.items()}
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean, NaN without values."""
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+
+
+def fractions(
+    counts: Mapping[Any, tuple[int, int, int]], metric: str, epsilon: float = 0.0, legacy_bce_iou: bool = False
+) -> dict[Any, float]:
+    """Return Dice ("dice") or IoU ("iou") of intersection, predicted and actual pixels."""
+    if metric == "dice":
+        return {key: 2 * inter / (predicted + actual + epsilon) for key, (inter, predicted, actual) in counts.items()}
+    overlap = 0 if legacy_bce_iou else 1  # a fault of published rows: |A| + |B| instead of the union
+    return {key: inter / (p + a - overlap * inter + epsilon) for key, (inter, p, a) in counts.items()}
+
+
+def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
+    """Compute mDice and mIoU from the counts of images and classes, by the conventions of the record's protocol."""
+    paper, counts = record["protocol"] == "paper", read_counts(table)
+    unknown = {image for image, _ in counts} - set(record["images"])
+    if unknown:
+        raise UserError(f"{table}: image {min(unknown)} is not in the record. Fix: score again.")
+    means = {}
+    for metric in ("dice", "iou"):
+        found = fractions(counts, metric, PAPER_EPSILON if paper else 0.0, bool(record.get("legacy_bce_iou")))
+        value = mean(mean_by_key((image, one) for (image, _), one in found.items()).values())
+        means[f"mean_{metric}"] = round(value, 3) if paper else value
+    return means
+
+
+def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
+    """Describe what was done to the probabilities, and an unusual threshold of T: "WORD: REASON; ..."."""
+    parts, temperature = [], record.get("temperature")
+    others = [name.removeprefix("of_") for name in folders if name.startswith("of_")]
+    parts += [f"{name}: scored on {name}.pth instead of best_model.pth" for name in others]
+    if record.get("correct_focal"):
+        parts.append("corrected: the bias of the focal loss undone in closed form")
+    if "temperature_fitted_on" in record:
+        same = record["temperature_fitted_on"] == record["dataset"]["fingerprint"]
+        images = ", which are the images scored" if same else ""
+        parts.append(f"calibrated: a temperature fitted on the validation images{images}")
+    elif temperature not in (None, 1):
+        parts.append(f"temperature {temperature:g}: logits divided by it")
+    if record.get("calibration"):
+        parts.append("calibrated per class: a temperature and a bias per class fitted on the validation images")
+    if record.get("gate") not in (None, 0.5):
+        parts.append(f"gate {record['gate']}: when ranking rules leave a class out")
+    if record.get("threshold") not in (None, 0.5):
+        parts.append(f"T at {record['threshold']:g}: another threshold of T")
+    return "; ".join(parts)
+
+
+def short_variant(variant: str) -> str:
+    """Return the words of a variant without their reasons: "corrected, calibrated"."""
+    return ", ".join(part.partition(":")[0] for part in variant.split("; "))
+
+
 @dataclass(frozen=True)
 class RuleScores:
     """One rule on one checkpoint: ``scores[image, class]`` is a fraction, ``record`` the JSON file at ``path``."""
@@ -51,11 +135,11 @@ class RuleScores:
 
     def by_image(self) -> dict[str, float]:
         """Return the mean over the scored classes of each image."""
-        return ours.mean_by_key((image, value) for (image, _), value in self.scores.items())
+        return mean_by_key((image, value) for (image, _), value in self.scores.items())
 
     def by_class(self) -> dict[int, float]:
         """Return the mean over images of each class."""
-        return dict(sorted(ours.mean_by_key((c, value) for (_, c), value in self.scores.items()).items()))
+        return dict(sorted(mean_by_key((c, value) for (_, c), value in self.scores.items()).items()))
 
     def of_class(self, c: int) -> dict[str, float]:
         """Return the score of each image in one class."""
@@ -91,12 +175,12 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
         record = read_json(sidecar)
         stated = record["scores"]["mean_dice"]
         stated = None if stated is None else float(stated)
-        counts = ours.read_counts(table)
+        counts = read_counts(table)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         detail = f"no column or key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{table} and {sidecar.name} cannot be read: {detail}. Fix: score again.") from None
-    found = RuleScores(sidecar, rule, metric, ours.fractions(counts, metric), record)
-    average = ours.mean(found.by_image().values())
+    found = RuleScores(sidecar, rule, metric, fractions(counts, metric), record)
+    average = mean(found.by_image().values())
     if metric == "dice" and stated is not None and not abs(average - stated) < 1e-3:
         raise UserError(f"{table}: mean Dice is {average:.4f}, but {sidecar.name} has {stated:.4f}. Fix: score again.")
     return found
@@ -175,7 +259,7 @@ def compare(
                 "rule": 100 * other.get(c, math.nan),
                 "images": len(points),
                 "unpaired": missing,
-                "mean": ours.mean(points),
+                "mean": mean(points),
                 "interval": list(mean_interval(points, confidence, resamples, seed, groups(found))),
             }
         )
@@ -185,54 +269,12 @@ def compare(
         "metric": rule.metric,
         "model": rule.record.get("model"),
         "loss": rule.record.get("loss"),
-        "variant": ours.short_variant(ours.variant_of(rule.record)),
+        "variant": short_variant(variant_of(rule.record)),
         "seed": rule.record.get("seed"),
         "unpaired": unpaired,
         **describe_differences(values, confidence, resamples, seed, groups(pairs)),
         "classes": classes,
     }
-
-
-def over_seeds(found: Sequence[dict[str, Any]], scores: Sequence[RuleScores]) -> list[dict[str, Any]]:
-    """Return mean and range over the training runs of each compared rule; images of several runs are not pooled.
-
-    Runs that differ in more than their seed have no mean; ``rejected`` holds the difference. ``scores`` are the
-    rules of ``found``, in the same order.
-    """
-    of_path = {one.path.resolve(): comparison for one, comparison in zip(scores, found, strict=True)}
-    if len(of_path) < len(found):
-        raise UserError("a run is given twice. Fix: give each run once.")
-    results = []
-    for path, one in zip(of_path, scores, strict=True):
-        try:
-            result = ours.parse_result(path, Path(path.anchor), one.record)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: no key {error}. Fix: score again with test.py.") from None
-        results.append(replace(result, row=result.row._replace(collection="")))
-
-    rows = []
-    for group in ours.group_seeds(results).values():
-        if len(group.results) > 1:
-            runs = [of_path[result.path] for result in group.results]
-            row = {key: runs[0][key] for key in ("rule", "baseline", "model", "loss", "variant")}
-            row["seeds"] = [run["seed"] for run in runs]
-            rows.append(row | ({"rejected": group.reason} if group.reason else _summary(runs)))
-    return rows
-
-
-def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean and range over runs of the mean difference, and of each class that has one in every run."""
-    by_run = [{(row["class"], row["name"]): row["mean"] for row in run["classes"]} for run in runs]
-    classes = []
-    for key in by_run[0]:
-        means, name = [found.get(key, math.nan) for found in by_run], key[1]
-        if not any(map(math.isnan, means)):
-            classes.append({"name": name, **_spread(means)})
-    return {**_spread([run["mean"] for run in runs]), "classes": classes}
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    return {"mean": ours.mean(values), "range": [min(values), max(values)]}
 
 
 def mean_interval(
@@ -331,7 +373,7 @@ def describe_differences(
     return {
         "images": count,
         "groups": None if groups is None else len(set(groups)),
-        "mean": ours.mean(values),
+        "mean": mean(values),
         "median": median(values),
         "interval": list(interval),
         "confidence": confidence,

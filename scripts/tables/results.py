@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.errors import UserError
-from configs.files import read_json, read_text, read_yaml
+from configs.files import read_json, read_yaml
 from configs.stored import NON_RESULT_KEYS
+from scripts.analysis.scores import mean, scores_from_counts, short_variant, variant_of
 from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Table, label, mark_of
-from trainers.metrics import PAPER_EPSILON
-from trainers.text import read_csv
 
 _MAY_DIFFER = NON_RESULT_KEYS | {"seed", "hydra"}  # within one average
 _SHOWN = 5  # differences that are listed
@@ -121,63 +120,6 @@ def _describe(error: Exception) -> str:
     return f"no key {error}" if isinstance(error, KeyError) else str(error)
 
 
-def read_counts(table: Path) -> dict[tuple[str, int], tuple[int, int, int]]:
-    """Return intersection, predicted and actual pixels of each image and class in a rule's CSV file.
-
-    Raises:
-        UserError: counts are impossible, or a row occurs twice.
-        OSError, ValueError, KeyError, csv.Error: the file cannot be read.
-    """
-    counts: dict[tuple[str, int], tuple[int, int, int]] = {}
-    for row in read_csv(read_text(table, errors="surrogateescape")):
-        key = (row["image"], int(row["class"]))
-        inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
-        if not 0 <= inter <= min(predicted, actual) or not predicted + actual:
-            raise UserError(f"{table}: impossible counts {inter}, {predicted}, {actual} of {key[0]}. Fix: score again.")
-        if key in counts:
-            raise UserError(f"{table}: image {key[0]}, class {key[1]} occurs twice. Fix: score again.")
-        counts[key] = inter, predicted, actual
-    return counts
-
-
-def mean_by_key(items: Iterable[tuple[Any, float]]) -> dict[Any, float]:
-    """Return the mean of the values of each key, in the order of the keys."""
-    found: dict[Any, list[float]] = {}
-    for key, value in items:
-        found.setdefault(key, []).append(value)
-    return {key: mean(values) for key, values in found.items()}
-
-
-def mean(values: Iterable[float]) -> float:
-    """Return the mean, NaN without values."""
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
-
-
-def fractions(
-    counts: Mapping[Any, tuple[int, int, int]], metric: str, epsilon: float = 0.0, legacy_bce_iou: bool = False
-) -> dict[Any, float]:
-    """Return Dice ("dice") or IoU ("iou") of intersection, predicted and actual pixels."""
-    if metric == "dice":
-        return {key: 2 * inter / (predicted + actual + epsilon) for key, (inter, predicted, actual) in counts.items()}
-    overlap = 0 if legacy_bce_iou else 1  # a fault of published rows: |A| + |B| instead of the union
-    return {key: inter / (p + a - overlap * inter + epsilon) for key, (inter, p, a) in counts.items()}
-
-
-def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
-    """Compute mDice and mIoU from the counts of images and classes, by the conventions of the record's protocol."""
-    paper, counts = record["protocol"] == "paper", read_counts(table)
-    unknown = {image for image, _ in counts} - set(record["images"])
-    if unknown:
-        raise UserError(f"{table}: image {min(unknown)} is not in the record. Fix: score again.")
-    means = {}
-    for metric in ("dice", "iou"):
-        found = fractions(counts, metric, PAPER_EPSILON if paper else 0.0, bool(record.get("legacy_bce_iou")))
-        value = mean(mean_by_key((image, one) for (image, _), one in found.items()).values())
-        means[f"mean_{metric}"] = round(value, 3) if paper else value
-    return means
-
-
 def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
     """Return the result of a file below `saved`."""
     if record["format"] != 1:
@@ -217,33 +159,6 @@ def parse_result(path: Path, saved: Path, record: dict[str, Any]) -> Result:
         },
         config=_read_config(run / "config.yaml"),
     )
-
-
-def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
-    """Describe what was done to the probabilities, and an unusual threshold of T: "WORD: REASON; ..."."""
-    parts, temperature = [], record.get("temperature")
-    others = [name.removeprefix("of_") for name in folders if name.startswith("of_")]
-    parts += [f"{name}: scored on {name}.pth instead of best_model.pth" for name in others]
-    if record.get("correct_focal"):
-        parts.append("corrected: the bias of the focal loss undone in closed form")
-    if "temperature_fitted_on" in record:
-        same = record["temperature_fitted_on"] == record["dataset"]["fingerprint"]
-        images = ", which are the images scored" if same else ""
-        parts.append(f"calibrated: a temperature fitted on the validation images{images}")
-    elif temperature not in (None, 1):
-        parts.append(f"temperature {temperature:g}: logits divided by it")
-    if record.get("calibration"):
-        parts.append("calibrated per class: a temperature and a bias per class fitted on the validation images")
-    if record.get("gate") not in (None, 0.5):
-        parts.append(f"gate {record['gate']}: when ranking rules leave a class out")
-    if record.get("threshold") not in (None, 0.5):
-        parts.append(f"T at {record['threshold']:g}: another threshold of T")
-    return "; ".join(parts)
-
-
-def short_variant(variant: str) -> str:
-    """Return the words of a variant without their reasons: "corrected, calibrated"."""
-    return ", ".join(part.partition(":")[0] for part in variant.split("; "))
 
 
 def _percent(scores: dict[str, Any], key: str) -> float:

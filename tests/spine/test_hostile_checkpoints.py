@@ -21,8 +21,8 @@ from configs.files import read_json, read_yaml
 from datasets.decode import read_split
 from datasets.folder import read_class_table
 from models import CheckpointError, TinyUNet, load_state, read_checkpoint
+from scripts.analysis.scores import scores_from_counts
 from scripts.inference.files import Review, settle
-from scripts.tables.results import scores_from_counts
 from trainers.checkpoint import save
 from trainers.journal import read_rows
 
