@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 bad input.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs.compose import CONFIGS, options
 from scripts import ROOT
+from scripts.common import command_line
 
 PAGE = ROOT / "docs" / "configuration.md"
 INTRODUCTION = """\
@@ -69,6 +69,5 @@ def _block(path: Path, header_only: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    form = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args()
+    command_line(__doc__).parse_args()
     PAGE.write_text(page(), encoding="utf-8")

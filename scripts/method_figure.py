@@ -12,14 +12,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+from configs.cli import run_cli
 from configs.errors import one_line
 from rankseg import expected_dice, rank_dice
 from scripts import ROOT
+from scripts.analysis.charts import load_pyplot
 from scripts.common import command_line
 
 SIDE = 32
@@ -43,10 +44,7 @@ def score_every_volume(probs: torch.Tensor) -> torch.Tensor:
 
 def draw(path: Path) -> None:
     """Write the figure and print the numbers in it."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    probs = blurred_object()
+    plt, probs = load_pyplot(), blurred_object()
     scores, ordered = score_every_volume(probs), probs.flatten().sort(descending=True).values
     masks = {"T": probs >= 0.5, "RankDice": rank_dice(probs).predict}
     labels = {"T": "threshold 0.5", "RankDice": "RankDice"}
@@ -74,7 +72,12 @@ def draw(path: Path) -> None:
     print(one_line(path))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command."""
     parser = command_line(__doc__)
     parser.add_argument("path", nargs="?", type=Path, default=ROOT / "docs" / "method.png", help="file to write")
     draw(parser.parse_args().path)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -15,6 +15,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from configs.errors import UserError
+
 PALETTE = {
     "ink": "#1b2027",
     "soft": "#606b77",
@@ -84,7 +86,10 @@ def svg(title: str, chart: Callable[..., None], *data: Any, size: Ends = (5.8, 3
 
 def load_pyplot() -> Any:
     """Return matplotlib.pyplot for files, without a display."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise UserError(f"charts need {error.name}, which is missing. Fix: pip install -r requirements.txt") from error
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
