@@ -38,6 +38,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -47,15 +48,15 @@ from configs.compose import options
 from configs.errors import TrainingError, UserError, as_training_error, one_line
 from configs.files import finite_or_none, read_json, require_writable, write_json, write_text
 from rankseg.calibration import Reliability
-from scripts import ROOT
+from scripts import ROOT, report
+from scripts.analysis.measure import analyse
 from scripts.analysis.scores import compare, read_rule
-from scripts.common import check_least, command_line, map_in_threads
+from scripts.common import check_least, command_line, map_in_threads, summary
 from scripts.decoding import rules
 from scripts.decoding.arrays import write_array
 from scripts.decoding.cases import Folder, name_case_in_errors
-from scripts.decoding.labelled import FolderFitter, write_report
+from scripts.decoding.labelled import FolderFitter
 from scripts.paired_statistics import markdown
-from scripts.report import facts_of_report
 from trainers.distributed import pick_device
 from trainers.evaluator import Scoring, probability_scores
 from trainers.metrics import Counts
@@ -91,10 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(job.compare())
         if args.report:
             print(one_line(f"report: {job.report()}"))
-    before, decoded = len(cases) - len(todo), sum(name not in job.failed for name in todo)
-    parts = [f"{decoded} cases decoded with {', '.join(job.rules)}"]
-    parts += [f"{before} done before"] * bool(before) + [f"{len(job.failed)} failed"] * bool(job.failed)
-    print(one_line(f"{args.out}: {', '.join(parts)}"))
+    done = f"{sum(name not in job.failed for name in todo)} cases decoded with {', '.join(job.rules)}"
+    print(summary(args.out, done, len(cases) - len(todo), len(job.failed)))
     for problem in job.failed.values():
         print(one_line(f"  {problem}"), file=sys.stderr)
     return SOME_FAILED if job.failed else 0
@@ -153,9 +152,9 @@ def _integers(option: str, text: str) -> list[int]:
         raise UserError(f"{option} {text} is invalid: expected integers, such as 1,2.") from None
 
 
-def _tensor(values: Sequence[float | None]) -> Tensor:
-    """Return numbers as they were before JSON, which has no NaN."""
-    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+def _tensor(values: list) -> Tensor:
+    """Return nested lists of numbers of JSON as a tensor; null, which stands for NaN, is NaN again."""
+    return torch.from_numpy(np.array(values, np.float64))
 
 
 class Job:
@@ -202,8 +201,9 @@ class Job:
             return None
         if not isinstance(record, dict) or record.pop("hash", None) != fingerprint(record):
             return None
-        same = (record["settings"], record["sources"]) == (self.settings, self.folder.sources(name))
-        return record if same and all(Path(path).is_file() for path in record["written"]) else None
+        if (record.get("settings"), record.get("sources")) != (self.settings, self.folder.sources(name)):
+            return None
+        return record if all(Path(path).is_file() for path in record["written"]) else None
 
     def __call__(self, name: str) -> str | None:
         """Decode and write a case; return what is wrong with it, or None."""
@@ -262,7 +262,7 @@ class Job:
         averaged = tuple(self.args.scored or range(first, classes))
         if not set(averaged) <= set(range(classes)):
             raise UserError(f"--scored {self.args.scored} is invalid: labels are 0 to {classes - 1}.")
-        likelihoods = torch.stack([_tensor(record["likelihood"]) for record in records.values()])
+        likelihoods = _tensor([record["likelihood"] for record in records.values()])
         of_probs = probability_scores(reliability, likelihoods, first)
         details = self._details(list(records), classes)
         results = {}
@@ -278,7 +278,7 @@ class Job:
                 scored=averaged,
                 scores={"test_loss": math.nan, **summary, **of_probs},
                 seconds=sum(row["seconds"] for row in rows),
-                confidence=torch.stack([_tensor(r["confidence"]) for r in rows]) if self.args.confidence else None,
+                confidence=_tensor([row["confidence"] for row in rows]) if self.args.confidence else None,
             )
             fitted = {"fitted": self.fitted[rule]} if rule in self.fitted else {}
             results[rule].save(self.args.out / "results", {**details, **fitted})
@@ -302,19 +302,32 @@ class Job:
         return "\n".join([*lines, one_line(f"paired statistics: {path}")])
 
     def report(self) -> Path:
-        """Write OUT/report/index.html over the cases that did not fail; return its path."""
+        """Write OUT/report/index.html, the report of networks, over the cases that did not fail; return its path."""
         data, args = self.folder, self.args
         data.failed = {name: problem for name, problem in self.failed.items() if name in data.cases}
+        kinds: dict[str, dict[str, Any]] = {"raw": {"calibrate": "none"}}
+        if args.fit:
+            kinds["calibrated"] = {"calibrate": "temperature", "temperature": 1}
+        if args.calibrate == "class":
+            kinds["calibrated per class"] = {}
+        fitters = ((kind, FolderFitter(data, self.fit, self.device, **changes)) for kind, changes in kinds.items())
+        names = list(dict.fromkeys((*report.RULES, *args.predictor)))
+        findings, confidence, *_ = analyse(fitters, names, data, self.fit)
+        title = f"Saved probabilities: {args.probs.resolve().name}"
+        lead = [
+            f"{len(findings.names)} cases. All rules see the same probabilities: T selects pixels with at least 0.5, "
+            "max the most likely class, rankdice the mask with the largest expected Dice. Masks may overlap."
+        ]
+        classes = self._classes(data.channels + data.first)[data.first :]
         facts = {
             "probabilities": args.probs,
             "labels": args.labels,
             "cases": f"{len(data)}, fingerprint {data.fingerprint()}",
             "fitted on": " and ".join(map(str, args.fit or ())),
-            **facts_of_report(),
+            **report.facts_of_report(),
         }
-        title = f"Saved probabilities: {args.probs.resolve().name}"
-        classes = self._classes(data.channels + data.first)[data.first :]
-        return write_report(title, data, self.fitter, classes, facts)
+        of = {"provenance": facts}
+        return report.write(args.out / "report", title, lead, findings, confidence, classes, names, of, {})
 
     def write_confidence(self, records: Mapping[str, Record]) -> None:
         """Write OUT/confidence.csv: case, rule, label and the expected Dice of the mask."""

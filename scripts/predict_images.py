@@ -30,9 +30,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -49,7 +48,7 @@ from tqdm import tqdm
 from configs.checkpoint import check_classes, load
 from configs.cli import run_cli
 from configs.compose import options
-from configs.errors import UserError, one_line
+from configs.errors import TrainingError, UserError, as_training_error, one_line
 from configs.files import file_sha256, shell_word
 from configs.fitting import Fitter
 from datasets import DatasetError, DatasetInfo
@@ -60,6 +59,7 @@ from scripts.common import (
     command_line,
     default_workers,
     map_in_threads,
+    summary,
 )
 from scripts.inference import files
 from scripts.inference.files import Review, dataset_info, outputs_of, reject_collisions, settle
@@ -68,7 +68,6 @@ from trainers.distributed import World, pick_device
 from trainers.forward import logits_of
 
 SOME_FAILED = 1
-OUT_OF_MEMORY = re.compile("out of memory|OutOfMemory|can't allocate memory|not enough memory|MemoryError")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,23 +97,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 if isinstance(picture, DatasetError):
                     raise picture
-                segment(picture, outputs[image], image)
-            except (DatasetError, MemoryError, RuntimeError) as error:
-                problem = str(error)
-                if not isinstance(error, DatasetError):
-                    if not OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
-                        raise
-                    problem = one_line(f"{found[image]} does not fit in memory. Fix: a smaller --window")
-                tqdm.write(f"error: {problem}", file=sys.stderr)
+                with as_training_error(f"segmenting {found[image]}", "use a smaller --window"):
+                    segment(picture, outputs[image], image)
+            except (DatasetError, TrainingError) as error:  # the other images are segmented
+                tqdm.write(f"error: {error}", file=sys.stderr)
                 failed += 1
             del picture  # free it before the next one is read
             bar.update()
     if review:
         review.save()
-    before = len(found) - len(todo)
-    parts = [f"{len(todo) - failed} images segmented with {name}"]
-    parts += [f"{before} done before"] * bool(before) + [f"{failed} failed"] * bool(failed)
-    print(one_line(f"{args.out}: {', '.join(parts)}"))
+    done = f"{len(todo) - failed} images segmented with {name}"
+    print(summary(args.out, done, len(found) - len(todo), failed))
     return SOME_FAILED if failed else 0
 
 
@@ -211,7 +204,7 @@ class Segmenter:
         """Return the logits (N, C, h, w) of normalised images (N, 3, h, w)."""
         return logits_of(self.fitter.network, pixels, None, self.fitter.world, self.fitter.precision)
 
-    def __call__(self, picture: files.Picture, outputs: Mapping[str | int, Path], image: str) -> None:
+    def __call__(self, picture: files.Picture, outputs: files.Outputs, image: str) -> None:
         """Segment one picture, whose name is `image`, and write its files."""
         pixels, orientation = picture
         device = self.fitter.world.device
@@ -228,6 +221,7 @@ class Segmenter:
             files.save_probabilities(probs, orientation, outputs["probabilities"])
         if "overlay" in outputs:
             files.save_overlay(pixels, labels, self.info, outputs["overlay"])
+        # The last one: an image that has it is done.
         files.save_labels(labels, orientation, self.info, outputs["labels"])
 
 

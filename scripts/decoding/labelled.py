@@ -5,10 +5,8 @@ A case takes the place of an image, and what is stored takes the place of a netw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +17,6 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.fitting import Fitter
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
-from scripts import report
-from scripts.analysis.measure import analyse
 from scripts.decoding.cases import Folder, FromStored
 from trainers.distributed import World
 from trainers.evaluator import Scoring
@@ -98,24 +94,3 @@ class FolderFitter(Fitter):
 
     def _loss(self) -> Any:
         return self.network
-
-
-def write_report(
-    title: str, folder: Folder, fitter: FolderFitter, classes: Sequence[str], facts: dict[str, Any]
-) -> Path:
-    """Write the report of labelled cases, with the measurements and the page of networks; return its path."""
-    names = list(dict.fromkeys((*report.RULES, *fitter.args.predictor)))
-    kinds: dict[str, dict[str, Any]] = {"raw": {"calibrate": "none"}}
-    if fitter.fit is not None:
-        kinds["calibrated"] = {"calibrate": "temperature", "temperature": 1}
-    if fitter.kind == "class":
-        kinds["calibrated per class"] = {}
-    device = fitter.world.device
-    fitters = ((kind, FolderFitter(folder, fitter.fit, device, **options)) for kind, options in kinds.items())
-    findings, confidence, *_ = analyse(fitters, names, folder, fitter.fit)
-    lead = [
-        f"{len(findings.names)} cases. All rules see the same probabilities: T selects pixels with at least 0.5, "
-        "max the most likely class, rankdice the mask with the largest expected Dice. Masks may overlap."
-    ]
-    of = {"provenance": facts}
-    return report.write(fitter.args.out / "report", title, lead, findings, confidence, classes, names, of, {})

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,15 @@ def label_map(case: Case, masks: np.ndarray, args: Namespace) -> np.ndarray:
     dtype = next(t for t in dtypes if np.iinfo(t).min <= fill and top <= np.iinfo(t).max)
     labels = scratch(masks.shape[1:], dtype, args.out)
     for part in slabs(masks.shape[1:], 2 * len(masks)):
-        probs = case.probs[None, :, part]
-        inner = rankseg.label_map(torch.from_numpy(masks[None, :, part]), unassigned, probs, first=case.first)[
-            0
-        ].numpy()
-        labels[part] = inner if case.valid is None else np.where(case.valid[part], inner, args.void)
+        some, probs = torch.from_numpy(masks[None, :, part]), case.probs[None, :, part]
+        inside = rankseg.label_map(some, unassigned, probs, first=case.first)[0].numpy()
+        labels[part] = inside if case.valid is None else np.where(case.valid[part], inside, args.void)
     return labels
 
 
 def confidence(written: np.ndarray, case: Case) -> list[float]:
     """Return `rankseg.confidence` of every mask that is written; NaN for a background without a channel."""
-    values = [float("nan")] * case.first
+    values = [math.nan] * case.first
     for label, channel in enumerate(case.probs, case.first):
         mask = written[label - case.first] if written.ndim == case.probs.ndim else written == label
         part = rankseg.confidence(channel[None, None], torch.from_numpy(np.ascontiguousarray(mask))[None, None])

@@ -33,6 +33,7 @@ from trainers.text import csv_text, read_csv
 
 VOID_COLOUR = (224, 224, 192)
 BAND = 256  # rows of an overlay that are drawn at once
+Outputs = Mapping[str | int, Path]  # the files made from an image, by kind; those of masks by the index of the class
 
 
 class Picture(NamedTuple):
@@ -141,12 +142,8 @@ def save_png(image: Image.Image, path: Path, orientation: int = 1) -> None:
 # What is written
 
 
-def outputs_of(args: Namespace, image: str, info: DatasetInfo) -> dict[str | int, Path]:
-    """Return the files that are made from an image, by kind; those of masks by the index of the class.
-
-    ``image`` is its name, a path below ``args.out`` without suffix. The palette PNG is written last, so it shows that
-    all are there.
-    """
+def outputs_of(args: Namespace, image: str, info: DatasetInfo) -> Outputs:
+    """Return the files of an image. ``image`` is its name: a path below ``args.out``, without suffix."""
     out: Path = args.out
     paths: dict[str | int, Path] = {}
     if args.per_class:
@@ -164,7 +161,7 @@ def file_names(classes: tuple[str, ...]) -> list[str]:
     return [name if safe.count(name) == 1 else f"{name}_{c}" for c, name in enumerate(safe)]
 
 
-def reject_collisions(outputs: Mapping[str, Mapping[Any, Path]], images: Mapping[str, Path]) -> None:
+def reject_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]) -> None:
     """Raise UserError if two files have one path, or if a file would replace an image."""
     fix = "Fix: rename one, or segment them into folders of their own"
     read = {realpath(path): path for path in images.values()}
@@ -183,11 +180,7 @@ def reject_collisions(outputs: Mapping[str, Mapping[Any, Path]], images: Mapping
 
 
 def settle(
-    out: Path,
-    settings: dict[str, Any],
-    outputs: Mapping[str, Mapping[Any, Path]],
-    images: Mapping[str, Path],
-    force: bool,
+    out: Path, settings: dict[str, Any], outputs: Mapping[str, Outputs], images: Mapping[str, Path], force: bool
 ) -> None:
     """Store in the folder how its masks are made, and from which images.
 
