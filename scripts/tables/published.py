@@ -167,10 +167,12 @@ def _ours(
     found = matching(groups, cell.dataset, "paper", cell.model, cell.loss, cell.predictor)
     other = ""
     for block in nearest if not found else ():
-        for model, row in block.paper_rows.items():
-            if block.dataset == cell.dataset and row == cell.model:
-                matches = matching(groups, cell.dataset, "paper", model, cell.loss, cell.predictor)
-                found += [group for group in matches if not group.reason and block.covers(group)]
+        model = block.paper_rows.get(cell.model, {}).get(cell.loss)
+        if model and block.dataset == cell.dataset:
+            matches = matching(groups, cell.dataset, "paper", model, cell.loss, cell.predictor)
+            covered = [group for group in matches if not group.reason and block.covers(group)]
+            if covered:
+                found += covered
                 other = _OTHER_NETWORK.format(model=model, differs=block.differs)
     if not found:
         return label("missing"), _NONE
@@ -203,8 +205,8 @@ class Expected:
     """The scores that an experiment's configuration expects, in percent.
 
     `scores[model][loss][rule]` is [mDice, mIoU]; either may be null. `num_images` and `collection` restrict the
-    results that are checked; null means no restriction. `paper_rows[model]` is the published network that a model
-    of this experiment is compared with, and `differs` says what is not as in the paper.
+    results that are checked; null means no restriction. `paper_rows[model][loss]` is the model of this experiment that
+    is compared with a published row, and `differs` says what is not as in the paper.
     """
 
     path: Path
@@ -214,7 +216,7 @@ class Expected:
     scores: Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
     num_images: int | None = None
     collection: str | None = None
-    paper_rows: Mapping[str, str] = field(default_factory=dict)
+    paper_rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     differs: str = ""
 
     def covers(self, group: Group) -> bool:

@@ -43,6 +43,7 @@ SMALL = {
     "benchmark.py loader": "--frames 1 --rounds 1",
     "benchmark.py test": "--rounds 1 --images 4",
     "benchmark.py volume": "--shape 3,6,20,20 --rules max",
+    "--auto": "--auto 30",
     "simulate.py": "--images 2 --draws 2 --sizes 28",
 }
 # Installing, fetching, testing; launchers, which have tests of their own; forms that are no commands.

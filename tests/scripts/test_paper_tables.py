@@ -341,20 +341,15 @@ def test_both_takes_the_last_epoch_as_the_paper_did(saved):
 
 def test_both_shows_a_nearest_network_and_says_what_differs(saved):
     saved(model="smp_pspnet-small", scores__mean_dice=0.58, scores__mean_iou=0.49)
-    block = Expected(
-        path=saved.folder,
-        dataset="cityscapes",
-        protocol="corrected",
-        tolerance=1,
-        scores={},
-        paper_rows={"smp_pspnet-small": "pspnet"},
-        differs="a small encoder",
-    )
+    common = {"path": saved.folder, "dataset": "cityscapes", "protocol": "corrected", "tolerance": 1, "scores": {}}
+    block = Expected(**common, paper_rows={"pspnet": {"ce": "smp_pspnet-small"}}, differs="a small encoder")
+    other = Expected(**common, paper_rows={"pspnet": {"ce": "smp_not-run", "focal": "smp_pspnet-small"}}, differs="x")
     assert _both(saved.folder)[1]["PSPNet", "CE"][1].text == "missing"
-    table, rows = _both(saved.folder, expected=[block])
+    table, rows = _both(saved.folder, expected=[block, other])
     assert rows["PSPNet", "CE"][2].text == "(+0.50, −0.60)"
     (mark,) = rows["PSPNet", "CE"][1].marks
     assert table.notes[mark].endswith("smp_pspnet-small: a small encoder.")
+    assert rows["PSPNet", "Focal"][1].text == "missing"
     saved(scores__mean_dice=0.6, scores__mean_iou=0.49)  # the paper's own network comes first
     assert _both(saved.folder, expected=[block])[1]["PSPNet", "CE"][2].text == "(+2.50, −0.60)"
 
