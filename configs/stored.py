@@ -4,8 +4,8 @@ A checkpoint may come from anywhere, so its configuration is data. It holds the 
 (``model: smp_unet``), which must be files in ``configs/``, and plain values. A value is accepted if it passes the check
 of its key. A key that our configuration does not have is accepted only as the name of a split or an argument of the
 object that is built. Nothing is interpolated, and nothing chooses which Python object is built, which rule a name
-stands for, or where results are written. ``dataset.root`` is accepted:
-it is the folder that a data set is read from unless ``dataset.root=PATH`` is given.
+stands for, or where results are written. ``dataset.root`` is accepted. It is the folder that a data set is read from,
+unless ``dataset.root=PATH`` is given.
 """
 
 from __future__ import annotations

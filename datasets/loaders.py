@@ -94,7 +94,7 @@ class Reader:
 
 
 class Loader:
-    """What training and evaluation share: workers, their failures, and the list of skipped images."""
+    """Base class of the loaders: it runs the workers, reports their failures, and lists the skipped images."""
 
     substitutes = False  # whether the next readable image replaces a skipped one
 
@@ -225,7 +225,7 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """Every image once, in order. Rank r has the batches r, r + world_size, ... without padding.
+    """Every image of a data set once, in order. Rank r has the batches r, r + world_size, ... without padding.
 
     The batches are those of a single process, because convolutions round differently in batches of another size.
     All images and targets of a batch have one size: a batch ends early when the size changes.

@@ -131,7 +131,7 @@ class PairedDataset(SegmentationDataset):
         return encoded
 
     def label_meaning(self) -> list[object]:
-        """Return what decides, besides a mask's bytes, which class a raw label becomes."""
+        """Return the settings that decide the class of each raw label; they are part of the checksum."""
         table: LabelTable | None = getattr(self, "table", None)  # none if a subclass replaces `read_mask`
         return [*sorted(table.mapping.items())] if table else []
 

@@ -123,7 +123,7 @@ def _best(
     inside = support < high[:, None]
 
     def weights(p: float) -> Tensor:
-        """Law of Γ without one pixel of probability `p`, on the support: (R, L)."""
+        """Distribution of Γ without one pixel of probability `p`, on the support: (R, L)."""
         spread = p * (1 - p)
         sigma = (variance - spread).clamp(min=1e-12).sqrt()[:, None]
         skew = (third - spread * (1 - 2 * p))[:, None] / sigma**3
@@ -207,7 +207,7 @@ class Moments(NamedTuple):
 
 
 def moments(probs: Tensor) -> Moments:
-    """Central moments of the law of `probs` (..., D), in float64."""
+    """Central moments of the distribution of the number of object pixels, from `probs` (..., D), in float64."""
     p = probs.double()
     spread = p * (1 - p)
     return Moments(p.sum(-1), spread.sum(-1), (spread * (1 - 2 * p)).sum(-1))

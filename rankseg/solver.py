@@ -1,7 +1,7 @@
 """The search for the optimal volume of every row: guess a bracket, pass once over the pixels, prove the result.
 
-1. `surrogate` guesses a bracket of cut-offs for large objects. Small objects are taken whole, down to
-   probabilities so small that power sums describe the rest exactly.
+1. `surrogate` guesses a bracket of cut-offs for large objects. The bracket of a small object contains all pixels
+   but those with probabilities so small that power sums describe them exactly.
 2. `gather.gather` passes once over the pixels: power sums, and the pixels inside the bracket.
 3. `exact.window_scores` evaluates every volume that the bounds of `surrogate` do not exclude.
 4. A row is solved again if its bracket does not contain all those volumes: with a few more pixels on both sides,
@@ -120,8 +120,7 @@ def _attempt(
 ) -> tuple[Tensor, Solution]:
     """Solve `rows` (R,) within their brackets, and within `reach` more pixels on either side.
 
-    Returns (R,) float64 as well: 0 if the solution is proved, otherwise how many more pixels on either side prove
-    it, infinite if only another bracket can.
+    Return the result of `_needed` and the solution.
     """
     pixels = flat.shape[1]
     got = gather(flat, rows, low, high)
@@ -174,7 +173,7 @@ def _scores(
     wanted: Tensor,
     losses: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Number of volumes left out before the wanted ones, (B,) int64, and the scores of the wanted ones, (B, ·).
+    """Return the number of volumes before the first scored one, (B,) int64, and the scores, (B, ·).
 
     As `exact.window_scores`, after the window (B, W) has been reduced to the pixels that need a logarithm each:
     those between the first and the last wanted volume, and those too large for the power sums.
@@ -215,7 +214,7 @@ def _needed(
     smooth: float,
     pixels: int,
 ) -> Tensor:
-    """How many more pixels on either side prove the result, 0 if it is proved, infinite if none do: (R,).
+    """Return how many more pixels on either side prove the result: (R,), 0 if it is proved, infinite if none do.
 
     `margins`, `edges`, `loss`: see `surrogate.ranks_needed`. `above` (R,) is the number of pixels above the bracket,
     `width` (R,) that of the pixels in it.

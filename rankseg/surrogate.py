@@ -1,6 +1,6 @@
 """The reciprocal-moment surrogate: an estimate of the optimum, and the proof that no other volume is better.
 
-With m = E of the denominator, Jensen's inequality and 1 - pu <= e^{-pu} enclose every expected score:
+Jensen's inequality gives a lower bound of every expected score, and 1 - pu <= e^{-pu} an upper bound:
 
     Dice   (2C + γ) / (τ + μ + γ + 1)  <=  Dice_γ(τ)  <=  (2C + γ) / (τ + μ + γ - 1)
     IoU    (C + γ) / (τ + μ + γ - C)   <=   IoU_γ(τ)  <=  (C + γ) / (τ + μ + γ - C - 1)
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def loss_bound(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float) -> Tensor:
-    """1 - lower bound, for masks of `volume` pixels that capture the probability mass `captured`.
+    """Return 1 - lower bound, for masks of `volume` pixels that capture the probability mass `captured`.
 
     It stays accurate if `smooth` is so large that every score rounds to 1.
     """
@@ -32,7 +32,7 @@ def loss_bound(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smoot
 
 
 def margin(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float, loss: Tensor) -> Tensor:
-    """g(τ), which is negative only if the volume τ scores less than 1 - `loss`; `loss` is known to be attained.
+    """Return g(τ). If it is negative, the volume τ scores less than 1 - `loss`, which another volume attains.
 
     Multiplied out, "upper bound >= best" reads g >= 0 with g = 2C + γ - best·(τ + μ + γ - 1) for Dice and
     g = (1 + best)·C + γ - best·(τ + μ + γ - 1) for IoU, best = 1 - loss. C(τ) is concave in τ (its steps are the
@@ -46,11 +46,11 @@ def margin(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: f
 
 
 def ranks_needed(score: str, margins: Tensor, edges: Tensor, loss: Tensor) -> Tensor:
-    """How many more pixels beyond the ends of the bracket make g negative there: (2, R), infinite if none do.
+    """Return how many more pixels at each end of the bracket make g negative there: (2, R), infinite if none do.
 
-    `margins` (2, R) is g at the first and the last volume, `edges` (2, R) are the upper and the lower cut-off. Each
-    pixel above exceeds the upper one: leaving it out lowers g by at least weight·edge - best. Each pixel below lowers
-    g by at least best - weight·edge.
+    `margins` (2, R) is g at the first and the last volume, `edges` (2, R) are the upper and the lower cut-off. The
+    probability of a pixel above the bracket exceeds the upper cut-off, so leaving the pixel out lowers g by at least
+    weight·edge - best. Adding a pixel below the bracket lowers g by at least best - weight·edge.
     """
     best = 1 - loss
     step = edges * (2 if score == "dice" else 1 + best) - best
@@ -92,8 +92,8 @@ def from_sample(score: str, sample: Tensor, stride: int, mean: Tensor, smooth: f
 def bracket(cut: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
     """Bracket (low, high) of cut-offs around `cut` that most likely holds all volumes that `margin` does not exclude.
 
-    Leaving out k pixels at distance x from the cut-off costs about 2kx, and 4·cut is the gap of the bounds.
-    The width is only a guess: the exact pass proves it or widens it.
+    Leaving out k pixels at distance x from the cut-off costs about 2kx; the two bounds differ by 4·cut. The width is
+    only a guess: the solver proves afterwards that it is sufficient, or widens the bracket.
     """
     half = 3 * torch.sqrt(cut / density) + 0.002 * cut
     return (cut - half).clamp(min=1e-3), cut + half

@@ -24,7 +24,7 @@ _FEW = tl.constexpr(48.0)
 
 @triton.jit
 def _pixels(flat, row, start, end, stride_row, stride_pixel, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Pixels start..start + BLOCK of a row, and which of them lie before `end`."""
+    """Pixels start..start + BLOCK of a row, and whether each is before `end`."""
     place = start + tl.arange(0, BLOCK).to(tl.int64)
     inside = place < end
     at = flat + row * stride_row + place * stride_pixel

@@ -204,7 +204,7 @@ def call(arguments: Sequence[str], log: Path, threads: int | None, tick: Callabl
 
 
 def _stop_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the parent dies, so that no training runs on unseen (PR_SET_PDEATHSIG)."""
+    """Ask Linux to send SIGTERM when the parent dies, so that no training is left running (PR_SET_PDEATHSIG)."""
     _libc.prctl(1, signal.SIGTERM)  # type: ignore[union-attr]
 
 

@@ -26,7 +26,7 @@ from trainers.schedules import Schedule
 from trainers.update import Update
 
 Validate = Callable[[nn.Module, int, int], float]
-_STOP = 2  # a vote that outweighs that for a checkpoint, 1
+_STOP = 2  # the vote of a rank to save and stop; 1: to save only; 0: neither. The largest vote counts
 
 
 class EpochLoader(Protocol):

@@ -74,7 +74,7 @@ class Stopwatch:
         return result
 
     def watch(self, owner: Any, method: str, part: str) -> None:
-        """From now on, count the seconds of one method of an object, or of one function of a module."""
+        """Count the seconds of one method of an object, or of one function of a module, from now on."""
         set_attribute = object.__setattr__ if isinstance(owner, nn.Module) else setattr  # not as a sub-module
         set_attribute(owner, method, partial(self.call, part, getattr(owner, method)))
 

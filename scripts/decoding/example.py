@@ -73,7 +73,7 @@ def template_case(n: int) -> Case:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command."""
     parser = command_line(__doc__)
     parser.add_argument("out", type=Path, metavar="VOLUMES")
     parser.add_argument("--cases", type=int, default=6)

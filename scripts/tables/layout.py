@@ -80,7 +80,7 @@ def label(text: str, marks: Sequence[str] = ()) -> Cell:
 
 @dataclass(frozen=True)
 class Style:
-    """How a format writes bold text and marks, and escapes what it would interpret."""
+    """The markup of a format: bold text, marks, and the function that escapes text."""
 
     bold: str
     marks: str
