@@ -35,9 +35,9 @@ class Gathered(NamedTuple):
     """The result of one pass over R rows: the extracted pixels, and power sums of the others.
 
     `chosen` (R, 5): Σ p^k, k = 0..4, over the pixels above `high` (or those of a given mask, unless extracted).
-    `rest` (R, 5): the same over the remaining pixels, without their number (k = 0). `rows` (E,) ascending, `values` (E,)
-    float64, `flags` (E,): the extracted pixels, their rows, and whether the given mask holds them. `width` (R,)
-    int64: how many were extracted from each row.
+    `rest` (R, 5): the same over the remaining pixels, without their number (k = 0). `rows` (E,) ascending, `values`
+    (E,) float64 and `flags` (E,): the rows of the extracted pixels, their probabilities, and whether the given mask
+    contains them. `width` (R,) int64: how many were extracted from each row.
     """
 
     chosen: Tensor

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from configs.errors import UserError, one_line
+from configs.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -82,7 +82,7 @@ def load_run(path: Path, overrides: Sequence[str], device: Any) -> LoadedRun:
 def summary(out: Path, done: str, before: int, failed: int) -> str:
     """Return the last line of a command that makes a file of each of its inputs."""
     parts = [done] + [f"{before} done before"] * bool(before) + [f"{failed} failed"] * bool(failed)
-    return one_line(f"{out}: {', '.join(parts)}")
+    return f"{out}: {', '.join(parts)}"
 
 
 def default_workers() -> int:

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.report:
             print(one_line(f"report: {job.report()}"))
     done = f"{sum(name not in job.failed for name in todo)} cases decoded with {', '.join(job.rules)}"
-    print(summary(args.out, done, len(cases) - len(todo), len(job.failed)))
+    print(one_line(summary(args.out, done, len(cases) - len(todo), len(job.failed))))
     for problem in job.failed.values():
         print(one_line(f"  {problem}"), file=sys.stderr)
     return SOME_FAILED if job.failed else 0
@@ -270,13 +270,13 @@ class Job:
             rows = [record["rules"][rule] for record in records.values()]
             counts = [{key: torch.tensor(values) for key, values in row["counts"].items()} for row in rows]
             joined = Counts.cat([Counts(**one) for one in counts])
-            summary = Scoring(classes, averaged, self.args.void).summary(joined)
+            averages = Scoring(classes, averaged, self.args.void).summary(joined)
             results[rule] = EvalResult(
                 predictor=rule,
                 names=list(records),
                 counts=joined,
                 scored=averaged,
-                scores={"test_loss": math.nan, **summary, **of_probs},
+                scores={"test_loss": math.nan, **averages, **of_probs},
                 seconds=sum(row["seconds"] for row in rows),
                 confidence=_tensor([row["confidence"] for row in rows]) if self.args.confidence else None,
             )

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if review:
         review.save()
     done = f"{len(todo) - failed} images segmented with {name}"
-    print(summary(args.out, done, len(found) - len(todo), failed))
+    print(one_line(summary(args.out, done, len(found) - len(todo), failed)))
     return SOME_FAILED if failed else 0
 
 
