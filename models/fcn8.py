@@ -80,7 +80,7 @@ class FCN8(nn.Module):
 
 def bilinear_kernel(size: int) -> Tensor:
     """Return the (size, size) kernel of a bilinear transposed convolution with stride ``size / 2``."""
-    positions = torch.arange(size, dtype=torch.float32)
+    positions = torch.arange(size, dtype=torch.float32, device="cpu")  # values also under torch.device("meta")
     tent = 1 - (positions - (size - 1) / 2).abs() / (size / 2)
     return torch.outer(tent, tent)
 

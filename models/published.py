@@ -103,7 +103,8 @@ def load_published(checkpoint: dict[str, Any], source: str = "the checkpoint") -
             f"{NUM_CLASSES[config['dataset']]}. Fix: use an undamaged file."
         )
     epoch = epoch_number(checkpoint.get("epoch", 0), source)
-    network = NETWORKS[name](num_classes)
+    with torch.device("meta"):  # the checkpoint has all weights: no time is spent on drawing others
+        network = NETWORKS[name](num_classes)
     load_state(network, translate_state(name, state, source), source)
     config |= {"num_classes": num_classes, "epoch": epoch}
     return network.eval(), config

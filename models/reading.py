@@ -181,7 +181,7 @@ def load_state(
             f"{source} holds NaN or infinity in {broken[0]!r} ({len(broken)} such tensors). "
             "Fix: choose a checkpoint from before the training diverged."
         )
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 def _numpy_scalar() -> list[Any]:

@@ -129,7 +129,7 @@ class TestReleasedFile:
         torch.save(checkpoint, tmp_path / "checkpoint-epoch150.pth")
         content = read_checkpoint(tmp_path / "checkpoint-epoch150.pth")
         assert is_published(content) and content["monitor_best"] == 2.6
-        network, config = load_published(read_checkpoint(tmp_path / "checkpoint-epoch150.pth"))
+        network, config = load_published(content)
         assert isinstance(network, PSPNet) and not network.training
         assert (config["dataset"], config["num_classes"], config["epoch"]) == ("kvasir_seg", 2, 150)
         theirs = checkpoint["state_dict"]["module.master_branch.0.bottleneck.0.weight"]
