@@ -31,6 +31,7 @@ RULES: dict[str, Callable[..., RankResult]] = {
 }
 
 
+@functools.cache
 def maps() -> dict[str, Tensor]:
     """Probabilities of unlike shapes, sizes and kinds."""
     generator = torch.Generator().manual_seed(0)

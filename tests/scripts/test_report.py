@@ -20,7 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from configs import build, stored
+from configs.checkpoint import load
 from configs.compose import compose
+from configs.fitting import Fitter
 from rankseg import rules
 from rankseg.calibration import fit_temperature
 from rankseg.confidence import confidence
@@ -36,6 +38,7 @@ from scripts.analysis.measure import (
     smallest_selected,
     variants,
 )
+from scripts.report import report
 from trainers.checkpoint import save
 from trainers.distributed import World
 from trainers.evaluator import Scoring, evaluate
@@ -49,14 +52,6 @@ SMALL = ("dataset.num_images={train: 16, val: 6, test: 8}", "dataset.size=48")
 RULES = ("T", "max", "rankdice")
 VOID_TAGS = {"meta", "img", "br"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def report() -> object:
-    """scripts/report.py as a module."""
-    import scripts.report as module
-
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -78,25 +73,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     payload = {"format": 1, "model": network.state_dict(), "config": stored.pack(cfg, choices), "epoch": 2}
     save(payload, folder / "best_model.pth")
     rows = [{"step": 2 * e, "kind": "train", "epoch": e, "loss": 1 / e} for e in (1, 2)]
-    rows += [
-        {
-            "step": 2 * e,
-            "kind": f"val_{r}",
-            "epoch": e,
-            "mean_dice": None if e == 1 else 0.5,
-            "test_loss": 0.7,
-        }
-        for e in (1, 2)
-        for r in RULES
-    ]
+    for e, dice in ((1, None), (2, 0.5)):
+        rows += [{"step": 2 * e, "kind": f"val_{r}", "epoch": e, "mean_dice": dice, "test_loss": 0.7} for r in RULES]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 @pytest.fixture(scope="module")
-def page(report: object, run: Path) -> Path:
-    arguments = argparse.Namespace(run=run, out=None, images=2, predictor=[], overrides=[])
-    return report.report(arguments, HERE)  # type: ignore[attr-defined]
+def page(run: Path) -> Path:
+    return write(run, images=2)
+
+
+def write(run: Path, **options: object) -> Path:
+    """Write the report with some options of the command line; return its page."""
+    others = {"out": None, "images": 1, "predictor": [], "overrides": []}
+    return report(argparse.Namespace(run=run, **others | options), HERE)
 
 
 class Strict(HTMLParser):
@@ -148,8 +139,6 @@ def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
 
 
 def test_the_numbers_are_those_of_evaluate(page: Path, run: Path) -> None:
-    from configs.checkpoint import load
-
     network, cfg, _ = load(run / "best_model.pth", [])
     data = build.dataset(cfg, "test")
     loader, scoring = build.eval_loader(cfg, data, HERE), build.scoring(cfg, data.info)
@@ -349,17 +338,15 @@ def test_confidence_is_that_of_the_masks_and_the_bound_holds_on_the_images_it_wa
     assert text.count("<svg") == 2 and "lower bound" in text
 
 
-def test_a_run_that_is_not_there_is_named(report: object, tmp_path: Path) -> None:
-    absent = argparse.Namespace(run=tmp_path / "absent", out=None, images=2, predictor=[], overrides=[])
+def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises((FileNotFoundError, ValueError), match="absent"):
-        report.report(absent, HERE)  # type: ignore[attr-defined]
+        write(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("override", ["temperature=2", "temperature=fit", "correct_focal=true"])
-def test_what_would_be_ignored_is_rejected(report: object, run: Path, override: str) -> None:
-    arguments = argparse.Namespace(run=run, out=None, images=2, predictor=[], overrides=[override])
+def test_what_would_be_ignored_is_rejected(run: Path, override: str) -> None:
     with pytest.raises(ValueError, match="pass temperature=1 correct_focal=false"):
-        report.report(arguments, HERE)  # type: ignore[attr-defined]
+        write(run, overrides=[override])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -367,24 +354,10 @@ def test_what_would_be_ignored_is_rejected(report: object, run: Path, override: 
 def test_a_browser_shows_the_page(page: Path, tmp_path: Path, width: int) -> None:
     picture = tmp_path / "page.png"
     command = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-    ]
-    command += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--hide-scrollbars",
-    ]
-    command += [
-        f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width},2400",
-        f"--screenshot={picture}",
-    ]
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2400", f"--screenshot={picture}",
+    ]  # fmt: skip
     subprocess.run(
         [*command, page.as_uri()], capture_output=True, timeout=240, env={**os.environ, "HOME": str(tmp_path)}
     )
@@ -398,22 +371,15 @@ def test_a_browser_shows_the_page(page: Path, tmp_path: Path, width: int) -> Non
         assert seen.get(rule, 0) > 100, rule
 
 
-def test_it_says_when_the_images_also_chose_the_checkpoint(
-    report: object, run: Path, page: Path, tmp_path: Path
-) -> None:
-    args = argparse.Namespace(run=run, out=tmp_path, images=1, predictor=[], overrides=["split=val"])
-    on_validation = report.report(args, HERE).read_text()  # type: ignore[attr-defined]
+def test_it_says_when_the_images_also_chose_the_checkpoint(run: Path, page: Path, tmp_path: Path) -> None:
+    on_validation = write(run, out=tmp_path, overrides=["split=val"]).read_text()
     assert "chose the checkpoint" in on_validation and "chose the checkpoint" not in page.read_text()
 
 
-def test_fitted_rules_have_the_scores_of_test_py(report: object, run: Path, tmp_path: Path) -> None:
+def test_fitted_rules_have_the_scores_of_test_py(run: Path, tmp_path: Path) -> None:
     """T_fit, the pooled rules and auto are fitted for each kind of probabilities, on what test.py fits them on."""
-    from configs.checkpoint import load
-    from configs.fitting import Fitter
-
     names = ["T_fit", "pooled_dice", "pooled_iou", "auto"]
-    args = argparse.Namespace(run=run, out=tmp_path, images=1, predictor=names, overrides=[])
-    text = report.report(args, HERE).read_text()  # type: ignore[attr-defined]
+    text = write(run, out=tmp_path, predictor=names).read_text()
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert "T_fit: threshold" in text and "auto: " in text
     kept = json.loads((run / "best_model.fitted.json").read_text())["entries"]

@@ -27,17 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("experiment=smoke", "epochs=3")
 
 
-@pytest.fixture(scope="module")
-def reproduce() -> object:
-    """scripts/reproduce.py as a module."""
-    import scripts.reproduce as module
-
-    return module
-
-
 @pytest.fixture
-def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reproduce: object) -> Path:
-    """Stand-ins for train.py and test.py; returns the folder of the runs. loss=bce fails, loss=lovasz is in use."""
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for train.py and test.py; returns the folder of the runs. loss=bce fails, loss=lovasz is in use.
+
+    The folder is relative, so that the tests need the same configurations, which are composed once.
+    """
 
     def play(arguments: list[str], log: Path, threads: int | None, tick: object) -> tuple[int, str]:
         script, *rest = arguments
@@ -52,9 +47,10 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reproduce: object
             return EXIT_BUSY, "error: another process (pid 1) is training"
         return train(cell)
 
-    monkeypatch.setattr(reproduce, "call", play)
-    monkeypatch.setattr(reproduce, "print_table", lambda grid: None)
-    return tmp_path / "saved"
+    monkeypatch.setattr(grid, "call", play)
+    monkeypatch.setattr(grid, "print_table", lambda grid: None)
+    monkeypatch.chdir(tmp_path)
+    return Path("saved")
 
 
 def train(cell: Run) -> tuple[int, str]:
@@ -85,11 +81,11 @@ def score(checkpoint: Path, rules: list[str], overrides: list[str]) -> None:
         (folder / f"{rule}.csv").write_text("image,class\n")
 
 
-def run(reproduce: object, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
     try:
-        reproduce.main()  # type: ignore[attr-defined]
+        grid.main()
     except SystemExit as leaving:
         return int(leaving.code or 0)
     finally:
@@ -117,28 +113,28 @@ def test_two_runs_in_one_folder_are_rejected() -> None:
 
 
 def test_the_time_left_follows_from_the_epochs_done(
-    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Three epochs and the scoring, twice: after four of these eight, which took 40 s, another 40 s are left."""
-    now, play = [0.0], reproduce.call  # type: ignore[attr-defined]
+    now, play = [0.0], grid.call
 
     def slowly(arguments: list[str], *more: object) -> tuple[int, str]:
         now[0] += 40.0 if arguments[0] == "train.py" else 0.0
         return play(arguments, *more)
 
-    monkeypatch.setattr(reproduce, "call", slowly)
+    monkeypatch.setattr(grid, "call", slowly)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     command = ["--losses", "ce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T", "--protocols", "corrected"]
-    assert run(reproduce, monkeypatch, *command) == 0
+    assert run(monkeypatch, *command) == 0
     first, second = (line for line in capfd.readouterr().out.splitlines() if "mDice" in line)
     assert first.endswith("(00:40, about 00:40 left)") and second.endswith("(00:40, about 00:00 left)")
 
 
 def test_a_failed_run_is_named_and_finished_runs_are_skipped(
-    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--losses", "ce,bce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T,max"]
-    assert run(reproduce, monkeypatch, *command) == 3
+    assert run(monkeypatch, *command) == 3
     out, err = capfd.readouterr()
     assert "3 runs, 0 finished before, 3 to do" in out and "mDice T 50.00  max 50.00" in out
     assert "1 of 3 runs failed" in err and "exit 3" in err and "the loss is not finite" in err
@@ -146,37 +142,37 @@ def test_a_failed_run_is_named_and_finished_runs_are_skipped(
     assert (stand_ins / "synthetic/tiny/focal/seed0/results/paper/max.json").exists()
 
     before = {path: path.stat().st_mtime_ns for path in stand_ins.rglob("*") if "bce" not in str(path)}
-    assert run(reproduce, monkeypatch, *command) == 3
+    assert run(monkeypatch, *command) == 3
     assert "3 runs, 2 finished before, 1 to do" in capfd.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in stand_ins.rglob("*") if "bce" not in str(path)}
 
     # A checkpoint that changed is scored again, another configuration is not taken for this one.
     (stand_ins / "synthetic/tiny/ce/seed0/best_model.pth").write_text("better weights")
-    assert run(reproduce, monkeypatch, *command, "--dry-run") == 0
+    assert run(monkeypatch, *command, "--dry-run") == 0
     assert "3 runs, 1 finished" in capfd.readouterr().out
-    assert run(reproduce, monkeypatch, *command, "optimizer.lr=0.5", "--dry-run") == 0
+    assert run(monkeypatch, *command, "optimizer.lr=0.5", "--dry-run") == 0
     assert "3 runs, 0 finished" in capfd.readouterr().out
 
 
 def test_a_run_that_another_process_trains_is_not_a_failure(
-    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--losses", "lovasz,ce", *SMALL, f"save_dir={stand_ins}", "--rules", "T"]
-    assert run(reproduce, monkeypatch, *command) == EXIT_BUSY
+    assert run(monkeypatch, *command) == EXIT_BUSY
     out, err = capfd.readouterr()
     assert "failed" not in out + err and "pid 1" in err and "1 of 2 runs" in err
     assert "[2/2] synthetic/tiny/ce/seed0: mDice" in out  # the other run was trained
 
 
 def test_calibrated_scores_are_made_once_and_recorded(
-    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kept = stand_ins.parent / "kept"
     command = ["--losses", "ce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T"]
-    assert run(reproduce, monkeypatch, *command) == 0
-    assert run(reproduce, monkeypatch, *command, "--calibrate", "--dry-run") == 0
+    assert run(monkeypatch, *command) == 0
+    assert run(monkeypatch, *command, "--calibrate", "--dry-run") == 0
     assert "2 runs, 0 finished" in capfd.readouterr().out
-    assert run(reproduce, monkeypatch, *command, "--calibrate", "--record", str(kept)) == 0
+    assert run(monkeypatch, *command, "--calibrate", "--record", str(kept)) == 0
     folders = ["", "/calibrated", "/paper", "/paper/calibrated"]
     wanted = {"ce": folders, "focal": [*folders, "/focal_corrected", "/paper/focal_corrected"]}
     for loss, expected in wanted.items():
@@ -187,12 +183,12 @@ def test_calibrated_scores_are_made_once_and_recorded(
             copy = f"{cell}{folder}/T.json"
             assert (kept / copy).read_bytes() == (stand_ins / copy).read_bytes()
     capfd.readouterr()
-    assert run(reproduce, monkeypatch, *command, "--calibrate", "--dry-run") == 0
+    assert run(monkeypatch, *command, "--calibrate", "--dry-run") == 0
     assert "2 runs, 2 finished" in capfd.readouterr().out
 
 
 def test_a_threshold_of_its_own_has_a_folder_of_its_own(
-    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = [
         *SMALL,
@@ -203,43 +199,41 @@ def test_a_threshold_of_its_own_has_a_folder_of_its_own(
         "predictor.at=0.3",
         "--calibrate",
     ]
-    assert run(reproduce, monkeypatch, *command) == 0
+    assert run(monkeypatch, *command) == 0
     assert "mDice T 50.00" in capfd.readouterr().out
     assert {path.parent.name for path in stand_ins.rglob("T.json")} == {
         "threshold_0.3", "calibrated_threshold_0.3",
     }  # fmt: skip
-    assert run(reproduce, monkeypatch, *command, "--dry-run") == 0
+    assert run(monkeypatch, *command, "--dry-run") == 0
     assert "1 runs, 1 finished" in capfd.readouterr().out
 
 
 def test_a_damaged_configuration_of_one_run_does_not_stop_the_others(
-    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--losses", "ce,focal", *SMALL, f"save_dir={stand_ins}", "--rules", "T"]
-    assert run(reproduce, monkeypatch, *command) == 0
+    assert run(monkeypatch, *command) == 0
     (stand_ins / "synthetic/tiny/ce/seed0/config.yaml").write_text("[1")
     capfd.readouterr()
-    assert run(reproduce, monkeypatch, *command, "--dry-run") == 0
+    assert run(monkeypatch, *command, "--dry-run") == 0
     assert "2 runs, 1 finished" in capfd.readouterr().out
 
 
-def test_bad_input_is_reported_before_anything_runs(
-    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_reported_before_anything_runs(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="rankdise"):
-        run(reproduce, monkeypatch, *SMALL, f"save_dir={stand_ins}", "--rules", "rankdise")
+        run(monkeypatch, *SMALL, f"save_dir={stand_ins}", "--rules", "rankdise")
     with pytest.raises(ValueError, match="papper"):
-        run(reproduce, monkeypatch, *SMALL, f"save_dir={stand_ins}", "--protocols", "papper")
+        run(monkeypatch, *SMALL, f"save_dir={stand_ins}", "--protocols", "papper")
     with pytest.raises(ValueError, match="nowhere"):
-        run(reproduce, monkeypatch, "dataset=kvasir_seg", "dataset.root=/nowhere", f"save_dir={stand_ins}")
+        run(monkeypatch, "dataset=kvasir_seg", "dataset.root=/nowhere", f"save_dir={stand_ins}")
     assert not stand_ins.exists()
 
 
 def test_a_record_holds_small_files_and_no_absolute_path(
-    reproduce: object, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept"
-    assert run(reproduce, monkeypatch, *SMALL, f"save_dir={stand_ins}", "--record", str(kept)) == 0
+    assert run(monkeypatch, *SMALL, f"save_dir={stand_ins.absolute()}", "--record", str(kept)) == 0
     names = {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()}
     cell = "synthetic/tiny/ce/seed0"
     expected = {f"{cell}/results/{sub}{rule}.{kind}" for sub in ("", "paper/") for rule in ("T", "max", "rankdice")
