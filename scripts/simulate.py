@@ -23,10 +23,11 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
 
@@ -43,23 +44,18 @@ from scripts.analysis.charts import load_pyplot
 from scripts.common import command_line
 from trainers.text import markdown_table
 
-EXAMPLES = ("exponential", "linear", "step", "thresholds")
 SIZES = (28, 64, 128, 256)
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 _NOISE = 0.1  # standard deviation of the background
 _CHUNK = 1 << 24  # labels drawn at a time
 
-Rule = Callable[[Tensor], Tensor]  # (1, 1, H, W) probabilities -> (1, 1, H, W) bool
 
-
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One setting: Dice of each rule as mean and standard error in percent, and the mean volume in pixels.
 
     `gain` is RankDice − T 0.5, paired, and `cutoffs` are the least, mean and largest cut-off of RankDice.
     """
 
-    example: str
     setting: str
     size: int
     dice: dict[str, tuple[float, float]]
@@ -68,12 +64,12 @@ class Row:
     cutoffs: tuple[float, float, float]
 
 
-def exponential(size: int, base: float) -> Tensor:
+def exponential(size: int, base: float, *_: object) -> Tensor:
     """Return (size, size) probabilities base^-(i+j)."""
     return base ** -_diagonal(size)
 
 
-def linear(size: int, slope: float) -> Tensor:
+def linear(size: int, slope: float, *_: object) -> Tensor:
     """Return (size, size) probabilities falling along the diagonal, clipped at 0."""
     return (1 - slope * _diagonal(size) / (2 * size)).clamp(min=0)
 
@@ -99,6 +95,11 @@ def truncated_normal(shape: tuple[int, ...], mean: float, generator: torch.Gener
     return (mean + _NOISE * torch.special.ndtri(low + (high - low) * uniform)).clamp(0, 1)
 
 
+def step(size: int, level: float, generator: torch.Generator) -> Tensor:
+    """Return a square in the top-left corner, half as wide as the image, in noise around `level`."""
+    return block(size, size // 2, 0, 0, level, generator)
+
+
 def random_block(size: int, generator: torch.Generator) -> Tensor:
     """Return the pattern of Example 2: a square of random side at a random place, in noise around 0.1."""
     share, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
@@ -120,22 +121,23 @@ def dice_of_draws(probs: Tensor, masks: Sequence[Tensor], draws: int, generator:
     return torch.cat(parts)
 
 
+# Of each example: the name of a setting, its values, and the function that makes an image.
+PATTERNS: dict[str, tuple[str, tuple[float, ...], Callable[..., Tensor]]] = {
+    "exponential": ("b = {:.2f}", (1.01, 1.05, 1.10), exponential),
+    "linear": ("b = {:g}", (1.0, 2.0, 4.0), linear),
+    "step": ("β = {:g}", (0.1, 0.2, 0.3, 0.4), step),
+}
+EXAMPLES = (*PATTERNS, "thresholds")
+
+
 def settings(example: str, sizes: Sequence[int], seed: int) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """Yield the settings of an example: a name, the size, and a function that makes the next image."""
     if example == "thresholds":
         yield "ρ random", 64, partial(random_block, 64, _generator(seed, "thresholds"))
         return
-    for size in sizes:
-        if example == "exponential":
-            for base in (1.01, 1.05, 1.10):
-                yield f"b = {base:.2f}", size, partial(exponential, size, base)
-        elif example == "linear":
-            for slope in (1.0, 2.0, 4.0):
-                yield f"b = {slope:g}", size, partial(linear, size, slope)
-        else:
-            for level in (0.1, 0.2, 0.3, 0.4):
-                source = _generator(seed, f"step {size} {level}")
-                yield f"β = {level:g}", size, partial(block, size, size // 2, 0, 0, level, source)
+    form, values, pattern = PATTERNS[example]
+    for size, value in product(sizes, values):
+        yield form.format(value), size, partial(pattern, size, value, _generator(seed, f"step {size} {value}"))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -154,7 +156,7 @@ def simulate(
     if images < 2 or draws < 2:
         raise UserError(f"images={images}, draws={draws}: a standard error needs 2 of both. Fix: pass more")
     fixed = THRESHOLDS if example == "thresholds" else (0.5,)
-    rules: dict[str, Rule] = {f"T {at:g}": partial(threshold, at=at) for at in fixed}
+    rules: dict[str, Callable[[Tensor], Tensor]] = {f"T {at:g}": partial(threshold, at=at) for at in fixed}
     rules["RankDice (BA)"] = lambda p: rank_dice(p, app=2).predict
     rules["RankDice"] = lambda p: rank_dice(p).predict
     images = images if example in ("step", "thresholds") else 1
@@ -171,7 +173,6 @@ def simulate(
         table = dict(zip(rules, 100 * torch.cat(scores).T, strict=True))  # of the images or draws
         rows.append(
             Row(
-                example,
                 setting,
                 size,
                 dice={name: _mean_and_error(values) for name, values in table.items()},
@@ -187,37 +188,30 @@ def _mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return one table for each example; RankDice − T 0.5 is paired, draw by draw or image by image."""
-    blocks = []
-    for example in dict.fromkeys(row.example for row in rows):
-        own = [row for row in rows if row.example == example]
-        head = ["setting", "size", *own[0].dice]
-        head += ["RankDice − T 0.5", "smallest p chosen", "volume T 0.5 → RankDice"]
-        cells = []
-        for row in own:
-            low, mean, high = row.cutoffs
-            span = f"{mean:.3f}" if low == high else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-            scores = [f"{dice:.2f} ({error:.2f})" for dice, error in row.dice.values()]
-            volumes = f"{row.volume['T 0.5']:.0f} → {row.volume['RankDice']:.0f}"
-            gain = f"{row.gain[0]:+.2f} ({row.gain[1]:.2f})"
-            cells.append([row.setting, f"{row.size}²", *scores, gain, span, volumes])
-        blocks.append(f"**{example}**\n\n{markdown_table(head, cells, labels=2)}")
-    return "\n\n".join(blocks) + "\n"
+def markdown(example: str, rows: Sequence[Row]) -> str:
+    """Return the table of an example; RankDice − T 0.5 is paired, draw by draw or image by image."""
+    head = ["setting", "size", *rows[0].dice, "RankDice − T 0.5", "smallest p chosen", "volume T 0.5 → RankDice"]
+    cells = []
+    for row in rows:
+        low, mean, high = row.cutoffs
+        span = f"{mean:.3f}" if low == high else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+        scores = [f"{dice:.2f} ({error:.2f})" for dice, error in row.dice.values()]
+        volumes = f"{row.volume['T 0.5']:.0f} → {row.volume['RankDice']:.0f}"
+        gain = f"{row.gain[0]:+.2f} ({row.gain[1]:.2f})"
+        cells.append([row.setting, f"{row.size}²", *scores, gain, span, volumes])
+    return f"**{example}**\n\n{markdown_table(head, cells, labels=2)}"
 
 
 def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
     """Draw one map for each setting, with the outlines of the masks of T 0.5 (dashed) and RankDice (solid)."""
     plt = load_pyplot()
     found = list(settings(example, (64,), seed))
-    figure, axes = plt.subplots(
-        1, len(found), figsize=(3.4 * len(found) + 0.8, 3.6), squeeze=False, layout="constrained"
-    )
+    size = 3.4 * len(found) + 0.8, 3.6
+    figure, axes = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
     for axis, (setting, side, make) in zip(axes[0], found, strict=True):
         probs = make()
         image = axis.imshow(probs, vmin=0, vmax=1, cmap="viridis")
-        result = rank_dice(probs[None, None])
-        for mask, style in ((probs >= 0.5, "--"), (result.predict[0, 0], "-")):
+        for mask, style in ((probs >= 0.5, "--"), (rank_dice(probs[None, None]).predict[0, 0], "-")):
             if mask.any() and not mask.all():
                 axis.contour(mask.double(), levels=[0.5], colors="white", linestyles=style, linewidths=1.2)
         axis.set(title=f"{example}, {setting}, {side}²", xticks=[], yticks=[])
@@ -245,13 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"{unknown[0]} is not an example. Fix: choose from {', '.join(EXAMPLES)}")
     if min(args.sizes) < 2:
         raise UserError(f"--sizes {min(args.sizes)}: a pattern is at least 2 pixels wide. Fix: pass larger sizes")
-    rows = []
+    tables = []
     for example in args.examples or EXAMPLES:
-        rows += simulate(example, args.sizes, args.images, args.draws, args.seed)
+        tables.append(markdown(example, simulate(example, args.sizes, args.images, args.draws, args.seed)))
         if args.heatmaps:
             path = draw_heatmaps(example, args.heatmaps, seed=args.seed)
             print(one_line(f"written: {path}"), file=sys.stderr)
-    print(markdown(rows), end="")
+    print("\n\n".join(tables))
     return 0
 
 

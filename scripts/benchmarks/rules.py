@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ import rankseg
 from rankseg.nonoverlap import surrogate_objective
 from scripts.benchmarks.timing import Seconds, in_turn, print_table
 
+Table = tuple[list[str], list[list[str]]]  # head and rows
 PEER = """
 import json, sys, time, torch
 from rankseg import RankSEG
@@ -57,14 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the tables that `--parts` names."""
     torch.set_num_threads(args.threads)
-    beside = f", {args.busy} busy processes" if args.busy else ""
-    print(
-        f"torch {torch.__version__}, threads: {args.threads}, median of {args.rounds}, backend "
-        f"{rankseg.backend()}{beside}"
-    )
+    backend, beside = rankseg.backend(), f", {args.busy} busy processes" if args.busy else ""
+    print(f"torch {torch.__version__}, threads: {args.threads}, median of {args.rounds}, backend {backend}{beside}")
     with busy(args.busy):
         for name in args.parts:
-            PARTS[name](args)
+            for head, rows in PARTS[name](args):
+                print()
+                print_table(head, rows)
 
 
 @contextmanager
@@ -108,24 +109,19 @@ def candidates_for(probs: Tensor) -> dict[str, Callable[[], object]]:
         "argmax + one-hot": lambda: rankseg.argmax(probs),
         "p == amax (ties overlap)": lambda: probs == probs.amax(1, keepdim=True),
     }
-    for name in ("native", "python"):
-        if name == "python" or (probs.device.type == "cpu" and rankseg.backend() == "native"):
-            rules |= {
-                f"rank_dice, {name}": partial(with_backend, name, rankseg.rank_dice, probs),
-                f"rank_iou, {name}": partial(with_backend, name, rankseg.rank_iou, probs),
-                f"rank_dice, non-overlapping, {name}": partial(
-                    with_backend, name, rankseg.rank_dice, probs, allow_overlap=False
-                ),
-            }
+    native = probs.device.type == "cpu" and rankseg.backend() == "native"
+    for name in ("native", "python") if native else ("python",):
+        run = partial(with_backend, name)
+        rules[f"rank_dice, {name}"] = partial(run, rankseg.rank_dice, probs)
+        rules[f"rank_iou, {name}"] = partial(run, rankseg.rank_iou, probs)
+        rules[f"rank_dice, non-overlapping, {name}"] = partial(run, rankseg.rank_dice, probs, allow_overlap=False)
     return rules
 
 
 def with_backend(name: str, rule: Callable[..., object], probs: Tensor, **options: object) -> None:
     """Call a rule with the backend `name`."""
-    before = os.environ.get("RANKSEG_BACKEND", "")
-    os.environ["RANKSEG_BACKEND"] = name
-    rule(probs, **options)
-    os.environ["RANKSEG_BACKEND"] = before
+    with mock.patch.dict(os.environ, RANKSEG_BACKEND=name):
+        rule(probs, **options)
 
 
 def ratios(value: Seconds, other: Seconds) -> list[str]:
@@ -133,11 +129,10 @@ def ratios(value: Seconds, other: Seconds) -> list[str]:
     return [f"{value.cpu / other.cpu:.2f}", f"{value.wall / other.wall:.2f}"]
 
 
-def speed(args: argparse.Namespace) -> None:
-    """Print the exact rules against argmax and the peer's RMA, on the CPU, and on a GPU if there is one."""
+def speed(args: argparse.Namespace) -> Iterator[Table]:
+    """Compare the exact rules with argmax and the peer's RMA, on the CPU, and on a GPU if there is one."""
+    head = ["rule", "processor s", "wall s", "against argmax: processor", "wall"]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        if device == "cuda":
-            print(f"\non {torch.cuda.get_device_name()}")
         rows = []
         for kind, probs in fields(args.size).items():
             found = in_turn(candidates_for(probs.to(device)), args.rounds, device)
@@ -147,24 +142,23 @@ def speed(args: argparse.Namespace) -> None:
             for name, value in found.items():
                 seconds = f"{value.cpu:.3f}", f"{value.wall:.3f}"
                 rows.append([kind, name, *seconds, *ratios(value, found["argmax + one-hot"])])
-        title = f"6x19x{args.size}x{args.size} float32"
-        print()
-        print_table([title, "rule", "processor s", "wall s", "against argmax: processor", "wall"], rows)
+        place = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
+        yield [f"6x19x{args.size}x{args.size} float32{place}", *head], rows
 
 
-def shapes(args: argparse.Namespace) -> None:
-    """Print other sizes, numbers of classes and half precision, on saturated maps."""
+def shapes(args: argparse.Namespace) -> Iterator[Table]:
+    """Compare other sizes, numbers of classes and half precision, on saturated maps."""
     settings = [(size, 1, 2, torch.float32) for size in (64, 256, 512, args.largest)]
     settings += [(512, 1, 19, torch.float32), (512, 1, 150, torch.float32), (512, 6, 19, torch.float16)]
     maps = (
         fields(min(size, args.largest), images, classes)["saturated"].to(dtype)
         for size, images, classes, dtype in settings
     )
-    compare_backends("saturated", maps, args)
+    yield compare_backends("saturated", maps, args)
 
 
-def real(args: argparse.Namespace) -> None:
-    """Print maps of a network at their size and at `--size`: the first, the middle and the last image of the file."""
+def real(args: argparse.Namespace) -> Iterator[Table]:
+    """Compare maps of a network at their size and at `--size`: the first, the middle and the last image of the file."""
     if args.logits is None:
         return
     logits = torch.from_numpy(np.load(args.logits)["logits"]).float()
@@ -173,7 +167,7 @@ def real(args: argparse.Namespace) -> None:
         image = logits[index : index + 1]
         large = torch.nn.functional.interpolate(image, (args.size, args.size), mode="bilinear")
         maps += [image.softmax(1), large.softmax(1)]
-    compare_backends(f"softmax of {args.logits.name}", maps, args)
+    yield compare_backends(f"softmax of {args.logits.name}", maps, args)
 
 
 def repeat(run: Callable[[], object], number: int) -> None:
@@ -182,8 +176,8 @@ def repeat(run: Callable[[], object], number: int) -> None:
         run()
 
 
-def compare_backends(title: str, maps: Iterable[Tensor], args: argparse.Namespace) -> None:
-    """Print rank_dice with each backend against the argmax on probability maps."""
+def compare_backends(title: str, maps: Iterable[Tensor], args: argparse.Namespace) -> Table:
+    """Return the times of rank_dice with each backend against the argmax on probability maps."""
     rows = []
     for probs in maps:
         # Small maps: one sample is many calls, so that the clock can see it.
@@ -196,19 +190,17 @@ def compare_backends(title: str, maps: Iterable[Tensor], args: argparse.Namespac
         for name, value in found.items():
             milliseconds = f"{1000 * value.cpu / number:.3f}"
             rows.append([shape, name.removeprefix("rank_dice, "), milliseconds, *ratios(value, argmax)])
-    print()
-    print_table([title, "backend", "rank_dice, processor ms", "against argmax: processor", "wall"], rows)
+    return [title, "backend", "rank_dice, processor ms", "against argmax: processor", "wall"], rows
 
 
-def approximations(args: argparse.Namespace) -> None:
-    """Print the published approximations on 1x2x128x128."""
+def approximations(args: argparse.Namespace) -> Iterator[Table]:
+    """Compare the published approximations on 1x2x128x128."""
     probs = torch.softmax(torch.randn(1, 2, 128, 128, generator=torch.Generator().manual_seed(0)), dim=1)
     names = ("exact (app=0)", "T-RNA (app=1)", "BA (app=2)")
     rows = in_turn({name: partial(rankseg.rank_dice, probs, app) for app, name in enumerate(names)}, args.rounds)
     base = rows[names[1]].cpu
-    print()
     cells = [[name, f"{value.cpu:.4f}", f"{value.cpu / base:.2f}"] for name, value in rows.items()]
-    print_table(["1x2x128x128", "seconds", "against T-RNA"], cells)
+    yield ["1x2x128x128", "seconds", "against T-RNA"], cells
 
 
 def peak_extra(run: Callable[[], object]) -> int:
@@ -225,8 +217,8 @@ def peak_extra(run: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
-def memory(args: argparse.Namespace) -> None:
-    """Print the peak memory in addition to the input, masks included."""
+def memory(args: argparse.Namespace) -> Iterator[Table]:
+    """Measure the peak memory in addition to the input, masks included."""
     if not Path("/proc/self/clear_refs").exists():
         return
     rows = []
@@ -234,12 +226,11 @@ def memory(args: argparse.Namespace) -> None:
         extra = peak_extra(partial(rankseg.rank_dice, probs))
         share = extra / (probs.numel() * probs.element_size())
         rows.append([f"6x19x{args.size}x{args.size}, {kind}", f"{extra / 2**20:.0f}", f"{share:.2f}"])
-    print()
-    print_table(["peak extra memory", "MiB", "of the input"], rows)
+    yield ["peak extra memory", "MiB", "of the input"], rows
 
 
-def one_label(args: argparse.Namespace) -> None:
-    """Print the surrogate objective of one-label masks: argmax, the peer's multiclass rule, ours."""
+def one_label(args: argparse.Namespace) -> Iterator[Table]:
+    """Return the surrogate objective of one-label masks: argmax, the peer's multiclass rule, ours."""
     if not args.peer:
         return
     rows = []
@@ -258,11 +249,10 @@ def one_label(args: argparse.Namespace) -> None:
         mass, mean = (flat * free.predict.flatten(2)).double().sum(2), flat.double().sum(2)
         values.append((2 * mass / (free.tau + mean + 1) * present).sum(1).div(present.sum(1)).mean())
         rows.append([f"sharpness {sharpness}", *(f"{float(value):.5f}" for value in values)])
-    print()
-    print_table(["one label per pixel, 4x19x256x256", "argmax", "peer", "rank_dice", "bound (overlap allowed)"], rows)
+    yield ["one label per pixel, 4x19x256x256", "argmax", "peer", "rank_dice", "bound (overlap allowed)"], rows
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Table]]] = {
     "main": speed,
     "shapes": shapes,
     "real": real,
