@@ -53,8 +53,8 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace, world: World) -> Path | None:
-    """Measure both splits, print and write; return the folder (None at other ranks)."""
+def measure(args: argparse.Namespace, world: World) -> None:
+    """Measure both splits, print and write."""
     (name,) = args.predictor or ["rankdice"]
     path, network, cfg, _, data = load_run(args.resume, [*args.overrides, f"split={args.on}"], world.device)
     held_out = build.dataset(cfg, args.fit)
@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace, world: World) -> Path | None:
     fitter.file.put(f"margin {args.alpha:g}", settings, values, {**source, "num_images": len(held_out)})
     fitter.save()
     if not world.is_main:
-        return None
+        return
     folder = args.out or folder_of_results(path, cfg) / "confidence" / name
     about = {
         "rule": name,
@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, world: World) -> Path | None:
     write_json(folder / "confidence.json", {"of": about, **found, "class_margins": margins})
     charts.save((6, 4), folder / "confidence.svg", charts.risk_coverage, found["curves"])
     print(table(name, found, args))
-    return folder
+    print(one_line(f"confidence: {folder}"))
 
 
 def class_margins(record: MaskRecord, alpha: float) -> dict[str, float | None]:
@@ -127,12 +127,9 @@ def table(rule: str, found: dict[str, Any], args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Run the command."""
     args = arguments()
     with join_world(args.device) as world:
-        folder = measure(args, world)
-        if folder:
-            print(one_line(f"confidence: {folder}"))
+        measure(args, world)
 
 
 if __name__ == "__main__":

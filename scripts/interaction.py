@@ -27,7 +27,6 @@ MEASURES = {"NLL": "log_loss", "Brier": "brier", "ECE, %": "ece"}
 
 
 def main() -> None:
-    """Run the command."""
     parser = command_line(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="one or more folders with seed0, seed1, ...")
     parser.add_argument("--rules", default="max,T_fit,rankdice", help="default: %(default)s")

@@ -73,7 +73,6 @@ def draw(path: Path) -> None:
 
 
 def main() -> None:
-    """Run the command."""
     parser = command_line(__doc__)
     parser.add_argument("path", nargs="?", type=Path, default=ROOT / "docs" / "method.png", help="file to write")
     draw(parser.parse_args().path)

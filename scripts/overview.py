@@ -61,7 +61,6 @@ def strip(drawn: Sequence[Tensor], above: Sequence[str], titles: Sequence[str] =
 
 
 def main() -> None:
-    """Run the command."""
     parser = command_line(__doc__)
     add_run_options(parser, "split=val, protocol=paper, calibrate=temperature")
     parser.add_argument("--out", type=Path, default=Path("overview.png"), help="default: %(default)s")

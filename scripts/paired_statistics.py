@@ -34,16 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs.cli import run_cli
 from configs.errors import UserError
 from configs.files import finite_or_none
-from scripts.analysis.scores import (
-    HARM,
-    RESAMPLES,
-    RuleScores,
-    compare,
-    mean,
-    read_rule,
-    result_folder,
-    rules_in,
-)
+from scripts.analysis.scores import HARM, RESAMPLES, RuleScores, compare, mean, read_rule, result_folder, rules_in
 from scripts.common import check_least, command_line
 from scripts.tables.results import group_seeds, parse_result
 from trainers.fitted import choose
@@ -213,11 +204,8 @@ def choose_on_halves(dice: Mapping[str, dict[str, float]], halves: int, seed: in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
     check_least(args, resamples=1, seed=0, auto=0)
-    if not 0 < args.confidence < 1:
-        raise UserError(f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95.")
     folders = [result_folder(run, args.protocol) for run in args.runs]
     if args.auto:
         print(auto_table(folders, args.metric, args.auto, args.seed), end="")

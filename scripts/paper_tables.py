@@ -43,7 +43,6 @@ _LOOSE = re.compile(r"<!-- /?table:[\w./-]+ -->")
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Run the command; return the exit code."""
     args = _parser().parse_args(arguments)
     records = root / "saved" / "results"
     if args.verify:

@@ -180,7 +180,6 @@ def facts_of_report() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the command."""
     args = arguments()
     with join_world(args.device) as world:
         print(one_line(f"report: {report(args, world)}"))

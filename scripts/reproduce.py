@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -91,18 +91,6 @@ class Run:
         except ValueError:  # train.py reports the damaged file; the other runs continue
             return False
         return not stored.differences(before, OmegaConf.to_container(self.cfg, resolve=True))
-
-    def is_scored(self, checkpoint: str, folder: str, rules: Iterable[str]) -> bool:
-        """Return whether these rules were scored on this checkpoint, with the results in this sub-folder."""
-        path = self.folder / checkpoint
-        files = [self.folder / folder / f"{rule}.json" for rule in rules]
-        if not path.exists() or not all(file.exists() for file in files):
-            return False
-        digest = file_sha256(path)
-        try:
-            return all(digest in read_text(file) for file in files)
-        except errors.UserError:  # damaged: it is written again
-            return False
 
     def record(self, target: Path, root: Path) -> int:
         """Copy the run's small files to ``target/<dataset>/<model>/<loss>/seed<k>``; return how many.
@@ -253,8 +241,18 @@ class ScoringPlan:
                 yield protocol + name, str(folder), [f"protocol={protocol}", *overrides]
 
     def missing(self, run: Run) -> list[tuple[str, str, list[str]]]:
-        """Return the evaluations that are left to do."""
-        return [one for one in self.evaluations(run) if not run.is_scored(self.checkpoint, one[1], self.rules)]
+        """Return the evaluations that are left to do: those without results of this checkpoint."""
+        path = run.folder / self.checkpoint
+        digest = file_sha256(path) if path.exists() else None
+
+        def is_scored(folder: Path) -> bool:
+            files = [folder / f"{rule}.json" for rule in self.rules]
+            try:
+                return digest is not None and all(file.exists() and digest in read_text(file) for file in files)
+            except errors.UserError:  # damaged: it is written again
+                return False
+
+        return [one for one in self.evaluations(run) if not is_scored(run.folder / one[1])]
 
     def is_done(self, run: Run) -> bool:
         """Return whether nothing is left to do for a run."""
@@ -262,11 +260,10 @@ class ScoringPlan:
 
 
 def main() -> None:
-    """Run the command."""
     args = arguments()
     check_least(args, threads=1)
-    swept = (("model", args.models), ("loss", args.losses), ("seed", args.seeds))
-    grid = load_runs([*args.overrides, *(f"{key}={value}" for key, value in swept if value)])
+    swept = {"model": args.models, "loss": args.losses, "seed": args.seeds}
+    grid = load_runs([*args.overrides, *(f"{key}={value}" for key, value in swept.items() if value)])
     folders = {}
     for name in args.protocols.split(","):
         if name not in options("protocol"):
@@ -303,15 +300,11 @@ def main() -> None:
 
 def check_data(runs: Sequence[Run]) -> None:
     """Verify each data set of the runs once, so that invalid data is reported before any training."""
-    seen = set()
-    for run in runs:
-        key = OmegaConf.to_yaml(run.cfg.dataset, resolve=True)
-        if key in seen or not run.cfg.verify:
-            continue
-        seen.add(key)
-        splits = {actual: name for name, actual in run.cfg.dataset.splits.items()}  # two names may share one
+    found = {OmegaConf.to_yaml(run.cfg.dataset, resolve=True): run.cfg for run in runs if run.cfg.verify}
+    for cfg in found.values():
+        splits = {actual: name for name, actual in cfg.dataset.splits.items()}  # two names may share one
         for split in splits.values():
-            build.dataset(run.cfg, split).verify(progress=sys.stderr.isatty())
+            build.dataset(cfg, split).verify(progress=sys.stderr.isatty())
 
 
 def execute(runs: Sequence[Run], plan: ScoringPlan, args: argparse.Namespace) -> tuple[dict[Run, str], dict[Run, str]]:

@@ -224,7 +224,6 @@ def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
     parser = command_line(__doc__)
     add = parser.add_argument
     add("examples", nargs="*", metavar="EXAMPLE", help=f"some of {', '.join(EXAMPLES)} (default: all)")

@@ -22,8 +22,8 @@ from rankseg.calibration import Reliability
 from trainers import selective
 from trainers.distributed import World
 from trainers.evaluator import Scoring, observe
-from trainers.forward import forward
-from trainers.metrics import Counts, count, mean_over_classes
+from trainers.forward import measure as measure_images
+from trainers.metrics import Counts, PerImage, count, mean_over_classes
 from trainers.selective import MaskRecord, conformal_margin, record_masks
 
 EXPECTED = "expected Dice"  # the confidence of this project; the others are for comparison
@@ -32,8 +32,8 @@ ToProbs = Callable[[Tensor], Tensor]
 Pairs = tuple[Tensor, Tensor]  # expected and achieved Dice of images
 
 
-@dataclass(frozen=True)
-class Findings:
+@dataclass(frozen=True, eq=False)
+class Findings(PerImage):
     """The sufficient statistics of the report.
 
     Attributes:
@@ -114,7 +114,6 @@ def record_split(fitter: Fitter, data: Any, rule: Predictor, to_probs: ToProbs, 
     return record_masks(fitter.network, batches, rule, to_probs, scoring, fitter.world, fitter.precision, title)
 
 
-@torch.inference_mode()
 def measure(
     model: nn.Module,
     batches: Iterable[Any],
@@ -130,38 +129,31 @@ def measure(
         compared: for each kind of probabilities the conversion of logits, and the rules. A rule with an attribute
             ``to_probs`` has a conversion of its own.
     """
-    names: list[str] = []
-    counts: dict[tuple[str, str, str], list[Counts]] = {}
-    cutoffs: list[Tensor] = []
     reliability = {kind: Reliability() for kind in compared}
     other = replace(scoring, void="counted" if scoring.void == "masked" else "masked", legacy_soft_dice_void=False)
     sweep = {f"at {at:.1f}": functools.partial(threshold, at=at) for at in THRESHOLDS}  # RankDice is compared with
 
-    def add(rule: str, kind: str, void: str, masks: Tensor, truth: Any) -> None:
-        counts.setdefault((rule, kind, void), []).append(count(masks, truth).to("cpu"))
-
-    options: Any = {"precision": precision, "progress": "measuring", "unneeded": scoring.is_unneeded}
-    for batch, targets, logits in forward(model, batches, world, **options):
+    def measure_batch(batch: Any, targets: Tensor, logits: Tensor) -> Findings:
         truth, other_truth = scoring.encode(targets), other.encode(targets)
-        names += batch.names
-        for kind, (to_probs, rules_of_kind) in compared.items():
+        counts: dict[tuple[str, str, str], Counts] = {}
+        for kind, (to_probs, rules) in compared.items():
             probs = to_probs(logits)
             observe(reliability[kind], probs, truth)
-            for rule, predictor in rules_of_kind.items():
+            for rule, predictor in rules.items():
                 own = getattr(predictor, "to_probs", None)
                 masks = predictor(own(logits) if own else probs)
-                add(rule, kind, scoring.void, masks, truth)
+                counts[rule, kind, scoring.void] = count(masks, truth).to("cpu")
                 if kind == "raw":
-                    add(rule, kind, other.void, masks, other_truth)
+                    counts[rule, kind, other.void] = count(masks, other_truth).to("cpu")
                     if rule == "rankdice":
-                        cutoffs.append(smallest_selected(probs, masks).cpu())
+                        cutoffs = smallest_selected(probs, masks).cpu()
             if kind == "raw":
                 for rule, predictor in sweep.items():
-                    add(rule, kind, scoring.void, predictor(probs), truth)
-    if not names:
-        raise UserError("there is no image to report on. Fix: check split and dataset.root.")
-    joined = {key: Counts.cat(parts) for key, parts in counts.items()}
-    return Findings(names, joined, torch.cat(cutoffs), reliability, scoring, temperature)
+                    counts[rule, kind, scoring.void] = count(predictor(probs), truth).to("cpu")
+        return Findings(list(batch.names), counts, cutoffs, reliability, scoring, temperature)
+
+    options: Any = {"precision": precision, "progress": "measuring", "unneeded": scoring.is_unneeded}
+    return measure_images(measure_batch, model, batches, world, **options)[0]
 
 
 def smallest_selected(probs: Tensor, masks: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from rankseg import Predictor
 from rankseg.calibration import Reliability
 from scripts.analysis import charts
 from scripts.analysis.measure import EXPECTED, THRESHOLDS, Findings, by_size, chosen_cutoffs, false_alarms
-from scripts.analysis.scores import HARM, describe_differences, mean_interval
+from scripts.analysis.scores import HARM, describe_differences, mean, mean_interval
 from trainers import panels
 from trainers.metrics import mean_over_classes
 
@@ -63,9 +63,7 @@ def ends(interval: Sequence[float], scale: float = 1) -> str:
 def percent_interval(values: Tensor) -> tuple[float, tuple[float, float]]:
     """Return mean and 95 % interval over images of fractions, in percent; undefined ones are left out."""
     defined = (100 * values[~values.isnan()]).tolist()
-    if not defined:
-        return math.nan, (math.nan, math.nan)
-    return math.fsum(defined) / len(defined), mean_interval(defined)
+    return mean(defined), mean_interval(defined)
 
 
 def score_rules(findings: Findings, rules: Sequence[str]) -> dict[str, dict[str, Any]]:

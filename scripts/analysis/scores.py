@@ -295,8 +295,6 @@ def mean_interval(
 
     if not 0 < confidence < 1:
         raise UserError(f"confidence={confidence} is invalid: expected a number in (0, 1), such as 0.95.")
-    if resamples < 1:
-        raise UserError(f"resamples={resamples} is invalid: expected an integer >= 1; 10000 is usual.")
     if not len(values):
         return math.nan, math.nan
     sums, sizes = _group_sums(np.asarray(values, dtype=np.float64), groups)

@@ -20,7 +20,6 @@ DECODE = "Pillow: decode image and mask"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     parser.add_argument("--root", type=Path, help="a folder of Cityscapes (default: generated frames)")
     parser.add_argument("--frames", type=int, default=12, help="frames that a round reads (default 12)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that the median is of (default 5)")
@@ -54,7 +53,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def decode(data: Cityscapes) -> None:
-    """Decode every frame and mask."""
     for pair in data.pairs:
         Image.open(pair.image).load()
         Image.open(pair.mask).load()

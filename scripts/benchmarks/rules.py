@@ -45,7 +45,6 @@ print(json.dumps([sorted(column)[len(column) // 2] for column in zip(*seconds)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     parser.add_argument("--rounds", type=int, default=5, help="rounds a median is of (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
     parser.add_argument("--busy", type=int, default=0, help="busy processes next to the benchmark (default 0)")
@@ -119,7 +118,6 @@ def candidates_for(probs: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def with_backend(name: str, rule: Callable[..., object], probs: Tensor, **options: object) -> None:
-    """Call a rule with the backend `name`."""
     with mock.patch.dict(os.environ, RANKSEG_BACKEND=name):
         rule(probs, **options)
 
@@ -171,7 +169,6 @@ def real(args: argparse.Namespace) -> Iterator[Table]:
 
 
 def repeat(run: Callable[[], object], number: int) -> None:
-    """Call `run` several times."""
     for _ in range(number):
         run()
 

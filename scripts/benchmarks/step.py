@@ -32,7 +32,6 @@ WARM_UP = 2  # steps that do not count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     parser.add_argument("--steps", type=int, default=20, help="steps that the medians are of (default 20)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add_clock(parser)

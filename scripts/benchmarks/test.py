@@ -18,7 +18,6 @@ IDLE = "(start-up alone: --help)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     parser.add_argument("-r", "--resume", type=Path, help="a checkpoint (default: a small one is trained)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are of (default 5)")
     # Enough images that start-up does not hide the difference.

@@ -50,7 +50,6 @@ def in_turn(
 
 
 def add_clock(parser: argparse.ArgumentParser) -> None:
-    """Add `--clock`."""
     about = "what seconds are; cpu: of this process, on a busy machine, with OMP_NUM_THREADS=1 (default wall)"
     parser.add_argument("--clock", choices=Seconds._fields, default="wall", help=about)
 

@@ -24,7 +24,6 @@ INTERVAL = 0.02  # seconds between two looks at the memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
     parser.add_argument("--shape", default="4,320,512,1024", help="classes and sides (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     rules = "max,rankdice,rankdice_nonoverlap"
