@@ -41,7 +41,7 @@ from configs.errors import UserError, one_line
 from rankseg import rank_dice
 from rankseg.rules import threshold
 from scripts.analysis.charts import load_pyplot
-from scripts.common import command_line
+from scripts.common import check_least, command_line
 from trainers.text import markdown_table
 
 SIZES = (28, 64, 128, 256)
@@ -153,8 +153,6 @@ def simulate(
     A fixed pattern is one image, and its standard error is that of the mean over draws. Random patterns are
     `images` images, and theirs is that of the mean over images, since draws of one image share its mask.
     """
-    if images < 2 or draws < 2:
-        raise UserError(f"images={images}, draws={draws}: a standard error needs 2 of both. Fix: pass more")
     fixed = THRESHOLDS if example == "thresholds" else (0.5,)
     rules: dict[str, Callable[[Tensor], Tensor]] = {f"T {at:g}": partial(threshold, at=at) for at in fixed}
     rules["RankDice (BA)"] = lambda p: rank_dice(p, app=2).predict
@@ -233,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="seed of patterns and labels (default: 0)")
     add("--heatmaps", type=Path, metavar="FOLDER", help="draw the patterns")
     args = parser.parse_args(arguments)
+    check_least(args, images=2, draws=2)  # for standard errors
     unknown = [name for name in args.examples if name not in EXAMPLES]
     if unknown:
         raise UserError(f"{unknown[0]} is not an example. Fix: choose from {', '.join(EXAMPLES)}")

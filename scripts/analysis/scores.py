@@ -139,7 +139,7 @@ class RuleScores:
 
     def by_class(self) -> dict[int, float]:
         """Return the mean over images of each class."""
-        return dict(sorted(mean_by_key((c, value) for (_, c), value in self.scores.items()).items()))
+        return mean_by_key((c, value) for (_, c), value in self.scores.items())
 
     def of_class(self, c: int) -> dict[str, float]:
         """Return the score of each image in one class."""

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 from configs.errors import UserError
 from configs.files import read_json, read_yaml
-from configs.stored import NON_RESULT_KEYS
+from configs.stored import differences
 from scripts.analysis.scores import mean, scores_from_counts, short_variant, variant_of
 from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Table, label, mark_of
 
-_MAY_DIFFER = NON_RESULT_KEYS | {"seed", "hydra"}  # within one average
 _SHOWN = 5  # differences that are listed
 
 
@@ -171,21 +170,12 @@ def _percent(scores: dict[str, Any], key: str) -> float:
 
 @functools.cache  # slow, and all results of a run share it
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return a run's configuration, flat, to name a difference by its key; {} if it cannot be read."""
+    """Return a run's configuration without its seed, to name a difference by its key; {} if it cannot be read."""
     try:
         tree = read_yaml(path)
     except (OSError, UserError):
         return {}
-    return _flatten(tree) if isinstance(tree, dict) else {}
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if name not in _MAY_DIFFER:
-            flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
+    return {key: value for key, value in tree.items() if key not in ("seed", "hydra")} if isinstance(tree, dict) else {}
 
 
 def group_seeds(results: Iterable[Result]) -> Groups:
@@ -224,13 +214,11 @@ def difference(one: Result, other: Result) -> str:
     unlike = [key for key, value in one.identity.items() if value != other.identity[key]]
     if None in (one.identity["data contents"], other.identity["data contents"]):  # of an earlier version
         unlike = [key for key in unlike if key != "data contents"]
-    keys = []
-    if one.config and other.config:  # its keys say more than its hash
-        keys = [key for key in one.config | other.config if one.config.get(key) != other.config.get(key)]
-    if keys or len(unlike) > 1:
+    # The keys of the configuration say more than its hash.
+    changed = differences(one.config, other.config) if one.config and other.config else []
+    if changed or len(unlike) > 1:
         unlike = [key for key in unlike if key != "configuration"]
-    parts = [f"{key} {one.identity[key]} against {other.identity[key]}" for key in unlike]
-    parts += [f"{key} {one.config.get(key)} against {other.config.get(key)}" for key in keys]
+    parts = [f"{key} {one.identity[key]} against {other.identity[key]}" for key in unlike] + changed
     if not parts:
         return ""
     more = f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
@@ -308,7 +296,9 @@ def _labels(row: Row, result: Result, seeds: set[int], unlike: bool, notes: dict
 
     The split is that of the data set's folder: the role `test` of a run may be the images of `val`.
     """
-    folder_split = result.config.get(f"dataset.splits.{row.split}", row.split)
+    data = result.config.get("dataset")
+    splits = data.get("splits") if isinstance(data, dict) else None
+    folder_split = splits.get(row.split, row.split) if isinstance(splits, dict) else row.split
     count = f" ({'–'.join(map(str, sorted(seeds)))} seeds)" if seeds - {1} else ""
     variant, marks = row.variant, []
     if variant:

@@ -210,7 +210,7 @@ def test_the_difference_is_named_by_the_configuration_key(saved):
     saved(config={"epochs": 6, "seed": 0, "optimizer": {"lr": 0.1}})
     saved(config={"epochs": 10, "seed": 1, "optimizer": {"lr": 0.1}}, seed=1, checkpoint__sha256="bb")
     table = table_of(saved)
-    assert "epochs 6 against 10" in table.notes["1"] and "lr" not in table.notes["1"]
+    assert "epochs: 6 -> 10" in table.notes["1"] and "lr" not in table.notes["1"]
 
 
 def test_seed_and_path_may_differ(saved):
