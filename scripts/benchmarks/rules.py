@@ -27,7 +27,7 @@ from torch import Tensor
 
 import rankseg
 from rankseg.nonoverlap import surrogate_objective
-from scripts.benchmarks.timing import Seconds, in_turn, print_table
+from scripts.benchmarks.timing import Seconds, in_turn, print_table, read_memory
 
 Table = tuple[list[str], list[list[str]]]  # head and rows
 PEER = """
@@ -202,16 +202,11 @@ def approximations(args: argparse.Namespace) -> Iterator[Table]:
 
 def peak_extra(run: Callable[[], object]) -> int:
     """Return the bytes by which the resident memory of this process peaks in `run` (Linux, glibc)."""
-
-    def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide what is taken
     Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    before = read_memory("VmRSS")
     run()
-    return status("VmHWM") - before
+    return read_memory("VmHWM") - before
 
 
 def memory(args: argparse.Namespace) -> Iterator[Table]:

@@ -67,23 +67,11 @@ def endless(loader: Any) -> Iterator[Any]:
 
 
 def make_update(cfg: Any, world: World, second_forward: bool = False) -> Update:
-    """Return an update of a new network, with everything that the configuration asks for."""
+    """Return an update of a new network, as `train.py` makes it."""
     torch.manual_seed(cfg.seed)
-    trainer = cfg.trainer
-    network = build.model(cfg).to(world.device).train()
-    if trainer.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    return Update(
-        torch.compile(network) if trainer.compile else network,
-        build.loss(cfg),
-        build.optimizer(cfg, network),
-        world,
-        precision=trainer.precision,
-        accumulate=trainer.accumulate,
-        clip_norm=trainer.clip_norm,
-        channels_last=trainer.channels_last,
-        second_forward=second_forward,
-    )
+    update = build.update(cfg, build.model(cfg).to(world.device).train(), build.loss(cfg), world)
+    update.second_forward = second_forward
+    return update
 
 
 def measure_parts(cfg: Any, world: World, batches: Iterator[Any], args: argparse.Namespace) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Time candidates in turn, or the parts of one of them, and print tables."""
+"""Time candidates in turn, or the parts of one of them; read the memory of a process; print tables."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -83,3 +84,12 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def read_memory(key: str, pid: int | str = "self") -> int:
+    """Return a number of /proc/PID/status, such as VmRSS, in bytes; 0 if the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), 0)

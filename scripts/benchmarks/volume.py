@@ -18,7 +18,7 @@ import torch
 
 from configs.errors import UserError
 from scripts import ROOT
-from scripts.benchmarks.timing import print_table
+from scripts.benchmarks.timing import print_table, read_memory
 
 INTERVAL = 0.02  # seconds between two looks at the memory
 
@@ -76,17 +76,8 @@ def decode(case: Path, out: Path, rule: str) -> tuple[float, int]:
     started, peak = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            peak = max(peak, anonymous_memory(process.pid))
+            peak = max(peak, read_memory("RssAnon", process.pid))
             time.sleep(INTERVAL)
     if process.returncode:
         raise UserError(f"decode.py ended with exit code {process.returncode}; its message is above.")
-    return time.perf_counter() - started, peak >> 10
-
-
-def anonymous_memory(pid: int) -> int:
-    """Return the anonymous memory of a process in KiB, 0 if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+    return time.perf_counter() - started, peak >> 20
