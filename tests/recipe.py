@@ -38,9 +38,11 @@ def fill(key: str, shape: list[int], gain: float) -> torch.Tensor:
     elif len(shape) == 1:
         values = 1 + 0.1 * rng.standard_normal(shape)
     else:
-        values = rng.standard_normal(shape)
-        values *= math.sqrt(gain / math.prod(shape[1:]))  # in place: some have a gigabyte
-    return torch.from_numpy(values.astype(np.float32))
+        values = np.empty(math.prod(shape), np.float32)
+        for part in np.split(values, range(2**20, len(values), 2**20)):  # the largest has a gigabyte in float64
+            part[:] = math.sqrt(gain / math.prod(shape[1:])) * rng.standard_normal(len(part))
+        values = values.reshape(shape)
+    return torch.from_numpy(np.asarray(values, np.float32))
 
 
 def released_config(name: str, num_classes: int, **changes: Any) -> dict[str, Any]:

@@ -64,15 +64,8 @@ def run(trained: Path) -> Path:
 
 
 def test_a_run_leaves_what_it_promises(run: Path) -> None:
-    for name in (
-        "config.yaml",
-        "metrics.jsonl",
-        "provenance.json",
-        "checkpoint-epoch2.pth",
-        "best_model.pth",
-        "last.pth",
-    ):
-        assert (run / name).stat().st_size > 0, name
+    names = ("config.yaml", "metrics.jsonl", "provenance.json", "checkpoint-epoch2.pth", "best_model.pth", "last.pth")
+    assert all((run / name).stat().st_size > 0 for name in names)
     assert list((run / "tensorboard").glob("events.*"))
     provenance = json.loads((run / "provenance.json").read_text())
     assert {"git_sha", "versions", "seed", "command", "data"} <= set(provenance)
@@ -111,22 +104,19 @@ def test_other_masks_under_the_same_names_are_another_run(tmp_path: Path) -> Non
     assert "checksum of train" in call(*train, cwd=tmp_path, expect=2).stderr
 
 
-def test_testing_equals_the_validation_inside_training(run: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def scored(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of all rules on the validation images."""
+    out = tmp_path_factory.mktemp("scored")
+    call("test.py", "-r", str(run / "checkpoint-epoch2.pth"), "-p", "all", "split=val", "--out", str(out), cwd=out)
+    return out
+
+
+def test_testing_equals_the_validation_inside_training(run: Path, scored: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = {row["kind"]: row for row in rows if row["kind"].startswith("val_") and row["epoch"] == 2}
-    call(
-        "test.py",
-        "-r",
-        str(run / "checkpoint-epoch2.pth"),
-        "-p",
-        "all",
-        "split=val",
-        "--out",
-        str(tmp_path),
-        cwd=tmp_path,
-    )
     for rule in ("T", "max", "rankdice"):
-        scores = json.loads((tmp_path / f"{rule}.json").read_text())["scores"]
+        scores = json.loads((scored / f"{rule}.json").read_text())["scores"]
         for key in ("mean_dice", "mean_iou", "test_loss", "pixel_accuracy", "ece"):
             assert scores[key] == pytest.approx(last[f"val_{rule}"][key], abs=1e-12, nan_ok=True), (rule, key)
 
@@ -213,10 +203,10 @@ def test_rules_that_need_validation_images_say_so(run: Path, tmp_path: Path) -> 
     assert "temperature=0.7" in call("test.py", "-r", str(run / "last.pth"), *both, cwd=tmp_path, expect=2).stderr
 
 
-def test_rules_are_scored_on_the_same_probabilities_alone_or_together(run: Path, tmp_path: Path) -> None:
-    call("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "--out", str(tmp_path / "alone"), cwd=tmp_path)
-    call("test.py", "-r", str(run / "best_model.pth"), "-p", "all", "--out", str(tmp_path / "all"), cwd=tmp_path)
-    assert (tmp_path / "alone" / "T.csv").read_text() == (tmp_path / "all" / "T.csv").read_text()
+def test_rules_are_scored_on_the_same_probabilities_alone_or_together(run: Path, scored: Path, tmp_path: Path) -> None:
+    command = ("test.py", "-r", str(run / "checkpoint-epoch2.pth"), "-p", "T", "split=val", "--out", str(tmp_path))
+    call(*command, cwd=tmp_path)
+    assert (tmp_path / "T.csv").read_text() == (scored / "T.csv").read_text()
 
 
 def test_help_is_worth_reading_and_imports_nothing_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,10 @@ def test_every_experiment_composes_of_valid_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", options("loss"))
 def test_every_loss_is_built_with_its_protocol(name: str) -> None:
+    cfg = compose("train", [f"loss={name}"])
     for protocol, legacy in (("paper", True), ("corrected", False)):
-        loss = build.loss(compose("train", [f"loss={name}", f"protocol={protocol}"]))
+        cfg.protocol = compose("train", [f"protocol={protocol}"]).protocol
+        loss = build.loss(cfg)
         assert loss.legacy is legacy and loss.link in ("softmax", "sigmoid")
 
 

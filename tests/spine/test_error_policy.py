@@ -42,37 +42,41 @@ def rule(probs, **options):
     raise {error}
 """
 PLACES = [
-    "model._target_={}.Model",
-    "loss._target_={}.Loss",
-    "dataset.source._target_={}.Data",
-    "predictor._target_={}.rule",
+    "model._target_=own.Model",
+    "loss._target_=own.Loss",
+    "dataset.source._target_=own.Data",
+    "predictor._target_=own.rule",
 ]
 
 
-def fit(tmp_path: Path, *overrides: str) -> None:
-    cfg = compose("train", [*SMALL, f"save_dir={tmp_path}/saved", "epochs=1", "num_workers=0", *overrides])
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which Python imports; tests write modules called `own` into it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    return tmp_path
+
+
+def fit(*overrides: str) -> None:
+    cfg = compose("train", [*SMALL, "save_dir=saved", "epochs=1", "num_workers=0", *overrides])
     train.fit(cfg, CHOICES, ALONE)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.split(".")[0])
 @pytest.mark.parametrize("error", ["ValueError('mine')", "ImportError('mine')", "KeyError('mine')"])
-def test_a_bug_keeps_its_traceback(place: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = f"own_{error[:3].lower()}_{place.split('.')[0]}"
-    (tmp_path / f"{name}.py").write_text(OWN.format(error=error))
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_a_bug_keeps_its_traceback(place: str, error: str, here: Path) -> None:
+    (here / "own.py").write_text(OWN.format(error=error))
     with pytest.raises(Exception, match="mine") as caught:
-        run_cli(lambda: fit(tmp_path, place.format(name)))
+        run_cli(lambda: fit(place))
     assert caught.type.__name__ == error.partition("(")[0]
-    assert any(str(entry.path).endswith(f"{name}.py") for entry in caught.traceback)
+    assert any(str(entry.path).endswith("own.py") for entry in caught.traceback)
 
 
-def test_an_import_that_fails_inside_a_module_keeps_its_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "own_broken.py").write_text("import a_package_that_is_not_there\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_an_import_that_fails_inside_a_module_keeps_its_traceback(here: Path) -> None:
+    (here / "own.py").write_text("import a_package_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-        run_cli(lambda: fit(tmp_path, "model._target_=own_broken.Model"))
+        run_cli(lambda: fit("model._target_=own.Model"))
 
 
 @pytest.mark.parametrize(
@@ -84,8 +88,8 @@ def test_an_import_that_fails_inside_a_module_keeps_its_traceback(
         "epochs=0",
     ],
 )
-def test_bad_input_is_one_line(override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(fit, tmp_path, *override.split()) == 2
+def test_bad_input_is_one_line(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(fit, *override.split()) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("error: ")
 

@@ -22,6 +22,8 @@ from unittest import mock
 
 import torch
 
+from configs.compose import compose
+
 ROOT = Path(__file__).resolve().parents[2]
 # What the commands import, some of it only when they need it.
 PRELOADED = (
@@ -73,6 +75,7 @@ def fork_server() -> None:
             os._exit(0)
 
     context()
+    compose("train")  # finds Hydra's plugins, once for all commands
     resource_tracker.ensure_running()
     with mock.patch.object(util, "spawnv_passfds", spawn):
         forkserver.ensure_running()

@@ -87,17 +87,8 @@ def test_a_loss_that_is_not_finite_ends_with_code_3_and_the_state_before_it(tmp_
 
 @pytest.mark.slow
 def test_all_options_together_resume_bit_for_bit(tmp_path: Path) -> None:
-    options = [
-        f"trainer.{option}"
-        for option in (
-            "precision=fp16",
-            "accumulate=2",
-            "clip_norm=1",
-            "channels_last=true",
-            "second_forward=true",
-            "deterministic=true",
-        )
-    ]
+    words = "precision=fp16 accumulate=2 clip_norm=1 channels_last=true second_forward=true deterministic=true"
+    options = [f"trainer.{word}" for word in words.split()]
     assert "BatchNorm over 1 images" in train(tmp_path / "whole", *options)
     process = begin("train.py", *SMALL, f"save_dir={tmp_path}", *options, log=tmp_path / "stopped.txt")
     run, whole = run_dir(tmp_path), run_dir(tmp_path / "whole")
