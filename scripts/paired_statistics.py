@@ -206,6 +206,8 @@ def choose_on_halves(dice: Mapping[str, dict[str, float]], halves: int, seed: in
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     check_least(args, resamples=1, seed=0, auto=0)
+    if not 0 < args.confidence < 1:
+        raise UserError(f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95.")
     folders = [result_folder(run, args.protocol) for run in args.runs]
     if args.auto:
         print(auto_table(folders, args.metric, args.auto, args.seed), end="")
