@@ -4,8 +4,8 @@
 //   1. check, maximum, sum and a sample, in one pass;  2. Dinkelbach's iteration on the sample, one step on all pixels;
 //   3. power sums and the pixels of a bracket around the cut-off (the window), in one pass;  4. sort of the window,
 //   the bounds g of rankseg/surrogate.py, and the quadrature of rankseg/exact.py;  5. the mask.
-// If g does not prove the bracket, the k pixels next to it are fetched, where g says how many can matter. Equal pixels
-// are kept as one run with a count, so that maps of exact zeros and ones cost no more than others.
+// If g does not prove the bracket, the k pixels next to it are fetched; k follows from g. Equal pixels are kept as one
+// run with a count, so that maps of exact zeros and ones cost no more than others.
 //
 // The interface is a plain C ABI: pointers, sizes and strides. Neither torch nor Python headers are needed.
 // Floating-point contraction must be off (-ffp-contract=off): equal results with every instruction set.

@@ -86,7 +86,10 @@ def evaluate(
         confidences: whether to compute the expected Dice of every mask.
 
     Returns:
-        The result of each rule over all images, in the order of their indices, at every rank. No image is a UserError.
+        The result of each rule over all images, in the order of their indices, at every rank.
+
+    Raises:
+        UserError: there are no images.
     """
     convert = to_probs or ToProbs(criterion.link)
     seconds, reliability = dict.fromkeys(rules, 0.0), Reliability()
@@ -131,7 +134,7 @@ class _Measured(PerImage):
 
 
 def _losses(criterion: SegmentationLoss, logits: Tensor, targets: Tensor, scoring: Scoring) -> list[float | None]:
-    """Return the loss of each labelled image, whatever the batch size; under ``paper`` one value for the batch."""
+    """Return the loss of each labelled image, regardless of the batch size; under ``paper`` one value for the batch."""
     if scoring.paper:
         return [criterion(logits, targets).item(), *[None] * (len(targets) - 1)]
     labelled = (targets != scoring.ignore_index).flatten(1).any(1).tolist()

@@ -1,4 +1,4 @@
-"""Losses on logits and label maps. Each loss names its link and says whether it is strictly proper.
+"""Losses on logits and label maps. Each loss names its link, and whether it is strictly proper.
 
 Shapes: N images, C classes, *S spatial axes (two or three). Every loss is called as
 `loss(logits (N, C, *S), targets (N, *S) integer) -> scalar` with any link: a loss makes one-hot targets itself if it

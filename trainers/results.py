@@ -46,7 +46,7 @@ class EvalResult:
     def save(self, folder: Path, details: Mapping[str, Any]) -> Path:
         """Write ``<predictor>.json`` and ``<predictor>.csv`` into the folder; return the path of the JSON.
 
-        ``details`` says where the numbers come from: protocol, dataset, model, loss, seed, checkpoint, provenance.
+        ``details`` is the origin of the numbers: protocol, dataset, model, loss, seed, checkpoint, provenance.
         """
         path = Path(folder) / f"{self.predictor}.json"
         by_image = self.image_confidence()

@@ -1,8 +1,9 @@
-"""The catalogue of data sets: names, terms, addresses, and how to open them."""
+"""The catalogue of data sets: what is known about each (catalog.yaml), and how to open it."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 import datasets
 from configs.compose import CONFIGS
+from configs.files import read_yaml
 from datasets import DatasetError
 
 if TYPE_CHECKING:
@@ -37,12 +39,12 @@ class Entry:
     size: str
     licence: str
     home: str
-    holds: tuple[str, ...]
-    urls: tuple[str, ...] = ()
+    holds: Sequence[str]
+    urls: Sequence[str] = ()
     bytes: int | None = None
     checksum: str | None = None
     inside: str = ""
-    steps: tuple[str, ...] = ()
+    steps: Sequence[str] = ()
 
     @property
     def tree(self) -> str:
@@ -72,65 +74,4 @@ class Entry:
         return found
 
 
-_ENTRIES = (
-    Entry(
-        "voc2012",
-        "VOC2012",
-        "PASCAL VOC 2012: 20 kinds of objects; 1464 training and 1449 validation images",
-        "2.0 GB to download, 2 GB unpacked",
-        "images from Flickr under its terms of use; for research",
-        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
-        ("VOCdevkit",),
-        urls=(
-            "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-        ),
-        bytes=1999639040,
-        checksum="md5:6cd6e144f989b92b3379bac3b3de84fd",
-    ),
-    Entry(
-        "kvasir_seg",
-        "KvasirSEG",
-        "Kvasir-SEG: polyps in 1000 colonoscopy images; 880 for training, 120 for validation",
-        "46 MB",
-        "for research and education, citing Jha et al., MMM 2020",
-        "https://datasets.simula.no/kvasir-seg/",
-        ("images", "masks"),
-        urls=("https://datasets.simula.no/downloads/kvasir-seg.zip",),
-        inside="Kvasir-SEG",
-    ),
-    Entry(
-        "cityscapes",
-        "Cityscapes",
-        "Cityscapes, fine annotations: 19 classes of street scenes; 2975 training and 500 validation images",
-        "11.6 GB to download (11 GB images, 241 MB annotations)",
-        "free for non-commercial research after registration",
-        "https://www.cityscapes-dataset.com/",
-        ("leftImg8bit", "gtFine"),
-        steps=(
-            "register at https://www.cityscapes-dataset.com/register/ and wait for the e-mail",
-            "log in, open https://www.cityscapes-dataset.com/downloads/ and fetch"
-            " gtFine_trainvaltest.zip (241 MB) and leftImg8bit_trainvaltest.zip (11 GB)",
-            "unzip both into {root}: it then holds gtFine/ and leftImg8bit/",
-            "or let a program do both: pip install cityscapesscripts, csDownload -l (stores your account), and this"
-            " command again",
-            "python scripts/prepare_data.py check cityscapes --root {root}",
-        ),
-    ),
-    Entry(
-        "folder",
-        "Folder",
-        "your own images: see docs/own-data.md",
-        "yours",
-        "yours",
-        "docs/own-data.md",
-        ("images", "masks"),
-        steps=(
-            "put images into {root}/images and masks of the same names into {root}/masks",
-            "write {root}/classes.yaml, such as: classes: [background, lesion]",
-            "python scripts/prepare_data.py split {root}",
-            "python scripts/prepare_data.py check folder --root {root}",
-        ),
-    ),
-)
-CATALOG = {entry.name: entry for entry in _ENTRIES}
+CATALOG = {name: Entry(name, **fields) for name, fields in read_yaml(Path(__file__).with_suffix(".yaml")).items()}

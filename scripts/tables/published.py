@@ -206,7 +206,7 @@ class Expected:
 
     `scores[model][loss][rule]` is [mDice, mIoU]; either may be null. `num_images` and `collection` restrict the
     results that are checked; null means no restriction. `paper_rows[model][loss]` is the model of this experiment that
-    is compared with a published row, and `differs` says what is not as in the paper.
+    is compared with a published row, and `differs` names what is not as in the paper.
     """
 
     path: Path

@@ -25,7 +25,7 @@ _SHOWN = 5  # differences that are listed
 
 
 class Row(NamedTuple):
-    """The names of a table row; `variant` says what was done to the probabilities before the rule."""
+    """The names of a table row; `variant` names the change of the probabilities before the rule."""
 
     collection: str
     protocol: str
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The seeds of one table cell, by row and rule; `reason` says why they have no average, "" if they have one."""
+    """The seeds of one table cell, by row and rule; `reason` is why they have no average, "" if they have one."""
 
     results: tuple[Result, ...]
     reason: str = ""
