@@ -146,7 +146,8 @@ class Fitter:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
-                f"{self.file.path} holds invalid values for {what} ({error}). Fix: delete it and run test.py again."
+                f"{self.file.path} holds invalid values for {what} ({error}). "
+                "Fix: delete it, and fit again with test.py or decode.py."
             ) from error
 
     def _fit_calibration(self, kind: str) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _review(args: argparse.Namespace, fitter: Fitter, rule: str, info: DatasetIn
         )
     margins = (stored or {}).get("classes", {})
     if not isinstance(margins, dict) or not all(type(value) in (int, float, NoneType) for value in margins.values()):
-        raise UserError(f"{fitter.file.path} holds invalid margins. Fix: delete it and run test.py again.")
+        raise UserError(f"{fitter.file.path} holds invalid margins. Fix: delete it, then run confidence.py again.")
     return Review(args.out / "review.csv", info.classes, info.scored, margins)
 
 

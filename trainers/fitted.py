@@ -302,13 +302,15 @@ class FittedFile:
             isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
             for entry in entries
         ):
-            raise UserError(f"{self.path} does not hold fitted values. Fix: delete it and run test.py again.")
+            raise UserError(
+                f"{self.path} does not hold fitted values. Fix: delete it, and fit again with test.py or decode.py."
+            )
         if content.get("checkpoint") != self.sha256:
             if replace:
                 return []
             raise UserError(
                 f"{self.path} was fitted for another checkpoint: sha256 {str(content.get('checkpoint'))[:12]}, "
-                f"this one has {self.sha256[:12]}. Fix: delete it and run test.py again."
+                f"this one has {self.sha256[:12]}. Fix: delete it, and fit again with test.py."
             )
         return entries
 
