@@ -20,18 +20,6 @@ from trainers.distributed import World, barrier
 _PARTS = {"optimizer", "scaler", "progress", "rng"}  # of a training's state
 
 
-def as_stored(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert what ``models.published`` reads from a released configuration into the form that checkpoints hold."""
-    choices = {group: theirs[group] for group in ("dataset", "model", "loss", "predictor")}
-    choices |= {"optimizer": "sgd", "schedule": "poly", "protocol": "paper", "trainer": "default"}
-
-    def present(*names: str) -> dict[str, Any]:
-        return {name: theirs[name] for name in names if theirs[name] is not None}  # else as in the paper
-
-    values = present("temperature", "threshold", "epochs", "batch_size")
-    return {"choices": choices, "values": {**values, "dataset": present("crop", "eval_crop")}}
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """Read a checkpoint to resume from; raise CheckpointError if it does not hold the whole state of a training."""
     checkpoint = read_checkpoint(path)
@@ -87,9 +75,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
         from models.published import is_published, load_published  # slow to import
 
         if is_published(checkpoint):
-            network, theirs = load_published(checkpoint, source=f"checkpoint {path}")
-            cfg = stored.unpack(as_stored(theirs), overrides)
-            return network, cfg, {**checkpoint, "epoch": theirs["epoch"], "classes": None}
+            network, config = load_published(checkpoint, source=f"checkpoint {path}")
+            return network, stored.unpack(config, overrides), {"epoch": 0, **checkpoint, "classes": None}
     if not {"model", "config", "epoch"} <= set(checkpoint):
         raise CheckpointError(
             f"{path} is not a checkpoint of this project: it lacks model, config or epoch. "

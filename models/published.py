@@ -79,10 +79,9 @@ def is_published(checkpoint: dict[str, Any]) -> bool:
 
 
 def load_published(checkpoint: dict[str, Any], source: str = "the checkpoint") -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network (CPU, evaluation mode) of what ``read_checkpoint`` returned, and its configuration.
+    """Return the network (CPU, evaluation mode) of what ``read_checkpoint`` returned, and its translated configuration.
 
-    The configuration is that of ``translate_config``, with ``num_classes`` and ``epoch`` added. Raises CheckpointError,
-    which names the ``source``, if it is not a released checkpoint or contradicts itself.
+    Raises CheckpointError, which names the ``source``, if it is not a released checkpoint or contradicts itself.
     """
     if not is_published(checkpoint):
         raise CheckpointError(
@@ -93,20 +92,19 @@ def load_published(checkpoint: dict[str, Any], source: str = "the checkpoint") -
     if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()):
         raise CheckpointError(f"{source} holds no tensors by name. Fix: use an undamaged file.")
     state = {plain_key(key): tensor for key, tensor in state.items()}
-    name = config["model"]
+    name, dataset = config["choices"]["model"], config["choices"]["dataset"]
     if _SCORES[name] not in state or not state[_SCORES[name]].ndim:
         raise CheckpointError(f"{source} is of a {name} but has no tensor {_SCORES[name]!r}. Fix: use a released file.")
     num_classes = state[_SCORES[name]].shape[0]
-    if num_classes != NUM_CLASSES[config["dataset"]]:
+    if num_classes != NUM_CLASSES[dataset]:
         raise CheckpointError(
-            f"{source} was trained for {num_classes} classes, but its data set {config['dataset']} has "
-            f"{NUM_CLASSES[config['dataset']]}. Fix: use an undamaged file."
+            f"{source} was trained for {num_classes} classes, but its data set {dataset} has {NUM_CLASSES[dataset]}. "
+            "Fix: use an undamaged file."
         )
-    epoch = epoch_number(checkpoint.get("epoch", 0), source)
+    epoch_number(checkpoint.get("epoch", 0), source)
     with torch.device("meta"):  # the checkpoint has all weights: no time is spent on drawing others
         network = NETWORKS[name](num_classes)
     load_state(network, translate_state(name, state, source), source)
-    config |= {"num_classes": num_classes, "epoch": epoch}
     return network.eval(), config
 
 
@@ -141,13 +139,10 @@ def _is_bilinear(weight: Tensor, size: int) -> bool:
 
 
 def translate_config(config: dict[str, Any], source: str = "the configuration") -> dict[str, Any]:
-    """Translate a released JSON configuration into this project's names.
+    """Translate a released JSON configuration into the form that our checkpoints hold: names of options, and values.
 
-    Returns:
-        ``dataset``, ``model``, ``loss`` and ``predictor`` (names of configurations), ``temperature``,
-        ``threshold``, ``scored`` (class indices, or None for all), ``batch_size``, ``epochs``, ``crop`` and
-        ``eval_crop`` (pixels). The last four are None if the file lacks them. Data set and crop come from
-        ``train_loader``, evaluation's batch size and crop from ``test_loader``, or from another if that is missing.
+    Values that the file lacks are those of the paper. Data set and crop come from ``train_loader``, evaluation's batch
+    size and crop from ``test_loader``, or from another loader if that is missing.
     """
     predict = _mapping(config, "predict")
     loaders = {name: _mapping(config, f"{name}_loader") for name in ("train", "val", "test")}
@@ -155,27 +150,28 @@ def translate_config(config: dict[str, Any], source: str = "the configuration") 
         [loaders[name] for name in order if loaders[name]]
         for order in (("train", "test", "val"), ("test", "val", "train"))
     )
-    scored = predict.get("CoI", "all")
-    try:
-        numbers = {
-            # Older runs lack these two settings and used the values that became their defaults.
-            "temperature": float(predict.get("temperature", 1.0)),
-            "threshold": float(predict.get("threshold", 0.5)),
-            "scored": None if scored == "all" else [int(index) for index in scored],
-        }
+    try:  # older runs lack these two settings and used the values that became their defaults
+        temperature, threshold = float(predict.get("temperature", 1.0)), float(predict.get("threshold", 0.5))
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{source} has an invalid setting of its predictor: {error}") from None
-    return {
+    choices = {
         "dataset": _known(DATASETS, train[0].get("type") if train else None, "data set", source),
         "model": _known(MODELS, _mapping(config, "arch").get("type"), "model", source),
         "loss": _known(LOSSES, config.get("loss"), "loss", source),
         "predictor": _known(PREDICTORS, predict.get("test", "T"), "predictor", source),
-        **numbers,
-        "batch_size": _argument(test, "batch_size"),
-        "epochs": _mapping(config, "trainer").get("epochs"),
-        "crop": _argument(train, "crop_size"),
-        "eval_crop": _argument(test, "crop_size"),
+        "optimizer": "sgd",
+        "schedule": "poly",
+        "protocol": "paper",
+        "trainer": "default",
     }
+    epochs, batch_size = _mapping(config, "trainer").get("epochs"), _argument(test, "batch_size")
+    crops = {"crop": _argument(train, "crop_size"), "eval_crop": _argument(test, "crop_size")}
+    values = {"temperature": temperature, "threshold": threshold, "epochs": epochs, "batch_size": batch_size}
+    return {"choices": choices, "values": {**_present(values), "dataset": _present(crops)}}
+
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
 
 from configs import stored
-from configs.checkpoint import as_stored
 from configs.cli import run_cli
 from configs.errors import UserError, one_line
 from models import CheckpointError, read_checkpoint
@@ -33,14 +32,13 @@ def convert(source: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(source)
     if checkpoint.get("format") == FORMAT and not is_published(checkpoint):
         raise CheckpointError(f"checkpoint {source} has this project's format already. Fix: pass it to test.py -r")
-    network, theirs = load_published(checkpoint, source=f"checkpoint {source}")
-    config = as_stored(theirs)
+    network, config = load_published(checkpoint, source=f"checkpoint {source}")
     best = float(checkpoint.get("monitor_best", math.nan))
     return {
         "format": FORMAT,
         "model": network.state_dict(),
         "config": stored.pack(stored.unpack(config), config["choices"]),
-        "epoch": theirs["epoch"],
+        "epoch": checkpoint.get("epoch", 0),
         "score": best if math.isfinite(best) else None,
     }
 

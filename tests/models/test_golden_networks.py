@@ -45,8 +45,8 @@ def training_path(network: nn.Module) -> nn.Module:
 @torch.no_grad()
 def test_full_set(released, recordings, name, num_classes):
     golden = np.load(recordings / f"full/model_{FULL[name]}_{num_classes}.npz")
-    network, config = load_published(released(name, num_classes))
-    assert config["num_classes"] == num_classes
+    network, _ = load_published(released(name, num_classes))
+    assert network.num_classes == num_classes
     for height, width in SIZES:
         size = f"{height}x{width}"
         outputs = {"eval": network.eval()(images(height, width)).logits}

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from configs import stored
-from configs.checkpoint import as_stored
 from models import CheckpointError, PSPNet, read_checkpoint
 from models.published import is_published, load_published, translate_config, translate_state
 
@@ -37,22 +36,28 @@ CONFIG = {
 
 def test_configuration_in_our_names():
     assert translate_config(CONFIG) == {
-        "dataset": "voc2012",
-        "model": "deeplabv3plus",
-        "loss": "b_soft_dice",
-        "predictor": "rankdice",
-        "temperature": 0.05,
-        "threshold": 0.4,
-        "scored": [1, 2],
-        "batch_size": 8,
-        "epochs": 300,
-        "crop": 380,
-        "eval_crop": 448,
+        "choices": {
+            "dataset": "voc2012",
+            "model": "deeplabv3plus",
+            "loss": "b_soft_dice",
+            "predictor": "rankdice",
+            "optimizer": "sgd",
+            "schedule": "poly",
+            "protocol": "paper",
+            "trainer": "default",
+        },
+        "values": {
+            "temperature": 0.05,
+            "threshold": 0.4,
+            "epochs": 300,
+            "batch_size": 8,
+            "dataset": {"crop": 380, "eval_crop": 448},
+        },
     }
 
 
 def test_a_converted_configuration_says_all_that_the_released_one_says():
-    theirs = as_stored(translate_config(CONFIG))
+    theirs = translate_config(CONFIG)
     ours = stored.pack(stored.unpack(theirs), theirs["choices"])
     for one in (theirs, ours):
         cfg = stored.unpack(one)
@@ -64,8 +69,8 @@ def test_a_converted_configuration_says_all_that_the_released_one_says():
 def test_configurations_older_than_two_settings():
     """One of the released configurations lacks temperature and threshold."""
     old = CONFIG | {"predict": {"CoI": "all", "train": "T", "val": "T", "test": "max"}}
-    translated = translate_config(old)
-    assert translated["temperature"] == 1.0 and translated["threshold"] == 0.5 and translated["scored"] is None
+    values = translate_config(old)["values"]
+    assert values["temperature"] == 1.0 and values["threshold"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,7 @@ def test_configurations_older_than_two_settings():
     ],
 )
 def test_every_published_loss(root, theirs, ours):
-    assert translate_config(CONFIG | {"loss": theirs})["loss"] == ours
+    assert translate_config(CONFIG | {"loss": theirs})["choices"]["loss"] == ours
     assert (root / f"configs/loss/{ours}.yaml").exists()
 
 
@@ -131,9 +136,14 @@ class TestReleasedFile:
         assert is_published(content) and content["monitor_best"] == 2.6
         network, config = load_published(content)
         assert isinstance(network, PSPNet) and not network.training
-        assert (config["dataset"], config["num_classes"], config["epoch"]) == ("kvasir_seg", 2, 150)
+        assert (config["choices"]["dataset"], network.num_classes, content["epoch"]) == ("kvasir_seg", 2, 150)
         theirs = checkpoint["state_dict"]["module.master_branch.0.bottleneck.0.weight"]
         assert torch.equal(network.pyramid.merge[0].weight, theirs)
+
+    @pytest.mark.parametrize("epoch", [-1, 1.5, True, None, "3", 10**30])
+    def test_an_invalid_epoch_is_rejected(self, checkpoint, epoch):
+        with pytest.raises(CheckpointError, match=r"a\.pth: epoch=.* is not a number of epochs"):
+            load_published(checkpoint | {"epoch": epoch}, source="a.pth")
 
     def test_every_key_has_its_place(self, checkpoint):
         state = {key.removeprefix("module."): tensor for key, tensor in checkpoint["state_dict"].items()}

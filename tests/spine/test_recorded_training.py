@@ -181,7 +181,7 @@ def test_a_checkpoint_of_the_recorded_structure_is_read(recorded, tmp_path, loss
         torch.load(path, weights_only=True)
     read = read_checkpoint(path)
     assert is_published(read) and read["monitor_best"] == content["monitor_best"]
-    assert translate_config(read["config"])["loss"] == LOSSES[loss]
+    assert translate_config(read["config"])["choices"]["loss"] == LOSSES[loss]
     names = {key.removeprefix("module."): tensor for key, tensor in read["state_dict"].items()}
     assert set(translate_state("pspnet", names)) <= set(_names())
 
