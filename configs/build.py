@@ -18,8 +18,8 @@ from configs.errors import ConfigError
 from datasets import DatasetInfo, EvalLoader, SegmentationDataset, TrainLoader
 from rankseg import Predictor
 from trainers.distributed import World, wrap
-from trainers.evaluator import Scoring
 from trainers.losses import SegmentationLoss
+from trainers.metrics import Scoring
 from trainers.schedules import Schedule
 from trainers.update import Update
 

@@ -22,7 +22,7 @@ from rankseg import Predictor
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from rankseg.pooled import ProbabilityHistogram
 from trainers.distributed import World, gather_objects
-from trainers.evaluator import Scoring, evaluate
+from trainers.evaluator import evaluate
 from trainers.fitted import (
     FittedFile,
     GatedRule,
@@ -35,7 +35,7 @@ from trainers.fitted import (
 )
 from trainers.forward import ToProbs, forward, measure
 from trainers.losses import Link, SegmentationLoss
-from trainers.metrics import mean_over_classes
+from trainers.metrics import Scoring, mean_over_classes
 from trainers.results import EvalResult, results_folder
 
 _CALIBRATED = "rankdice calibrated"  # a candidate of rule auto

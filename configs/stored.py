@@ -262,8 +262,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Return the differences of two configurations that can change results, as ``key: old -> new``."""
+    """Return the differences of two configurations that can change results, as ``key: old -> new``.
+
+    The names of classes and functions of this project are no settings: a later version may rename them.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
+        old, new = _settings(old), _settings(new)
         found: list[str] = []
         for key in [*old, *(k for k in new if k not in old)]:
             name = f"{prefix}{key}"
@@ -271,6 +275,11 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
                 found += differences(old.get(key), new.get(key), f"{name}.")
         return found
     return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]
+
+
+def _settings(node: dict[str, Any]) -> dict[str, Any]:
+    ours = str(node.get("_target_")).startswith(("datasets.", "models.", "rankseg.", "trainers."))
+    return {key: value for key, value in node.items() if key not in _HYDRA_KEYS} if ours else node
 
 
 def check_same_run(folder: Path, cfg: DictConfig) -> None:

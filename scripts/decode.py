@@ -58,8 +58,8 @@ from scripts.decoding.cases import Folder, name_case_in_errors
 from scripts.decoding.labelled import FolderFitter
 from scripts.paired_statistics import markdown
 from trainers.distributed import pick_device
-from trainers.evaluator import Scoring, probability_scores
-from trainers.metrics import Counts
+from trainers.evaluator import probability_scores
+from trainers.metrics import Counts, Scoring
 from trainers.reproducibility import provenance
 from trainers.results import EvalResult, comparison, fingerprint
 from trainers.text import csv_text

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,44 +21,11 @@ from trainers.distributed import World
 from trainers.forward import ToProbs, measure
 from trainers.journal import Journal
 from trainers.losses import SegmentationLoss
-from trainers.metrics import PAPER_EPSILON, Counts, PerImage, Truth, count, encode, summary
+from trainers.metrics import Counts, PerImage, Scoring, Truth, count
 from trainers.results import EvalResult
 
 NEUTRAL = "T"  # the rule whose mDice chooses the best epoch: the threshold favours no ranking rule
 _OBSERVED = 1 << 14  # reliability uses every k-th pixel of a large image: at least so many, fewer than twice as many
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What is scored, and by which conventions (``protocol=paper`` or ``corrected``)."""
-
-    num_classes: int
-    scored: tuple[int, ...]  # the classes in the means
-    ignore_index: int = 255
-    void: Literal["masked", "counted"] = "masked"  # predictions on void pixels are left out, or count as false
-    paper: bool = False  # the published arithmetic: an epsilon in denominators, three decimals, the loss of batches
-    legacy_bce_iou: bool = False  # this and the next are two faults of published rows
-    legacy_soft_dice_void: bool = False
-
-    def encode(self, targets: Tensor) -> Truth:
-        """Encode labels (N, H, W) for counting."""
-        return encode(
-            targets, self.num_classes, self.ignore_index, self.void, legacy_soft_dice_void=self.legacy_soft_dice_void
-        )
-
-    def is_unneeded(self, targets: Tensor) -> bool:
-        """Return whether a batch is left out: under ``paper``, one without any labelled pixel."""
-        return self.paper and bool((targets == self.ignore_index).all())
-
-    def summary(self, counts: Counts) -> dict[str, Any]:
-        """Return every average of the tables."""
-        return summary(
-            counts,
-            self.scored,
-            epsilon=PAPER_EPSILON if self.paper else 0.0,
-            legacy_bce_iou=self.legacy_bce_iou,
-            decimals=3 if self.paper else None,
-        )
 
 
 @torch.inference_mode()

@@ -3,10 +3,6 @@
 Shapes: N images, C classes, *S spatial axes (two or three). Each class is scored against the rest, so masks may
 overlap, and a pixel may be in no mask. Scores are fractions. If a class is in neither the prediction nor the truth,
 its score is 0/0: it is NaN, and no mean includes it.
-
-There are two conventions. The default leaves void pixels out of all counts. That of the paper is set by arguments:
-`void="counted"` (a prediction on void is a false positive), `epsilon=PAPER_EPSILON`, three `decimals`, and the two
-`legacy_` faults of some published rows.
 """
 
 from __future__ import annotations
@@ -143,44 +139,87 @@ class Counts(PerImage):
         return _ratio(pairs - differ, pairs, epsilon)
 
 
-def encode(
-    targets: Tensor,
-    num_classes: int,
-    ignore_index: int = 255,
-    void: Literal["masked", "counted"] = "masked",
-    *,
-    legacy_soft_dice_void: bool = False,
-) -> Truth:
-    """Encode a batch of label maps for `count`.
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored, and by which conventions (``protocol=paper`` or ``corrected``)."""
 
-    Args:
-        targets: (N, *S) integer labels; they are not modified.
-        void: "masked" leaves void pixels out of all counts. With "counted" they have no class, and every prediction
-            on them is false.
-        legacy_soft_dice_void: with "counted", give void pixels the smallest class in the batch, as in the published
-            rows of Soft-Dice.
-    """
-    if void not in ("masked", "counted"):
-        raise ValueError(f"void={void!r} is invalid: expected 'masked' or 'counted'")
-    if legacy_soft_dice_void and void == "masked":
-        raise ValueError("legacy_soft_dice_void=True contradicts void='masked', which leaves void out: choose one")
-    valid = valid_pixels(targets, num_classes, ignore_index)
-    targets = targets.long()
-    if legacy_soft_dice_void and valid.any():
-        targets = targets.masked_fill(~valid, int(targets[valid].min()))
-        valid = torch.ones_like(valid)
-    classes = torch.arange(num_classes, device=targets.device)
-    onehot = targets.unsqueeze(1) == classes.view(1, -1, *[1] * (targets.dim() - 1))
-    if 0 <= ignore_index < num_classes:
-        onehot &= valid.unsqueeze(1)
-    counted = void == "counted" or bool(valid.all())
-    whole = torch.full((targets.shape[0],), targets[0].numel(), dtype=torch.int64, device=targets.device)
-    return Truth(
-        onehot=onehot,
-        valid=None if counted else valid,
-        actual=_true_pixels(onehot),
-        pixels=whole if counted else _true_pixels(valid.unsqueeze(1)).squeeze(1),
-    )
+    num_classes: int
+    scored: tuple[int, ...]  # the classes in the means
+    ignore_index: int = 255
+    void: Literal["masked", "counted"] = "masked"  # void pixels count nowhere, or every prediction on them is false
+    paper: bool = False  # the published arithmetic: an epsilon in denominators, three decimals, the loss of batches
+    legacy_bce_iou: bool = False  # a fault of published rows, see `Counts.iou`
+    legacy_soft_dice_void: bool = False  # another: void has the smallest class in the batch; needs void="counted"
+
+    def __post_init__(self) -> None:
+        if self.void not in ("masked", "counted"):
+            raise ValueError(f"void={self.void!r} is invalid: expected 'masked' or 'counted'")
+        if self.legacy_soft_dice_void and self.void == "masked":
+            raise ValueError("legacy_soft_dice_void=True contradicts void='masked', which leaves void out: choose one")
+
+    def is_unneeded(self, targets: Tensor) -> bool:
+        """Return whether a batch is left out: under ``paper``, one without any labelled pixel."""
+        return self.paper and bool((targets == self.ignore_index).all())
+
+    def encode(self, targets: Tensor) -> Truth:
+        """Encode a batch of integer labels (N, *S) for `count`."""
+        valid = valid_pixels(targets, self.num_classes, self.ignore_index)
+        targets = targets.long()
+        if self.legacy_soft_dice_void and valid.any():
+            targets = targets.masked_fill(~valid, int(targets[valid].min()))
+            valid = torch.ones_like(valid)
+        classes = torch.arange(self.num_classes, device=targets.device)
+        onehot = targets.unsqueeze(1) == classes.view(1, -1, *[1] * (targets.dim() - 1))
+        if 0 <= self.ignore_index < self.num_classes:
+            onehot &= valid.unsqueeze(1)
+        counted = self.void == "counted" or bool(valid.all())
+        whole = torch.full((targets.shape[0],), targets[0].numel(), dtype=torch.int64, device=targets.device)
+        return Truth(
+            onehot=onehot,
+            valid=None if counted else valid,
+            actual=_true_pixels(onehot),
+            pixels=whole if counted else _true_pixels(valid.unsqueeze(1)).squeeze(1),
+        )
+
+    def summary(self, counts: Counts) -> dict[str, Any]:
+        """Return every average of the tables as fractions, by name; ``paper`` rounds them.
+
+        `mean_dice`, `mean_iou`: over the scored classes of an image, then over images (mDice and mIoU of the paper,
+        section 5). `class_dice`, `class_iou`: over images, for every class, scored or not, by its number. `pooled_*`:
+        of all images together, as in the usual mIoU of benchmarks; ``paper`` only rounds them.
+        `pixel_accuracy`: over images. A score that no image defines is NaN.
+        """
+        averages = self.averages(counts)
+        if not self.paper:
+            return averages
+        return {
+            name: {c: round(x, 3) for c, x in value.items()} if isinstance(value, dict) else round(value, 3)
+            for name, value in averages.items()
+        }
+
+    def averages(self, counts: Counts) -> dict[str, Any]:
+        """Return the numbers of `summary` before they are rounded."""
+        epsilon = PAPER_EPSILON if self.paper else 0.0
+        dice, iou = counts.dice(epsilon), counts.iou(epsilon, legacy_bce_iou=self.legacy_bce_iou)
+        pooled = counts.pooled()
+
+        def mean(scores: Tensor) -> float:
+            return float(mean_over_classes(scores, self.scored).nanmean())
+
+        def by_class(scores: Tensor) -> dict[str, float]:
+            return {str(index): float(value) for index, value in enumerate(scores.nanmean(0))}
+
+        return {
+            "pixel_accuracy": float(counts.pixel_accuracy(epsilon).nanmean()),
+            "mean_dice": mean(dice),
+            "mean_iou": mean(iou),
+            "class_dice": by_class(dice),
+            "class_iou": by_class(iou),
+            "pooled_mean_dice": mean(pooled.dice()),
+            "pooled_mean_iou": mean(pooled.iou()),
+            "pooled_class_dice": by_class(pooled.dice()),
+            "pooled_class_iou": by_class(pooled.iou()),
+        }
 
 
 def count(masks: Tensor, truth: Truth) -> Counts:
@@ -199,47 +238,6 @@ def count(masks: Tensor, truth: Truth) -> Counts:
 def mean_over_classes(scores: Tensor, scored: Sequence[int]) -> Tensor:
     """Return the mean of scores (N, C) over the scored classes of each image, without NaN: (N,), NaN if all are."""
     return scores[:, list(scored)].nanmean(1)
-
-
-def summary(
-    counts: Counts,
-    scored: Sequence[int],
-    *,
-    epsilon: float = 0.0,
-    legacy_bce_iou: bool = False,
-    decimals: int | None = None,
-) -> dict[str, float | dict[str, float]]:
-    """Return every average of the tables as fractions, by name.
-
-    `mean_dice`, `mean_iou`: over the scored classes of an image, then over images (mDice and mIoU of the paper,
-    section 5). `class_dice`, `class_iou`: over images, for every class, scored or not, by its number. `pooled_*`: of
-    all images together, which is the usual mIoU of benchmarks; the paper has none, so `epsilon` and
-    `legacy_bce_iou` do not change them. `pixel_accuracy`: over images. A score that no image defines is NaN.
-    `decimals` rounds every score.
-    """
-    dice, iou = counts.dice(epsilon), counts.iou(epsilon, legacy_bce_iou=legacy_bce_iou)
-    pooled = counts.pooled()
-
-    def number(value: Tensor) -> float:
-        return float(value) if decimals is None else round(float(value), decimals)
-
-    def mean(scores: Tensor) -> float:
-        return number(mean_over_classes(scores, scored).nanmean())
-
-    def by_class(scores: Tensor) -> dict[str, float]:
-        return {str(index): number(value) for index, value in enumerate(scores.nanmean(0))}
-
-    return {
-        "pixel_accuracy": number(counts.pixel_accuracy(epsilon).nanmean()),
-        "mean_dice": mean(dice),
-        "mean_iou": mean(iou),
-        "class_dice": by_class(dice),
-        "class_iou": by_class(iou),
-        "pooled_mean_dice": mean(pooled.dice()),
-        "pooled_mean_iou": mean(pooled.iou()),
-        "pooled_class_dice": by_class(pooled.dice()),
-        "pooled_class_iou": by_class(pooled.iou()),
-    }
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, epsilon: float) -> Tensor:

@@ -20,7 +20,7 @@ from rankseg import Predictor
 from trainers.distributed import World
 from trainers.forward import logits_of
 from trainers.losses import Link, link_probs
-from trainers.metrics import count, encode, mean_over_classes
+from trainers.metrics import Scoring, count, mean_over_classes
 
 Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
@@ -98,7 +98,7 @@ def sheet(
 
 def tiles(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any) -> dict[str, Tensor]:
     """Return the tiles (3, H, W) uint8 of one image by title, in order."""
-    truth = encode(target[None], info.num_classes, info.ignore_index)
+    truth = Scoring(info.num_classes, info.scored, info.ignore_index).encode(target[None])
     drawn = {
         "image": image,
         "truth": overlay(image, truth.onehot[0], info),

@@ -22,9 +22,8 @@ from configs.errors import UserError
 from rankseg import Predictor
 from rankseg.confidence import confidence, image_confidence, mean_entropy, mean_max_probability, soft_dice_confidence
 from trainers.distributed import World
-from trainers.evaluator import Scoring
 from trainers.forward import measure
-from trainers.metrics import Counts, PerImage, count, mean_over_classes
+from trainers.metrics import Counts, PerImage, Scoring, count, mean_over_classes
 
 
 class AurcEstimate(NamedTuple):

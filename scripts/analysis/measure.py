@@ -21,9 +21,9 @@ from rankseg import Predictor, threshold
 from rankseg.calibration import Reliability
 from trainers import selective
 from trainers.distributed import World
-from trainers.evaluator import Scoring, observe
+from trainers.evaluator import observe
 from trainers.forward import measure as measure_images
-from trainers.metrics import Counts, PerImage, count, mean_over_classes
+from trainers.metrics import Counts, PerImage, Scoring, count, mean_over_classes
 from trainers.selective import MaskRecord, conformal_margin, record_masks
 
 EXPECTED = "expected Dice"  # the confidence of this project; the others are for comparison

@@ -22,9 +22,8 @@ from configs.compose import compose
 from configs.errors import as_training_error
 from scripts.benchmarks.timing import Stopwatch, add_clock, in_turn, print_table
 from trainers.distributed import World, pick_device
-from trainers.evaluator import Scoring
 from trainers.losses import link_probs
-from trainers.metrics import count
+from trainers.metrics import Scoring, count
 from trainers.update import Update
 
 PARTS = ("data", "forward", "loss", "backward", "check of the gradient", "optimizer")

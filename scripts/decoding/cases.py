@@ -24,10 +24,9 @@ from datasets.decode import ImageFolder, visible_files
 from rankseg.calibration import Calibration
 from scripts.decoding import arrays, nnunet
 from scripts.decoding.arrays import LABEL_SUFFIXES, NIFTI, SUFFIXES, Geometry, read_array, scratch, suffix_of
-from trainers.evaluator import Scoring
 from trainers.forward import ToProbs
 from trainers.losses import Link
-from trainers.metrics import Truth, encode
+from trainers.metrics import Scoring, Truth
 from trainers.results import fingerprint
 
 SLAB = 1 << 22  # values that are converted or counted at once
@@ -141,7 +140,8 @@ class _ForegroundScoring(Scoring):
     """Channel c is label c + 1. Label 0, the background, has no channel."""
 
     def encode(self, targets: Tensor) -> Truth:
-        return without_background(encode(targets, self.num_classes + 1, self.ignore_index, self.void))
+        labels = Scoring(self.num_classes + 1, (), self.ignore_index, self.void)
+        return without_background(labels.encode(targets))
 
 
 class Folder:

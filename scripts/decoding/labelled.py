@@ -19,8 +19,8 @@ from configs.fitting import Fitter
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from scripts.decoding.cases import Folder, FromStored
 from trainers.distributed import World
-from trainers.evaluator import Scoring
 from trainers.fitted import held_out_fit
+from trainers.metrics import Scoring
 
 
 class _Stored(nn.Module):

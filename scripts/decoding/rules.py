@@ -23,7 +23,7 @@ from scripts.decoding.cases import Case, slabs, without_background
 from scripts.inference.windows import masks_of, may_overlap, parts_of
 from trainers.evaluator import proper_scores
 from trainers.fitted import pooled_threshold
-from trainers.metrics import Counts, count, encode
+from trainers.metrics import Counts, Scoring, count
 
 _SUMS = ("count", "forecast", "observed")  # of a reliability curve
 
@@ -83,7 +83,7 @@ def count_pixels(written: np.ndarray, labels: np.ndarray, classes: int, void: in
         else:
             masks = torch.from_numpy(np.ascontiguousarray(written[:, part]))
             masks = torch.cat([~masks.any(0, keepdim=True), masks]) if len(masks) < classes else masks
-        parts.append(count(masks[None], encode(_long(labels[part])[None], classes, void)))
+        parts.append(count(masks[None], Scoring(classes, (), void).encode(_long(labels[part])[None])))
     return {name: values.tolist() for name, values in vars(Counts.cat(parts).pooled()).items()}
 
 
@@ -95,7 +95,7 @@ def observe(case: Case, labels: np.ndarray, args: Namespace) -> dict[str, Any]:
     """
     flat = labels.reshape(-1)
     step = max(1, flat.size // (1 << 14))
-    truth = encode(_long(flat[::step])[None], len(case.probs) + case.first, args.void)
+    truth = Scoring(len(case.probs) + case.first, (), args.void).encode(_long(flat[::step])[None])
     truth = without_background(truth) if case.first else truth
     sample = case.probs.flatten(1)[None, :, ::step].contiguous()
     curve = Reliability()

@@ -140,9 +140,9 @@ def test_metrics_of_the_trainers() -> None:
     labels = torch.randint(0, 4, (2, 9, 8), generator=torch.Generator().manual_seed(1))
     labels[0, :2] = 255
     masks = torch.rand(2, 4, 9, 8, generator=torch.Generator().manual_seed(2)) > 0.5
-    here = metrics.count(masks, metrics.encode(labels, 4))
+    here = metrics.count(masks, metrics.Scoring(4, ()).encode(labels))
     with Ledger():
-        there = metrics.count(Claiming(masks), metrics.encode(Claiming(labels), 4))
+        there = metrics.count(Claiming(masks), metrics.Scoring(4, ()).encode(Claiming(labels)))
     for name in ("intersection", "predicted", "actual", "pixels"):
         mine, other = getattr(here, name), getattr(there, name)
         assert isinstance(other, Claiming) and torch.equal(mine, other.inner)
@@ -151,6 +151,7 @@ def test_metrics_of_the_trainers() -> None:
 def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """`evaluate` and `record_masks`, from the network to the tables with every rule: equal numbers, nothing mixed."""
     evaluator = pytest.importorskip("trainers.evaluator")
+    metrics = pytest.importorskip("trainers.metrics")
     forward = pytest.importorskip("trainers.forward")
     from trainers.distributed import World
     from trainers.fitted import ThresholdTable
@@ -184,7 +185,7 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
         world = World(0, 1, device)
         found: list[Any] = []
         for void in ("masked", "counted"):
-            scoring = evaluator.Scoring(3, (0, 1, 2), void=void)
+            scoring = metrics.Scoring(3, (0, 1, 2), void=void)
             scored = evaluator.evaluate(Network(), batches, rules, CrossEntropy(), scoring, world, confidences=True)
             found += [(x.counts, x.confidence, x.scores) for x in scored.values()]
             record = record_masks(

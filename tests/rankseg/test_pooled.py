@@ -12,8 +12,9 @@ from torch import Tensor
 
 import rankseg
 from rankseg.pooled import ProbabilityHistogram
-from trainers.metrics import Counts, count, encode, summary
+from trainers.metrics import Counts, Scoring, count
 
+SCORING = Scoring(21, tuple(range(1, 21)))
 MAPS = Path(__file__).resolve().parents[3] / "shared/data/probabilities/voc2012_espnetv2.npz"
 
 
@@ -130,7 +131,7 @@ class TestRealMaps:
     def counts(self) -> dict[str, Counts]:
         data = np.load(MAPS)
         labels = torch.from_numpy(data["target"])
-        truth, valid = encode(labels, 21), labels != 255
+        truth, valid = SCORING.encode(labels), labels != 255
         probs = torch.from_numpy(data["logits"]).float().softmax(1)
         found = ProbabilityHistogram()
         found.update(probs, valid)
@@ -142,7 +143,7 @@ class TestRealMaps:
         return {name: count(mask, truth) for name, mask in masks.items()}
 
     def test_all_classes(self, counts: dict[str, Counts]) -> None:
-        scores = {name: summary(one, range(1, 21)) for name, one in counts.items()}
+        scores = {name: SCORING.summary(one) for name, one in counts.items()}
         for column, winner in (("mean_dice", "rankdice"), ("pooled_mean_dice", "pooled")):
             assert max(scores, key=lambda name: scores[name][column]) == winner
 

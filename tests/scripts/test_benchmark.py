@@ -16,7 +16,7 @@ from configs.compose import compose
 from scripts.benchmarks import step, test
 from scripts.benchmarks.timing import Seconds, Stopwatch, in_turn
 from tests.trainers.test_update import ALONE, batch, make, network
-from trainers.evaluator import Scoring
+from trainers.metrics import Scoring
 
 OPTIONS = argparse.Namespace(steps=2, clock="wall", overrides=[])
 

@@ -17,8 +17,9 @@ from configs.errors import UserError
 from scripts.decoding import arrays
 from tests.scripts.decoding import RULES, Touch, drawn, result, run, save_all, softmax_maps
 from trainers.distributed import World
-from trainers.evaluator import Scoring, evaluate
+from trainers.evaluator import evaluate
 from trainers.losses import CrossEntropy
+from trainers.metrics import Scoring
 
 
 class TestScores:

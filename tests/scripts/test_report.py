@@ -41,9 +41,10 @@ from scripts.analysis.measure import (
 from scripts.report import report
 from trainers.checkpoint import save
 from trainers.distributed import World
-from trainers.evaluator import Scoring, evaluate
+from trainers.evaluator import evaluate
 from trainers.fitted import held_out_fit
 from trainers.forward import ToProbs
+from trainers.metrics import Scoring
 from trainers.selective import MaskRecord, record_masks
 
 ROOT = Path(__file__).resolve().parents[2]

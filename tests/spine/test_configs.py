@@ -154,3 +154,24 @@ def test_differences_name_what_changes_numbers_and_nothing_else() -> None:
     old = {"seed": 0, "num_workers": 0, "optimizer": {"lr": 0.1}, "dataset": {"root": "a"}, "trainer": {"keep": 1}}
     new = {"seed": 0, "num_workers": 4, "optimizer": {"lr": 0.2}, "dataset": {"root": "b"}, "trainer": {"keep": 2}}
     assert stored.differences(old, new) == ["optimizer.lr: 0.1 -> 0.2"]
+
+
+def test_a_run_of_a_version_with_other_names_of_code_is_the_same_run() -> None:
+    """Schedules once were classes and are functions now. Names of code outside this project are settings."""
+    old = {"schedule": {"_target_": "trainers.schedules.Polynomial", "power": 0.9}}
+    new = {"schedule": {"_target_": "trainers.schedules.polynomial", "_partial_": True, "power": 0.9}}
+    assert stored.differences(old, new) == []
+    new["schedule"]["power"] = 1.0
+    assert stored.differences(old, new) == ["schedule.power: 0.9 -> 1.0"]
+    own = {"schedule": {"_target_": "my_schedules.warm", "power": 0.9}}
+    assert stored.differences(old, own) == ["schedule._target_: None -> my_schedules.warm"]
+    other = {"schedule": {"_target_": "my_schedules.cold", "power": 0.9}}
+    assert stored.differences(own, other) == ["schedule._target_: my_schedules.warm -> my_schedules.cold"]
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if len(OPTIONS[group]) > 1])
+def test_two_options_of_a_group_are_different_settings(group: str) -> None:
+    built = [OmegaConf.to_container(compose("train", [f"{group}={name}"]), resolve=True) for name in OPTIONS[group]]
+    for number, one in enumerate(built):
+        for other in built[number + 1 :]:
+            assert stored.differences(one, other)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from trainers import forward
 from trainers.distributed import World
-from trainers.evaluator import Scoring, evaluate
+from trainers.evaluator import evaluate
 from trainers.losses import CrossEntropy
+from trainers.metrics import Scoring
 
 ALONE = World(0, 1, torch.device("cpu"))
 IMAGES, CLASSES = 11, 3

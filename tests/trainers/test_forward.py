@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from rankseg.calibration import fit_temperature
 from rankseg.rules import threshold
 from tests.trainers.test_update import ALONE
-from trainers.evaluator import Scoring, evaluate
+from trainers.evaluator import evaluate
 from trainers.fitted import held_out_fit
 from trainers.forward import forward, logits_of
 from trainers.losses import CrossEntropy
+from trainers.metrics import Scoring
 from trainers.panels import panels
 
 INFO = SimpleNamespace(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainers.metrics import PAPER_EPSILON, Counts, count, encode, mean_over_classes, summary
+from trainers.metrics import PAPER_EPSILON, Counts, Scoring, count, mean_over_classes
 
 VOID = 255
 
@@ -47,7 +49,11 @@ def counted_by_hand(masks: Tensor, labels: Tensor, void: str) -> dict[str, list]
 
 
 def score(masks: Tensor, labels: Tensor, **convention) -> Counts:
-    return count(masks, encode(labels, masks.shape[1], VOID, **convention))
+    return count(masks, Scoring(masks.shape[1], (), VOID, **convention).encode(labels))
+
+
+def summary(counts: Counts, scored: Iterable[int], **convention) -> dict[str, Any]:
+    return Scoring(counts.actual.shape[1], tuple(scored), VOID, **convention).summary(counts)
 
 
 @pytest.mark.parametrize("void", ["masked", "counted"])
@@ -65,14 +71,16 @@ def test_counts_equal_a_loop_over_pixels(void: str, shape: tuple[int, ...]) -> N
 def test_any_number_of_pixels_is_counted_exactly(pixels: int, share: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     masks = torch.rand(2, 3, pixels, generator=generator) < share
-    counts = count(masks, encode(torch.zeros(2, pixels, dtype=torch.int64), 3))
+    counts = count(masks, Scoring(3, ()).encode(torch.zeros(2, pixels, dtype=torch.int64)))
     assert torch.equal(counts.predicted, masks.sum(-1))
     assert torch.equal(counts.intersection[:, 0], masks[:, 0].sum(-1))
 
 
 def test_counts_above_what_float32_can_hold_are_exact() -> None:
     size = 2**24 + 1
-    counts = count(torch.ones(1, 1, size, dtype=torch.bool), encode(torch.zeros(1, size, dtype=torch.uint8), 1))
+    counts = count(
+        torch.ones(1, 1, size, dtype=torch.bool), Scoring(1, ()).encode(torch.zeros(1, size, dtype=torch.uint8))
+    )
     assert counts.predicted.item() == counts.actual.item() == counts.pixels.item() == size
     assert Counts.cat([counts, counts]).pooled().intersection.item() == 2 * size
 
@@ -115,7 +123,7 @@ def test_any_ignore_index_marks_void(ignore_index: int, dtype: torch.dtype) -> N
     moved = labels.masked_fill(labels == VOID, ignore_index).to(dtype)
     for void in ("masked", "counted"):
         expected = score(masks, labels, void=void)
-        ours = count(masks, encode(moved, 4, ignore_index, void))
+        ours = count(masks, Scoring(4, (), ignore_index, void).encode(moved))
         for name in ("intersection", "predicted", "actual", "pixels"):
             assert torch.equal(getattr(ours, name), getattr(expected, name)), name
 
@@ -123,7 +131,7 @@ def test_any_ignore_index_marks_void(ignore_index: int, dtype: torch.dtype) -> N
 def test_bytes_are_not_compared_with_a_negative_ignore_index() -> None:
     _, labels = example(13)
     with pytest.raises(ValueError, match="label 255"):
-        encode(labels.byte(), 4, ignore_index=-1)
+        Scoring(4, (), -1).encode(labels.byte())
 
 
 def test_scores_are_undefined_only_where_prediction_and_truth_are_both_empty() -> None:
@@ -213,31 +221,33 @@ def test_averages_leave_undefined_scores_out_and_follow_the_papers_order() -> No
 
 def test_rounding_applies_to_every_number() -> None:
     counts = score(*example(11))
-    exact, rounded = summary(counts, [0, 1, 2]), summary(counts, [0, 1, 2], decimals=3)
+    scoring = Scoring(4, (0, 1, 2), paper=True)
+    exact, rounded = scoring.averages(counts), scoring.summary(counts)
     assert rounded["mean_dice"] == round(exact["mean_dice"], 3) != exact["mean_dice"]
     assert rounded["class_iou"]["0"] == round(exact["class_iou"]["0"], 3)
 
 
 def test_a_score_defined_nowhere_is_nan() -> None:
     labels = torch.zeros(2, 3, 3, dtype=torch.int64)
-    result = summary(score(F.one_hot(labels, 2).movedim(-1, 1).bool(), labels), [1], decimals=3)
+    result = summary(score(F.one_hot(labels, 2).movedim(-1, 1).bool(), labels), [1], paper=True)
     assert math.isnan(result["mean_dice"]) and math.isnan(result["pooled_mean_iou"])
     assert math.isnan(result["class_iou"]["1"]) and result["class_iou"]["0"] == 1.0
 
 
 def test_bad_input_is_rejected() -> None:
     masks, labels = example(12)
-    truth = encode(labels, 4)
+    scoring = Scoring(4, ())
+    truth = scoring.encode(labels)
     with pytest.raises(ValueError, match=r"label 9, outside 0\.\.3"):
-        encode(labels.masked_fill(labels == 1, 9), 4)
+        scoring.encode(labels.masked_fill(labels == 1, 9))
     with pytest.raises(ValueError, match="label -1"):
-        encode(labels.masked_fill(labels == 1, -1), 4)
+        scoring.encode(labels.masked_fill(labels == 1, -1))
     with pytest.raises(TypeError, match="float32"):
-        encode(labels.float(), 4)
+        scoring.encode(labels.float())
     with pytest.raises(ValueError, match="void='dropped'"):
-        encode(labels, 4, void="dropped")  # type: ignore[arg-type]
+        Scoring(4, (), void="dropped")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="legacy_soft_dice_void"):
-        encode(labels, 4, legacy_soft_dice_void=True)
+        Scoring(4, (), legacy_soft_dice_void=True)
     with pytest.raises(TypeError, match=r"masks are .*float32"):
         count(masks.float(), truth)
     with pytest.raises(ValueError, match=r"masks are \(3, 3, 5, 6\)"):
@@ -257,7 +267,7 @@ def assert_recorded(counts: Counts, recorded: dict[str, np.ndarray], halved: boo
     assert_equal(counts.pixel_accuracy(PAPER_EPSILON), recorded["pixacc"])
     assert_equal(mean_over_classes(dice, scored), recorded["mdice_image"])
     assert_equal(mean_over_classes(iou, scored), recorded["miou_image"])
-    ours = summary(counts, scored, epsilon=PAPER_EPSILON, legacy_bce_iou=halved)
+    ours = Scoring(dice.shape[1], tuple(scored), paper=True, legacy_bce_iou=halved).averages(counts)
     names = {"Pixel_Accuracy": "pixel_accuracy", "Mean_Dice": "mean_dice", "Mean_IoU": "mean_iou"}
     for theirs, name in names.items():
         assert_equal(torch.tensor(ours[name]).double(), recorded[theirs])
@@ -303,7 +313,7 @@ def test_metrics_equal_the_full_recordings(recordings: Path, prediction: str, ta
         case = f"{prediction}__{target_kind}__coi_{name}"
         assert_equal(mean_over_classes(dice, classes), data[f"{case}__mDice"])
         assert_equal(mean_over_classes(iou, classes), data[f"{case}__mIoU"])
-        ours = summary(counts, classes, epsilon=PAPER_EPSILON, legacy_bce_iou=halved, decimals=3)
+        ours = summary(counts, classes, paper=True, legacy_bce_iou=halved)
         theirs = aggregates[case]
         for key in ("Pixel_Accuracy", "Mean_Dice", "Mean_IoU"):
             assert ours[key.lower()] == round(theirs[key], 3)

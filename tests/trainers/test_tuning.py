@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rankseg
 from trainers.fitted import ThresholdTable, choose, fit_gate
-from trainers.metrics import Truth, count, encode, mean_over_classes
+from trainers.metrics import Scoring, Truth, count, mean_over_classes
 
 SCORED = (1, 2, 3)
 
@@ -23,7 +23,7 @@ def maps(images: int = 6, seed: int = 0) -> tuple[Tensor, Truth]:
     onehot = torch.nn.functional.one_hot(labels, 4).movedim(-1, 1)
     probs = (1.5 * onehot + torch.randn(onehot.shape, generator=generator)).softmax(1)
     labels[:, 0, :4] = 255
-    return probs, encode(labels, 4)
+    return probs, Scoring(4, SCORED).encode(labels)
 
 
 def mean_dice(masks: Tensor, truth: Truth) -> Tensor:
