@@ -13,7 +13,7 @@ from configs import build, stored
 from configs.errors import UserError
 from configs.files import read_json
 from models import CheckpointError, load_state, read_checkpoint
-from models.reading import epoch_number
+from models.reading import check_epoch
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier
 
@@ -33,8 +33,7 @@ def read_state(path: Path) -> dict[str, Any]:
         and all(one is None or type(one) in (int, float) for one in progress.values())
     ):
         raise CheckpointError(f"checkpoint {path} does not hold the state of a training to resume from")
-    epoch_number(checkpoint.get("epoch"), path)
-    _class_names(checkpoint.get("classes"), path)
+    _check_notes(checkpoint, path)
     return checkpoint
 
 
@@ -67,8 +66,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     The authors' checkpoints are scored under ``protocol=paper`` unless an override says otherwise.
 
     Returns:
-        The network, the configuration, and the checkpoint. Its ``epoch`` is an int; its ``classes`` are the names of
-        the classes that it was trained on, or None if it does not hold them.
+        The network, the configuration, and the checkpoint. Its ``epoch`` is an int. Its ``classes`` are the names of
+        the classes that it was trained on; None or absent if it does not hold them.
     """
     checkpoint = read_checkpoint(path)
     if "arch" in checkpoint:
@@ -82,8 +81,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
             f"{path} is not a checkpoint of this project: it lacks model, config or epoch. "
             "Fix: choose one that train.py wrote."
         )
-    epoch_number(checkpoint["epoch"], path)
-    checkpoint["classes"] = _class_names(checkpoint.get("classes"), path)
+    _check_notes(checkpoint, path)
     cfg = stored.unpack(checkpoint["config"], overrides)
     if "weights" in cfg.model:
         cfg.model.weights = None  # the checkpoint's replace them
@@ -97,14 +95,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
     return network, cfg, checkpoint
 
 
-def _class_names(names: Any, path: Path) -> list[str] | None:
+def _check_notes(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError if epoch or names of classes are invalid."""
+    check_epoch(checkpoint.get("epoch"), path)
+    names = checkpoint.get("classes")
     if names is not None and not (
         isinstance(names, list)
         and len(names) <= 1 << 16
         and all(type(name) is str and len(name) <= 200 and name.isprintable() for name in names)
     ):
         raise CheckpointError(f"{path}: classes are not a list of names")
-    return names
 
 
 def check_classes(checkpoint: Mapping[str, Any], classes: Sequence[str], path: Path) -> None:

@@ -61,32 +61,32 @@ def run_cli(main: Callable[[], Any]) -> None:
         code = main()
         sys.stdout.flush()
     except (HydraException, OmegaConfBaseException) as error:
-        _leave(errors.EXIT_BAD_INPUT, one_line(" ".join(explain(error).split())))
+        _exit(errors.EXIT_BAD_INPUT, one_line(" ".join(explain(error).split())))
     except TrainingError as error:
-        _leave(errors.EXIT_FAILED, str(error))
+        _exit(errors.EXIT_FAILED, str(error))
     except Interrupted as error:
         message = f"interrupted by {error}; the state is saved: run the same command again"
-        _leave(errors.EXIT_RESUME, message, "stopped")
+        _exit(errors.EXIT_RESUME, message, "stopped")
     except KeyboardInterrupt:
-        _leave(errors.EXIT_INTERRUPTED, "interrupted", "stopped")
+        _exit(errors.EXIT_INTERRUPTED, "interrupted", "stopped")
     except UserError as error:
-        _leave(errors.EXIT_BUSY if isinstance(error, BusyError) else errors.EXIT_BAD_INPUT, str(error))
+        _exit(errors.EXIT_BUSY if isinstance(error, BusyError) else errors.EXIT_BAD_INPUT, str(error))
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the very end
         sys.exit(errors.EXIT_BROKEN_PIPE)
     except OSError as error:
         code = errors.EXIT_BAD_INPUT if isinstance(error, WRONG_PATH) else errors.EXIT_FAILED
-        _leave(code, one_line(add_remedy(error)))
+        _exit(code, one_line(add_remedy(error)))
     except RuntimeError as error:
         if "Symlink loop" not in str(error):  # of pathlib, before Python 3.13
             raise
-        _leave(errors.EXIT_BAD_INPUT, one_line(f"{error}: {REMEDIES[errno.ELOOP]}"))
+        _exit(errors.EXIT_BAD_INPUT, one_line(f"{error}: {REMEDIES[errno.ELOOP]}"))
     else:
         if isinstance(code, int) and code:
             sys.exit(code)
 
 
-def _leave(code: int, message: str, kind: str = "error") -> None:
+def _exit(code: int, message: str, kind: str = "error") -> None:
     if os.environ.get("RANKSEG_TRACEBACK") == "1":
         raise
     sys.stdout.flush()

@@ -119,7 +119,7 @@ class Fitter:
         if kind == "none":
             return float(self.cfg.temperature)
         values = self._values(kind, self.settings(), partial(self._fit_calibration, kind), f"calibrate={kind}")
-        with self._reading(f"calibrate={kind}"):
+        with self._as_user_error(f"calibrate={kind}"):
             names = ("temperature",) if kind == "temperature" else ("temperature", "bias")
             parts = [torch.tensor(values[name], dtype=torch.float64) for name in names]
             shape = () if kind == "temperature" else (self._classes or len(parts[0]),)
@@ -132,13 +132,8 @@ class Fitter:
         """The number of classes; None if every case has its own."""
         return self.cfg.dataset.get("num_classes")
 
-    def _try(self, rule: Predictor) -> None:
-        """Call a rule once: it reports values that it cannot use."""
-        if self._classes is not None:
-            rule(torch.full((1, self._classes, 1, 2), 0.5))
-
     @contextlib.contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
+    def _as_user_error(self, what: str) -> Iterator[None]:
         """Turn an error of a use of fitted values, which may come from anywhere, into a UserError."""
         try:
             yield
@@ -185,9 +180,10 @@ class Fitter:
                 rules |= build.rules([name], self.cfg)
                 continue
             values[name] = self._values(name, self.rule_settings(name), fit, f"rule {name}", split)
-            with self._reading(f"rule {name}"):
+            with self._as_user_error(f"rule {name}"):
                 rules[name] = self._build(name, values[name])
-                self._try(rules[name])
+                if self._classes is not None:  # called once, a rule reports values that it cannot use
+                    rules[name](torch.full((1, self._classes, 1, 2), 0.5))
         return rules, values
 
     def _build(self, name: str, values: Mapping[str, Any]) -> Predictor:
@@ -208,14 +204,11 @@ class Fitter:
         """Return the description of the calibration for a result file."""
         if self.kind == "none":
             return {"temperature": float(self.cfg.temperature)}
-        found = self.calibration(self.kind)
-        if isinstance(found, Calibration):
-            values = {name: _plain(value) for name, value in found._asdict().items()}
-            return {
-                "temperature": None,
-                "calibration": {"kind": "class", **values, "fitted_on": self._describe(self._val(""))},
-            }
-        return {"temperature": found, "temperature_fitted_on": self._val("").fingerprint()}
+        found, data = self.calibration(self.kind), self._val("")
+        if isinstance(found, float):
+            return {"temperature": found, "temperature_fitted_on": data.fingerprint()}
+        values = {name: value.tolist() for name, value in found._asdict().items()}
+        return {"temperature": None, "calibration": {"kind": "class", **values, "fitted_on": self._describe(data)}}
 
     def report(self, values: Mapping[str, Mapping[str, Any]], scored: SegmentationDataset) -> list[str]:
         """Return lines to print: what was fitted, and a warning if it was fitted on the scored images."""
@@ -241,8 +234,7 @@ class Fitter:
 
     def warns_about(self, name: str) -> str:
         """Return why the masks of a rule may be poor, for images without labels; empty if there is no reason."""
-        raw = self.kind == "none" and self.cfg.temperature == 1 and not self.cfg.correct_focal
-        if not raw or not build.is_ranking(build.rule_node(name, self.cfg)):
+        if is_calibrated(self.cfg) or self.cfg.correct_focal or not build.is_ranking(build.rule_node(name, self.cfg)):
             return ""
         return (
             f"rule {name} needs calibrated probabilities, and calibrate=none uses those of the network. "
@@ -276,7 +268,8 @@ class Fitter:
         data, split = (self._val(need), "val") if scored is None else (scored, str(self.cfg.split))
         values = self.file.find(kind, settings, self._describe(data, split))
         if values is None:
-            values = {key: _plain(value) for key, value in fit().items()}
+            found = fit().items()
+            values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in found}
             self.file.put(kind, settings, values, self._describe(data, split))  # fitting finds unreadable cases
         return values
 
@@ -366,7 +359,3 @@ class Fitter:
         assert held_out is not None
         found = choose({**dice, "T_fit": held_out})
         return {"rule": found.rule, "why": found.why, "differences_to_T": found.differences}
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor) else value

@@ -204,7 +204,7 @@ def _is_list(values: Any, *kinds: type) -> bool:
     return listed and all(type(value) in kinds for value in values)
 
 
-def _listed(value: Any) -> Sequence[Any]:
+def _as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
@@ -224,11 +224,11 @@ _FLAG = (lambda value: isinstance(value, bool), "true or false")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {  # key: whether a value is valid, and what is expected
     "scored": (lambda value: _is_list(value, int) and len(value) > 0, "indices of classes, such as [1, 2]"),
     "ignore_index": (_is_byte, "a whole number in 0..255"),
-    "void": (lambda value: all(map(_is_byte, _listed(value))), "numbers in 0..255, such as [0, 255]"),
+    "void": (lambda value: all(map(_is_byte, _as_list(value))), "numbers in 0..255, such as [0, 255]"),
     "mean": (_is_share, "three numbers from 0 to 1, as `stats` prints them"),
     "std": (lambda value: _is_share(value) and 0 not in value, "three numbers above 0, as `stats` prints them"),
     "rgb_masks": _FLAG,
-    "void_color": (lambda value: _is_colour(value) or all(map(_is_colour, _listed(value))), "one RGB colour or a list"),
+    "void_color": (lambda value: _is_colour(value) or all(map(_is_colour, _as_list(value))), "one or more RGB colours"),
     "nearest": _FLAG,
     "mask_suffix": (lambda value: isinstance(value, str), "a text, such as _mask"),
 }
@@ -251,7 +251,7 @@ class _Reader:
         if rgb and nearest:
             raise self.fault("nearest is for grey masks. Fix: remove nearest or rgb_masks")
         ignore_index = self._get("ignore_index", 255)
-        void = list(_listed(self._get("void", ignore_index)))
+        void = list(_as_list(self._get("void", ignore_index)))
         colours = self._get("void_color", [])
         if colours and not rgb:
             raise self.fault("void_color is for RGB masks. Fix: set rgb_masks: true, or use void")
@@ -350,7 +350,7 @@ class _Reader:
         """Return raw value -> class. Raises DatasetError if a value has two classes, or is not one of 0..255."""
         mapping: dict[int, int] = {}
         for index, entry in enumerate(self.entries):
-            for raw in _listed(entry.get("value", index)):
+            for raw in _as_list(entry.get("value", index)):
                 if not _is_byte(raw) or raw in mapping:
                     raise self.fault(f"value {raw} of class {entry['name']!r} must be new and in 0..255")
                 mapping[raw] = index
@@ -372,7 +372,7 @@ class _Reader:
 
 def _claims(entry: Mapping[str, Any], void: list[int]) -> bool:
     """Return whether the explicit value of a class is a number of void."""
-    return any(value in void for value in _listed(entry.get("value", [])))
+    return any(value in void for value in _as_list(entry.get("value", [])))
 
 
 def _has_indices(names: Mapping[Any, Any]) -> bool:

@@ -42,11 +42,6 @@ class LabelTable:
         return np.frombuffer(encoded, dtype=np.uint8).reshape(raw.shape), unknown
 
 
-def index_table(num_classes: int, ignore_index: int = 255) -> LabelTable:
-    """Return the table of masks that already hold class indices."""
-    return LabelTable({**{k: k for k in range(num_classes)}, ignore_index: ignore_index})
-
-
 class PairedDataset(SegmentationDataset):
     """Pairs of files. A subclass finds them and defines how raw labels become class indices."""
 

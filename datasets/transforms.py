@@ -226,17 +226,17 @@ def bilinear_window(image: Tensor, size: tuple[int, int], top: int, left: int, c
     OpenCV interpolates rows first, then columns, each with one fused `a + (b - a) f` in float32. Computing product and
     sum in float64 gives the same rounding; another order or rounding changes pixels whose exact value is an integer.
     """
-    row, next_row, row_share = taps(image.shape[-2], size[0], top, crop)
-    column, next_column, column_share = taps(image.shape[-1], size[1], left, crop)
+    row, next_row, row_share = source_pixels(image.shape[-2], size[0], top, crop)
+    column, next_column, column_share = source_pixels(image.shape[-1], size[1], left, crop)
     first, last = int(row[0]), int(next_row[-1]) + 1
     pixels = image.permute(1, 2, 0)[first:last]  # channels last, as decoded: selecting columns is fast
     left_pixels, right_pixels = (pixels.index_select(1, at).short() for at in (column, next_column))
-    across = mix(left_pixels, right_pixels, column_share[:, None])
+    across = blend(left_pixels, right_pixels, column_share[:, None])
     upper, lower = (across.index_select(0, at - first) for at in (row, next_row))
-    return mix(upper, lower, row_share[:, None, None]).to(torch.uint8).permute(2, 0, 1)
+    return blend(upper, lower, row_share[:, None, None]).to(torch.uint8).permute(2, 0, 1)
 
 
-def taps(size: int, new_size: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def source_pixels(size: int, new_size: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return two source pixels, and the share of the second, for `count` pixels of a resized line from `start`."""
     places = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * (size / new_size) - 0.5
     places = places.clamp(0, size - 1)
@@ -244,6 +244,6 @@ def taps(size: int, new_size: int, start: int, count: int) -> tuple[Tensor, Tens
     return index, (index + 1).clamp(max=size - 1), (places - index).float()
 
 
-def mix(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+def blend(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     """Return `a + (b - a) share` in float32, rounded once."""
     return (b - a).double().mul_(share.double()).add_(a).float()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .base import DatasetInfo
 from .decode import read_split
-from .paired import Pair, PairedDataset, index_table
+from .paired import LabelTable, Pair, PairedDataset
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -35,7 +35,7 @@ class VOC2012(PairedDataset):
     """PASCAL VOC 2012 in the official layout; `train_aug` is the split with the SBD annotations."""
 
     info = INFO
-    table = index_table(INFO.num_classes, INFO.ignore_index)
+    table = LabelTable({index: index for index in (*range(INFO.num_classes), INFO.ignore_index)})
     help_tree = """\
   VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg
   VOCdevkit/VOC2012/SegmentationClass/2007_000032.png         palette PNG, index = class, 255 = void

@@ -1,5 +1,8 @@
 """Networks: the three of the paper and those of segmentation_models_pytorch; safe reading of checkpoints.
 
+A network maps images (N, 3, H, W) to `SegmentationOutput`: logits (N, C, H, W). ``weights`` are those of its backbone
+(see ``models/weights.py``). ``narrow`` divides the channels of every layer, for small test networks.
+
 Networks that need torchvision or timm are imported on first use, because these imports are slow.
 """
 

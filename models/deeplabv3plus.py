@@ -2,8 +2,6 @@
 
 The architecture is Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, with ordinary
 instead of separable convolutions and an output stride of 16.
-
-Legend: N images, C classes, H x W pixels.
 """
 
 from __future__ import annotations
@@ -21,11 +19,7 @@ RATES = (6, 12, 18)
 
 
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+ with torchvision's ResNet-101.
-
-    ``weights`` is None, ``imagenet``, or the path of ImageNet weights of torchvision's ``resnet101``. ``narrow``
-    divides the channels of every layer, for small test networks.
-    """
+    """DeepLabV3+ with torchvision's ``resnet101``."""
 
     aux_weight = 0.0
 

@@ -3,8 +3,6 @@
 The architecture is Shelhamer, Long & Darrell, "Fully Convolutional Networks for Semantic Segmentation", TPAMI
 2017: the classifier of VGG16 as convolutions, added to scores of two finer stages, each enlarged by a fixed
 bilinear transposed convolution.
-
-Legend: N images, C classes, H x W pixels.
 """
 
 from __future__ import annotations
@@ -25,11 +23,7 @@ POOL3_SCALE, POOL4_SCALE = 1e-4, 1e-2
 
 
 class FCN8(nn.Module):
-    """FCN-8s with torchvision's VGG16, including its fully connected layers.
-
-    ``weights`` is None, ``imagenet``, or the path of ImageNet weights of torchvision's ``vgg16``. ``narrow`` divides
-    the channels of every layer, for small test networks.
-    """
+    """FCN-8s with torchvision's ``vgg16``, including its fully connected layers."""
 
     aux_weight = 0.0
     enlarge2: Tensor

@@ -1,7 +1,4 @@
-"""Architectures of segmentation_models_pytorch, with any encoder of that package or of timm.
-
-Legend: N images, C classes, H x W pixels.
-"""
+"""Architectures of segmentation_models_pytorch, with any encoder of that package or of timm."""
 
 from __future__ import annotations
 
@@ -47,8 +44,8 @@ class SMP(nn.Module):
         arch: str,  # of ARCHITECTURES
         encoder: str,  # of smp, or tu-NAME for any of timm's
         num_classes: int,
-        weights: str | Path | None = None,  # of the encoder: None, imagenet, a path, or efficientnet-lite0
-        narrow: int = 1,  # divide the channels of every layer by this number, for small test networks
+        weights: str | Path | None = None,  # of the encoder
+        narrow: int = 1,
         **options: Any,  # of the architecture: encoder_depth, decoder_channels, ...
     ) -> None:
         super().__init__()

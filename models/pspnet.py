@@ -2,8 +2,6 @@
 
 The architecture is Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017: a ResNet-50 whose stem is
 three 3x3 convolutions, dilated to an output stride of 8, and an auxiliary head on its third stage.
-
-Legend: N images, C classes, H x W pixels.
 """
 
 from __future__ import annotations
@@ -21,11 +19,7 @@ BINS = (1, 2, 3, 6)
 
 
 class PSPNet(nn.Module):
-    """PSPNet with timm's ``resnet50s``.
-
-    ``weights`` is None, ``imagenet``, or the path of ImageNet weights of timm's ``resnet50s``. ``narrow`` divides
-    the channels of every layer, for small test networks.
-    """
+    """PSPNet with timm's ``resnet50s``."""
 
     aux_weight = 0.4
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.deeplabv3plus import DeepLabV3Plus
 from models.fcn8 import FCN8, bilinear_kernel
 from models.pspnet import PSPNet
-from models.reading import CheckpointError, epoch_number, load_state, plain_key
+from models.reading import CheckpointError, check_epoch, load_state, plain_key
 
 NETWORKS = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet, "fcn8": FCN8}
 
@@ -101,7 +101,7 @@ def load_published(checkpoint: dict[str, Any], source: str = "the checkpoint") -
             f"{source} was trained for {num_classes} classes, but its data set {dataset} has {NUM_CLASSES[dataset]}. "
             "Fix: use an undamaged file."
         )
-    epoch_number(checkpoint.get("epoch", 0), source)
+    check_epoch(checkpoint.get("epoch", 0), source)
     with torch.device("meta"):  # the checkpoint has all weights: no time is spent on drawing others
         network = NETWORKS[name](num_classes)
     load_state(network, translate_state(name, state, source), source)
@@ -167,10 +167,10 @@ def translate_config(config: dict[str, Any], source: str = "the configuration") 
     epochs, batch_size = _mapping(config, "trainer").get("epochs"), _argument(test, "batch_size")
     crops = {"crop": _argument(train, "crop_size"), "eval_crop": _argument(test, "crop_size")}
     values = {"temperature": temperature, "threshold": threshold, "epochs": epochs, "batch_size": batch_size}
-    return {"choices": choices, "values": {**_present(values), "dataset": _present(crops)}}
+    return {"choices": choices, "values": {**_drop_none(values), "dataset": _drop_none(crops)}}
 
 
-def _present(values: dict[str, Any]) -> dict[str, Any]:
+def _drop_none(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -126,11 +126,10 @@ def _tensors(content: Any) -> Iterator[Tensor]:
             stack.extend(item.values() if isinstance(item, dict) else item)
 
 
-def epoch_number(value: Any, source: str | Path) -> int:
-    """Return the epoch of a checkpoint; raise CheckpointError if it is not a number of epochs."""
+def check_epoch(value: Any, source: str | Path) -> None:
+    """Raise CheckpointError if the epoch of a checkpoint is not a number of epochs."""
     if type(value) is not int or not 0 <= value < 10**9:
         raise CheckpointError(f"{source}: epoch={str(value)[:100]!r} is not a number of epochs")
-    return value
 
 
 def plain_key(key: str) -> str:

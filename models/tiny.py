@@ -1,7 +1,4 @@
-"""A small U-Net that trains on a CPU in minutes.
-
-Legend: N images, C classes, H x W pixels.
-"""
+"""A small U-Net that trains on a CPU in minutes."""
 
 from __future__ import annotations
 

@@ -148,11 +148,11 @@ def download(source: str) -> Path:
     ``source`` is ``torchvision/NAME``, ``timm/NAME`` or ``smp/NAME``. Raises CheckpointError if no such weights are
     published, they cannot be downloaded, or their checksum is wrong.
     """
-    address = published(source)
+    address = find_published(source)
     return _from_url(address) if isinstance(address, str) else _from_hub(*address)
 
 
-def published(source: str) -> str | tuple[str, str | None]:
+def find_published(source: str) -> str | tuple[str, str | None]:
     """Return where weights are published: an address, or a Hugging Face repository and its revision."""
     library, _, name = source.partition("/")
     if library == "torchvision":

@@ -30,10 +30,10 @@ from configs.fitting import Fitter, folder_of_results
 from scripts import ROOT
 from scripts.analysis import charts
 from scripts.analysis.measure import assess, known_pairs, record_split
+from scripts.analysis.selective import MaskRecord, conformal_margin
 from scripts.common import add_checkpoint_options, check_checkpoint_options, check_least, command_line, load_run
 from trainers.distributed import World, join_world
 from trainers.reproducibility import provenance
-from trainers.selective import MaskRecord, conformal_margin
 from trainers.text import markdown_table
 
 

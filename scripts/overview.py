@@ -83,12 +83,10 @@ def main() -> None:
         if not order:
             raise UserError(f"split={cfg.split}: no image has a class that is scored. Fix: choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
-        drawn = panels(
-            network, data, loader.transform, rules, criterion.link, world, picked,
-            lambda *shown: torch.stack(list(tiles(*shown).values())), **options,
-        )  # fmt: skip
+        drawn = panels(network, data, loader.transform, rules, criterion.link, world, picked, **options)
         rows: list[Tensor] = []
-        for quantile, index, (_, stack) in zip(QUANTILES, picked, drawn, strict=True):
+        for quantile, index, (_, panel) in zip(QUANTILES, picked, drawn, strict=True):
+            stack = torch.stack(list(tiles(panel).values()))
             enlarged = stack.repeat_interleave(args.scale, 2).repeat_interleave(args.scale, 3)
             above = captions(quantile, {name: 100 * float(dice[name][index]) for name in RULES})
             rows.append(strip(list(enlarged), above, () if rows else headings(build.threshold(cfg))))

@@ -1,7 +1,4 @@
-"""Score prediction rules, also as validation after an epoch: one forward pass, the same probabilities for every rule.
-
-Shapes: N images, C classes, H × W pixels.
-"""
+"""Score prediction rules, also as validation after an epoch: one forward pass, the same probabilities for all."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from rankseg import Predictor, confidence
 from rankseg.calibration import Reliability
 from trainers.distributed import World
-from trainers.forward import ToProbs, measure
+from trainers.forward import ToProbs, measure, probs_for
 from trainers.journal import Journal
 from trainers.losses import SegmentationLoss
 from trainers.metrics import Counts, PerImage, Scoring, Truth, count
@@ -65,12 +62,8 @@ def evaluate(
         probs, truth = convert(logits), scoring.encode(targets)
         counts: dict[str, Counts] = {}
         expected: dict[str, Tensor] = {}
-        own: dict[Any, Tensor] = {}
         for name, rule in rules.items():
-            other = getattr(rule, "to_probs", None)
-            if other is not None and other not in own:
-                own[other] = other(logits)
-            given = probs if other is None else own[other]
+            given = probs_for(rule, logits, probs)
             started = _now(world)
             masks = rule(given)
             seconds[name] += _now(world) - started
@@ -111,27 +104,30 @@ def _losses(criterion: SegmentationLoss, logits: Tensor, targets: Tensor, scorin
 
 
 def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
-    """Add the probabilities (N, C, H, W) of a batch to its reliability.
+    """Add the probabilities (N, C, H, W) of a batch to its reliability."""
+    reliability.update(*_sample(probs, truth))
 
-    Large images are read at a regular stride: neighbouring pixels hold nearly the same information, and binning all of
-    them would take longer than the prediction.
+
+def _sample(probs: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return probabilities and one-hot labels (N, C, P) of every k-th pixel, and whether it counts, (N, P) or None.
+
+    Neighbouring pixels hold nearly the same information, and binning all would take longer than the prediction.
     """
     step = max(1, truth.onehot[0, 0].numel() // _OBSERVED)
     valid = None if truth.valid is None else truth.valid.flatten(1)[:, ::step]
-    reliability.update(probs.flatten(2)[..., ::step], truth.onehot.flatten(2)[..., ::step], valid)
+    return probs.flatten(2)[..., ::step], truth.onehot.flatten(2)[..., ::step], valid
 
 
 def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
     """Return the log-loss and Brier score of each image, (N, 2) float64: means over its counted pixels, or NaN.
 
     The log-loss of a softmax is -log p of the true class; that of a sigmoid is the sum of the binary log-losses of all
-    classes. The Brier score is Σ_c (p_c - y_c)². Large images are read at a regular stride, as in `observe`.
+    classes. The Brier score is Σ_c (p_c - y_c)².
     """
-    step = max(1, truth.onehot[0, 0].numel() // _OBSERVED)
-    p, y = probs.flatten(2)[..., ::step].double(), truth.onehot.flatten(2)[..., ::step]
-    valid = y.any(1) if link == "softmax" else torch.ones_like(y[:, 0])
-    if truth.valid is not None:
-        valid = valid & truth.valid.flatten(1)[:, ::step]
+    sample, y, counted = _sample(probs, truth)
+    p, valid = sample.double(), y.any(1) if link == "softmax" else torch.ones_like(y[:, 0])
+    if counted is not None:
+        valid = valid & counted
     right = torch.where(y, p, 1.0 if link == "softmax" else 1 - p).clamp(min=1e-38)
     values = torch.stack([-right.log().sum(1), ((p - y.double()) ** 2).sum(1)], dim=2)
     pixels = valid.sum(1, keepdim=True).double()
@@ -218,7 +214,7 @@ class Validation:
         first = range(min(self.panels, len(self.data)))
         drawn = panels(
             network, self.data, self.loader.transform, self.rules, self.criterion.link, self.world, first,
-            draw=sheet, precision=self.precision,
+            precision=self.precision,
         )  # fmt: skip
-        for name, picture in drawn:
-            self.journal.image(step, f"val/{name}", picture)
+        for name, panel in drawn:
+            self.journal.image(step, f"val/{name}", sheet(panel))

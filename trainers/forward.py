@@ -1,7 +1,4 @@
-"""The forward pass that scoring, calibration, fitting and reports share.
-
-Shapes: N images, C classes, H × W pixels.
-"""
+"""The forward pass that scoring, calibration, fitting and reports share."""
 
 from __future__ import annotations
 
@@ -43,6 +40,12 @@ class ToProbs:
                 "Fix: choose an earlier checkpoint, or trainer.precision=fp32 if it was trained in fp16."
             )
         return focal_correction(probs) if self.correct_focal else probs
+
+
+def probs_for(rule: Any, logits: Tensor, probs: Tensor) -> Tensor:
+    """Return the probabilities that a rule gets: from its own ``to_probs``, if it has one."""
+    own = getattr(rule, "to_probs", None)
+    return own(logits) if own else probs
 
 
 @torch.inference_mode()

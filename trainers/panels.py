@@ -1,12 +1,9 @@
-"""Draw an image, its truth, its probabilities and the mask of each rule side by side.
-
-Shapes: C classes, H × W pixels.
-"""
+"""Draw an image, its truth, its probabilities and the mask of each rule side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +15,21 @@ from torchvision.utils import draw_segmentation_masks
 
 from rankseg import Predictor
 from trainers.distributed import World
-from trainers.forward import logits_of
+from trainers.forward import logits_of, probs_for
 from trainers.losses import Link, link_probs
 from trainers.metrics import Scoring, count, mean_over_classes
 
 Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
+
+
+class Panel(NamedTuple):
+    """What is drawn of one image."""
+
+    image: Tensor  # (3, H, W) uint8
+    target: Tensor  # (H, W) integers
+    probs: Tensor  # (C, H, W)
+    masks: Mapping[str, Tensor]  # (C, H, W) bool of each rule
+    info: Any  # has num_classes, scored, ignore_index and palette
 
 
 @torch.inference_mode()
@@ -34,26 +41,21 @@ def panels(
     link: Link,
     world: World,
     indices: Iterable[int],
-    draw: Callable[..., Any] | None = None,
     precision: str = "fp32",
     to_probs: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[tuple[str, Any]]:
-    """Yield (name, picture) for images of a data set.
+) -> Iterator[tuple[str, Panel]]:
+    """Yield the name of each image and its panel.
 
-    ``draw`` makes a picture from image, target, probs, masks and info; default: `row`. ``to_probs`` turns logits into
-    probabilities; default: the link. A rule's attribute ``to_probs`` replaces it.
+    ``to_probs`` turns logits into probabilities; default: the link. A rule's attribute ``to_probs`` replaces it.
     """
     for index in indices:
         image, mask = data.read(index)
         pixels, target = transform(image, mask)
         logits = logits_of(model, pixels[None], target.shape[-2:], world, precision)
         probs = to_probs(logits) if to_probs else link_probs(logits, link)
-        masks = {}
-        for name, rule in rules.items():
-            own = getattr(rule, "to_probs", None)
-            masks[name] = rule(own(logits) if own else probs)[0].cpu()
+        masks = {name: rule(probs_for(rule, logits, probs))[0].cpu() for name, rule in rules.items()}
         image = denormalise(pixels, data.info, target.shape)
-        yield data.names[index], (draw or row)(image, target, probs[0].cpu(), masks, data.info)
+        yield data.names[index], Panel(image, target, probs[0].cpu(), masks, data.info)
 
 
 def denormalise(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
@@ -64,40 +66,26 @@ def denormalise(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
     return (image * 255).round().to(torch.uint8)
 
 
-def row(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any, scale: int = 1) -> Tensor:
-    """Return one row of tiles: image | truth | probability | the mask of each rule with its mean Dice.
+def sheet(panel: Panel, columns: int = 3, width: int = 320, font_size: int = 32) -> Tensor:
+    """Return the tiles of a panel, each ``width`` pixels wide, in rows of ``columns``: (3, *, *) uint8.
 
-    ``image`` is (3, H, W) uint8, ``target`` (H, W) integers, ``probs`` (C, H, W); ``masks`` has (C, H, W) bool by rule.
-    ``info`` has ``num_classes``, ``scored`` and ``palette``. Returns (3, H + title, columns · W) uint8, enlarged.
+    The large titles can be read in a thumbnail.
     """
-    columns, width = 3 + len(masks), scale * image.shape[2]
-    return sheet(image, target, probs, masks, info, columns, width, font_size=11)
-
-
-def sheet(
-    image: Tensor,
-    target: Tensor,
-    probs: Tensor,
-    masks: Mapping[str, Tensor],
-    info: Any,
-    columns: int = 3,
-    width: int = 320,
-    font_size: int = 32,
-) -> Tensor:
-    """Return the tiles of `row`, each ``width`` pixels wide, in rows. Titles can be read in a thumbnail."""
-    size = [max(1, round(width * image.shape[1] / image.shape[2])), width]
-    mode = InterpolationMode.NEAREST if image.shape[2] < width else InterpolationMode.BILINEAR
+    _, height, stored = panel.image.shape
+    size = [max(1, round(width * height / stored)), width]
+    mode = InterpolationMode.NEAREST if stored < width else InterpolationMode.BILINEAR
     cells = [
         add_title(resize(tile, size, interpolation=mode, antialias=True), title, font_size)
-        for title, tile in tiles(image, target, probs, masks, info).items()
+        for title, tile in tiles(panel).items()
     ]
     cells += [torch.full_like(cells[0], 255)] * (-len(cells) % columns)
     rows = [torch.cat(cells[k : k + columns], dim=2) for k in range(0, len(cells), columns)]
     return torch.cat(rows, dim=1)
 
 
-def tiles(image: Tensor, target: Tensor, probs: Tensor, masks: Mapping[str, Tensor], info: Any) -> dict[str, Tensor]:
-    """Return the tiles (3, H, W) uint8 of one image by title, in order."""
+def tiles(panel: Panel) -> dict[str, Tensor]:
+    """Return the tiles (3, H, W) uint8 of a panel by title: image, truth, probability, and the mask of each rule."""
+    image, target, probs, masks, info = panel
     truth = Scoring(info.num_classes, info.scored, info.ignore_index).encode(target[None])
     drawn = {
         "image": image,

@@ -1,7 +1,4 @@
-"""One update of the weights: forward pass, backward pass, optimizer step.
-
-Shapes: N images, C classes, H × W pixels.
-"""
+"""One update of the weights: forward pass, backward pass, optimizer step."""
 
 from __future__ import annotations
 

@@ -19,12 +19,13 @@ from configs.errors import UserError
 from configs.fitting import Fitter
 from rankseg import Predictor, threshold
 from rankseg.calibration import Reliability
-from trainers import selective
+from scripts.analysis import selective
+from scripts.analysis.selective import MaskRecord, conformal_margin, record_masks
 from trainers.distributed import World
 from trainers.evaluator import observe
 from trainers.forward import measure as measure_images
+from trainers.forward import probs_for
 from trainers.metrics import Counts, PerImage, Scoring, count, mean_over_classes
-from trainers.selective import MaskRecord, conformal_margin, record_masks
 
 EXPECTED = "expected Dice"  # the confidence of this project; the others are for comparison
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
@@ -140,8 +141,7 @@ def measure(
             probs = to_probs(logits)
             observe(reliability[kind], probs, truth)
             for rule, predictor in rules.items():
-                own = getattr(predictor, "to_probs", None)
-                masks = predictor(own(logits) if own else probs)
+                masks = predictor(probs_for(predictor, logits, probs))
                 counts[rule, kind, scoring.void] = count(masks, truth).to("cpu")
                 if kind == "raw":
                     counts[rule, kind, other.void] = count(masks, other_truth).to("cpu")

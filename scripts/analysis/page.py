@@ -266,17 +266,18 @@ def draw_strips(
     picked = list(dict.fromkeys(indices))
     places = [positions[findings.names[index]] for index in picked]
     transform: Any = fitter.batches(data).transform
-    options = fitter.link, fitter.world, places, lambda *parts: parts, fitter.precision
+    options = fitter.link, fitter.world, places, fitter.precision
     seen = panels.panels(fitter.network, data, transform, rules, *options)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
-    for index, (name, parts) in zip(picked, seen, strict=True):
+    for index, (name, panel) in zip(picked, seen, strict=True):
         titles = ("image", "truth", "probability", *rules)
-        uris = {title: data_uri(tile) for title, tile in zip(titles, panels.tiles(*parts).values(), strict=True)}
+        uris = {title: data_uri(tile) for title, tile in zip(titles, panels.tiles(panel).values(), strict=True)}
         dice = {rule: 100 * float(findings.dice(rule)[index]) for rule in rules}
         drawn[index] = Strip(name, uris, dice)
         stem = re.sub(r"[^\w.-]", "_", Path(name).stem)[:80]
-        picture = panels.row(*parts, scale=max(1, 160 // parts[0].shape[2]))
+        width = max(1, 160 // panel.image.shape[2]) * panel.image.shape[2]
+        picture = panels.sheet(panel, columns=len(uris), width=width, font_size=11)
         to_pil_image(picture).save(folder / f"{len(drawn):02}-{stem}.png")
     return drawn
 

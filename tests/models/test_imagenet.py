@@ -84,7 +84,7 @@ def test_weights_are_downloaded_once_and_loaded(
             wanted.append(given)
             return f"{address}/{file}"
 
-        monkeypatch.setattr(weights, "published", published)
+        monkeypatch.setattr(weights, "find_published", published)
         with torch.device("meta"):  # only what is loaded gets memory
             if name == "smp":
                 network = SMP("unet", "tu-resnet18.tv_in1k", 2, weights="imagenet").network.encoder.model
@@ -111,7 +111,7 @@ def test_fcn8_gets_the_layers_of_vgg16(tmp_path: Path, own_cache: Path, monkeypa
     file = f"vgg16-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     with server({f"/{file}": content}) as (address, asked):
         wanted: list[str] = []
-        monkeypatch.setattr(weights, "published", lambda source: wanted.append(source) or f"{address}/{file}")
+        monkeypatch.setattr(weights, "find_published", lambda source: wanted.append(source) or f"{address}/{file}")
         with torch.device("meta"):
             network = FCN8(2, "imagenet")
     assert wanted == ["torchvision/vgg16"] and asked == [f"GET /{file}"]
@@ -125,7 +125,7 @@ def test_fcn8_gets_the_layers_of_vgg16(tmp_path: Path, own_cache: Path, monkeypa
 
 def test_a_wrong_checksum_is_rejected(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with server({"/a-00000000.pth": b"something else"}) as (address, _):
-        monkeypatch.setattr(weights, "published", lambda source: f"{address}/a-00000000.pth")
+        monkeypatch.setattr(weights, "find_published", lambda source: f"{address}/a-00000000.pth")
         with pytest.raises(CheckpointError, match=r"a-00000000\.pth"):
             weights.download("torchvision/resnet101")
     assert not list(own_cache.glob("*"))
@@ -138,7 +138,7 @@ def test_a_wrong_checksum_is_rejected(tmp_path: Path, own_cache: Path, monkeypat
 def test_offline_says_which_file_to_put_where(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with server({}) as (address, _):
         pass  # a port that nobody listens on
-    monkeypatch.setattr(weights, "published", lambda source: f"{address}/vgg16-397923af.pth")
+    monkeypatch.setattr(weights, "find_published", lambda source: f"{address}/vgg16-397923af.pth")
     with pytest.raises(CheckpointError) as caught:
         weights.download("torchvision/vgg16")
     message = str(caught.value)
@@ -156,7 +156,7 @@ def test_hugging_face_files(offline: bool, tmp_path: Path, monkeypatch: pytest.M
     state = smp.encoders.get_encoder("resnet18").state_dict()
     state = {key: torch.randn_like(v) if v.is_floating_point() else v for key, v in state.items()}
     content = save(state)
-    repository, revision = weights.published("smp/resnet18")
+    repository, revision = weights.find_published("smp/resnet18")
     path = f"/{repository}/resolve/{revision}/model.safetensors"
     with server({} if offline else {path: content}) as (address, asked):
         monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -178,10 +178,10 @@ def test_hugging_face_files(offline: bool, tmp_path: Path, monkeypatch: pytest.M
 def test_published_places() -> None:
     """The paper's networks have an address with a checksum; unknown encoders are named."""
     for source in ("torchvision/resnet101", "torchvision/vgg16", "timm/resnet50s", "timm/tf_efficientnet_lite0"):
-        address = weights.published(source)
+        address = weights.find_published(source)
         assert isinstance(address, str) and re.search(r"^https://.*-[0-9a-f]{8}\.pth$", address)
-    repository, revision = weights.published("smp/efficientnet-b0")
+    repository, revision = weights.find_published("smp/efficientnet-b0")
     assert repository and len(revision) == 40
     for source in ("smp/resnext101_32x4d", "timm/test_vit_none"):
         with pytest.raises(CheckpointError, match=source.partition("/")[2]):
-            weights.published(source)
+            weights.find_published(source)

@@ -153,10 +153,10 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = pytest.importorskip("trainers.evaluator")
     metrics = pytest.importorskip("trainers.metrics")
     forward = pytest.importorskip("trainers.forward")
+    from scripts.analysis.selective import record_masks
     from trainers.distributed import World
     from trainers.fitted import ThresholdTable
     from trainers.losses import CrossEntropy
-    from trainers.selective import record_masks
 
     # torch has no autocast for this device; in fp32 it does nothing.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())

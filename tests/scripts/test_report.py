@@ -38,6 +38,7 @@ from scripts.analysis.measure import (
     smallest_selected,
     variants,
 )
+from scripts.analysis.selective import MaskRecord, record_masks
 from scripts.report import report
 from trainers.checkpoint import save
 from trainers.distributed import World
@@ -45,7 +46,6 @@ from trainers.evaluator import evaluate
 from trainers.fitted import held_out_fit
 from trainers.forward import ToProbs
 from trainers.metrics import Scoring
-from trainers.selective import MaskRecord, record_masks
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = World(0, 1, torch.device("cpu"))

@@ -70,8 +70,8 @@ def test_every_use_sees_the_same_logits(precision: str, dtype: torch.dtype) -> N
     data = SimpleNamespace(
         names=[b.names[0] for b in given], info=INFO, read=lambda k: (given[k].images[0], given[k].targets[0])
     )
-    drawn = panels(net, data, lambda *pair: pair, {}, "softmax", ALONE, range(3), lambda *parts: parts[2], precision)
-    assert all(torch.equal(a.softmax(1)[0], probs) for a, (_, probs) in zip(logits, drawn, strict=True))
+    drawn = panels(net, data, lambda *pair: pair, {}, "softmax", ALONE, range(3), precision)
+    assert all(torch.equal(a.softmax(1)[0], panel.probs) for a, (_, panel) in zip(logits, drawn, strict=True))
 
     fitted = held_out_fit(fit_temperature, net, given, "softmax", ALONE, precision=precision)
     pixels = torch.cat([one.flatten(2) for one in logits], dim=2)

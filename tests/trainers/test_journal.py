@@ -19,7 +19,7 @@ from configs.files import write_text
 from datasets import DatasetInfo
 from tests.trainers.forked import start
 from trainers.journal import Journal, read_rows
-from trainers.panels import row, sheet, tiles
+from trainers.panels import Panel, sheet, tiles
 
 CLASSES = ("background", "traffic light", "car (1)")
 INFO = DatasetInfo("three", ("background", "a", "b"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)), (1, 2))
@@ -138,11 +138,13 @@ def test_a_sheet_has_the_tiles_of_a_row_at_a_readable_size(height: int, width: i
     image = torch.randint(256, (3, height, width), dtype=torch.uint8)
     target, probs = torch.randint(3, (height, width)), torch.rand(3, height, width)
     masks = {name: probs > level for name, level in (("T", 0.5), ("max", 0.6), ("rankdice", 0.3))}
-    picture = sheet(image, target, probs, masks, INFO)
+    panel = Panel(image, target, probs, masks, INFO)
+    picture = sheet(panel)
     tall, heading = round(320 * height / width), round(1.3 * (320 // 10)) + 2 + 2
     assert picture.shape == (3, 2 * (tall + heading), 3 * 322) and picture.dtype == torch.uint8
-    assert list(tiles(image, target, probs, masks, INFO))[:3] == ["image", "truth", "probability"]
-    assert row(image, target, probs, masks, INFO).shape == (3, height + 18, 6 * (width + 2))
+    assert list(tiles(panel))[:3] == ["image", "truth", "probability"]
+    one_row = sheet(panel, columns=6, width=width, font_size=11)
+    assert one_row.shape == (3, height + 18, 6 * (width + 2))
     first = picture[:, heading - 2 : heading - 2 + tall, 1:321].float()
     same = torch.nn.functional.interpolate(image[None].float(), (tall, 320), mode="area")[0]
     assert (first - same).abs().mean() < 12

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from trainers.selective import _resampled_aurc, aurc, compare_aurc, conformal_margin, resplit_coverages, risk_coverage
+from scripts.analysis.selective import (
+    _resampled_aurc,
+    aurc,
+    compare_aurc,
+    conformal_margin,
+    resplit_coverages,
+    risk_coverage,
+)
 
 
 def test_risk_coverage_by_hand() -> None:
