@@ -38,7 +38,7 @@ Exit codes: 0 done, 2 bad input, 3 scoring failed (too little memory, a dead or 
 """
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     """Parse the command line; flags and overrides may mix."""
     parser = argparse.ArgumentParser(
         prog="test.py",
@@ -56,7 +56,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="print the comparison only")
     overrides = "such as split=val, protocol=paper, dataset.root=PATH"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
-    return parser.parse_intermixed_args(argv)
+    return parser.parse_intermixed_args()
 
 
 def score(args: argparse.Namespace, world: World) -> None:

@@ -95,7 +95,7 @@ def read_bytes(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     return path.read_bytes()
 
 
-def check_plain(value: Any, source: str, max_items: int = MAX_ITEMS, max_depth: int = MAX_DEPTH) -> None:
+def check_plain(value: Any, source: str, max_items: int = MAX_ITEMS) -> None:
     """Walk nested dicts, lists and tuples; raise UserError if they are too deep or too many.
 
     A shared container counts each time it is reached. So one that contains itself, or whose content doubles at every
@@ -105,9 +105,9 @@ def check_plain(value: Any, source: str, max_items: int = MAX_ITEMS, max_depth: 
     while stack:
         item, depth = stack.pop()
         seen += 1
-        if seen > max_items or depth > max_depth:
+        if seen > max_items or depth > MAX_DEPTH:
             raise UserError(
-                f"{source} holds data nested deeper than {max_depth} levels or more than {max_items} values. "
+                f"{source} holds data nested deeper than {MAX_DEPTH} levels or more than {max_items} values. "
                 "Fix: choose another file."
             )
         if isinstance(item, dict):

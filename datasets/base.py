@@ -100,13 +100,10 @@ class SegmentationDataset(Dataset, ABC):
         return []
 
     def verify(self, progress: bool = True, sample: int | None = 32, on_error: str = "raise") -> None:
-        """Check the data set before it is used.
+        """Check names, headers and sizes of every pair, and decode `sample` pairs, evenly spread; None decodes all.
 
-        Names, file headers and sizes of every pair are checked. `sample` pairs, evenly spread, are decoded with their
-        labels; `sample=None` decodes all, as `scripts/prepare_data.py check` does. A fault that is missed here is
-        raised when its file is read. Notes are printed to stderr.
-
-        Raises DatasetError that lists the faults. With on_error="skip" the faults of single pairs are only printed.
+        A fault that is missed here is raised when its file is read. Notes are printed to stderr. Raises DatasetError
+        that lists the faults. With on_error="skip" the faults of single pairs are only printed.
         """
         faults = self.faults(progress, sample)
         if on_error == "skip":
@@ -157,9 +154,9 @@ def spread(total: int, sample: int | None) -> list[int]:
     return sorted({(2 * k + 1) * total // (2 * sample) for k in range(sample)})
 
 
-def digest(parts: Iterable[object], length: int = 16) -> str:
+def digest(parts: Iterable[object]) -> str:
     """Return a short hexadecimal hash of the text of the parts, one per line."""
     state = hashlib.sha256()
     for part in parts:
         state.update(f"{part}\n".encode("utf-8", "surrogateescape"))
-    return state.hexdigest()[:length]
+    return state.hexdigest()[:16]

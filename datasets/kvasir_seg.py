@@ -21,18 +21,17 @@ INFO = DatasetInfo(
     std=(0.22861765, 0.22948039, 0.24054667),
 )
 VAL_FRACTION = 0.12  # 880 / 120 of the 1000 images, the sizes usually published with the data set
-SPLIT_SEED = 0
 THRESHOLD = 127  # a pixel above it is polyp
 MAX_GREY_SHARE = 1 / 3  # of the pixels that are not dark; the released masks have less than 1 %
 
 
-def default_split(stems: list[str], seed: int = SPLIT_SEED) -> dict[str, list[str]]:
+def default_split(stems: list[str]) -> dict[str, list[str]]:
     """Return the pinned split {"train", "val"} of the released images.
 
     A hash of an image's name decides its split. The result is therefore the same on every machine and in
     every version of Python. The authors' own split is not published.
     """
-    ranked = sorted(stems, key=lambda stem: hashlib.sha256(f"{seed}/{stem}".encode()).hexdigest())
+    ranked = sorted(stems, key=lambda stem: hashlib.sha256(f"0/{stem}".encode()).hexdigest())
     held_out = round(len(stems) * VAL_FRACTION)
     return {"train": sorted(ranked[held_out:]), "val": sorted(ranked[:held_out])}
 

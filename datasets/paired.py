@@ -234,7 +234,6 @@ def file_size(path: Path) -> int:
         return -1
 
 
-def preview(values: list[int], shown: int = 8) -> str:
+def preview(values: list[int]) -> str:
     """Return the first few values as text."""
-    rest = ", ..." if len(values) > shown else ""
-    return ", ".join(map(str, values[:shown])) + rest
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")

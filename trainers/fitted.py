@@ -231,43 +231,37 @@ def fit_gate(expected: Tensor, dice: Tensor, actual: Tensor, scored: Sequence[in
 
 
 class Choice(NamedTuple):
-    """The chosen rule, the mean difference of each other rule to the baseline with its interval, and the reason."""
+    """The chosen rule, the mean difference of each other rule to T with its interval, and the reason."""
 
     rule: str
     differences: dict[str, dict[str, float]]
     why: str
 
 
-def choose(
-    dice: Mapping[str, Tensor], baseline: str = "T", level: float = 0.95, seed: int = 0, resamples: int = 9999
-) -> Choice:
-    """Choose the rule with the largest lower bound of the mean paired difference to `baseline`, if it is positive.
+def choose(dice: Mapping[str, Tensor], resamples: int = 9999) -> Choice:
+    """Choose the rule with the largest lower bound of the mean paired difference to T, if it is positive.
 
-    The bound is the lower end of the two-sided BCa bootstrap interval. `dice` holds the mean Dice (N,) of the same
-    images for each rule, NaN if undefined.
+    The bound is the lower end of the two-sided 95 % BCa bootstrap interval. `dice` holds the mean Dice (N,) of the
+    same images for each rule, NaN if undefined.
     """
-    differences = {
-        name: _interval((values - dice[baseline]).double(), level, seed, resamples)
-        for name, values in dice.items()
-        if name != baseline
-    }
-    best = max(differences, key=lambda name: differences[name]["low"], default=baseline)
-    if best == baseline or differences[best]["low"] <= 0:
-        return Choice(baseline, differences, f"no rule is better than {baseline} by its lower bound")
+    others = [name for name in dice if name != "T"]
+    differences = {name: _interval((dice[name] - dice["T"]).double(), resamples) for name in others}
+    best = max(differences, key=lambda name: differences[name]["low"], default="T")
+    if best == "T" or differences[best]["low"] <= 0:
+        return Choice("T", differences, "no rule is better than T by its lower bound")
     bound = 100 * differences[best]["low"]
-    why = f"largest lower {level:.0%} bound of the mean difference to {baseline}: +{bound:.2f} points"
-    return Choice(best, differences, why)
+    return Choice(best, differences, f"largest lower 95% bound of the mean difference to T: +{bound:.2f} points")
 
 
-def _interval(difference: Tensor, level: float, seed: int, resamples: int) -> dict[str, float]:
+def _interval(difference: Tensor, resamples: int) -> dict[str, float]:
     from scipy import stats  # slow to import
 
     difference = difference[~difference.isnan()]
     mean = float(difference.mean()) if len(difference) else 0.0
     if len(difference) < 2 or float(difference.std()) == 0:
         return {"mean": mean, "low": mean, "high": mean}
-    data, options = (difference.numpy(),), {"method": "BCa", "rng": seed, "n_resamples": resamples}
-    found: Any = stats.bootstrap(data, numpy.mean, confidence_level=level, **options)
+    options = {"method": "BCa", "confidence_level": 0.95, "rng": 0, "n_resamples": resamples}
+    found: Any = stats.bootstrap((difference.numpy(),), numpy.mean, **options)
     low, high = (float(end) for end in found.confidence_interval)
     return {"mean": mean, "low": low, "high": high}
 
