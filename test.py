@@ -18,7 +18,7 @@ from configs.fitting import Fitter, folder_of_results, is_calibrated
 from trainers.distributed import World, join_world
 from trainers.evaluator import evaluate
 from trainers.reproducibility import provenance
-from trainers.results import comparison, fingerprint
+from trainers.results import comparison_table, fingerprint
 
 ROOT = Path(__file__).resolve().parent
 ALL = ("T", "T_fit", "max", "rankdice", "rankiou", "pooled_dice")
@@ -107,7 +107,7 @@ def score(args: argparse.Namespace, world: World) -> None:
             print(result.block(cfg.model.name, cfg.loss.name), end="\n\n")
     for line in fitter.report(fitted, data):
         print(line)
-    print(comparison(results))
+    print(comparison_table(results))
     dice = {name: result.scores["mean_dice"] for name, result in results.items()}
     raw = not is_calibrated(cfg) and not cfg.correct_focal
     if raw and dice.get("rankdice", 1.0) < dice.get("T", 0.0):

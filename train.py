@@ -103,7 +103,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
         trainer.fit()
         options = {group: cfg[group].get("name", choices[group]) for group in GROUPS}
         numbers = {"lr": cfg.optimizer.lr, **{key: cfg[key] for key in ("epochs", "batch_size", "seed")}}
-        journal.hparams({**options, **numbers}, trainer.progress.best or 0.0)
+        journal.log_hparams({**options, **numbers}, trainer.progress.best or 0.0)
         list_skipped({**loader.skipped, **val_loader.skipped})
     journal.close()
     if world.is_main and finished:

@@ -43,20 +43,17 @@ _CALIBRATED = "rankdice calibrated"  # a candidate of rule auto
 
 def calibration_kind(cfg: DictConfig) -> str:
     """Return none, temperature or class; raise ConfigError if ``temperature`` contradicts ``calibrate``."""
-    if cfg.calibrate != "none" and cfg.temperature not in (1, "fit"):
+    same = cfg.calibrate == "temperature" and cfg.temperature == "fit"
+    if cfg.calibrate != "none" and cfg.temperature != 1 and not same:
         raise ConfigError(
             f"temperature={cfg.temperature} and calibrate={cfg.calibrate} both change the logits. "
             "Fix: give one of them."
         )
-    if cfg.temperature == "fit" and cfg.calibrate == "class":
-        raise ConfigError("temperature=fit contradicts calibrate=class. Fix: give one of them.")
     return "temperature" if cfg.temperature == "fit" else str(cfg.calibrate)
 
 
-def is_calibrated(cfg: DictConfig) -> bool | str:
-    """Return whether logits are calibrated: False, True, or "class" (see `trainers.results.results_folder`)."""
-    kind = calibration_kind(cfg)
-    return kind if kind == "class" else kind == "temperature" or cfg.temperature != 1
+def is_calibrated(cfg: DictConfig) -> bool:
+    return calibration_kind(cfg) != "none" or cfg.temperature != 1
 
 
 def folder_of_results(checkpoint: Path, cfg: DictConfig) -> Path:
@@ -66,6 +63,7 @@ def folder_of_results(checkpoint: Path, cfg: DictConfig) -> Path:
         cfg.protocol.results,
         threshold=build.threshold(cfg),
         calibrated=is_calibrated(cfg),
+        per_class=cfg.calibrate == "class",
         focal_corrected=cfg.correct_focal,
         gate=cfg.gate,
     )

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs.compose import CONFIGS, GROUPS, compose, options, quote_overrides, unknown_key, unknown_option
 from configs.errors import ConfigError, UserError
 from configs.files import check_plain, read_yaml
-from configs.values import CHECKS, check_values
+from configs.values import CHECKS, FLAG, Check, check_values
 
 # Config keys that do not define the experiment. They are ignored when two runs are compared.
 NON_RESULT_KEYS = frozenset(
@@ -175,20 +175,8 @@ def _lookup(tree: Any, key: str, default: Any = _MISSING) -> Any:
 
 def _check_value(name: str, value: Any, ours: Any) -> None:
     """Raise ConfigError for a stored value that is not plain, or whose type is not that of ours."""
-    if name in CHECKS:
-        is_valid, words = CHECKS[name]
-        fits = _is_plain(value) and is_valid(value)
-    elif ours is None:
-        fits, words = _is_plain(value), "null, a number, a word or a list of those"
-    elif isinstance(ours, bool):
-        fits, words = isinstance(value, bool), "true or false"
-    elif isinstance(ours, (int, float)):
-        fits, words = _is_number(value), "a finite number"
-    elif isinstance(ours, str):
-        fits, words = _is_text(value), "plain text without $"
-    else:
-        fits, words = isinstance(value, list) and _is_plain(value), "a list of numbers or words"
-    if not fits:
+    is_valid, words = CHECKS.get(name) or _BY_TYPE[type(ours)]
+    if not (_is_plain(value) and is_valid(value)):
         raise _invalid(name, value, words)
 
 
@@ -238,6 +226,16 @@ def _is_plain(value: Any) -> bool:
             not isinstance(one, list) and _is_plain(one) and one is not None for one in value
         )
     return value is None or isinstance(value, bool) or _is_number(value) or _is_text(value)
+
+
+_BY_TYPE: dict[type, Check] = {  # type of our value -> check of a stored one
+    type(None): (_is_plain, "null, a number, a word or a list of those"),
+    bool: FLAG,
+    int: (_is_number, "a finite number"),
+    float: (_is_number, "a finite number"),
+    str: (_is_text, "plain text without $"),
+    list: (lambda value: isinstance(value, list), "a list of numbers or words"),
+}
 
 
 def _invalid(name: str, value: Any, words: str) -> ConfigError:

@@ -22,7 +22,6 @@ Both folders may have sub-folders, the same in each; split files then hold patie
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -171,32 +170,17 @@ class Folder(PairedDataset):
 # classes.yaml
 
 
-@dataclass(frozen=True)
-class ClassTable:
-    """The content of classes.yaml."""
-
-    source: str  # its name in messages
-    info: DatasetInfo
-    labels: LabelTable
-    void: int | None  # the number of void, if the table does not list several
-    nearest: tuple[int, int] | None
-    rgb_masks: bool
-    void_colours: tuple[Colour, ...]
-    mask_suffix: str
-
-
 def read_class_table(name: str, classes: str | Path | Table | Sequence[Any]) -> ClassTable:
     """Return the table of classes of a data set called `name`, from a YAML file or from its content.
 
     Raises DatasetError if a key or a value cannot be used, or if two contradict each other.
     """
     if not isinstance(classes, (str, Path)):
-        return _Reader("classes", classes).read(name)
+        return ClassTable(name, "classes", classes)
     try:
-        content = read_yaml(Path(classes))
+        return ClassTable(name, str(classes), read_yaml(Path(classes)))
     except UserError as error:
         raise DatasetError(str(error)) from error
-    return _Reader(str(classes), content).read(name)
 
 
 def _is_list(values: Any, *kinds: type) -> bool:
@@ -234,20 +218,16 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {  # key: whether a valu
 }
 
 
-class _Reader:
-    """Read the content of classes.yaml; every error names its `source`."""
+class ClassTable:
+    """The content of classes.yaml; every error names its `source`."""
 
-    def __init__(self, source: str, content: Any) -> None:
+    def __init__(self, name: str, source: str, content: Any) -> None:
         self.source = source
         self.table = self._table(content)
-        self.entries = [self._entry(item) for item in self.table["classes"]]
-
-    def fault(self, text: str) -> DatasetError:
-        return DatasetError(f"{self.source}: {text}")
-
-    def read(self, name: str) -> ClassTable:
-        entries, rgb, nearest = self.entries, self._get("rgb_masks", False), self._get("nearest", False)
-        listed = "void" in self.table
+        self.entries = entries = [self._entry(item) for item in self.table["classes"]]
+        self.mask_suffix = canonical_name(self._get("mask_suffix", ""))
+        self.rgb_masks: bool = self._get("rgb_masks", False)
+        rgb, nearest, listed = self.rgb_masks, self._get("nearest", False), "void" in self.table
         if rgb and nearest:
             raise self.fault("nearest is for grey masks. Fix: remove nearest or rgb_masks")
         ignore_index = self._get("ignore_index", 255)
@@ -272,23 +252,19 @@ class _Reader:
                     f"{raw} is void and the value of class {entries[values[raw]]['name']!r}. "
                     "Fix: give each class its `value`, such as {name: wall, value: 1}"
                 )
-        info = self._info(name, ignore_index)
-        colours = [*info.palette, *void_colours]
+        self.info, self.void_colours = self._info(name, ignore_index), void_colours
+        colours = [*self.info.palette, *void_colours]
         if rgb and len(set(colours)) < len(colours):
             raise self.fault("two classes, or a class and void, have one colour. Fix: change one")
         if nearest and listed:
             raise self.fault("nearest leaves no void. Fix: remove void or nearest")
-        mapping = self._nearest(values) if nearest else {**dict.fromkeys(void, ignore_index), **values}
-        return ClassTable(
-            self.source,
-            info,
-            LabelTable(mapping),
-            void=ignore_index if not listed and ignore_index in void else None,
-            nearest=(min(values), max(values)) if nearest else None,
-            rgb_masks=rgb,
-            void_colours=tuple(void_colours),
-            mask_suffix=canonical_name(self._get("mask_suffix", "")),
-        )
+        self.labels = LabelTable(self._nearest(values) if nearest else dict.fromkeys(void, ignore_index) | values)
+        self.nearest = (min(values), max(values)) if nearest else None
+        # The number of void, if the table does not list several.
+        self.void = ignore_index if not listed and ignore_index in void else None
+
+    def fault(self, text: str) -> DatasetError:
+        return DatasetError(f"{self.source}: {text}")
 
     def _get(self, key: str, default: Any) -> Any:
         if key not in self.table:

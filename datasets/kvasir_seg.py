@@ -69,10 +69,10 @@ class KvasirSEG(PairedDataset):
         pairs = {pair.name: pair for pair in self.match_folders(released, list_images(masks), masks)}
         return [
             pairs.get(stem, Pair(stem, images / f"{stem}.jpg", masks / f"{stem}.jpg"))
-            for stem in self.stems(list(released.images))
+            for stem in self.names_of_split(list(released.images))
         ]
 
-    def stems(self, released: list[str]) -> list[str]:
+    def names_of_split(self, released: list[str]) -> list[str]:
         """Return the names of this split: from its file, or from the pinned split if there are no files."""
         path = self.root / f"{self.split}.txt"
         if path.is_file():

@@ -50,7 +50,7 @@ Fault = tuple[str, str]  # name of an image that could not be read, and why
 Loaded = tuple[list[Batch], list[Fault]]
 
 
-def seed_of(*parts: int) -> int:
+def derive_seed(*parts: int) -> int:
     """Return a seed made from a few integers, the same on every machine."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
@@ -86,7 +86,7 @@ class Reader:
                 image, mask = self.dataset.read(index)
                 # torch.manual_seed would seed the accelerators too, and with them the network's dropout.
                 with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+                    torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
                     return Sample(*self.transform(image, mask), name), index
             except DatasetError as error:
                 faults.append((name, str(error)))
@@ -202,7 +202,7 @@ class TrainLoader(Loader):
 
     def order(self, epoch: int) -> list[int]:
         """Return the indices in the order of an epoch, a function of the seed and the epoch."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         return torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:

@@ -51,16 +51,16 @@ class VOC2012(PairedDataset):
                 break
         else:
             raise self.missing_error(f"{self.root} holds no JPEGImages folder")
-        return [self.pair(line) for line in self.lines(self.split)]
+        return [self.pair(line) for line in self.read_lines(self.split)]
 
-    def lines(self, split: str) -> list[str]:
+    def read_lines(self, split: str) -> list[str]:
         """Return the lines of a split file; raise DatasetError that names those that exist."""
         sets = self.home / "ImageSets" / "Segmentation"
         path = sets / f"{split}.txt"
         if path.is_file():
             return read_split(path)
         if split == "trainval":
-            return sorted(self.lines("train") + self.lines("val"))
+            return sorted(self.read_lines("train") + self.read_lines("val"))
         known = ", ".join(sorted(p.stem for p in sets.glob("*.txt"))) or "none"
         raise self.missing_error(f"split {split!r} has no file {path} (present: {known})")
 

@@ -61,7 +61,7 @@ from trainers.distributed import pick_device
 from trainers.evaluator import probability_scores
 from trainers.metrics import Counts, Scoring
 from trainers.reproducibility import provenance
-from trainers.results import EvalResult, comparison, fingerprint
+from trainers.results import EvalResult, comparison_table, fingerprint
 from trainers.text import csv_text
 
 SOME_FAILED = 1
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.confidence and records:
         job.write_confidence(records)
     if args.labels and records:
-        print(comparison(job.score(records)))
+        print(comparison_table(job.score(records)))
         print(one_line(f"results: {args.out / 'results'}"))
         if len(job.rules) > 1:
             print(job.compare())

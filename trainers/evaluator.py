@@ -217,4 +217,4 @@ class Validation:
             precision=self.precision,
         )  # fmt: skip
         for name, panel in drawn:
-            self.journal.image(step, f"val/{name}", sheet(panel))
+            self.journal.log_image(step, f"val/{name}", sheet(panel))

@@ -117,7 +117,7 @@ def logits_of(
     """
     with autocast(world.device, precision):
         logits = model(images.to(world.device, non_blocking=True)).logits
-    logits = logits.float() if size is None else at_size(logits, size)
+    logits = logits.float() if size is None else resize_logits(logits, size)
     return logits.cpu() if world.device.type == "mps" else logits
 
 
@@ -129,7 +129,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
+def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Return logits (N, C, *, *) as float32 at the given (height, width), bilinear."""
     logits = logits.float()
     if logits.shape[-2:] == tuple(size):

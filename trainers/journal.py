@@ -64,11 +64,11 @@ class Journal:
             with name_file_in_errors(self.folder):
                 getattr(self.events, method)(*values, **options)
 
-    def image(self, step: int, name: str, picture: Tensor) -> None:
+    def log_image(self, step: int, name: str, picture: Tensor) -> None:
         """Add a picture, uint8 (3, H, W), to TensorBoard."""
         self._call("add_image", name, picture, step)
 
-    def hparams(self, settings: dict[str, Any], best: float) -> None:
+    def log_hparams(self, settings: dict[str, Any], best: float) -> None:
         """Write TensorBoard's row of the run: its settings, best score, and the last score of each rule."""
         if self.events is not None and self.path is not None:
             last = {row["kind"]: row for row in read_rows(self.path) if "mean_dice" in row}

@@ -95,18 +95,19 @@ def results_folder(
     results: str,
     *,
     threshold: float = 0.5,
-    calibrated: bool | str = False,
+    calibrated: bool = False,
+    per_class: bool = False,
     focal_corrected: bool = False,
     gate: float | str = 0.5,
 ) -> Path:
     """Return the folder of results below that of a run, different for every variant and every checkpoint.
 
     Those of ``best_model.pth`` are in ``results``, a folder of the protocol, those of ``last.pth`` in its ``of_last``.
-    Every option that changes the masks has a sub-folder. ``calibrated`` is "class" for one of each class.
+    Every option that changes the masks has a sub-folder. ``per_class``: the calibration is one of each class.
     """
     variants = {
         "focal_corrected": focal_corrected,
-        "calibrated_class" if calibrated == "class" else "calibrated": bool(calibrated),
+        "calibrated_class" if per_class else "calibrated": calibrated,
         f"threshold_{threshold:g}": threshold != 0.5,
         f"gate_{gate}": gate != 0.5,
     }
@@ -115,7 +116,7 @@ def results_folder(
     return Path(results, "" if stem == "best_model" else f"of_{stem}", variant)
 
 
-def comparison(results: Mapping[str, EvalResult]) -> str:
+def comparison_table(results: Mapping[str, EvalResult]) -> str:
     """Return a table of all rules in percent; ``*`` marks the best of each column."""
     columns = {
         "mDice": "mean_dice", "mIoU": "mean_iou",

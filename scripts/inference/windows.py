@@ -27,7 +27,7 @@ from datasets.transforms import Size, resize_to
 from rankseg import Predictor
 from scripts.decoding.arrays import scratch
 from trainers.fitted import OtherProbs, fitted_threshold
-from trainers.forward import at_size
+from trainers.forward import resize_logits
 
 WHOLE = 4 << 20  # pixels up to which an image goes through the network at once by default
 WINDOW = 1024  # side of the windows of larger ones
@@ -109,9 +109,9 @@ def _look(
     network: Network, to_probs: Callable[[Tensor], Tensor], pixels: Tensor, size: Sequence[int], flip: bool
 ) -> Tensor:
     """Return (B, C, *size) probabilities of windows (B, 3, h, w), averaged with those of their mirror images."""
-    probs = to_probs(at_size(network(pixels), size))
+    probs = to_probs(resize_logits(network(pixels), size))
     if flip:
-        probs = (probs + to_probs(at_size(network(pixels.flip(-1)).flip(-1), size))) / 2
+        probs = (probs + to_probs(resize_logits(network(pixels.flip(-1)).flip(-1), size))) / 2
     return probs
 
 

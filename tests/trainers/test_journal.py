@@ -36,8 +36,8 @@ def events(tmp_path: Path) -> EventAccumulator:
         journal.log(3 * epoch, "train", epoch=epoch, loss=1 / epoch, lr0=0.1)
         for rule in ("T", "rankdice_nonoverlap"):
             journal.log(3 * epoch, f"val_{rule}", epoch=epoch, **scores(epoch / 4))
-    journal.image(6, "val/a", torch.zeros(3, 8, 8, dtype=torch.uint8))
-    journal.hparams({"loss": "ce", "lr": 0.1}, 0.7)
+    journal.log_image(6, "val/a", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    journal.log_hparams({"loss": "ce", "lr": 0.1}, 0.7)
     journal.close()
     accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
     accumulator.Reload()
@@ -95,7 +95,7 @@ def fill(folder: Path, log: Path) -> None:
     def write() -> None:
         journal = Journal(folder)
         for step in range(50):
-            journal.image(step, "val/a", torch.randint(256, (3, 64, 64), dtype=torch.uint8))
+            journal.log_image(step, "val/a", torch.randint(256, (3, 64, 64), dtype=torch.uint8))
             time.sleep(0.01)
 
     run_cli(write)
