@@ -116,14 +116,11 @@ def _check_archive(path: Path) -> bool:
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    stack, seen = [content], set()
-    while stack:
-        item = stack.pop()
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
-            seen.add(id(item))
-            stack.extend(item.values() if isinstance(item, dict) else item)
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(item)
 
 
 def check_epoch(value: Any, source: str | Path) -> None:
