@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
 
@@ -75,15 +74,17 @@ def main() -> None:
         fitter.save()
         rules, criterion = build.rules(RULES, cfg), build.loss(cfg)
         loader, scoring = build.eval_loader(cfg, data, world), build.scoring(cfg, data.info)
-        options: Any = {"to_probs": to_probs, "precision": precision}
-        results = evaluate(network, loader, rules, criterion, scoring, world, progress="scoring", **options)
+        results = evaluate(
+            network, loader, rules, criterion, scoring, world,
+            to_probs=to_probs, precision=precision, progress="scoring",
+        )  # fmt: skip
         dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
         gain = dice["rankdice"] - dice["T"]
         order = [i for i in gain.argsort().tolist() if gain[i] == gain[i]]
         if not order:
             raise UserError(f"split={cfg.split}: no image has a class that is scored. Fix: choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
-        drawn = panels(network, data, loader.transform, rules, criterion.link, world, picked, **options)
+        drawn = panels(network, data, loader.transform, rules, to_probs, world, picked, precision)
         rows: list[Tensor] = []
         for quantile, index, (_, panel) in zip(QUANTILES, picked, drawn, strict=True):
             stack = torch.stack(list(tiles(panel).values()))

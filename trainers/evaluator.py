@@ -213,8 +213,8 @@ class Validation:
 
         first = range(min(self.panels, len(self.data)))
         drawn = panels(
-            network, self.data, self.loader.transform, self.rules, self.criterion.link, self.world, first,
-            precision=self.precision,
+            network, self.data, self.loader.transform, self.rules, ToProbs(self.criterion.link), self.world, first,
+            self.precision,
         )  # fmt: skip
         for name, panel in drawn:
             self.journal.log_image(step, f"val/{name}", sheet(panel))

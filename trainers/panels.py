@@ -16,7 +16,6 @@ from torchvision.utils import draw_segmentation_masks
 from rankseg import Predictor
 from trainers.distributed import World
 from trainers.forward import logits_of, probs_for
-from trainers.losses import Link, link_probs
 from trainers.metrics import Scoring, count, mean_over_classes
 
 Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -38,21 +37,17 @@ def panels(
     data: Any,
     transform: Transform,
     rules: Mapping[str, Predictor],
-    link: Link,
+    to_probs: Callable[[Tensor], Tensor],
     world: World,
     indices: Iterable[int],
     precision: str = "fp32",
-    to_probs: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[str, Panel]]:
-    """Yield the name of each image and its panel.
-
-    ``to_probs`` turns logits into probabilities; default: the link. A rule's attribute ``to_probs`` replaces it.
-    """
+    """Yield the name of each image and its panel; a rule's attribute ``to_probs`` replaces the argument for it."""
     for index in indices:
         image, mask = data.read(index)
         pixels, target = transform(image, mask)
         logits = logits_of(model, pixels[None], target.shape[-2:], world, precision)
-        probs = to_probs(logits) if to_probs else link_probs(logits, link)
+        probs = to_probs(logits)
         masks = {name: rule(probs_for(rule, logits, probs))[0].cpu() for name, rule in rules.items()}
         image = denormalise(pixels, data.info, target.shape)
         yield data.names[index], Panel(image, target, probs[0].cpu(), masks, data.info)

@@ -27,6 +27,7 @@ from scripts.analysis import charts
 from scripts.analysis.measure import EXPECTED, THRESHOLDS, Findings, by_size, chosen_cutoffs, false_alarms
 from scripts.analysis.scores import HARM, describe_differences, mean, mean_interval
 from trainers import panels
+from trainers.forward import ToProbs
 from trainers.metrics import mean_over_classes
 
 Section = dict[str, Any]
@@ -266,8 +267,8 @@ def draw_strips(
     picked = list(dict.fromkeys(indices))
     places = [positions[findings.names[index]] for index in picked]
     transform: Any = fitter.batches(data).transform
-    options = fitter.link, fitter.world, places, fitter.precision
-    seen = panels.panels(fitter.network, data, transform, rules, *options)
+    to_probs, precision = ToProbs(fitter.link), fitter.precision
+    seen = panels.panels(fitter.network, data, transform, rules, to_probs, fitter.world, places, precision)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for index, (name, panel) in zip(picked, seen, strict=True):

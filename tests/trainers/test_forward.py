@@ -14,7 +14,7 @@ from rankseg.rules import threshold
 from tests.trainers.test_update import ALONE
 from trainers.evaluator import evaluate
 from trainers.fitted import held_out_fit
-from trainers.forward import forward, logits_of
+from trainers.forward import ToProbs, forward, logits_of
 from trainers.losses import CrossEntropy
 from trainers.metrics import Scoring
 from trainers.panels import panels
@@ -70,7 +70,7 @@ def test_every_use_sees_the_same_logits(precision: str, dtype: torch.dtype) -> N
     data = SimpleNamespace(
         names=[b.names[0] for b in given], info=INFO, read=lambda k: (given[k].images[0], given[k].targets[0])
     )
-    drawn = panels(net, data, lambda *pair: pair, {}, "softmax", ALONE, range(3), precision)
+    drawn = panels(net, data, lambda *pair: pair, {}, ToProbs("softmax"), ALONE, range(3), precision)
     assert all(torch.equal(a.softmax(1)[0], panel.probs) for a, (_, panel) in zip(logits, drawn, strict=True))
 
     fitted = held_out_fit(fit_temperature, net, given, "softmax", ALONE, precision=precision)
