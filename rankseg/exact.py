@@ -20,7 +20,7 @@ integrand of ∫ e^{-γt} G(t) dt alone would have a pole at γ = 0.
 If γ exceeds the number of pixels, every score is close to 1. The loss 1 - score is integrated instead: the mean of
 |A Δ B| / denominator, whose terms are all positive.
 
-Shapes: B rows, W pixels of a row that need a logarithm each (the window), W + 1 volumes, K nodes, (B, 5) power sums.
+Shapes: B rows, W pixels of a window, W + 1 volumes, K nodes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def jacobi(nodes: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
     return t, torch.log(vectors[0] ** 2 / (1 + b)) + (1 + b) * t
 
 
-def octave(scale: Tensor) -> Tensor:
+def band_of(scale: Tensor) -> Tensor:
     """Return the band of a mean denominator `scale`: 0 below `_FEW`, then one for each octave."""
     return torch.floor(torch.log2(scale / _FEW)).clamp(min=-1).long() + 1
 
@@ -130,34 +131,59 @@ def cumulative(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values.cumsum(-1), (1, 0))
 
 
+class Window(NamedTuple):
+    """The pixels of B rows that need a logarithm each, and the power sums Σ p^k, k = 0..4, of all others.
+
+    `values` (B, W) are in decreasing order, filled up with zeros: a mask includes the first of them. Every mask
+    includes the pixels of `included` (B, 5), no mask those of `excluded` (B, 5), whose number is not counted.
+    """
+
+    values: Tensor
+    included: Tensor
+    excluded: Tensor
+
+    def rows(self, index: Tensor) -> Window:
+        """Return the window of some rows."""
+        return Window(*(part[index] for part in self))
+
+    def volume(self) -> Tensor:
+        """Return the number of pixels of each mask: (B, W + 1) float64."""
+        return self.included[:, :1] + torch.arange(self.values.shape[1] + 1, device=self.values.device)
+
+    def captured(self) -> Tensor:
+        """Return the probability mass of each mask: (B, W + 1)."""
+        return self.included[:, 1:2] + cumulative(self.values)
+
+    def mean(self) -> Tensor:
+        """Return the probability mass of all pixels: (B, 1)."""
+        return self.captured()[:, -1:] + self.excluded[:, 1:2]
+
+    def denominator(self, score: str, smooth: float) -> Tensor:
+        """Return the mean denominator of the score of each mask: (B, W + 1)."""
+        captured = self.captured()
+        total = self.volume() + smooth + captured[:, -1:] + self.excluded[:, 1:2]
+        return total - captured if score == "iou" else total
+
+
 def window_scores(
     score: str,
-    values: Tensor,
-    chosen: Tensor,
-    rest: Tensor,
+    window: Window,
     smooth: float,
     wanted: Tensor,
     losses: bool = False,
     log_absent: Tensor | None = None,
     span: list[int] | None = None,
 ) -> Tensor:
-    """Exact expected score of the volumes n + 0..W, n the number of `chosen` pixels: (B, W + 1) float64.
+    """Exact expected score of the masks of a window that are `wanted` (B, W + 1) bool: (B, W + 1) float64, others -inf.
 
     Args:
-        values: (B, W) the window in decreasing order, filled up with zeros.
-        chosen: (B, 5) power sums of the pixels outside the window that every volume includes.
-        rest: (B, 5) power sums of the pixels outside the window that no volume includes.
-        wanted: (B, W + 1) bool, the volumes to evaluate; others are -inf.
+        score, window, smooth, wanted: as above.
         losses: return score - 1 instead, which stays accurate if every score rounds to 1.
         log_absent: (B,) log Π(1 - p) over all pixels of a row, if known more accurately than from power sums.
         span: (lowest band, largest number of bands of a row) if known: without it devices are read once more.
     """
-    steps = torch.arange(values.shape[1] + 1, device=values.device, dtype=values.dtype)
-    volume = chosen[:, :1] + steps
-    captured = chosen[:, 1:2] + cumulative(values)
-    mean = captured[:, -1:] + rest[:, 1:2]
-    band = bands(score, volume, captured, mean, smooth)
-    sums = (values, rest, chosen, volume, captured)
+    values = window.values
+    band = band_of(window.denominator(score, smooth))
     result = torch.where(wanted, 0.0, -torch.inf).to(values)
     if values.device.type == "cpu":
         for number in torch.unique(band[wanted]).tolist():
@@ -165,8 +191,7 @@ def window_scores(
             rows = now.any(1).nonzero()[:, 0]
             absent = None if log_absent is None else log_absent[rows]
             t, w = nodes(number, smooth)
-            part = tuple(x[rows] for x in sums)
-            found = _integrate(score, part, smooth, t[None], w[None], losses, absent)
+            found = _integrate(score, window.rows(rows), smooth, t[None], w[None], losses, absent)
             result[rows] = torch.where(now[rows], found, result[rows])
         return result
     # On devices all rows together, each with its own nodes: once for the first band of each row, once for the next...
@@ -176,14 +201,9 @@ def window_scores(
     for step in range(most):
         number = (lowest + step).clamp(max=_BANDS - 1)
         t, w = (table.index_select(0, number[:, 0]) for table in (times, weights))
-        found = _integrate(score, sums, smooth, t, w, losses, log_absent)
+        found = _integrate(score, window, smooth, t, w, losses, log_absent)
         result = torch.where(wanted & (band == number), found, result)
     return result
-
-
-def bands(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: float) -> Tensor:
-    """Return the band of each volume: (B, W + 1) int64."""
-    return octave(volume + smooth + mean - (captured if score == "iou" else 0))
 
 
 def band_span(band: Tensor, wanted: Tensor) -> Tensor:
@@ -194,46 +214,46 @@ def band_span(band: Tensor, wanted: Tensor) -> Tensor:
 
 def _integrate(
     score: str,
-    sums: tuple[Tensor, ...],
+    window: Window,
     smooth: float,
     times: Tensor,
     weights: Tensor,
     losses: bool,
     log_absent: Tensor | None,
 ) -> Tensor:
-    """Integrate the module's formulas for all volumes of a window, nodes and weights (1 or B, K): (B, W + 1).
-
-    `sums` are window, rest, chosen, volume and captured mass, as in `window_scores`.
-    """
-    values, rest, chosen, volume, captured = sums
+    """Integrate the module's formulas for all masks of a window, with nodes and weights (1 or B, K): (B, W + 1)."""
+    values, included, excluded = window
+    volume, captured = window.volume(), window.captured()
     result = torch.zeros_like(volume)
     of_empty = torch.zeros_like(volume[:, 0])
     singly, volume_at = values[:, None], (volume + smooth)[:, None]
-    none_of_all = log_series(rest, torch.ones_like(rest[:, :1])) + torch.log1p(-values).sum(1, keepdim=True)  # log G(∞)
+    log_none = log_series(excluded, torch.ones_like(excluded[:, :1])) + torch.log1p(-values).sum(
+        1, keepdim=True
+    )  # log G(∞)
     for t, weight in _portions(times, weights, values):
         u = -torch.expm1(-t)
         logs = torch.log1p(singly * -u[..., None])  # (B, K, W)
-        log_rest, log_window = log_series(rest, u), logs.sum(2)
+        log_excluded, log_window = log_series(excluded, u), logs.sum(2)
         if score == "dice" or losses:
             tilted = singly * (1 - u[..., None]) / (1 - singly * u[..., None])
-            before, all_tilted = cumulative(tilted), tilted_series(rest, u) + tilted.sum(2)
+            tilted_inside, tilted_all = cumulative(tilted), tilted_series(excluded, u) + tilted.sum(2)
         if score == "dice":
-            log_all = log_rest + log_series(chosen, u) + log_window
-            hits = tilted_series(chosen, u)[..., None] + before
+            log_all = log_excluded + log_series(included, u) + log_window
+            hits = tilted_series(included, u)[..., None] + tilted_inside
             # For losses: the pixels of the mask outside the object, and those of the object outside the mask.
-            part = volume[:, None] - hits + (all_tilted[..., None] - before) if losses else smooth + 2 * hits
+            part = volume[:, None] - hits + (tilted_all[..., None] - tilted_inside) if losses else smooth + 2 * hits
             exponent = (log_all + weight)[..., None] - volume_at * t[..., None]
             result += (exponent.exp_() * part).sum(1)
         else:
-            behind = (log_rest + log_window + weight)[..., None] - cumulative(logs)
-            behind = (behind - volume_at * t[..., None]).exp_()
+            exponent = (log_excluded + log_window + weight)[..., None] - cumulative(logs)
+            part = (exponent - volume_at * t[..., None]).exp_()
             if losses:
-                behind *= (volume - captured)[:, None] + (all_tilted[..., None] - before)
-            result += behind.sum(1)
+                part *= (volume - captured)[:, None] + (tilted_all[..., None] - tilted_inside)
+            result += part.sum(1)
         if losses:
-            of_empty += (torch.exp(log_rest + log_window + weight - smooth * t) * all_tilted).sum(1)
+            of_empty += (torch.exp(log_excluded + log_window + weight - smooth * t) * tilted_all).sum(1)
         elif smooth:
-            of_empty += _without_pole(log_rest + log_window, none_of_all, weight - smooth * t, smooth).sum(1)
+            of_empty += _without_pole(log_excluded + log_window, log_none, weight - smooth * t, smooth).sum(1)
     if losses:
         result, of_empty = -result, -of_empty
     elif score == "iou":
@@ -242,7 +262,7 @@ def _integrate(
         # E[γ/(γ+Γ)] = P(Γ = 0) + γ ∫ e^{-γt} (G(t) - P(Γ = 0)) dt; 0/0 is 0.
         of_empty *= smooth
         if smooth < 1:
-            of_empty += torch.exp(none_of_all[:, 0] if log_absent is None else log_absent)
+            of_empty += torch.exp(log_none[:, 0] if log_absent is None else log_absent)
     result[:, 0] = torch.where(volume[:, 0] == 0, of_empty, result[:, 0])
     return result
 
@@ -255,11 +275,11 @@ def _portions(times: Tensor, weights: Tensor, values: Tensor) -> Iterator[tuple[
     return zip(times.split(at_once, 1), weights.split(at_once, 1), strict=True)
 
 
-def _without_pole(log_all: Tensor, none_of_all: Tensor, weight: Tensor, smooth: float) -> Tensor:
+def _without_pole(log_all: Tensor, log_none: Tensor, weight: Tensor, smooth: float) -> Tensor:
     """The integrand e^{-γt} G of the empty mask, less e^{-γt} G(∞) for γ < 1, where it has a pole: (B, K)."""
     whole = torch.exp(log_all + weight)
     if smooth >= 1:
         return whole
-    gain = log_all - none_of_all
-    small = torch.exp(none_of_all + weight) * torch.expm1(gain.clamp(max=1))
-    return torch.where(gain < 1, small, whole - torch.exp(none_of_all + weight))
+    gain = log_all - log_none
+    small = torch.exp(log_none + weight) * torch.expm1(gain.clamp(max=1))
+    return torch.where(gain < 1, small, whole - torch.exp(log_none + weight))

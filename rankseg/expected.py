@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankseg.backend import compiled_engine, one_thread
-from rankseg.exact import NEGLIGIBLE, window_scores
+from rankseg.exact import NEGLIGIBLE, Window, window_scores
 from rankseg.gather import blocks, gather, row_numbers, tile_of, tiles
 from rankseg.masks import rows_of
 from rankseg.validation import check_form, check_masks, check_smooth, check_values, eager_only
@@ -65,9 +65,9 @@ def _with_torch(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tens
     for members, values in blocks(got.rows, signed, got.width):
         volumes = torch.arange(values.shape[1] + 1, device=values.device)
         inside = (values > 0).sum(1, keepdim=True)
-        chosen, rest = got.chosen[members], got.rest[members]
+        window = Window(values.abs(), got.included[members], got.excluded[members])
         absent = None if log_absent is None else log_absent[members]
-        scores = window_scores(score, values.abs(), chosen, rest, smooth, volumes == inside, log_absent=absent)
+        scores = window_scores(score, window, smooth, volumes == inside, log_absent=absent)
         result[members] = scores.gather(1, inside)[:, 0]
     return result.view(probs.shape[:2])
 

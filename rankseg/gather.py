@@ -34,14 +34,14 @@ ORDER = 4
 class Gathered(NamedTuple):
     """The result of one pass over R rows: the extracted pixels, and power sums of the others.
 
-    `chosen` (R, 5): Σ p^k, k = 0..4, over the pixels above `high` (or those of a given mask, unless extracted).
-    `rest` (R, 5): the same over the remaining pixels, without their number (k = 0). `rows` (E,) ascending, `values`
+    `included` (R, 5): Σ p^k, k = 0..4, over the pixels above `high` (or those of a given mask, unless extracted).
+    `excluded` (R, 5): the same over the remaining pixels, without their number (k = 0). `rows` (E,) ascending, `values`
     (E,) float64 and `flags` (E,): the rows of the extracted pixels, their probabilities, and whether the given mask
     contains them. `width` (R,) int64: how many were extracted from each row.
     """
 
-    chosen: Tensor
-    rest: Tensor
+    included: Tensor
+    excluded: Tensor
     rows: Tensor
     values: Tensor
     flags: Tensor
@@ -119,8 +119,8 @@ def gather(
 ) -> Gathered:
     """Sum and extract the rows `index` (R,) of `flat` (·, D).
 
-    The pixels low < p <= high are extracted, `low` and `high` (R,); `chosen` are those above. With `masks` (·, D) bool
-    instead of `high`, all pixels p > low are extracted, and `chosen` are the other pixels of the mask.
+    The pixels low < p <= high are extracted, `low` and `high` (R,); `included` are those above. With `masks` (·, D)
+    bool instead of `high`, all pixels p > low are extracted, and `included` are the other pixels of the mask.
     """
     dtype = working_dtype(flat)
     low = low.to(dtype)[:, None]
@@ -133,8 +133,8 @@ def gather(
 def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> Gathered:
     """As `gather` on the CPU, with few operations per tile, all in the same memory: fresh pages would cost more."""
     count, pixels = index.numel(), flat.shape[1]
-    chosen = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
-    rest = torch.zeros_like(chosen)
+    included = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
+    excluded = torch.zeros_like(included)
     rows, values = [], []
     numbers = row_numbers(index)
     some_above = (high[:, 0] < 1).tolist()  # otherwise half of the work is left out
@@ -155,12 +155,12 @@ def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> G
             torch.gt(kept, ceiling, out=flags)
             above = flags.view(groups.shape).sum(1)
             inside -= above
-            chosen[across, 0] += above.sum(1)
-            chosen[across, 1:] += _power_sums(flags.mul_(kept), square)
+            included[across, 0] += above.sum(1)
+            included[across, 1:] += _power_sums(flags.mul_(kept), square)
         # Pixels above `low` count as `low` here; what they add is known.
         part, square = space[:, : tile.numel()].view(2, *tile.shape)
         torch.minimum(tile, floor, out=part)
-        rest[across, 1:] += _power_sums(part, square) - above_low * floors[across]
+        excluded[across, 1:] += _power_sums(part, square) - above_low * floors[across]
         row, group = inside.nonzero().unbind(1)
         rows.append(row + across.start)
         values.append(groups[row, :, group])
@@ -169,8 +169,8 @@ def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> G
     found = (window > low[row_ids]) & (window <= high[row_ids])
     row_ids = row_ids[:, None].expand_as(found)[found]
     return Gathered(
-        chosen=chosen,
-        rest=rest,
+        included=included,
+        excluded=excluded,
         rows=row_ids,
         values=window[found].double(),
         flags=row_ids.new_zeros(0, dtype=torch.bool),
@@ -212,8 +212,8 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 def _gather_marked(flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None, masks: Tensor | None) -> Gathered:
     """As `gather`, with a single synchronisation: the extracted pixels are marked, and found in the end."""
     count, pixels = index.numel(), flat.shape[1]
-    chosen = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
-    rest = torch.zeros_like(chosen)
+    included = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
+    excluded = torch.zeros_like(included)
     marked = torch.empty(count, pixels, dtype=torch.bool, device=flat.device)
     numbers = row_numbers(index)
     for across, along in tiles(count, pixels, flat.device):
@@ -222,16 +222,16 @@ def _gather_marked(flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None
         below = tile.masked_fill(inside, 0)
         if high is not None:
             above = tile > high[across]
-            chosen[across, 0] += above.sum(1)
+            included[across, 0] += above.sum(1)
             inside.logical_and_(above.logical_not_())
             above = tile.masked_fill(above, 0)
         else:
             assert masks is not None
             selected = tile_of(masks, numbers, across, along)
-            chosen[across, 0] += (selected & ~inside).sum(1)
+            included[across, 0] += (selected & ~inside).sum(1)
             above = below * selected
             below -= above
-        for values, sums in ((above, chosen), (below, rest)):
+        for values, sums in ((above, included), (below, excluded)):
             square, wide = values * values, torch.float64
             parts = [values.sum(1, dtype=wide), square.sum(1, dtype=wide)]
             parts += [values.mul_(square).sum(1, dtype=wide), square.square_().sum(1, dtype=wide)]
@@ -239,8 +239,8 @@ def _gather_marked(flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None
     row, column = marked.nonzero().unbind(1)
     source = row if count == flat.shape[0] else index[row]
     return Gathered(
-        chosen=chosen,
-        rest=rest,
+        included=included,
+        excluded=excluded,
         rows=row,
         values=flat[source, column].double(),
         flags=row.new_zeros(0, dtype=torch.bool) if masks is None else masks[source, column],
@@ -281,10 +281,10 @@ def extended(got: Gathered, above: Tensor, below: Tensor) -> Gathered:
         known = values.nan_to_num()[..., None]
         return (known**powers * ~values.isnan()[..., None]).sum(1)
 
-    rest = got.rest - sums(below) * (powers > 0)
+    excluded = got.excluded - sums(below) * (powers > 0)
     return Gathered(
-        chosen=got.chosen - sums(above),
-        rest=rest,
+        included=got.included - sums(above),
+        excluded=excluded,
         rows=rows,
         values=torch.cat([got.values, more[row, column]])[order],
         flags=got.flags,

@@ -89,7 +89,7 @@ def non_overlapping_masks(probs: Tensor, score: str, smooth: float, pruning: boo
     present = flat.amax(2) > (0.5 if pruning else 0.0)
     mean = flat.sum(2, dtype=torch.float32).double()
     ones = torch.ones_like(mean)
-    mass, volume = _assign(flat, ones, 0 * ones, 0.0, present, found)
+    mass, volume = _assign(flat, ones, 0 * ones, present, found)
     value, denominator, loss = _class_scores(mass, volume, mean, score, smooth)
     losses = compares_losses(smooth, flat.shape[2])
     objective = ((-loss if losses else value) * present).sum(1)
@@ -97,7 +97,7 @@ def non_overlapping_masks(probs: Tensor, score: str, smooth: float, pruning: boo
     for _ in range(_ROUNDS):
         slope = (2 if score == "dice" else 1 + value) / denominator
         offset = torch.where(present, -value / denominator, -torch.inf)
-        new_mass, new_volume = _assign(flat, slope, offset, 0.0, present, proposal)
+        new_mass, new_volume = _assign(flat, slope, offset, present, proposal)
         new_value, new_denominator, loss = _class_scores(new_mass, new_volume, mean, score, smooth)
         new_objective = ((-loss if losses else new_value) * present).sum(1)
         better = new_objective > objective + objective.abs() * _WORTH
@@ -115,10 +115,8 @@ def non_overlapping_masks(probs: Tensor, score: str, smooth: float, pruning: boo
     return RankResult(found.view(probs.shape), volume.round().long(), _largest_left_out(flat, found))
 
 
-def _assign(
-    flat: Tensor, slope: Tensor, offset: Tensor, floor: float, present: Tensor, masks: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Give each pixel to the class with the largest slope·p + offset if that exceeds `floor`; the first one if tied.
+def _assign(flat: Tensor, slope: Tensor, offset: Tensor, present: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each pixel to the class with the largest slope·p + offset if that exceeds 0; the first one if tied.
 
     Writes `masks` (N, C, D) bool of the classes `present` (N, C); `slope` and `offset` are (N, C). Returns the
     probability mass and the number of pixels of each class: two (N, C) float64.
@@ -132,7 +130,7 @@ def _assign(
         gain = tile * slope[across]
         gain += offset[across]
         best = gain.amax(1, keepdim=True)
-        best.masked_fill_(best <= floor, torch.inf)
+        best.masked_fill_(best <= 0, torch.inf)
         # Comparing with the maximum is several times as fast as computing its index.
         given = gain.eq_(best)
         # On other devices asking would cost more than the answer saves.

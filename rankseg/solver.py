@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankseg import surrogate
-from rankseg.exact import NEGLIGIBLE, band_span, bands, cumulative, power_sums, window_scores
+from rankseg.exact import NEGLIGIBLE, Window, band_of, band_span, power_sums, window_scores
 from rankseg.gather import Statistics, blocks, extended, gather, nearest, row_numbers, tile_of, tiles
 
 # Scores that differ by less than rounding are ties; the smallest of tied volumes is taken.
@@ -87,7 +87,7 @@ def _first_brackets(flat: Tensor, rows: Tensor, mean: Tensor, score: str, smooth
         sample = flat[:, ::stride][members]
         cut, volume, density = surrogate.from_sample(score, sample, stride, mean, smooth)
         # One step on all pixels removes the sampling error.
-        excess = _sum_above(flat, members, cut) - cut * flat.shape[1]
+        excess = _sum_clamped(flat, members, cut) - cut * flat.shape[1]
         cut = surrogate.excess_root(score, cut, excess, volume, mean, smooth)
         low[large], high[large] = surrogate.bracket(cut, density)
     return low.to(flat.dtype), high.to(flat.dtype)
@@ -100,7 +100,7 @@ def _widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return torch.maximum(low - 2 * width, bottom), (high + 2 * width).clamp(max=1)
 
 
-def _sum_above(flat: Tensor, rows: Tensor, floor: Tensor) -> Tensor:
+def _sum_clamped(flat: Tensor, rows: Tensor, floor: Tensor) -> Tensor:
     """Σ max(p, floor) of the given rows, (R,) float32: accurate to six digits, for guesses only."""
     result = torch.zeros(rows.numel(), dtype=torch.float32, device=flat.device)
     numbers = row_numbers(rows)
@@ -131,28 +131,26 @@ def _attempt(
     cutpoint, value = torch.zeros(2, rows.numel(), dtype=torch.float64, device=flat.device)
     losses = compares_losses(smooth, pixels)
     for members, values in blocks(got.rows, got.values, got.width):
-        chosen, rest, width = got.chosen[members], got.rest[members], got.width[members]
-        steps = torch.arange(values.shape[1] + 1, device=flat.device)
-        volume = chosen[:, :1] + steps
-        captured = chosen[:, 1:2] + cumulative(values)
-        mean = captured[:, -1:] + rest[:, 1:2]
+        window, width = Window(values, got.included[members], got.excluded[members]), got.width[members]
+        above = window.included[:, 0]
+        volume, captured, mean = window.volume(), window.captured(), window.mean()
+        steps = torch.arange(volume.shape[1], device=flat.device)
         inside = steps <= width[:, None]
         bound = surrogate.loss_bound(score, volume, captured, mean, smooth).where(inside, torch.inf)
         loss = bound.amin(1, keepdim=True)
         margin = surrogate.margin(score, volume, captured, mean, smooth, loss)
         margins = torch.stack([margin[:, 0], margin.gather(1, width[:, None])[:, 0]])
         edges = torch.stack([high[members], low[members]]).double()
-        needed[members] = _needed(score, margins, edges, loss[:, 0], mean[:, 0], chosen[:, 0], width, smooth, pixels)
+        needed[members] = _needed(score, margins, edges, loss[:, 0], mean[:, 0], above, width, smooth, pixels)
         wanted = (margin >= 0) & inside
         if smooth:
-            wanted[:, 0] |= chosen[:, 0] == 0  # the bounds do not hold for the empty mask
+            wanted[:, 0] |= above == 0  # the bounds do not hold for the empty mask
         wanted |= bound == loss  # rounding: at least one
-        sums = (values, chosen, rest, volume, captured, mean)
-        skipped, scores = _scores(score, *sums, smooth, wanted, losses)
+        skipped, scores = _scores(score, window, smooth, wanted, losses)
         top = scores.amax(1, keepdim=True)
         tolerance = _TIE * (mean + 1) / (mean + 1 + smooth) if losses else _TIE * top
         step = skipped + (scores >= top - tolerance).to(torch.uint8).argmax(1)
-        tau[members] = chosen[:, 0].round().long() + step
+        tau[members] = above.round().long() + step
         padded = torch.nn.functional.pad(values, (0, 1))
         cut = padded.gather(1, step[:, None])
         cutpoint[members] = cut[:, 0]
@@ -161,46 +159,34 @@ def _attempt(
     return needed, Solution(tau, cutpoint, tied, value)
 
 
-def _scores(
-    score: str,
-    values: Tensor,
-    chosen: Tensor,
-    rest: Tensor,
-    volume: Tensor,
-    captured: Tensor,
-    mean: Tensor,
-    smooth: float,
-    wanted: Tensor,
-    losses: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the number of volumes before the first scored one, (B,) int64, and the scores, (B, ·).
+def _scores(score: str, window: Window, smooth: float, wanted: Tensor, losses: bool) -> tuple[Tensor, Tensor]:
+    """Number of volumes left out before the wanted ones, (B,) int64, and the scores of the wanted ones, (B, ·).
 
     As `exact.window_scores`, after the window (B, W) has been reduced to the pixels that need a logarithm each:
     those between the first and the last wanted volume, and those too large for the power sums.
     """
+    values = window.values
     width = values.shape[1]
     marked = wanted.to(torch.uint8)
     first = marked.argmax(1, keepdim=True)
     last = width - marked.flip(1).argmax(1, keepdim=True)
-    scale = chosen[:, :1] + first + mean + smooth
-    if score == "iou":
-        scale = scale - captured.gather(1, first)
-    confident = (values > NEGLIGIBLE * scale).sum(1, keepdim=True)  # the first ones, as the window is sorted
+    denominator = window.denominator(score, smooth)
+    confident = (values > NEGLIGIBLE * denominator.gather(1, first)).sum(1, keepdim=True)  # the first ones: sorted
     kept = torch.minimum(confident, first)
     skipped, last = first - kept, torch.maximum(last, confident)
     longest, span = (last - skipped).amax(), None
     if values.device.type != "cpu":  # one read of everything that the host has to know
-        found = band_span(bands(score, volume, captured, mean, smooth), wanted)
-        longest, *span = torch.cat([longest.view(1), found]).tolist()
+        longest, *span = torch.cat([longest.view(1), band_span(band_of(denominator), wanted)]).tolist()
     step = torch.arange(int(longest) + 1, device=values.device)
     column = torch.arange(width, device=values.device)
-    chosen = chosen + power_sums(values, (column >= kept) & (column < first))
-    rest = rest + power_sums(values, column >= last)
+    included = window.included + power_sums(values, (column >= kept) & (column < first))
+    excluded = window.excluded + power_sums(values, column >= last)
     wanted = wanted.gather(1, (step + skipped).clamp(max=width)) & (step >= kept) & (step <= last - skipped)
     column = torch.where(step[:-1] < kept, step[:-1], step[:-1] + skipped)
     if width:
         values = values.gather(1, column.clamp(max=width - 1)) * (column < last)
-    return skipped[:, 0], window_scores(score, values, chosen, rest, smooth, wanted, losses, span=span)
+    reduced = Window(values, included, excluded)
+    return skipped[:, 0], window_scores(score, reduced, smooth, wanted, losses, span=span)
 
 
 def _needed(

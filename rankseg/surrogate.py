@@ -59,11 +59,6 @@ def ranks_needed(score: str, margins: Tensor, edges: Tensor, loss: Tensor) -> Te
     return needed.clamp_(min=0).masked_fill_(step <= 0, torch.inf)
 
 
-def cutoff(score: str, value: Tensor) -> Tensor:
-    """Probability at which adding a pixel stops raising a surrogate score of `value`."""
-    return value / 2 if score == "dice" else value / (1 + value)
-
-
 def excess_root(score: str, cut: Tensor, excess: Tensor, volume: Tensor, mean: Tensor, smooth: float) -> Tensor:
     """One Dinkelbach step: the cut-off after `cut` (R,), from `excess` = Σ_{p > cut} (p - cut) and the volume.
 

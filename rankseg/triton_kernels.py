@@ -64,19 +64,9 @@ def _root(cut, excess, volume, mean, gamma, DICE: tl.constexpr):
 
 @triton.jit
 def guess_kernel(
-    flat,
-    stride_row,
-    stride_pixel,
-    pixels,
-    step,
-    mean,
-    smooth,
-    cut,
-    volume,
-    density,
-    SAMPLE: tl.constexpr,
+    flat, stride_row, stride_pixel, pixels, step, mean, smooth, cut, volume, density, SAMPLE: tl.constexpr,
     DICE: tl.constexpr,
-):
+):  # fmt: skip
     """See `surrogate.from_sample`."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SAMPLE).to(tl.int64) * step
@@ -110,20 +100,9 @@ def excess_kernel(flat, stride_row, stride_pixel, pixels, span, cut, excess, BLO
 
 @triton.jit
 def bracket_kernel(
-    mean,
-    smooth,
-    peak,
-    cut,
-    volume,
-    density,
-    excess,
-    low,
-    high,
-    least,
-    chunks,
-    DICE: tl.constexpr,
+    mean, smooth, peak, cut, volume, density, excess, low, high, least, chunks, DICE: tl.constexpr,
     CHUNKS: tl.constexpr,
-):
+):  # fmt: skip
     """See `surrogate.bracket`; small objects are taken whole, and rows whose peak is at most `least` not at all."""
     row = tl.program_id(0)
     part = tl.arange(0, CHUNKS)
@@ -200,7 +179,7 @@ def _log1p(x):
 
 @triton.jit
 def _band(scale):
-    """See `exact.octave`."""
+    """See `exact.band_of`."""
     return (tl.maximum(tl.floor(tl.log2(scale / _FEW)), -1.0) + 1).to(tl.int32)
 
 
@@ -404,17 +383,8 @@ def solve_kernel(
 
 @triton.jit
 def equal_kernel(
-    flat,
-    stride_row,
-    stride_pixel,
-    pixels,
-    span,
-    cutpoint,
-    tied,
-    equal,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    flat, stride_row, stride_pixel, pixels, span, cutpoint, tied, equal, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """Number of pixels of each chunk that equal the cut-off, for rows with tied pixels."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = tl.zeros([BLOCK], tl.int32)
