@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--busy", type=int, default=0, help="busy processes next to the benchmark (default 0)")
     parser.add_argument("--size", type=int, default=512, help="pixels a side of the main row (default 512)")
     parser.add_argument("--largest", type=int, default=2048, help="largest side of the other sizes (default 2048)")
+    parser.add_argument(
+        "--depth", type=int, default=836, help="planes of the volume, of --size pixels a side (default 836)"
+    )
     parser.add_argument("--peer", help="python of an environment with rankseg==0.0.8")
     parser.add_argument("--logits", type=Path, help=".npz with `logits` (N, C, H, W) of a network, for real maps")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="tables to print (default all)")
@@ -221,6 +224,25 @@ def memory(args: argparse.Namespace) -> Iterator[Table]:
     yield ["peak extra memory", "MiB", "of the input"], rows
 
 
+def volume(args: argparse.Namespace) -> Iterator[Table]:
+    """Measure rank_dice on one volume of 3 classes in float16, and its peak memory beside input and masks."""
+    generator, size = torch.Generator().manual_seed(0), args.size
+    coarse = torch.randn(1, 3, max(2, args.depth // 32), max(2, size // 32), max(2, size // 32), generator=generator)
+    coarse = torch.nn.functional.interpolate(coarse, (args.depth, size // 4, size // 4), mode="trilinear")
+    probs = torch.empty(1, 3, args.depth, size, size, dtype=torch.float16)
+    for plane in range(args.depth):  # the whole volume in float32 would take four times its memory
+        logits = torch.nn.functional.interpolate(coarse[:, :, plane], (size, size), mode="bilinear")
+        probs[:, :, plane] = torch.softmax(20 * logits, dim=1)
+    run = partial(rankseg.rank_dice, probs)
+    seconds = in_turn({"rank_dice": run}, args.rounds)["rank_dice"]
+    cells = [f"{'x'.join(map(str, probs.shape))}, {probs.numel() / 1e6:.0f} M values"]
+    cells += [f"{seconds.cpu:.2f}", f"{seconds.wall:.2f}"]
+    if Path("/proc/self/clear_refs").exists():
+        extra = peak_extra(run) - probs.numel()  # a mask takes one byte per value
+        cells += [f"{extra / 2**20:.0f}", f"{extra / (2 * probs.numel()):.3f}"]
+    yield ["float16, saturated", "processor s", "wall s", "peak beside the masks, MiB", "of the input"], [cells]
+
+
 def one_label(args: argparse.Namespace) -> Iterator[Table]:
     """Return the surrogate objective of one-label masks: argmax, the peer's multiclass rule, ours."""
     if not args.peer:
@@ -250,5 +272,6 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Table]]] = {
     "real": real,
     "approximations": approximations,
     "memory": memory,
+    "volume": volume,
     "objective": one_label,
 }

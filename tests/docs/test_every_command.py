@@ -38,7 +38,7 @@ PLACEHOLDERS = {
 # Numbers that configurations get at most, and options that make the other scripts small; the last of two counts.
 AT_MOST = {"epochs": 1, "crop": 64, "eval_crop": 64, "resize": 64, "batch_size": 4}
 SMALL = {
-    "benchmark.py rules": "--rounds 1 --size 64 --largest 128",
+    "benchmark.py rules": "--rounds 1 --size 64 --largest 128 --depth 8",
     "benchmark.py step": "--steps 1 --device cpu",
     "benchmark.py loader": "--frames 1 --rounds 1",
     "benchmark.py test": "--rounds 1 --images 4",
