@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -53,7 +54,7 @@ from scripts.analysis.measure import analyse
 from scripts.analysis.scores import compare, read_rule
 from scripts.common import check_least, command_line, map_in_threads, summary
 from scripts.decoding import rules
-from scripts.decoding.arrays import write_array
+from scripts.decoding.arrays import PICTURES, SUFFIXES, suffix_of, write_array
 from scripts.decoding.cases import Folder, name_case_in_errors
 from scripts.decoding.labelled import FolderFitter
 from scripts.paired_statistics import markdown
@@ -192,7 +193,8 @@ class Job:
     def read_record(self, name: str) -> Record | None:
         """Return the record of a case that was decoded from the same files with the same settings, else None.
 
-        A record that is damaged or edited does not have its own hash: the case is decoded again.
+        A damaged or edited record does not match its hash, or does not list the files of this case. The case is then
+        decoded again.
         """
         path = self._record_path(name)
         try:
@@ -203,7 +205,19 @@ class Job:
             return None
         if (record.get("settings"), record.get("sources")) != (self.settings, self.folder.sources(name)):
             return None
-        return record if all(Path(path).is_file() for path in record["written"]) else None
+        return record if self._has_masks(name, record.get("written")) else None
+
+    def _has_masks(self, name: str, written: Any) -> bool:
+        """Return whether `written`, as read from a record, lists one existing file of this case for each rule."""
+        if not isinstance(written, list) or len(written) != len(self.rules):
+            return False
+        for rule, path in zip(self.rules, written, strict=True):
+            if not isinstance(path, str) or not os.path.isfile(path):  # unlike Path.is_file, False for any text
+                return False
+            expected = self.args.out / rule / f"{name}{suffix_of(Path(path), (*SUFFIXES, *PICTURES))}"
+            if Path(path).resolve() != expected.resolve():
+                return False
+        return True
 
     def __call__(self, name: str) -> str | None:
         """Decode and write a case; return what is wrong with it, or None."""

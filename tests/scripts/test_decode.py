@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from trainers.distributed import World
 from trainers.evaluator import evaluate
 from trainers.losses import CrossEntropy
 from trainers.metrics import Scoring
+from trainers.results import fingerprint
 
 
 class TestScores:
@@ -369,6 +371,62 @@ class TestResume:
         assert "1 cases decoded with max, rankdice, 1 done before" in capsys.readouterr().out
         assert (out / "results" / "max.csv").read_bytes() == table
         assert json.loads(record.read_bytes())["sources"] == json.loads(before)["sources"]
+
+    @pytest.mark.parametrize(
+        "written",
+        [
+            5,
+            [5, 6],
+            [],
+            None,
+            "",
+            {},
+            [None, None],
+            ["a\0", "b"],
+            ["x" * 5000, "b"],
+            "absolute",
+            "parent",
+            "one",
+            "swapped",
+        ],
+    )
+    def test_a_forged_list_of_written_files_is_decoded_again(
+        self, written: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The hash of these records is right: only `written` is malformed."""
+        maps = softmax_maps(2, (20, 20))
+        probs, out, other = save_all(tmp_path / "p", maps), tmp_path / "o", tmp_path / "other.npy"
+        other.write_bytes(b"")
+        words = [probs, "-p", "max", "-p", "rankdice", "--out", out]
+        assert run(*words) == 0
+        record = out / ".cases" / "c1.json"
+        before = record.read_bytes()
+        content = json.loads(before)
+        first, second = content["written"]
+        paths = {
+            "absolute": [first, str(other)],
+            "parent": [first, f"{out}/rankdice/../../other.npy"],
+            "one": [first],
+            "swapped": [second, first],
+        }
+        content["written"] = paths.get(written, written) if isinstance(written, str) else written
+        del content["hash"]
+        record.write_text(json.dumps({**content, "hash": fingerprint(content)}))
+        assert run(*words) == 0
+        assert "1 cases decoded with max, rankdice, 1 done before" in capsys.readouterr().out
+        assert json.loads(record.read_bytes())["written"] == [first, second]
+
+    def test_a_case_in_a_folder_is_not_decoded_again(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also if OUT is given once relative and once absolute, and the name has dots and a suffix in capitals."""
+        probs = save_all(tmp_path / "p", softmax_maps(1, (20, 20)))
+        (probs / "deep").mkdir()
+        (probs / "c0.npy").rename(probs / "deep" / "a.b.NPY")
+        monkeypatch.chdir(tmp_path)
+        assert run(probs, "-p", "max", "--out", "o") == 0
+        assert run(probs, "-p", "max", "--out", tmp_path / "o") == 0
+        assert "0 cases decoded with max, 1 done before" in capsys.readouterr().out
 
     @pytest.mark.parametrize("text", ["[1]", "{}", '{"settings": []}', "{"])
     def test_an_edited_note_of_the_options_is_one_line(self, text: str, tmp_path: Path) -> None:
