@@ -1,11 +1,11 @@
 """Write and read the configuration in a checkpoint or in a run's folder.
 
-A checkpoint may come from anywhere, so its configuration is data. It holds the *names* of options
+A checkpoint may come from anywhere, so its configuration is not trusted. It holds the *names* of options
 (``model: smp_unet``), which must be files in ``configs/``, and plain values. A value is accepted if it passes the check
 of its key. A key that our configuration does not have is accepted only as the name of a split or an argument of the
-object that is built. Nothing is interpolated, and nothing chooses which Python object is built, which rule a name
-stands for, or where results are written. ``dataset.root`` is accepted. It is the folder that a data set is read from,
-unless ``dataset.root=PATH`` is given.
+object that is built. Stored references (``${...}``) are not resolved. A stored value cannot choose which Python object
+is built, which rule a name stands for, or where results are written. ``dataset.root`` is accepted. It is the folder
+that a data set is read from, unless ``dataset.root=PATH`` is given.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
             "the checkpoint holds no configuration of this project, without which it cannot be tested. "
             "Fix: choose a checkpoint that train.py wrote."
         )
-    groups, assigned = _split(overrides)
+    groups, assigned = _split_overrides(overrides)
     cfg = _compose(stored["choices"])
     given = tuple(key for key, _ in assigned)
     accepted = list(_accept_values(stored["values"], cfg, (*given, *groups)))
@@ -112,7 +112,7 @@ def _compose(choices: Mapping[Any, Any]) -> DictConfig:
     return OmegaConf.merge(cfg, OmegaConf.load(CONFIGS / "test.yaml"))  # type: ignore[return-value]
 
 
-def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, Any]]]:
+def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, Any]]]:
     """Separate overrides that choose an option (``protocol=paper``) from those that set a value."""
     groups: dict[str, str] = {}
     values: list[tuple[str, Any]] = []
@@ -138,12 +138,12 @@ def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]
             name = f"{prefix}{key}"
             if name in NOT_FROM_FILE or any(name == one or name.startswith(f"{one}.") for one in given):
                 continue
-            if key in _HYDRA_KEYS and key in raw:  # of checkpoints written before they were left out
+            if key in _HYDRA_KEYS and key in raw:  # earlier versions stored these keys
                 continue
             if not isinstance(key, str) or not _KEY.fullmatch(key):
                 raise ConfigError(f"the checkpoint's configuration holds the key {name[:100]!r}: not allowed")
             if key not in ours:
-                _check_extra(name, value, raw)
+                _check_added_key(name, value, raw)
                 yield name, value
             elif isinstance(ours[key], dict):
                 if not isinstance(value, dict):
@@ -174,20 +174,20 @@ def _lookup(tree: Any, key: str, default: Any = _MISSING) -> Any:
 
 
 def _check_value(name: str, value: Any, ours: Any) -> None:
-    """Raise ConfigError for a stored value that is not plain, or whose type is not that of ours."""
+    """Raise ConfigError for a stored value that is not plain, or whose type differs from that of our value."""
     is_valid, words = CHECKS.get(name) or _BY_TYPE[type(ours)]
     if not (_is_plain(value) and is_valid(value)):
         raise _invalid(name, value, words)
 
 
-def _check_extra(name: str, value: Any, raw: Any) -> None:
+def _check_added_key(name: str, value: Any, raw: Any) -> None:
     """Accept a key that ``+key=value`` added: the name of a split, or an argument of the object that is built."""
     parent, _, key = name.rpartition(".")
     allowed = set[str]()
     if parent == "dataset.splits":
         allowed = {key}
     elif isinstance(raw, dict) and "_target_" in raw:
-        allowed = _arguments(raw)
+        allowed = _argument_names(raw)
     words = value if isinstance(value, list) else [value]
     plain = all(
         _is_number(one) or one is None or isinstance(one, bool) or bool(_is_text(one) and _WORD.fullmatch(one))
@@ -195,11 +195,12 @@ def _check_extra(name: str, value: Any, raw: Any) -> None:
     )
     if key not in allowed or not plain or len(words) > 100:
         raise ConfigError(
-            f"the checkpoint's configuration holds {name}={str(value)[:100]!r}, which this project's does not have"
+            f"the checkpoint's configuration holds {name}={str(value)[:100]!r}, "
+            "which this project's configuration does not have"
         )
 
 
-def _arguments(node: dict[str, Any]) -> set[str]:
+def _argument_names(node: dict[str, Any]) -> set[str]:
     """Return the names of the arguments of the object that a node of our configuration builds."""
     from configs.build import locate
 
@@ -262,7 +263,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Return the differences of two configurations that can change results, as ``key: old -> new``.
 
-    The names of classes and functions of this project are no settings: a later version may rename them.
+    The names of classes and functions of this project are not compared: a later version may rename them.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         old, new = _settings(old), _settings(new)
@@ -287,7 +288,7 @@ def check_same_run(folder: Path, cfg: DictConfig) -> None:
         return
     changed = differences(read_config(path), OmegaConf.to_container(cfg, resolve=True))
     if changed:
-        raise ConfigError(_another_run(folder, f"another configuration ({'; '.join(changed[:4])})"))
+        raise ConfigError(_other_run_message(folder, f"another configuration ({'; '.join(changed[:4])})"))
 
 
 def check_same_data(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -299,7 +300,7 @@ def check_same_data(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
     """
     old, new = before.get("classes"), now["classes"]
     if old and list(old) != list(new):
-        raise ConfigError(_another_run(folder, f"the classes [{', '.join(old)}], not [{', '.join(new)}]"))
+        raise ConfigError(_other_run_message(folder, f"the classes [{', '.join(old)}], not [{', '.join(new)}]"))
     for key, what in (("data", "other images (fingerprint"), ("contents", "other masks or images (checksum")):
         known = before.get(key)
         changed = [
@@ -308,10 +309,10 @@ def check_same_data(folder: Path, before: Mapping[str, Any], now: Mapping[str, A
             if isinstance(known, dict) and split in known and known[split] != new
         ]
         if changed:
-            raise ConfigError(_another_run(folder, f"{what} of {'; '.join(changed)})"))
+            raise ConfigError(_other_run_message(folder, f"{what} of {'; '.join(changed)})"))
 
 
-def _another_run(folder: Path, what: str) -> str:
+def _other_run_message(folder: Path, what: str) -> str:
     return (
         f"{folder} holds a run with {what}. "
         "Fix: give this run a name of its own with suffix=-NAME, or replace that one with resume=false."

@@ -20,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as NoAnswer
+from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from configs.errors import UserError
 
 from .base import DatasetError, Sample, SegmentationDataset
 
-NO_EPOCH = -1  # evaluation draws nothing at random
+NO_EPOCH = -1  # the epoch of evaluation, which uses no random numbers
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -71,8 +71,8 @@ class Reader:
         faults: list[Fault] = []
         samples = [found for epoch, first in keys if (found := self._read(epoch, first, faults))]
         batches = []
-        for _, run in itertools.groupby(samples, key=lambda found: (found[0].image.shape, found[0].target.shape)):
-            read, indices = zip(*run, strict=True)
+        for _, same_size in itertools.groupby(samples, key=lambda found: (found[0].image.shape, found[0].target.shape)):
+            read, indices = zip(*same_size, strict=True)
             images, targets, names = zip(*read, strict=True)
             batches.append(Batch(torch.stack(images), torch.stack(targets), list(names), list(indices)))
         return batches, faults
@@ -142,19 +142,19 @@ class Loader:
         """Yield what worker processes load for the plan; raise ChildProcessError if one died or froze."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.num_workers, initializer=_start_worker, initargs=(self._reader,))
-            # A process that multiprocessing started waits for its children at exit, so its pools have to end before.
+            # A child process of multiprocessing waits for its own children at exit, so the pool must end before.
             multiprocessing.util.Finalize(self, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
-        keys, ahead = iter(plan), deque[Future]()
+        remaining, pending = iter(plan), deque[Future]()
         try:
             while True:
-                more = itertools.islice(keys, 2 * self.num_workers - len(ahead))
-                ahead.extend(self._pool.submit(_load, batch) for batch in more)
-                if not ahead:
+                more = itertools.islice(remaining, 2 * self.num_workers - len(pending))
+                pending.extend(self._pool.submit(_load, batch) for batch in more)
+                if not pending:
                     return
-                future = ahead.popleft()
+                future = pending.popleft()
                 yield future.result(self.timeout or None)
-        except (BrokenProcessPool, NoAnswer) as error:
-            if isinstance(error, NoAnswer) and future.done() and future.exception() is error:
+        except (BrokenProcessPool, FutureTimeout) as error:
+            if isinstance(error, FutureTimeout) and future.done() and future.exception() is error:
                 raise  # a TimeoutError of the data set
             _kill_workers(self._pool)
             self._pool = None
@@ -163,7 +163,7 @@ class Loader:
                 "Fix: check whether memory or /dev/shm ran out, or set num_workers=0"
             ) from None
         finally:
-            for future in ahead:
+            for future in pending:
                 future.cancel()
 
 
@@ -253,7 +253,7 @@ _reader: Reader  # of this worker
 
 
 def _start_worker(reader: Reader) -> None:
-    """Prepare a worker: it ends with its parent, which alone handles Ctrl-C and reports lost connections."""
+    """Prepare a worker. It exits with its parent. Only the parent handles Ctrl-C and reports lost connections."""
     global _reader
     _reader = reader
     torch.set_num_threads(1)
@@ -269,7 +269,7 @@ def _load(keys: list[Key]) -> Loaded:
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # an error that cannot be sent would look like a dead worker
+        except Exception:  # an error that cannot be pickled would look like a dead worker
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         raise
 
@@ -288,7 +288,7 @@ def _end_with_parent() -> None:
 
 
 def _kill_workers(pool: ProcessPoolExecutor) -> None:
-    """Kill the workers that are left: one that is frozen would be waited for at exit."""
+    """Kill the remaining workers, because Python would wait for a frozen one at exit."""
     for process in list((pool._processes or {}).values()):
         process.kill()
         process.join(5)

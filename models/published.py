@@ -1,7 +1,7 @@
 """Load the checkpoints that the authors of RankSEG released into the networks of this project.
 
 Source: the released code and logs of Dai & Li, "RankSEG: A Consistent Ranking-based Framework for
-Segmentation", JMLR 24(224), 2023. Such a file holds ``arch`` (always "DataParallel"), ``epoch``,
+Segmentation", JMLR 24(224), 2023. A released checkpoint holds ``arch`` (always "DataParallel"), ``epoch``,
 ``state_dict`` (each key starting with ``module.``), ``optimizer``, ``monitor_best`` and ``config``, a JSON.
 """
 
@@ -69,8 +69,9 @@ _KEYS: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 # A tensor that only this network has. Its first dimension is the number of classes.
-_SCORES = {"deeplabv3plus": "decoder.output.7.bias", "pspnet": "master_branch.1.bias", "fcn8": "output.6.bias"}
-_FIXED = {"up_output.weight": 4, "up_pool4_out.weight": 4, "up_final.weight": 16}
+_CLASS_BIASES = {"deeplabv3plus": "decoder.output.7.bias", "pspnet": "master_branch.1.bias", "fcn8": "output.6.bias"}
+# FCN8's transposed convolutions with fixed bilinear weights, and their kernel sizes.
+_BILINEAR_KERNELS = {"up_output.weight": 4, "up_pool4_out.weight": 4, "up_final.weight": 16}
 
 
 def is_published(checkpoint: dict[str, Any]) -> bool:
@@ -79,9 +80,10 @@ def is_published(checkpoint: dict[str, Any]) -> bool:
 
 
 def load_published(checkpoint: dict[str, Any], source: str = "the checkpoint") -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network (CPU, evaluation mode) of what ``read_checkpoint`` returned, and its translated configuration.
+    """Return the network (CPU, evaluation mode) and the translated configuration of a released checkpoint.
 
-    Raises CheckpointError, which names the ``source``, if it is not a released checkpoint or contradicts itself.
+    ``checkpoint`` is the result of ``read_checkpoint``. Raises CheckpointError, which names the ``source``, if it is
+    not a released checkpoint or is inconsistent.
     """
     if not is_published(checkpoint):
         raise CheckpointError(
@@ -93,16 +95,17 @@ def load_published(checkpoint: dict[str, Any], source: str = "the checkpoint") -
         raise CheckpointError(f"{source} holds no tensors by name. Fix: use an undamaged file.")
     state = {plain_key(key): tensor for key, tensor in state.items()}
     name, dataset = config["choices"]["model"], config["choices"]["dataset"]
-    if _SCORES[name] not in state or not state[_SCORES[name]].ndim:
-        raise CheckpointError(f"{source} is of a {name} but has no tensor {_SCORES[name]!r}. Fix: use a released file.")
-    num_classes = state[_SCORES[name]].shape[0]
+    bias = _CLASS_BIASES[name]
+    if bias not in state or not state[bias].ndim:
+        raise CheckpointError(f"{source} is of a {name} but has no tensor {bias!r}. Fix: use a released file.")
+    num_classes = state[bias].shape[0]
     if num_classes != NUM_CLASSES[dataset]:
         raise CheckpointError(
             f"{source} was trained for {num_classes} classes, but its data set {dataset} has {NUM_CLASSES[dataset]}. "
             "Fix: use an undamaged file."
         )
     check_epoch(checkpoint.get("epoch", 0), source)
-    with torch.device("meta"):  # the checkpoint has all weights: no time is spent on drawing others
+    with torch.device("meta"):  # the checkpoint has all weights, so none are initialised
         network = NETWORKS[name](num_classes)
     load_state(network, translate_state(name, state, source), source)
     return network.eval(), config
@@ -115,8 +118,8 @@ def translate_state(name: str, state: dict[str, Tensor], source: str = "the stat
     """
     translated = {}
     for key, tensor in state.items():
-        if name == "fcn8" and key in _FIXED:
-            if not _is_bilinear(tensor, _FIXED[key]):
+        if name == "fcn8" and key in _BILINEAR_KERNELS:
+            if not _is_bilinear(tensor, _BILINEAR_KERNELS[key]):
                 raise CheckpointError(
                     f"{source} has a trained {key!r}, which is fixed in FCN8. Fix: use a released file."
                 )
@@ -155,10 +158,10 @@ def translate_config(config: dict[str, Any], source: str = "the configuration") 
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{source} has an invalid setting of its predictor: {error}") from None
     choices = {
-        "dataset": _known(DATASETS, train[0].get("type") if train else None, "data set", source),
-        "model": _known(MODELS, _mapping(config, "arch").get("type"), "model", source),
-        "loss": _known(LOSSES, config.get("loss"), "loss", source),
-        "predictor": _known(PREDICTORS, predict.get("test", "T"), "predictor", source),
+        "dataset": _translate_name(DATASETS, train[0].get("type") if train else None, "data set", source),
+        "model": _translate_name(MODELS, _mapping(config, "arch").get("type"), "model", source),
+        "loss": _translate_name(LOSSES, config.get("loss"), "loss", source),
+        "predictor": _translate_name(PREDICTORS, predict.get("test", "T"), "predictor", source),
         "optimizer": "sgd",
         "schedule": "poly",
         "protocol": "paper",
@@ -184,7 +187,8 @@ def _argument(loaders: list[dict[str, Any]], key: str) -> Any:
     return next((args[key] for loader in loaders if key in (args := _mapping(loader, "args"))), None)
 
 
-def _known(names: dict[str, str], name: Any, kind: str, source: str) -> str:
+def _translate_name(names: dict[str, str], name: Any, kind: str, source: str) -> str:
+    """Return our name of a released ``name``; raise CheckpointError if it is unknown."""
     if not isinstance(name, str) or name not in names:
         raise CheckpointError(f"{source} has an unknown {kind} {name!r}: expected one of {', '.join(names)}.")
     return names[name]

@@ -9,10 +9,10 @@
     IoU_γ(τ)  = (γ + Σ_{j≤τ} p_j) ∫ e^{-(τ+γ)t} exp(log G(t) - Σ_{j≤τ} log(1 - p_j u)) dt
 
 The integrand is e^{-λt} times a slowly varying factor, λ the mean of the denominator, so Gauss–Laguerre quadrature
-of that scale converges at once. Below `_FEW` pixels the integrand is a polynomial in s = e^{-t}, for which
-Gauss–Jacobi is exact. All λ of an octave (a band) share their nodes.
+of that scale needs few nodes. Below λ = `_JACOBI_MAX` the integrand is a power of s = e^{-t} times a polynomial in s,
+which Gauss–Jacobi quadrature integrates exactly up to degree 127. All λ of an octave (a band) share their nodes.
 A rule is a pair (t, w) of float64 tensors, ∫ e^{-at} H(t) dt ≈ Σ_k exp(w_k - a t_k) H(t_k). The logarithms of the
-weights are kept: they join the exponents of the integrand before `exp`, and neither overflow nor underflow.
+weights are stored: they are added to the exponents of the integrand before `exp`, and cannot overflow or underflow.
 
 The empty mask scores E[γ/(γ+Γ)] = P(Γ=0) + γ ∫ e^{-γt} (G(t) - P(Γ=0)) dt, P(Γ=0) = Π (1 - p_j), for γ < 1. The
 integrand of ∫ e^{-γt} G(t) dt alone would have a pole at γ = 0.
@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 
 # Up to this mean of the denominator 64 Gauss–Jacobi nodes integrate exactly (polynomials of degree < 128).
-_FEW = 48.0
+_JACOBI_MAX = 48.0
 
-# Numbers that are integrated at once, for as many nodes as fit: what a cache holds, or a little of a GPU's memory.
-_AT_ONCE = {"cpu": 1 << 16, "other": 1 << 23}
+# Values per block of nodes in `_integrate`: they fit a CPU's cache, or a small part of a GPU's memory.
+_BLOCK_VALUES = {"cpu": 1 << 16, "other": 1 << 23}
 
 # Bands up to denominators of 48 · 2^59, far beyond the largest `smooth`.
 _BANDS = 60
@@ -67,8 +67,8 @@ def laguerre(nodes: int) -> tuple[Tensor, Tensor]:
 def jacobi(nodes: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
     """Gauss–Jacobi rule in s = e^{-t} on (0, 1) with weight s^power, 0 <= power < 1 (0: Gauss–Legendre).
 
-    It is exact for integrals ∫_0^1 s^power · polynomial(s) ds of degree < 2·nodes, which is what the
-    expected scores of a few pixels are; `power` is the fractional part of `smooth`.
+    It is exact for integrals ∫_0^1 s^power · polynomial(s) ds of degree < 2·nodes. The expected scores of a few
+    pixels are such integrals; `power` is the fractional part of `smooth`.
     """
     n = torch.arange(nodes, dtype=torch.float64, device="cpu")
     m, b = n[1:], power
@@ -81,15 +81,15 @@ def jacobi(nodes: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def band_of(scale: Tensor) -> Tensor:
-    """Return the band of a mean denominator `scale`: 0 below `_FEW`, then one for each octave."""
-    return torch.floor(torch.log2(scale / _FEW)).clamp(min=-1).long() + 1
+    """Return the band of a mean denominator `scale`: 0 below `_JACOBI_MAX`, then one for each octave."""
+    return torch.floor(torch.log2(scale / _JACOBI_MAX)).clamp(min=-1).long() + 1
 
 
 def nodes(band: int, smooth: float) -> tuple[Tensor, Tensor]:
     """Nodes t and logarithmic weights w of `band`, (K,) each, on the CPU: ∫ e^{-at} H dt ≈ Σ exp(w - at) H(t)."""
     if band == 0:
         return jacobi(64, smooth % 1)
-    scale = _FEW * 2.0 ** (band - 0.5)
+    scale = _JACOBI_MAX * 2.0 ** (band - 0.5)
     times, weights = laguerre(16 if scale < 4000 else 10)
     return times / scale, weights - math.log(scale)
 
@@ -132,10 +132,11 @@ def cumulative(values: Tensor) -> Tensor:
 
 
 class Window(NamedTuple):
-    """The pixels of B rows that need a logarithm each, and the power sums Σ p^k, k = 0..4, of all others.
+    """Some pixels of B rows, and the power sums Σ p^k, k = 0..4, of all other pixels.
 
-    `values` (B, W) are in decreasing order, filled up with zeros: a mask includes the first of them. Every mask
-    includes the pixels of `included` (B, 5), no mask those of `excluded` (B, 5), whose number is not counted.
+    `values` (B, W) are the probabilities of these pixels in decreasing order, padded with zeros. Mask k contains the
+    first k of them and all pixels of `included` (B, 5). No mask contains pixels of `excluded` (B, 5). Their number,
+    `excluded[:, 0]`, is not used.
     """
 
     values: Tensor
@@ -180,7 +181,7 @@ def window_scores(
         score, window, smooth, wanted: as above.
         losses: return score - 1 instead, which stays accurate if every score rounds to 1.
         log_absent: (B,) log Π(1 - p) over all pixels of a row, if known more accurately than from power sums.
-        span: (lowest band, largest number of bands of a row) if known: without it devices are read once more.
+        span: (lowest band, largest number of bands of a row), if known; it saves one synchronisation with a GPU.
     """
     values = window.values
     band = band_of(window.denominator(score, smooth))
@@ -194,7 +195,7 @@ def window_scores(
             found = _integrate(score, window.rows(rows), smooth, t[None], w[None], losses, absent)
             result[rows] = torch.where(now[rows], found, result[rows])
         return result
-    # On devices all rows together, each with its own nodes: once for the first band of each row, once for the next...
+    # On a GPU, step k integrates all rows together, each with the nodes of the k-th band of its own.
     lowest = band.where(wanted, _BANDS - 1).amin(1, keepdim=True)
     first, most = band_span(band, wanted).tolist() if span is None else span
     times, weights = (x[:, : 64 if first == 0 else 16] for x in node_table(values.device, smooth % 1))
@@ -225,17 +226,17 @@ def _integrate(
     values, included, excluded = window
     volume, captured = window.volume(), window.captured()
     result = torch.zeros_like(volume)
-    of_empty = torch.zeros_like(volume[:, 0])
-    singly, volume_at = values[:, None], (volume + smooth)[:, None]
-    log_none = log_series(excluded, torch.ones_like(excluded[:, :1])) + torch.log1p(-values).sum(
+    empty_score = torch.zeros_like(volume[:, 0])
+    probs, volume_at = values[:, None], (volume + smooth)[:, None]
+    log_no_object = log_series(excluded, torch.ones_like(excluded[:, :1])) + torch.log1p(-values).sum(
         1, keepdim=True
     )  # log G(∞)
-    for t, weight in _portions(times, weights, values):
+    for t, weight in _node_blocks(times, weights, values):
         u = -torch.expm1(-t)
-        logs = torch.log1p(singly * -u[..., None])  # (B, K, W)
+        logs = torch.log1p(probs * -u[..., None])  # (B, K, W)
         log_excluded, log_window = log_series(excluded, u), logs.sum(2)
         if score == "dice" or losses:
-            tilted = singly * (1 - u[..., None]) / (1 - singly * u[..., None])
+            tilted = probs * (1 - u[..., None]) / (1 - probs * u[..., None])
             tilted_inside, tilted_all = cumulative(tilted), tilted_series(excluded, u) + tilted.sum(2)
         if score == "dice":
             log_all = log_excluded + log_series(included, u) + log_window
@@ -251,35 +252,37 @@ def _integrate(
                 part *= (volume - captured)[:, None] + (tilted_all[..., None] - tilted_inside)
             result += part.sum(1)
         if losses:
-            of_empty += (torch.exp(log_excluded + log_window + weight - smooth * t) * tilted_all).sum(1)
+            empty_score += (torch.exp(log_excluded + log_window + weight - smooth * t) * tilted_all).sum(1)
         elif smooth:
-            of_empty += _without_pole(log_excluded + log_window, log_none, weight - smooth * t, smooth).sum(1)
+            empty_score += _empty_mask_integrand(
+                log_excluded + log_window, log_no_object, weight - smooth * t, smooth
+            ).sum(1)
     if losses:
-        result, of_empty = -result, -of_empty
+        result, empty_score = -result, -empty_score
     elif score == "iou":
         result *= captured + smooth
     if smooth and not losses:
         # E[γ/(γ+Γ)] = P(Γ = 0) + γ ∫ e^{-γt} (G(t) - P(Γ = 0)) dt; 0/0 is 0.
-        of_empty *= smooth
+        empty_score *= smooth
         if smooth < 1:
-            of_empty += torch.exp(log_none[:, 0] if log_absent is None else log_absent)
-    result[:, 0] = torch.where(volume[:, 0] == 0, of_empty, result[:, 0])
+            empty_score += torch.exp(log_no_object[:, 0] if log_absent is None else log_absent)
+    result[:, 0] = torch.where(volume[:, 0] == 0, empty_score, result[:, 0])
     return result
 
 
-def _portions(times: Tensor, weights: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split nodes and weights (1 or B, K) into portions that bound the memory; on devices four at most."""
+def _node_blocks(times: Tensor, weights: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split nodes and weights (1 or B, K) into blocks that limit the memory; at most four on a GPU."""
     count = times.shape[1]
     kind = "cpu" if values.device.type == "cpu" else "other"
-    at_once = max(1 if kind == "cpu" else -(-count // 4), _AT_ONCE[kind] // (values.numel() + 1))
+    at_once = max(1 if kind == "cpu" else -(-count // 4), _BLOCK_VALUES[kind] // (values.numel() + 1))
     return zip(times.split(at_once, 1), weights.split(at_once, 1), strict=True)
 
 
-def _without_pole(log_all: Tensor, log_none: Tensor, weight: Tensor, smooth: float) -> Tensor:
-    """The integrand e^{-γt} G of the empty mask, less e^{-γt} G(∞) for γ < 1, where it has a pole: (B, K)."""
-    whole = torch.exp(log_all + weight)
+def _empty_mask_integrand(log_all: Tensor, log_no_object: Tensor, weight: Tensor, smooth: float) -> Tensor:
+    """The integrand e^{-γt} G of the empty mask; for γ < 1, minus e^{-γt} G(∞), to remove the pole at γ = 0: (B, K)."""
+    integrand = torch.exp(log_all + weight)
     if smooth >= 1:
-        return whole
-    gain = log_all - log_none
-    small = torch.exp(log_none + weight) * torch.expm1(gain.clamp(max=1))
-    return torch.where(gain < 1, small, whole - torch.exp(log_none + weight))
+        return integrand
+    excess = log_all - log_no_object
+    small = torch.exp(log_no_object + weight) * torch.expm1(excess.clamp(max=1))
+    return torch.where(excess < 1, small, integrand - torch.exp(log_no_object + weight))

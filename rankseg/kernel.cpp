@@ -563,7 +563,7 @@ struct Problem {
     bool iou;
     double smooth;
     bool pruning;
-    double negligible, few, tie;  // rankseg.exact.NEGLIGIBLE, _FEW; rankseg.solver._TIE
+    double negligible, few, tie;  // rankseg.exact.NEGLIGIBLE, _JACOBI_MAX; rankseg.solver._TIE
     const double* table;          // nodes of every band: times, then weights
     const int64_t* starts;        // (bands + 1,)
     int bands;

@@ -99,7 +99,7 @@ def _rule(power: float) -> tuple[Tensor, Tensor, Tensor]:
     bands = [exact.nodes(band, power) for band in range(_BANDS)]
     sizes = torch.tensor([0, *(len(times) for times, _ in bands)], dtype=torch.int64, device="cpu")
     table = torch.cat([times for times, _ in bands] + [weights for _, weights in bands])
-    constants = [exact.NEGLIGIBLE, exact._FEW, solver._TIE]
+    constants = [exact.NEGLIGIBLE, exact._JACOBI_MAX, solver._TIE]
     return torch.tensor(constants, dtype=torch.float64, device="cpu"), table, sizes.cumsum(0)
 
 

@@ -1,7 +1,7 @@
-"""The masks that maximise the pooled Dice or IoU: all images of a split counted as one.
+"""Masks that maximise the pooled Dice or IoU: the score of a whole split, as if it were one image.
 
-Benchmarks report the pooled score. Its expectation under independent pixels is that of one image that holds the
-pixels of the whole split. Sums over millions of pixels concentrate, so for a mask A of class c
+Benchmarks report the pooled score. Pixels are assumed independent, so its expectation is that of one image with all
+pixels of the split. Sums over millions of pixels are close to their means. So for a mask A of class c
 
     E[pooled Dice]  =  2 Σ_{j∈A} p_j / (|A| + Σ p)        up to a relative error of O(1 / Σ p),
     E[pooled IoU]   =    Σ_{j∈A} p_j / (|A| + Σ p - Σ_{j∈A} p_j)
@@ -26,11 +26,11 @@ from torch import Tensor
 from rankseg.validation import check_choice, check_probs, check_valid
 
 BINS = 0x3C00 + 1  # the float16 numbers from 0 to 1
-_HALF = 0x3800  # the bin of 1/2
+_HALF_BIN = 0x3800  # the bin of 1/2
 
 
 class ProbabilityHistogram:
-    """Counts of probabilities per class: feed batches, merge over processes, read the cut-offs.
+    """Counts of probabilities per class: add batches, merge those of other processes, read the cut-offs.
 
     Attributes:
         count: (C, K) int64, None before the first batch. The counts are integers: the order of batches
@@ -49,12 +49,12 @@ class ProbabilityHistogram:
         """
         probs = check_probs(probs)
         check_valid(valid, probs)
-        count = []
+        counts = []
         for p in probs.movedim(1, 0):
-            kept = p.flatten() if valid is None else p[valid]
-            keys = kept.to(torch.float16).abs().view(torch.int16).to(torch.int32)  # abs: -0.0 has other bits
-            count.append(torch.bincount(keys, minlength=BINS))
-        self._add(torch.stack(count))
+            values = p.flatten() if valid is None else p[valid]
+            bins = values.to(torch.float16).abs().view(torch.int16).to(torch.int32)  # abs: -0.0 has other bits
+            counts.append(torch.bincount(bins, minlength=BINS))
+        self._add(torch.stack(counts))
 
     def merge(self, other: ProbabilityHistogram) -> ProbabilityHistogram:
         """Add the counts of `other`, for example of another process; return self.
@@ -86,10 +86,10 @@ class ProbabilityHistogram:
         check_choice("score", score, ("dice", "iou"))
         if self.count is None:
             raise ValueError("the histogram is empty: call update before reading it")
-        bins = torch.arange(BINS, dtype=torch.int16, device=self.count.device).view(torch.float16).double()
+        value = torch.arange(BINS, dtype=torch.int16, device=self.count.device).view(torch.float16).double()
         # Entry k of the sums belongs to the mask of all pixels in bins k, k + 1, ...
         pixels = self.count.double().flip(1).cumsum(1).flip(1)
-        captured = (self.count * bins).flip(1).cumsum(1).flip(1)
+        captured = (self.count * value).flip(1).cumsum(1).flip(1)
         ratio = (2 * captured / (pixels + captured[:, :1])).amax(1)
         return ratio if score == "dice" else ratio / (2 - ratio)
 
@@ -97,11 +97,11 @@ class ProbabilityHistogram:
         """Return the cut-off of each class, (C,) float64: `rankseg.threshold(probs, at=cutoffs)` makes the masks.
 
         With `pruning`, a class whose probabilities never exceed 1/2 in the split is not selected: its cut-off is 1.
-        As for `rankseg.rank_dice`, such a class is probably absent, and one pixel of it costs the whole score.
+        As in `rankseg.rank_dice`, such a class is probably absent. If it is, one predicted pixel makes its score 0.
         """
         best = self.best(score)
         cutoffs = torch.where(best.isnan(), 1.0, best / 2 if score == "dice" else best / (1 + best))
         if pruning and self.count is not None:
-            likely = self.count[:, _HALF + 1 :].any(1)
+            likely = self.count[:, _HALF_BIN + 1 :].any(1)
             cutoffs = torch.where(likely, cutoffs, 1.0)
         return cutoffs

@@ -12,12 +12,13 @@ first or last axis. LABELS and the optional --valid folder hold one file of the 
 be .png. The result of a rule is in OUT/RULE/, in the format of the case:
     labels   one integer per pixel, for one class and for rules whose masks do not overlap (max, rankdice_nonoverlap)
     masks    (classes, *S) bool, for rules whose masks may overlap; NIfTI: uint8 with the classes as last axis
---write labels or --write masks changes that. NIfTI files keep affine and header. Scores are those of what is written.
+--write labels or --write masks changes that. NIfTI files keep affine and header. The scores are those of the
+written masks.
 
 With labels, OUT/results/ has the scores, OUT/paired_statistics.md compares every rule with the first one case by case,
 and --report writes OUT/report/index.html. --fit names a second folder of labelled cases. The rules T_fit and auto and
 --calibrate are fitted on it; values and origin are stored in OUT/decode.fitted.json. pooled_dice and pooled_iou are
-fitted on PROBS without labels. Fitting and --report hold a case in memory as a whole.
+fitted on PROBS without labels. Fitting and --report hold a whole case in memory.
 
 With one channel, or with --foreground-only, label 0 is the background and the channels are the labels 1, 2, ….
 The same command again continues where it was stopped. Exit codes: 0 done, 1 some cases failed (listed at the end),
@@ -66,7 +67,7 @@ from trainers.results import EvalResult, comparison_table, fingerprint
 from trainers.text import csv_text
 
 SOME_FAILED = 1
-VERSION = 4  # of the records; another one decodes again
+VERSION = 4  # of the records; a case with a record of another version is decoded again
 Record = dict[str, Any]  # of a case, as JSON holds it
 
 
@@ -128,7 +129,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--report", action="store_true", help="with labels: write an HTML report of T, max and rankdice")
     add("--workers", type=int, default=1, help="cases decoded at the same time (default: 1)")
     add("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: cpu)")
-    add("--force", action="store_true", help="decode again what is done")
+    add("--force", action="store_true", help="decode all cases again")
     add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     args.predictor = list(dict.fromkeys(args.predictor))
@@ -169,12 +170,12 @@ class Job:
         self.args, self.device = args, pick_device(args.device)
         for given in (args.probs, args.labels, args.valid, *(args.fit or ())):
             if given is not None and args.out.resolve() == given.resolve():
-                raise UserError(f"--out {args.out} is a folder that is read. Fix: choose another one.")
+                raise UserError(f"--out {args.out} is also an input folder. Fix: choose another folder.")
         self.folder = Folder(args, args.probs, args.labels, args.valid)
         self.fit = Folder(args, *args.fit) if args.fit else None
         self.fitter = FolderFitter(self.folder, self.fit, self.device)
         self.rules, self.fitted = self.fitter.rules(args.predictor, self.folder)  # type: ignore[arg-type]
-        self.values = self.fitter.to_probs()
+        self.to_probs = self.fitter.to_probs()
         self.calibration = self.fitter.describe_calibration()
         self.failed = {f"--fit {name}": problem for name, problem in self.fit.failed.items()} if self.fit else {}
         names = ("predictor", "classes_axis", "key", "link", "write", "unassigned", "foreground_only", "void")
@@ -231,7 +232,7 @@ class Job:
 
     def _decode(self, name: str) -> Record:
         """Write the result of every rule; return the record of the case."""
-        args, case = self.args, self.folder.load(name, self.values)
+        args, case = self.args, self.folder.load(name, self.to_probs)
         channels = len(case.probs)
         classes = channels + case.first
         if self.fit and self.fit.channels != channels:
@@ -241,22 +242,22 @@ class Job:
         record: Record = {"settings": self.settings, "sources": self.folder.sources(name), "written": []}
         record |= {"classes": classes, "rules": {}}
         for rule_name, rule in self.rules.items():
-            own = getattr(rule, "to_probs", None)  # a calibration of its own
+            own = getattr(rule, "to_probs", None)  # the rule has its own calibration
             given = self.folder.load(name, own) if own else case
             one_label = rules.is_label_map(rule, channels, args.write)
             started = time.perf_counter()
             with name_case_in_errors(case.path):
                 result = rules.select(given.probs, rule, args.out, self.device)
-                of_rule: dict[str, Any] = {"seconds": time.perf_counter() - started}
+                rule_record: dict[str, Any] = {"seconds": time.perf_counter() - started}
                 if one_label:
                     result = rules.label_map(given, result, args)
             path = args.out / rule_name / f"{name}{case.suffixes[one_label]}"
             write_array(result, path, case.geometry, "labels" if one_label else "masks")
             if args.confidence:
-                of_rule["confidence"] = rules.confidence(result, given)
+                rule_record["confidence"] = rules.confidence(result, given)
             if case.labels is not None:
-                of_rule["counts"] = rules.count_pixels(result, case.labels, classes, args.void)
-            record["rules"][rule_name] = of_rule
+                rule_record["counts"] = rules.count_pixels(result, case.labels, classes, args.void)
+            record["rules"][rule_name] = rule_record
             record["written"].append(str(path))
         return record if case.labels is None else record | rules.observe(case, case.labels, args)
 
@@ -340,8 +341,8 @@ class Job:
             "fitted on": " and ".join(map(str, args.fit or ())),
             **report.facts_of_report(),
         }
-        of = {"provenance": facts}
-        return report.write(args.out / "report", title, lead, findings, confidence, classes, names, of, {})
+        sections = {"provenance": facts}
+        return report.write(args.out / "report", title, lead, findings, confidence, classes, names, sections, {})
 
     def write_confidence(self, records: Mapping[str, Record]) -> None:
         """Write OUT/confidence.csv: case, rule, label and the expected Dice of the mask."""

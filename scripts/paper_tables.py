@@ -102,7 +102,7 @@ def _read(saved: Path) -> tuple[ours.Groups, list[ours.Problem]]:
     results, problems = ours.read_results(saved)
     groups = ours.group_seeds(results)
     notes = [f"skipped: {problem.path}: {problem.reason}" for problem in problems]
-    notes += [ours.problem_count(problems)] * bool(problems)
+    notes += [ours.skipped_files_text(problems)] * bool(problems)
     for (row, rule), group in groups.items():
         if group.reason:
             notes.append(f"rejected: {' '.join(filter(None, (*row, rule)))}: {group.reason}")
@@ -139,7 +139,7 @@ def render(found: Sequence[Table], form: str, problems: Sequence[ours.Problem] =
     if form == "tex":
         return "\n".join(map(latex, found)) or "% no results yet\n"
     text = "\n".join(map(markdown, found))
-    return text or f"No results yet{'; ' + ours.problem_count(problems) if problems else ''}.\n"
+    return text or f"No results yet{'; ' + ours.skipped_files_text(problems) if problems else ''}.\n"
 
 
 def generated(root: Path, groups: ours.Groups, problems: Sequence[ours.Problem]) -> dict[Path, str]:

@@ -1,4 +1,4 @@
-"""Score prediction rules, also as validation after an epoch: one forward pass, the same probabilities for all."""
+"""Score prediction rules, for testing and for validation. All rules share one forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainers.metrics import Counts, PerImage, Scoring, Truth, count
 from trainers.results import EvalResult
 
 NEUTRAL = "T"  # the rule whose mDice chooses the best epoch: the threshold favours no ranking rule
-_OBSERVED = 1 << 14  # reliability uses every k-th pixel of a large image: at least so many, fewer than twice as many
+_SAMPLED_PIXELS = 1 << 14  # at least so many pixels of a large image are sampled, and fewer than twice as many
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def evaluate(
 
 @dataclass(frozen=True, eq=False)
 class _Measured(PerImage):
-    """What is measured of images: log-loss and Brier score (N, 2), and by rule counts and expected Dice."""
+    """Measurements of N images: losses, log-loss and Brier score (N, 2); for each rule, counts and expected Dice."""
 
     names: list[str]
     losses: list[float | None]
@@ -94,7 +94,7 @@ class _Measured(PerImage):
 
 
 def _losses(criterion: SegmentationLoss, logits: Tensor, targets: Tensor, scoring: Scoring) -> list[float | None]:
-    """Return the loss of each labelled image, regardless of the batch size; under ``paper`` one value for the batch."""
+    """Return the loss of each labelled image, regardless of the batch size; with protocol ``paper``, one per batch."""
     if scoring.paper:
         return [criterion(logits, targets).item(), *[None] * (len(targets) - 1)]
     labelled = (targets != scoring.ignore_index).flatten(1).any(1).tolist()
@@ -105,15 +105,15 @@ def _losses(criterion: SegmentationLoss, logits: Tensor, targets: Tensor, scorin
 
 def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
     """Add the probabilities (N, C, H, W) of a batch to its reliability."""
-    reliability.update(*_sample(probs, truth))
+    reliability.update(*_sample_pixels(probs, truth))
 
 
-def _sample(probs: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return probabilities and one-hot labels (N, C, P) of every k-th pixel, and whether it counts, (N, P) or None.
+def _sample_pixels(probs: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return probabilities and one-hot labels (N, C, P) of every k-th pixel, and whether it is valid, (N, P) or None.
 
     Neighbouring pixels hold nearly the same information, and binning all would take longer than the prediction.
     """
-    step = max(1, truth.onehot[0, 0].numel() // _OBSERVED)
+    step = max(1, truth.onehot[0, 0].numel() // _SAMPLED_PIXELS)
     valid = None if truth.valid is None else truth.valid.flatten(1)[:, ::step]
     return probs.flatten(2)[..., ::step], truth.onehot.flatten(2)[..., ::step], valid
 
@@ -124,12 +124,12 @@ def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
     The log-loss of a softmax is -log p of the true class; that of a sigmoid is the sum of the binary log-losses of all
     classes. The Brier score is Σ_c (p_c - y_c)².
     """
-    sample, y, counted = _sample(probs, truth)
+    sample, y, counted = _sample_pixels(probs, truth)
     p, valid = sample.double(), y.any(1) if link == "softmax" else torch.ones_like(y[:, 0])
     if counted is not None:
         valid = valid & counted
-    right = torch.where(y, p, 1.0 if link == "softmax" else 1 - p).clamp(min=1e-38)
-    values = torch.stack([-right.log().sum(1), ((p - y.double()) ** 2).sum(1)], dim=2)
+    p_true = torch.where(y, p, 1.0 if link == "softmax" else 1 - p).clamp(min=1e-38)
+    values = torch.stack([-p_true.log().sum(1), ((p - y.double()) ** 2).sum(1)], dim=2)
     pixels = valid.sum(1, keepdim=True).double()
     return (values * valid[..., None]).sum(1) / torch.where(pixels > 0, pixels, torch.nan)
 
@@ -150,7 +150,7 @@ def probability_scores(reliability: Reliability, likelihoods: Tensor, first: int
 
 
 def _collect(measured: _Measured, states: list[Any], scoring: Scoring) -> dict[str, EvalResult]:
-    """Average over all images: no number depends on how they were distributed over processes."""
+    """Average over all images. The distribution of the images over processes does not change a number."""
     loss = [value for value in measured.losses if value is not None]
     reliability = functools.reduce(Reliability.merge, (reliability for _, reliability in states))
     mean_loss = sum(loss) / len(loss) if loss else float("nan")
@@ -180,7 +180,7 @@ class Validation:
     """Score a network on the validation images after an epoch: log the scores, and draw pictures."""
 
     data: Any
-    loader: Any  # batches of the data, which its ``transform`` made
+    loader: Any  # batches of the data; its ``transform`` is used for the pictures too
     rules: Mapping[str, Predictor]
     criterion: SegmentationLoss
     scoring: Scoring

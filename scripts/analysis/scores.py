@@ -1,4 +1,4 @@
-"""Scores from the result files of `test.py`, of images, classes and averages, and paired statistics of two rules.
+"""Read the scores in the result files of `test.py`, and compute paired statistics of two rules.
 
 A rule's CSV has a row for each image and scored class in which prediction or truth is not empty. The score of an
 image is the mean over its rows. An image without rows has no score and is in no pair.
@@ -28,15 +28,15 @@ from trainers.metrics import PAPER_EPSILON
 from trainers.text import read_csv
 
 RESAMPLES = 10_000
-HARM = (1, 5, 10)  # losses in points whose frequency is reported
-_EXACT_UP_TO = 50  # differences, without ties and zeros, for which the exact signed-rank law is used
+HARM = (1, 5, 10)  # the shares of images that lose more than these points are reported
+_EXACT_UP_TO = 50  # number of differences, without ties and zeros, up to which the signed-rank test is exact
 _BATCH = 1 << 22  # resampled values held in memory at a time
 _TIE = 1e-9  # smaller differences are rounding
 
 Interval = tuple[float, float]
 Array = NDArray[np.float64]
 # Two rules saw the same probabilities if these keys of their result files agree.
-_SAME = ("checkpoint", "dataset", "protocol", "temperature", "calibration", "correct_focal", "images")
+_PROBABILITY_KEYS = ("checkpoint", "dataset", "protocol", "temperature", "calibration", "correct_focal", "images")
 
 
 def read_counts(table: Path) -> dict[tuple[str, int], tuple[int, int, int]]:
@@ -78,7 +78,7 @@ def fractions(
     """Return Dice ("dice") or IoU ("iou") of intersection, predicted and actual pixels."""
     if metric == "dice":
         return {key: 2 * inter / (predicted + actual + epsilon) for key, (inter, predicted, actual) in counts.items()}
-    overlap = 0 if legacy_bce_iou else 1  # a fault of published rows: |A| + |B| instead of the union
+    overlap = 0 if legacy_bce_iou else 1  # an error in the published rows: |A| + |B| instead of the union
     return {key: inter / (p + a - overlap * inter + epsilon) for key, (inter, p, a) in counts.items()}
 
 
@@ -232,11 +232,11 @@ def compare(
 
     ``group`` is explained in `read_groups`; None if images are independent.
     """
-    unlike = [key for key in _SAME if baseline.record.get(key) != rule.record.get(key)]
-    if unlike:
+    different = [key for key in _PROBABILITY_KEYS if baseline.record.get(key) != rule.record.get(key)]
+    if different:
         raise UserError(
             f"{baseline.rule} and {rule.rule} were not scored on the same probabilities: different "
-            f"{', '.join(unlike)}. Fix: score both with one call of test.py."
+            f"{', '.join(different)}. Fix: score both with one call of test.py."
         )
     pairs, unpaired = pair(baseline.by_image(), rule.by_image())
     group_of = read_groups(group, list(pairs)) if group else None
@@ -335,19 +335,19 @@ def signed_rank(values: Sequence[float]) -> tuple[float, str, float]:
     """Return Wilcoxon's two-sided p, the method ("exact", "normal" or "none"), and the rank-biserial correlation.
 
     Zeros are dropped. The correlation, (favourable − unfavourable) / all ranks, is in [−1, 1] (Kerby, 2014). The
-    exact law is used for at most 50 differences without ties and zeros.
+    p-value is exact for at most 50 differences without ties and zeros, otherwise from the normal approximation.
     """
     from scipy import stats
 
-    moved = np.array([value for value in values if value], dtype=np.float64)
-    if not len(moved):
+    nonzero = np.array([value for value in values if value], dtype=np.float64)
+    if not len(nonzero):
         return math.nan, "none", 0.0
-    untied = len(np.unique(np.abs(moved))) == len(moved) == len(values)
-    exact = len(moved) <= _EXACT_UP_TO and untied
+    untied = len(np.unique(np.abs(nonzero))) == len(nonzero) == len(values)
+    exact = len(nonzero) <= _EXACT_UP_TO and untied
     method = "exact" if exact else "asymptotic"
-    p = stats.wilcoxon(moved, zero_method="wilcox", correction=False, method=method).pvalue
-    ranks = stats.rankdata(np.abs(moved))
-    effect = float((ranks * np.sign(moved)).sum() / ranks.sum())
+    p = stats.wilcoxon(nonzero, zero_method="wilcox", correction=False, method=method).pvalue
+    ranks = stats.rankdata(np.abs(nonzero))
+    effect = float((ranks * np.sign(nonzero)).sum() / ranks.sum())
     return float(p), "exact" if exact else "normal", effect
 
 
@@ -360,11 +360,11 @@ def describe_differences(
 ) -> dict[str, Any]:
     """Return all statistics of paired differences in points, for tables, JSON files and charts.
 
-    ``better``, ``worse``, ``tied`` and the values of ``harm`` ("1", "5", "10": images that lose more than so many
+    ``better``, ``worse``, ``tied`` and the values of ``harm`` (images that lose more than "1", "5" or "10"
     points) are shares of the images; ``worst_loss`` and ``best_gain`` are in points and not negative.
     """
     if not values:
-        raise UserError("there is no image that both rules score, so there is no interval. Fix: compare other rules.")
+        raise UserError("no image has a score under both rules, so there is no interval. Fix: compare other rules.")
     count, deviation = len(values), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     interval = mean_interval(values, confidence, resamples, seed, groups)
     p, method, effect = signed_rank([round(value, 9) for value in values])

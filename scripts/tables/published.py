@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.files import read_json, read_text, read_yaml
 from scripts import ROOT
 from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Table, label, mark_of
-from scripts.tables.results import Group, Groups, matching, our_cell
+from scripts.tables.results import Group, Groups, find_groups, our_cell
 from trainers.text import read_csv
 
 FOLDER = ROOT / "saved" / "published"
@@ -164,12 +164,12 @@ def _ours(
     data: Published, groups: Groups, cell: PublishedCell, notes: dict[str, str], nearest: Sequence[Expected]
 ) -> tuple[Cell, Cell]:
     """Return our cell and the difference; no difference for other data or a number that an erratum spoils."""
-    found = matching(groups, cell.dataset, "paper", cell.model, cell.loss, cell.predictor)
+    found = find_groups(groups, cell.dataset, "paper", cell.model, cell.loss, cell.predictor)
     other = ""
     for block in nearest if not found else ():
         model = block.paper_rows.get(cell.model, {}).get(cell.loss)
         if model and block.dataset == cell.dataset:
-            matches = matching(groups, cell.dataset, "paper", model, cell.loss, cell.predictor)
+            matches = find_groups(groups, cell.dataset, "paper", model, cell.loss, cell.predictor)
             covered = [group for group in matches if not group.reason and block.covers(group)]
             if covered:
                 found += covered
@@ -244,7 +244,7 @@ def violations(expected: Iterable[Expected], groups: Groups) -> Iterator[str]:
         for model, losses in block.scores.items():
             for loss, rules in losses.items():
                 for rule, values in rules.items():
-                    for group in matching(groups, block.dataset, block.protocol, model, loss, rule):
+                    for group in find_groups(groups, block.dataset, block.protocol, model, loss, rule):
                         if not group.reason and block.covers(group):
                             yield from _out_of_tolerance(block, group, values)
 

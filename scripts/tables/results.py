@@ -1,6 +1,6 @@
-"""Our results: read from the files of `test.py`, grouped over seeds if nothing but the seed differs, and their tables.
+"""Read the result files of `test.py`, average over seeds if only the seed differs, and make tables.
 
-A table has rows data set × model × loss and columns rules; there is one for each collection and protocol.
+There is one table for each collection and protocol. Its rows are data set × model × loss, and its columns are rules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from configs.stored import differences
 from scripts.analysis.scores import mean, scores_from_counts, short_variant, variant_of
 from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Table, label, mark_of
 
-_SHOWN = 5  # differences that are listed
+_MAX_LISTED = 5  # at most this number of differences is listed
 
 
 class Row(NamedTuple):
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The seeds of one table cell, by row and rule; `reason` is why they have no average, "" if they have one."""
+    """The seeds of one table cell, by row and rule; `reason` says why there is no average, "" if there is one."""
 
     results: tuple[Result, ...]
     reason: str = ""
@@ -179,7 +179,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def group_seeds(results: Iterable[Result]) -> Groups:
-    """Group the seeds of each cell; seeds that differ in anything else have no average, and the reason is kept."""
+    """Group the results of each cell. If they differ in more than the seed, the group stores why it has no average."""
     cells: dict[tuple[Row, str], list[Result]] = {}
     for result in results:
         cells.setdefault((result.row, result.rule), []).append(result)
@@ -196,7 +196,7 @@ def group_seeds(results: Iterable[Result]) -> Groups:
     return groups
 
 
-def matching(groups: Groups, dataset: str, protocol: str, model: str, loss: str, rule: str) -> list[Group]:
+def find_groups(groups: Groups, dataset: str, protocol: str, model: str, loss: str, rule: str) -> list[Group]:
     """Return our results of this cell without calibration, in any collection and split.
 
     Scores of the last epoch come first, because the paper tested the last epoch. Those of the best epoch are
@@ -214,15 +214,15 @@ def difference(one: Result, other: Result) -> str:
     unlike = [key for key, value in one.identity.items() if value != other.identity[key]]
     if None in (one.identity["data contents"], other.identity["data contents"]):  # of an earlier version
         unlike = [key for key in unlike if key != "data contents"]
-    # The keys of the configuration say more than its hash.
+    # The changed keys of the configuration explain more than its hash.
     changed = differences(one.config, other.config) if one.config and other.config else []
     if changed or len(unlike) > 1:
         unlike = [key for key in unlike if key != "configuration"]
     parts = [f"{key} {one.identity[key]} against {other.identity[key]}" for key in unlike] + changed
     if not parts:
         return ""
-    more = f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
-    return f"seeds {one.seed} and {other.seed} differ: {'; '.join(parts[:_SHOWN])}{more}"
+    more = f"; and {len(parts) - _MAX_LISTED} more" if len(parts) > _MAX_LISTED else ""
+    return f"seeds {one.seed} and {other.seed} differ: {'; '.join(parts[:_MAX_LISTED])}{more}"
 
 
 # --- tables
@@ -236,22 +236,22 @@ def our_tables(groups: Groups, problems: Sequence[Problem] = ()) -> list[Table]:
 
 def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Problem]) -> Table:
     here = {cell: group for cell, group in groups.items() if cell[0][:2] == (collection, protocol)}
-    of_data = {row[:4]: group.first for (row, _), group in here.items()}
-    rules = sorted({rule for _, rule in here}, key=lambda rule: _rank(rule, RULES))
+    first_of_dataset = {row[:4]: group.first for (row, _), group in here.items()}
+    rules = sorted({rule for _, rule in here}, key=lambda rule: _sort_key(rule, RULES))
     lines, notes = [], {}
-    for row in sorted(_grid({row for row, _ in here}), key=_row_order):
+    for row in sorted(_add_missing_rows({row for row, _ in here}), key=_row_order):
         of_row = [here.get((row, rule)) for rule in rules]
         present = [group for group in of_row if group]
         valid = [group for group in present if not group.reason]
         # All rules of a row must have the same seeds, checkpoints and data.
         runs = {tuple((r.seed, r.checkpoint, str(r.identity["data fingerprint"])) for r in g.results) for g in valid}
-        any_result = present[0].first if present else of_data[row[:4]]
+        any_result = present[0].first if present else first_of_dataset[row[:4]]
         labels = _labels(row, any_result, {len(group.results) for group in present}, len(runs) > 1, notes)
         comparable = len(valid) > 1 and len(runs) == 1
         best = {metric: _best(valid, metric) for metric in ("dice", "iou")} if comparable else {}
         lines.append((*labels, *(our_cell(group, notes, best) for group in of_row)))
     if problems:
-        mark_of(problem_count(problems) + ": " + "; ".join(f"{p.name} ({p.reason})" for p in problems), notes)
+        mark_of(skipped_files_text(problems) + ": " + "; ".join(f"{p.name} ({p.reason})" for p in problems), notes)
     place = f" ({collection})" if collection else ""
     return Table(
         name="-".join([*(collection.split("/") if collection else ["ours"]), protocol]),
@@ -264,7 +264,7 @@ def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Pr
     )
 
 
-def _grid(rows: set[Row]) -> set[Row]:
+def _add_missing_rows(rows: set[Row]) -> set[Row]:
     """Add the rows that are missing: every model of a data set with every loss of it."""
     found = set(rows)
     for place in {row[:4] for row in rows}:
@@ -274,14 +274,20 @@ def _grid(rows: set[Row]) -> set[Row]:
     return found
 
 
-def _rank(name: str, known: Iterable[str]) -> tuple[int, str]:
+def _sort_key(name: str, known: Iterable[str]) -> tuple[int, str]:
     """Return a sorting key: known names in their order, then the others by name."""
     places = {one: place for place, one in enumerate(known)}
     return places.get(name, len(places)), name
 
 
 def _row_order(row: Row) -> tuple:
-    return _rank(row.dataset, DATASETS), row.split, _rank(row.model, MODELS), _rank(row.loss, LOSSES), row.variant
+    return (
+        _sort_key(row.dataset, DATASETS),
+        row.split,
+        _sort_key(row.model, MODELS),
+        _sort_key(row.loss, LOSSES),
+        row.variant,
+    )
 
 
 def _caption(counts: set[int]) -> str:
@@ -335,7 +341,7 @@ def our_cell(group: Group | None, notes: dict[str, str], best: Mapping[str, floa
     return Cell(tuple(values), tuple(bold))
 
 
-def problem_count(problems: Sequence[Problem]) -> str:
+def skipped_files_text(problems: Sequence[Problem]) -> str:
     """Return how many files were skipped, in words."""
     many = len(problems) != 1
     return f"{len(problems)} result file{'s' * many} could not be read and {'were' if many else 'was'} skipped"
