@@ -142,8 +142,10 @@ class Loader:
         """Yield what worker processes load for the plan; raise ChildProcessError if one died or froze."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.num_workers, initializer=_start_worker, initargs=(self._reader,))
-            # A child process of multiprocessing waits for its own children at exit, so the pool must end before.
-            multiprocessing.util.Finalize(self, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
+            # At exit, a pool waits for its workers, for ever if one hangs. So they are killed before: by the first line
+            # in a process that multiprocessing started, by the second one in any other.
+            end = multiprocessing.util.Finalize(self, _kill_workers, (self._pool,), exitpriority=100)
+            threading._register_atexit(end)  # type: ignore[attr-defined]
         remaining, pending = iter(plan), deque[Future]()
         try:
             while True:
@@ -156,6 +158,7 @@ class Loader:
         except (BrokenProcessPool, FutureTimeout) as error:
             if isinstance(error, FutureTimeout) and future.done() and future.exception() is error:
                 raise  # a TimeoutError of the data set
+            pending.clear()  # the pool ends them all; it cannot end one that is cancelled meanwhile
             _kill_workers(self._pool)
             self._pool = None
             raise ChildProcessError(
@@ -266,6 +269,8 @@ def _start_worker(reader: Reader) -> None:
 def _load(keys: list[Key]) -> Loaded:
     try:
         return _reader.load(keys)
+    except SystemExit as error:  # it would end the parent without a message
+        raise RuntimeError(f"a loader process called sys.exit({error})") from error
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
@@ -288,8 +293,10 @@ def _end_with_parent() -> None:
 
 
 def _kill_workers(pool: ProcessPoolExecutor) -> None:
-    """Kill the remaining workers, because Python would wait for a frozen one at exit."""
-    for process in list((pool._processes or {}).values()):
+    """End the workers at once, without waiting for one that hangs."""
+    workers = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in workers:
         process.kill()
+    for process in workers:
         process.join(5)
-    pool.shutdown(wait=False)

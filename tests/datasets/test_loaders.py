@@ -194,6 +194,49 @@ def test_bugs_are_not_skipped_nor_taken_for_a_dead_worker(kind, workers):
         list(loader.epoch(0))
 
 
+class Exiting(Numbered):
+    def read(self, index: int):
+        raise SystemExit(5)
+
+
+def test_a_data_set_that_exits_is_an_error_with_a_message():
+    with pytest.raises(RuntimeError, match=r"sys.exit\(5\)"):
+        list(train_loader(Exiting([(9, 9)] * 3), batch_size=2, num_workers=1).epoch(0))
+
+
+class Hanging(Numbered):
+    """Image 1 is damaged, and image 2 is never read to its end."""
+
+    def read(self, index: int):
+        if index == 2:
+            time.sleep(600)
+        return super().read(index)
+
+
+def leave_with_a_hanging_worker() -> None:
+    """Be a command that ends with an error, while one of its workers hangs."""
+    loader = eval_loader(Hanging([(12, 14)] * 8, broken=(1,)), batch_size=1, num_workers=2)
+    with pytest.raises(DatasetError, match="damaged"):
+        list(loader)
+
+
+def end_as_an_interpreter() -> None:
+    leave_with_a_hanging_worker()
+    threading._shutdown()  # what an interpreter does first at its end
+    os._exit(0)
+
+
+@pytest.mark.parametrize("target", [leave_with_a_hanging_worker, end_as_an_interpreter])
+def test_a_worker_that_hangs_does_not_delay_the_end(target):
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join(30)
+    ended = not process.is_alive()
+    process.kill()
+    process.join()
+    assert ended and process.exitcode == 0
+
+
 def test_a_connection_to_a_worker_that_breaks_is_a_dead_worker(monkeypatch):
     """The moment between a worker's message and its tensor is too short to aim at."""
 
