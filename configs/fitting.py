@@ -186,7 +186,7 @@ class Fitter:
 
     def _build(self, name: str, values: Mapping[str, Any]) -> Predictor:
         """Build a rule with its fitted values."""
-        if "least" in values:
+        if build.is_ranking(build.rule_node(name, self.cfg)):  # gate=fit
             return GatedRule(build.rules([name], self.cfg)[name], float(values["least"]))
         if name != "auto":
             at = {key: values[key] for key in ("at", "gated") if key in values}

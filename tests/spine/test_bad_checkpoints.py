@@ -144,6 +144,7 @@ def test_a_path_of_the_wrong_kind_is_bad_input(error: OSError, capsys: pytest.Ca
         ((), "auto", {"rule": ["T"]}),
         (("gate=fit",), "rankdice", {"least": "x"}),
         (("gate=fit",), "rankdice", {"least": 7}),
+        (("gate=fit",), "rankdice", {"mean_dice": 0.5}),
     ],
 )
 def test_invalid_fitted_values_are_named(whole: Path, options, kind: str, values: dict[str, Any]) -> None:
