@@ -316,8 +316,8 @@ def test_a_death_while_a_batch_is_waited_for_ends_the_epoch():
 
 def test_the_death_of_an_idle_worker_ends_the_epoch():
     others = multiprocessing.active_children()
-    batches = train_loader(numbered(8), batch_size=4, num_workers=1).epoch(0)
-    next(batches)
+    batches = train_loader(numbered(40), batch_size=4, num_workers=1).epoch(0)
+    next(batches)  # of ten; those that the process had ready arrive, the later ones cannot
     (worker,) = (process for process in multiprocessing.active_children() if process not in others)
     worker.kill()
     time.sleep(1)
