@@ -144,8 +144,8 @@ def load_state(
 ) -> None:
     """Copy a state dict into a network that has exactly these tensors, of the same shapes and dtypes.
 
-    Raises CheckpointError for anything else, and for numbers that are not finite. A different number of classes is
-    reported as such.
+    A network on the meta device has no memory and takes the tensors themselves. Raises CheckpointError for other
+    tensors, and for numbers that are not finite. A different number of classes is reported as such.
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{source} holds no tensors by name. Fix: choose a checkpoint that train.py wrote.")

@@ -146,7 +146,7 @@ class Scoring:
     num_classes: int
     scored: tuple[int, ...]  # the classes in the means
     ignore_index: int = 255
-    void: Literal["masked", "counted"] = "masked"  # void pixels count nowhere, or every prediction on them is false
+    void: Literal["masked", "counted"] = "masked"  # void pixels are not counted, or every prediction on them is false
     paper: bool = False  # the published arithmetic: an epsilon in denominators, three decimals, the loss of batches
     legacy_bce_iou: bool = False  # a fault of published rows, see `Counts.iou`
     legacy_soft_dice_void: bool = False  # another: void has the smallest class in the batch; needs void="counted"
