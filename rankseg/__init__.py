@@ -7,13 +7,10 @@ Method: Dai & Li, "RankSEG: A Consistent Ranking-based Framework for Segmentatio
 """
 
 from rankseg import calibration
-from rankseg.backend import backend
-from rankseg.confidence import confidence
-from rankseg.expected import expected_dice, expected_iou
-from rankseg.label_map import label_map
-from rankseg.masks import RankResult
-from rankseg.rank_dice import rank_dice, rank_iou
-from rankseg.rules import Predictor, argmax, rankdice, rankiou, threshold
+from rankseg.engines import backend
+from rankseg.expected import confidence, expected_dice, expected_iou
+from rankseg.masks import RankResult, label_map
+from rankseg.rules import Predictor, argmax, rank_dice, rank_iou, rankdice, rankiou, threshold
 
 __all__ = [
     "Predictor",

@@ -1,4 +1,17 @@
-"""The exact expected score of any mask. It needs no labels.
+"""The exact expected score of any mask, and what it decides without labels: how good a mask is, and when it is empty.
+
+The confidence of a mask A is E[Dice(A, B)], B the random object, its pixels independent with the probabilities given.
+That of an empty mask is P(B empty) = Π (1 - p), the probability that empty is right.
+
+The gate. A class that is absent from mask and truth has no score and is left out of a mean over images. Let m be that
+mean and π = P(B empty). A mask A adds E[Dice(A, B)] to the numerator and 1 to the denominator of the mean; the empty
+mask adds 0 to the numerator and 1 - π to the denominator. By Dinkelbach's argument the ratio is largest if A is chosen
+when
+
+    E[Dice(A, B)] - m  >  -m (1 - π),     that is     P(B present) · E[Dice | B present]  >  m π.
+
+So an empty mask earns m π: being left out is worth the mean. `gate_by_presence` applies this rule with π = Π (1 - p);
+`gate_by_score` replaces the right-hand side by a constant, which validation data can fit.
 
 Shapes: N images, C classes, *S spatial axes, R = N·C rows, D pixels of a row.
 """
@@ -8,11 +21,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankseg.backend import compiled_engine, one_thread
+from rankseg.engines import compiled_engine, one_thread
 from rankseg.exact import NEGLIGIBLE, Window, window_scores
 from rankseg.gather import blocks, gather, row_numbers, tile_of, tiles
 from rankseg.masks import rows_of
-from rankseg.validation import check_form, check_masks, check_smooth, check_values, eager_only
+from rankseg.validation import check_form, check_masks, check_probs, check_smooth, check_values, eager_only
 
 
 @eager_only
@@ -81,3 +94,111 @@ def _log_absent(flat: Tensor, masks: Tensor) -> Tensor:
         tile = tile_of(flat, numbers, across, along).double()
         result[empty[across]] += torch.log1p(-tile).sum(1)
     return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Confidence and gates
+
+
+@torch.no_grad()
+def absence(probs: Tensor) -> Tensor:
+    """Return the probability Π (1 - p) that a class has no pixel: (N, C) float64."""
+    probs = check_probs(probs)
+    return torch.log1p(-probs.flatten(2).double()).sum(2).exp()
+
+
+@torch.no_grad()
+def mask_scores(probs: Tensor, masks: Tensor) -> Tensor:
+    """Return the expected Dice of each mask, 0 for empty masks: (N, C) float64.
+
+    As `rankseg.expected_dice` for `smooth=0`, without work for classes whose mask is empty.
+    """
+    probs = check_probs(probs)
+    masks = check_masks(masks, probs)
+    flat, chosen = probs.flatten(2).flatten(0, 1), masks.flatten(2).flatten(0, 1)
+    rows = chosen.any(1).nonzero()[:, 0]
+    scores = torch.zeros(flat.shape[0], dtype=torch.float64, device=probs.device)
+    if rows.numel():
+        scores[rows] = expected_dice(flat[rows, None], chosen[rows, None])[:, 0]
+    return scores.view(probs.shape[:2])
+
+
+@eager_only
+@torch.no_grad()
+def confidence(probs: Tensor, masks: Tensor) -> Tensor:
+    """Return the expected Dice of each mask, and P(class absent) for an empty mask: (N, C) float64.
+
+    Raises:
+        TypeError, ValueError: see `rankseg.validation`.
+    """
+    scores = mask_scores(probs, masks)
+    empty = ~masks.flatten(2).any(2)
+    return torch.where(empty, absence(probs), scores) if empty.any() else scores
+
+
+def image_confidence(confidences: Tensor, predicted: Tensor) -> Tensor:
+    """Average confidences (N, C) over the predicted classes, or over all classes if none is predicted: (N,).
+
+    `predicted` (N, C) bool marks the classes whose mask has a pixel. Pass only the scored classes.
+    """
+    counted = predicted | ~predicted.any(1, keepdim=True)
+    return (confidences * counted).sum(1) / counted.sum(1)
+
+
+@torch.no_grad()
+def soft_dice_confidence(probs: Tensor, masks: Tensor) -> Tensor:
+    """Return 2 Σ_{j∈A} p_j / (|A| + Σ p), (N, C) float64, 0/0 = 0: the approximation SDC of arXiv 2402.10665."""
+    probs = check_probs(probs)
+    masks = check_masks(masks, probs)
+    total = probs.flatten(2).sum(2, dtype=torch.float64)
+    inside = (probs * masks).flatten(2).sum(2, dtype=torch.float64)
+    denominator = masks.flatten(2).sum(2) + total
+    return torch.where(denominator > 0, 2 * inside / denominator.clamp(min=1e-300), 0.0)
+
+
+@torch.no_grad()
+def mean_max_probability(probs: Tensor) -> Tensor:
+    """Return the mean over pixels of the largest class probability: (N,) float64; one class counts its complement."""
+    probs = check_probs(probs)
+    largest = torch.maximum(probs, 1 - probs) if probs.shape[1] == 1 else probs
+    return largest.amax(1).flatten(1).mean(1, dtype=torch.float64)
+
+
+@torch.no_grad()
+def mean_entropy(probs: Tensor) -> Tensor:
+    """Return the mean over pixels of the entropy -Σ_c p log p: (N,) float64; one class counts its complement."""
+    probs = check_probs(probs)
+    values = torch.cat([probs, 1 - probs], dim=1) if probs.shape[1] == 1 else probs
+    return torch.special.entr(values.float()).sum(1).flatten(1).mean(1, dtype=torch.float64)
+
+
+def _keep(masks: Tensor, kept: Tensor) -> Tensor:
+    return masks & kept.view(*kept.shape, *[1] * (masks.ndim - 2))
+
+
+@torch.no_grad()
+def gate_by_score(probs: Tensor, masks: Tensor, least: float | Tensor) -> Tensor:
+    """Empty the masks whose expected Dice is below `least`, a number or one per class (C,): (N, C, *S) bool.
+
+    Raises:
+        ValueError: `least` is outside [0, 1].
+    """
+    scores = mask_scores(probs, masks)
+    bound = torch.as_tensor(least, dtype=torch.float64)  # a number is checked on the host: no wait for the device
+    if bound.shape not in ((), scores.shape[1:]) or not ((bound >= 0) & (bound <= 1)).all():
+        raise ValueError(f"least={least} is invalid: expected a Dice in [0, 1], such as 0.4, or one for each class")
+    return _keep(masks, scores >= bound.to(probs.device))
+
+
+@torch.no_grad()
+def gate_by_presence(probs: Tensor, masks: Tensor, mean: float) -> Tensor:
+    """Empty the masks whose expected Dice is at most `mean` · P(class absent): (N, C, *S) bool.
+
+    `mean` is the mean Dice of the images, as found on validation data.
+
+    Raises:
+        ValueError: `mean` is outside [0, 1].
+    """
+    if not 0 <= mean <= 1:
+        raise ValueError(f"mean={mean} is invalid: expected the mean Dice of validation images, in [0, 1]")
+    return _keep(masks, mask_scores(probs, masks) > mean * absence(probs))

@@ -136,7 +136,7 @@ def _is_done(status: int) -> bool:
 
 
 def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_overlap: bool) -> RankResult | None:
-    """See `rankseg.backend.best_masks`; None if a value of `probs` is outside [0, 1] or NaN."""
+    """See `rankseg.engines.best_masks`; None if a value of `probs` is outside [0, 1] or NaN."""
     kernel = library()
     assert kernel is not None
     shape = probs.shape[:2]

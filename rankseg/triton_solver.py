@@ -64,7 +64,7 @@ def interpreted() -> bool:
 
 
 def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_overlap: bool) -> RankResult | None:
-    """See `rankseg.backend.best_masks`; None for invalid values and for unsupported arguments."""
+    """See `rankseg.engines.best_masks`; None for invalid values and for unsupported arguments."""
     if not allow_overlap or type(probs) is not Tensor:
         return None
     if not (probs.is_cuda or (interpreted() and probs.device.type == "cpu")):

@@ -20,7 +20,7 @@ import rankseg
 from configs.errors import TrainingError, UserError
 from configs.files import file_sha256, read_json, write_json
 from rankseg import Predictor
-from rankseg.confidence import gate_by_score
+from rankseg.expected import gate_by_score
 from trainers.distributed import World, gather_objects
 from trainers.forward import measure
 from trainers.metrics import PerImage, Truth, mean_over_classes

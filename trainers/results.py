@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.files import write_json, write_text
-from rankseg.confidence import image_confidence
+from rankseg.expected import image_confidence
 from trainers.metrics import Counts
 from trainers.text import csv_text
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from rankseg import Predictor
-from rankseg.confidence import confidence, image_confidence, mean_entropy, mean_max_probability, soft_dice_confidence
+from rankseg.expected import confidence, image_confidence, mean_entropy, mean_max_probability, soft_dice_confidence
 from trainers.distributed import World
 from trainers.forward import measure
 from trainers.metrics import Counts, PerImage, Scoring, count, mean_over_classes

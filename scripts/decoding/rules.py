@@ -17,7 +17,7 @@ from torch import Tensor
 import rankseg
 from rankseg import Predictor
 from rankseg.calibration import Reliability
-from rankseg.label_map import VOID
+from rankseg.masks import VOID
 from scripts.decoding.arrays import scratch
 from scripts.decoding.cases import Case, slabs, without_background
 from scripts.inference.windows import masks_of, may_overlap, parts_of

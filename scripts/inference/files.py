@@ -28,7 +28,7 @@ from configs.files import read_json, read_text, temporary_file, write_json, writ
 from datasets import DatasetError, Folder, decode
 from datasets.base import DatasetInfo
 from datasets.folder import read_class_table
-from rankseg.confidence import absence, confidence
+from rankseg.expected import absence, confidence
 from trainers.text import csv_text, read_csv
 
 VOID_COLOUR = (224, 224, 192)

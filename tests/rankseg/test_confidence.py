@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rankseg
-from rankseg.confidence import (
+from rankseg.expected import (
     absence,
     confidence,
     gate_by_presence,

@@ -16,7 +16,7 @@ from torch import Tensor
 import rankseg
 from rankseg import exact, gather
 from rankseg.calibration import Reliability, focal_correction
-from rankseg.confidence import gate_by_score
+from rankseg.expected import gate_by_score
 from rankseg.masks import RankResult
 from rankseg.pooled import ProbabilityHistogram
 from tests.rankseg.claiming import DEVICE, Claiming, Ledger

@@ -245,7 +245,7 @@ def test_a_backend_that_does_not_exist_is_rejected(monkeypatch: pytest.MonkeyPat
 def test_the_python_solver_uses_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Barriers of thousands of small operations cost seconds on a busy machine. The setting is as before afterwards."""
     monkeypatch.setenv("RANKSEG_BACKEND", "python")
-    module, seen = sys.modules["rankseg.backend"], []
+    module, seen = sys.modules["rankseg.engines"], []
     for name in ("solve", "non_overlapping_masks"):
         original = getattr(module, name)
 

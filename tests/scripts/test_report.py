@@ -25,7 +25,7 @@ from configs.compose import compose
 from configs.fitting import Fitter
 from rankseg import rules
 from rankseg.calibration import fit_temperature
-from rankseg.confidence import confidence
+from rankseg.expected import confidence
 from scripts.analysis import charts
 from scripts.analysis import page as pages
 from scripts.analysis.measure import (

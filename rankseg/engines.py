@@ -36,7 +36,7 @@ class Engine(Protocol):
     def best_masks(
         self, probs: Tensor, score: str, smooth: float, pruning: bool, allow_overlap: bool
     ) -> RankResult | None:
-        """See `rankseg.backend.best_masks`."""
+        """See `rankseg.engines.best_masks`."""
 
     def expected(self, probs: Tensor, masks: Tensor, score: str, smooth: float) -> Tensor | None:
         """Expected scores (N, C) float64 of `masks` (N, C, *S) bool."""

@@ -1,1 +1,0 @@
-"""Result tables: the paper's, alone and next to ours (published), ours (results), and their text (layout)."""
