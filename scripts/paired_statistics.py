@@ -181,9 +181,9 @@ def auto_table(folders: Sequence[Path], metric: str, halves: int, seed: int) -> 
         gains_by_loss.setdefault(record["loss"], []).append(gains)
         counts = ", ".join(f"{rule} {count}" for rule, count in chosen.most_common())
         rows.append([name, *(f"{gain:+.2f}" for gain in gains), counts])
-    for loss, gains in gains_by_loss.items():
-        means = [sum(column) / len(gains) for column in zip(*gains, strict=True)]
-        rows.append([f"mean of {len(gains)} runs, {loss}", *(f"{gain:+.2f}" for gain in means), ""])
+    for loss, of_runs in gains_by_loss.items():
+        means = [sum(column) / len(of_runs) for column in zip(*of_runs, strict=True)]
+        rows.append([f"mean of {len(of_runs)} runs, {loss}", *(f"{gain:+.2f}" for gain in means), ""])
     return markdown_table(["run, seed", "rankdice − T", "auto − T", "chosen"], rows) + "\n"
 
 
@@ -194,7 +194,8 @@ def choose_on_halves(dice: Mapping[str, dict[str, float]], halves: int, seed: in
     """
     images = sorted(set.intersection(*map(set, dice.values())))
     scores = {rule: torch.tensor([of[image] for image in images]).double() for rule, of in dice.items()}
-    generator, gains, chosen = torch.Generator().manual_seed(seed), [], Counter[str]()
+    generator, chosen = torch.Generator().manual_seed(seed), Counter[str]()
+    gains: list[list[float]] = []
     for _ in range(halves):
         one, other = torch.randperm(len(images), generator=generator).tensor_split(2)
         rule = choose({name: values[one] for name, values in scores.items()}, resamples=999).rule

@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -113,7 +114,7 @@ def class_section(findings: Findings, names: Sequence[str], rules: Sequence[str]
     dice = {rule: findings.of(rule).dice() for rule in rules}
     rows = [(names[c], {rule: 100 * float(one[:, c].nanmean()) for rule, one in dice.items()}) for c in scored]
     half = math.ceil(len(rows) / 2) if len(rows) > 8 else len(rows)
-    drawn = []
+    drawn: list[Markup] = []
     for part in filter(None, (rows[:half], rows[half:])):
         title, size = f"Dice of each class and rule, part {len(drawn) + 1}", (5.8, 1 + 0.45 * len(part))
         drawn.append(charts.svg(title, charts.class_bars, part, "Dice, %", size=size))
@@ -266,7 +267,7 @@ def draw_strips(
     positions = {name: index for index, name in enumerate(data.names)}
     picked = list(dict.fromkeys(indices))
     places = [positions[findings.names[index]] for index in picked]
-    transform: Any = fitter.batches(data).transform
+    transform = cast(Any, fitter.batches(data)).transform
     to_probs, precision = ToProbs(fitter.link), fitter.precision
     seen = panels.panels(fitter.network, data, transform, rules, to_probs, fitter.world, places, precision)
     folder.mkdir(parents=True, exist_ok=True)

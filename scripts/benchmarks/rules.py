@@ -101,7 +101,7 @@ def peer(args: argparse.Namespace, probs: Tensor, rounds: int, **options: object
         source, target = Path(folder) / "probs.pt", Path(folder) / "found.pt"
         torch.save(probs, source)
         command = [args.peer, "-c", PEER, source, json.dumps(options), args.threads, rounds, target]
-        out = subprocess.run(map(str, command), cwd=folder, check=True, capture_output=True, text=True).stdout
+        out = subprocess.run([*map(str, command)], cwd=folder, check=True, capture_output=True, text=True).stdout
         return Seconds(*json.loads(out.splitlines()[-1])), torch.load(target)
 
 

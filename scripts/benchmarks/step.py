@@ -117,6 +117,7 @@ def compare_steps(
 def update_and_score(update: Update, scoring: Scoring, batch: Any) -> tuple[Tensor, ...]:
     """Update, run the network again and score its output at 0.5, as the original did: Dice, IoU, accuracy."""
     kept: list[Any] = []
+    criterion: Any = update.criterion
     network = getattr(update.model, "_orig_mod", update.model)
     hook = network.register_forward_hook(lambda module, given, made: kept.append(made.logits.detach()))
     try:
@@ -124,6 +125,6 @@ def update_and_score(update: Update, scoring: Scoring, batch: Any) -> tuple[Tens
             update(batch)
     finally:
         hook.remove()
-    probs = link_probs(kept[-1], update.criterion.link)
+    probs = link_probs(kept[-1], criterion.link)
     counts = count(probs > 0.5, scoring.encode(batch.targets.to(probs.device))).to("cpu")
     return counts.dice(), counts.iou(), counts.pixel_accuracy()

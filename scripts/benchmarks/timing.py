@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,7 +32,7 @@ def read_clocks(device: torch.device) -> Seconds:
 
 
 def in_turn(
-    candidates: dict[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 1
+    candidates: Mapping[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 1
 ) -> dict[str, Seconds]:
     """Return the median seconds of each candidate. All take turns in every round, so that drift affects all alike.
 

@@ -145,7 +145,7 @@ def write_array(array: np.ndarray, path: Path, geometry: Any, key: str) -> None:
         if suffix == ".npy":
             np.save(temporary, array)
         elif suffix == ".npz":
-            np.savez_compressed(temporary, **{key: array})
+            np.savez_compressed(temporary, **{key: array})  # type: ignore[arg-type]
         elif suffix in PICTURES:
             if array.dtype != np.uint8 and (array.dtype != np.uint16 or suffix == ".bmp"):
                 raise UserError(

@@ -48,7 +48,7 @@ def select(probs: Tensor, rule: Predictor, folder: Path, device: torch.device) -
 def label_map(case: Case, masks: np.ndarray, args: Namespace) -> np.ndarray:
     """Return one label per pixel (*S); pixels without a class are background if there is no channel for it."""
     unassigned = 0 if case.first and args.unassigned == "void" else args.unassigned
-    fill = {"void": VOID, "max": 0}.get(unassigned, unassigned)
+    fill: int = VOID if unassigned == "void" else 0 if unassigned == "max" else unassigned
     top = max(len(masks) - 1 + case.first, fill, args.void if case.valid is not None else 0)
     dtypes = (np.uint8, np.uint16, np.int16, np.int32)
     dtype = next(t for t in dtypes if np.iinfo(t).min <= fill and top <= np.iinfo(t).max)

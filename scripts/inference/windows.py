@@ -167,7 +167,7 @@ def one_by_one(rule: Predictor) -> bool:
     """Whether the rule decides each class by itself, so that classes can be passed one by one to save memory."""
     function, options = parts_of(rule)
     one_number = isinstance(options.get("at", 0.5), float)  # not one threshold for each class
-    return function in SEPARABLE and options.get("allow_overlap", True) and one_number
+    return function in SEPARABLE and bool(options.get("allow_overlap", True)) and one_number
 
 
 def may_overlap(rule: Predictor) -> bool:

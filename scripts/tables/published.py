@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from configs.errors import UserError
 from configs.files import read_json, read_text, read_yaml
@@ -86,7 +86,7 @@ def load_published(folder: Path = FOLDER) -> Published:
     """Read cells, logs and errata."""
     cells = []
     for row in read_csv(read_text(folder / "cells.csv")):
-        numbers = {key: float(row[key]) if row[key] else None for key in ("mdice", "miou")}
+        numbers: dict[str, Any] = {key: float(row[key]) if row[key] else None for key in ("mdice", "miou")}
         cells.append(PublishedCell(**{**row, **numbers, "bold": row["bold"] == "1"}))
     logs = {log["id"]: log for log in read_json(folder / "logs.json")}
     errata = tuple(Erratum(**item) for item in read_json(folder / "errata.json"))
@@ -183,7 +183,7 @@ def _ours(
     ours = our_cell(group, notes, {})
     if other:
         ours = replace(ours, marks=(*ours.marks, mark_of(other, notes)))
-    if group.reason or cell.mdice is None:
+    if group.reason or cell.mdice is None or cell.miou is None:
         return ours, _NONE
     expected, scored = IMAGES[cell.dataset], group.first.num_images
     if expected not in (None, scored):

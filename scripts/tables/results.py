@@ -238,7 +238,7 @@ def _table(groups: Groups, collection: str, protocol: str, problems: Sequence[Pr
     here = {cell: group for cell, group in groups.items() if cell[0][:2] == (collection, protocol)}
     first_of_dataset = {row[:4]: group.first for (row, _), group in here.items()}
     rules = sorted({rule for _, rule in here}, key=lambda rule: _sort_key(rule, RULES))
-    lines, notes = [], {}
+    lines, notes = [], dict[str, str]()
     for row in sorted(_add_missing_rows({row for row, _ in here}), key=_row_order):
         of_row = [here.get((row, rule)) for rule in rules]
         present = [group for group in of_row if group]
