@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -55,7 +54,7 @@ from scripts.analysis.measure import analyse
 from scripts.analysis.scores import compare, read_rule
 from scripts.common import check_least, command_line, map_in_threads, summary
 from scripts.decoding import rules
-from scripts.decoding.arrays import PICTURES, SUFFIXES, suffix_of, write_array
+from scripts.decoding.arrays import PICTURES, SUFFIXES, write_array
 from scripts.decoding.cases import Folder, name_case_in_errors
 from scripts.decoding.labelled import FolderFitter
 from scripts.paired_statistics import markdown
@@ -67,7 +66,7 @@ from trainers.results import EvalResult, comparison_table, fingerprint
 from trainers.text import csv_text
 
 SOME_FAILED = 1
-VERSION = 4  # of the records; a case with a record of another version is decoded again
+VERSION = 5  # of the records; a case with a record of another version is decoded again
 Record = dict[str, Any]  # of a case, as JSON holds it
 
 
@@ -209,14 +208,15 @@ class Job:
         return record if self._has_masks(name, record.get("written")) else None
 
     def _has_masks(self, name: str, written: Any) -> bool:
-        """Return whether `written`, as read from a record, lists one existing file of this case for each rule."""
+        """Return whether `written`, as read from a record, lists one existing file of this case for each rule.
+
+        Paths are relative to OUT, so that a folder can be moved.
+        """
         if not isinstance(written, list) or len(written) != len(self.rules):
             return False
         for rule, path in zip(self.rules, written, strict=True):
-            if not isinstance(path, str) or not os.path.isfile(path):  # unlike Path.is_file, False for any text
-                return False
-            expected = self.args.out / rule / f"{name}{suffix_of(Path(path), (*SUFFIXES, *PICTURES))}"
-            if Path(path).resolve() != expected.resolve():
+            possible = [f"{rule}/{name}{suffix}" for suffix in (*SUFFIXES, *PICTURES)]
+            if path not in possible or not (self.args.out / path).is_file():
                 return False
         return True
 
@@ -251,14 +251,14 @@ class Job:
                 rule_record: dict[str, Any] = {"seconds": time.perf_counter() - started}
                 if one_label:
                     result = rules.label_map(given, result, args)
-            path = args.out / rule_name / f"{name}{case.suffixes[one_label]}"
-            write_array(result, path, case.geometry, "labels" if one_label else "masks")
+            path = f"{rule_name}/{name}{case.suffixes[one_label]}"
+            write_array(result, args.out / path, case.geometry, "labels" if one_label else "masks")
             if args.confidence:
                 rule_record["confidence"] = rules.confidence(result, given)
             if case.labels is not None:
                 rule_record["counts"] = rules.count_pixels(result, case.labels, classes, args.void)
             record["rules"][rule_name] = rule_record
-            record["written"].append(str(path))
+            record["written"].append(path)
         return record if case.labels is None else record | rules.observe(case, case.labels, args)
 
     def score(self, records: Mapping[str, Record]) -> dict[str, EvalResult]:

@@ -405,7 +405,7 @@ class TestResume:
         first, second = content["written"]
         paths = {
             "absolute": [first, str(other)],
-            "parent": [first, f"{out}/rankdice/../../other.npy"],
+            "parent": [first, "rankdice/../../other.npy"],
             "one": [first],
             "swapped": [second, first],
         }
@@ -415,6 +415,13 @@ class TestResume:
         assert run(*words) == 0
         assert "1 cases decoded with max, rankdice, 1 done before" in capsys.readouterr().out
         assert json.loads(record.read_bytes())["written"] == [first, second]
+
+    def test_a_moved_folder_is_not_decoded_again(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = [save_all(tmp_path / "p", softmax_maps(2, (20, 20))), "-p", "max", "--out"]
+        assert run(*words, tmp_path / "o") == 0
+        (tmp_path / "o").rename(tmp_path / "moved")
+        assert run(*words, tmp_path / "moved") == 0
+        assert "0 cases decoded with max, 2 done before" in capsys.readouterr().out
 
     def test_a_case_in_a_folder_is_not_decoded_again(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
