@@ -2,8 +2,8 @@
 
 A row is one class of one image, its D pixels flattened. On the CPU the pass works on tiles that fit the cache. On
 other devices it works on a few large tiles: the numbers of launches and of synchronisations do not depend on the size.
-Probabilities are summed in float64, their higher powers in the precision of the tile: `exact.log_series` divides Σ p²
-by λ², so that the 1e-7 of float32 changes a score by about 1e-11.
+Σ p is summed in float64, higher powers in the precision of the tile: `exact.log_series` multiplies Σ p² by u²/2, and u
+is about 1/λ, so that the 1e-7 of float32 changes a score by about 1e-11.
 
 Shapes: R rows, D pixels of a row, E pixels extracted from all rows together, B rows of a block, W its width.
 """
@@ -160,7 +160,7 @@ def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> G
         # Pixels above `low` count as `low` here; what they add is known.
         part, square = space[:, : tile.numel()].view(2, *tile.shape)
         torch.minimum(tile, floor, out=part)
-        excluded[across, 1:] += _power_sums(part, square) - above_low * floors[across]
+        excluded[across, 1:] += _power_sums(part, square) - above_low.double() * floors[across]
         row, group = inside.nonzero().unbind(1)
         rows.append(row + across.start)
         values.append(groups[row, :, group])
