@@ -167,11 +167,13 @@ class Network(nn.Module):
 
 
 @each
-def test_python_in_documents_runs(path: Path) -> None:
+def test_python_in_documents_runs_and_prints_what_they_say(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     space: dict[str, Any] = {"network": Network(), "images": torch.rand(2, 3, 12, 9), "__name__": path.stem}
-    for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+    blocks = r"```python\n(.*?)```(?:\s+It prints `([^`]*)`)?"
+    for block, printed in re.findall(blocks, path.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, str(path), "exec"), space)
+        assert printed in capsys.readouterr().out
     if path.name == "README.md":
         assert space["predict"].shape == (2, 5, 12, 9) and space["tau"].shape == (2, 5)
     if path.name == "faq.md":
