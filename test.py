@@ -67,7 +67,7 @@ def score(args: argparse.Namespace, world: World) -> None:
     for name in names:
         build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
     threshold = build.threshold(cfg)
-    build.absolute_root(cfg)
+    build.make_root_absolute(cfg)
     data = build.dataset(cfg, cfg.split)
     check_classes(checkpoint, data.info.classes, args.resume)
     folder = args.out or folder_of_results(args.resume, cfg)

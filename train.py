@@ -58,7 +58,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
     from trainers.trainer import Trainer, last_logged_step
 
     check_values(cfg)
-    build.absolute_root(cfg)
+    build.make_root_absolute(cfg)
     stored_config = stored.pack(cfg, choices)
     checkpoints = claim_run(cfg, world)
 

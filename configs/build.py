@@ -55,7 +55,7 @@ def _make(node: Any) -> Any:
     try:
         (signature.bind_partial if partial else signature.bind)(**values)
     except TypeError as error:
-        raise ConfigError(f"{target}: {error}. Fix: remove or add it in the configuration.") from None
+        raise ConfigError(f"{target}: {error}. Fix: remove an unexpected key, or add a missing one.") from None
     return functools.partial(build, **values) if partial else build(**values)
 
 
@@ -64,9 +64,10 @@ def rules(
 ) -> dict[str, Predictor]:
     """Build the prediction rules of these names from ``configs/predictor``, or from ``cfg`` where it has overrides.
 
-    ``cfg.protocol.rules`` replaces rules of a name. ``cfg.predictor`` sets the options of the rule that it names,
-    ``cfg.threshold`` the threshold of rule T, and ``cfg.gate`` the gate of ranking rules. Fitted rules need their
-    values in ``fitted``; `configs.fitting` has them. Invalid options of our own rules raise ConfigError.
+    ``cfg.protocol.rules`` maps the name of a rule to the rule that replaces it. ``cfg.predictor`` sets the options of
+    the rule that it names, ``cfg.threshold`` the threshold of rule T, and ``cfg.gate`` the gate of ranking rules.
+    Fitted rules need their values in ``fitted``, from `configs.fitting`. Invalid options of our own rules raise
+    ConfigError.
     """
     built = {}
     for name in names:
@@ -119,7 +120,7 @@ def threshold(cfg: DictConfig) -> float:
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
-    """Build one of ``dataset.splits``; raise ConfigError if its number of classes or void index is another."""
+    """Build one of ``dataset.splits``; raise ConfigError if classes or void index are not those configured."""
     if split not in cfg.dataset.splits:
         raise ConfigError(f"split={split} is unknown. Fix: choose one of {', '.join(cfg.dataset.splits)}.")
     data = _make(cfg.dataset.source)(split=cfg.dataset.splits[split])
@@ -216,7 +217,7 @@ def update(cfg: DictConfig, network: nn.Module, criterion: nn.Module, world: Wor
 
 
 def optimizer(cfg: DictConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer: new layers at the full rate, the backbone at ``backbone_lr_ratio`` of it."""
+    """Build the optimizer: ``backbone_parameters()`` at ``backbone_lr_ratio`` of the rate, others at the full rate."""
     backbone = {id(p) for p in network.backbone_parameters()}  # type: ignore[operator]
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [
@@ -264,7 +265,7 @@ def describe(cfg: DictConfig, data: SegmentationDataset, split: str) -> dict[str
     }
 
 
-def absolute_root(cfg: DictConfig) -> None:
+def make_root_absolute(cfg: DictConfig) -> None:
     """Make ``dataset.root`` an absolute path, so that a checkpoint can be tested from any folder."""
     if cfg.dataset.get("root"):
         cfg.dataset.root = str(Path(cfg.dataset.root).expanduser().resolve())

@@ -26,12 +26,12 @@ from trainers.evaluator import evaluate
 from trainers.fitted import (
     FittedFile,
     GatedRule,
-    OtherProbs,
+    RuleWithOwnProbs,
     ThresholdFit,
     ThresholdTable,
     choose,
     fit_gate,
-    held_out_fit,
+    fit_on_validation,
 )
 from trainers.forward import ToProbs, forward, measure
 from trainers.losses import Link, SegmentationLoss
@@ -144,7 +144,7 @@ class Fitter:
             ) from error
 
     def _fit_calibration(self, kind: str) -> dict[str, Any]:
-        found = held_out_fit(
+        found = fit_on_validation(
             fit_temperature if kind == "temperature" else fit_calibration,
             self.network,
             self.batches(self._val(f"calibrate={kind}")),
@@ -193,7 +193,7 @@ class Fitter:
             return build.rules([name], self.cfg, {name: at})[name]
         chosen = values["rule"]
         if chosen == _CALIBRATED:
-            return OtherProbs(self.rules(["rankdice"])[0]["rankdice"], self.to_probs("temperature"))
+            return RuleWithOwnProbs(self.rules(["rankdice"])[0]["rankdice"], self.to_probs("temperature"))
         if chosen not in ("T", "max", "T_fit", "rankdice"):
             raise UserError(f"{self.file.path}: rule={chosen!r} is not a choice. Fix: delete the file.")
         return self.rules([chosen])[0][chosen]
@@ -350,10 +350,10 @@ class Fitter:
         """Choose among T, max, T_fit and rankdice; the last also on calibrated probabilities unless they are so."""
         rules = self.rules(("T", "max", "rankdice"))[0]
         if self.kind == "none" and self.cfg.temperature == 1:
-            rules[_CALIBRATED] = OtherProbs(rules["rankdice"], self.to_probs("temperature"))
+            rules[_CALIBRATED] = RuleWithOwnProbs(rules["rankdice"], self.to_probs("temperature"))
         results = self._evaluate(rules, "choosing a rule")
         dice = {name: mean_over_classes(r.counts.dice(), r.scored) for name, r in results.items()}
-        held_out = self._find_threshold().held_out
+        held_out = self._find_threshold().leave_one_out
         assert held_out is not None
         found = choose({**dice, "T_fit": held_out})
         return {"rule": found.rule, "why": found.why, "differences_to_T": found.differences}

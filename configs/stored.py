@@ -3,9 +3,9 @@
 A checkpoint may come from anywhere, so its configuration is not trusted. It holds the *names* of options
 (``model: smp_unet``), which must be files in ``configs/``, and plain values. A value is accepted if it passes the check
 of its key. A key that our configuration does not have is accepted only as the name of a split or an argument of the
-object that is built. Stored references (``${...}``) are not resolved. A stored value cannot choose which Python object
-is built, which rule a name stands for, or where results are written. ``dataset.root`` is accepted. It is the folder
-that a data set is read from, unless ``dataset.root=PATH`` is given.
+class or function that this part of the configuration builds. Stored references (``${...}``) are not resolved. A stored
+value cannot choose which Python object is built, which rule a name stands for, or where results are written.
+``dataset.root`` is accepted. It is the folder that a data set is read from, unless ``dataset.root=PATH`` is given.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ NON_RESULT_KEYS = frozenset(
         "trainer.tensorboard", "trainer.panels", "trainer.save_minutes", "trainer.save_every", "trainer.keep",
     }
 )  # fmt: skip
-# Keys whose values are never read from a file: the content of a protocol, names of rules, folders that are written, the
-# file of pre-trained weights (a checkpoint replaces them), and settings of the machine.
+# Keys whose values are never read from a file: the content of a protocol, names of rules and losses, folders that are
+# written, the file of pre-trained weights (a checkpoint replaces them), settings of the machine and of Hydra, and what
+# a command does with a run (verify, resume, validation, expected).
 NOT_FROM_FILE = frozenset(
     {
         "protocol", "save_dir", "run_dir", "device", "verify", "resume", "validation", "expected", "hydra",
@@ -130,7 +131,10 @@ def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[tup
 
 
 def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the stored keys (``dataset.crop``) that replace a value of ours, and their checked values."""
+    """Yield the stored keys (``dataset.crop``) that replace a value of ours, and their checked values.
+
+    ``given`` are the keys and groups that overrides set.
+    """
     raw, ours = OmegaConf.to_container(cfg, resolve=False), OmegaConf.to_container(cfg, resolve=True)
 
     def walk(theirs: dict[Any, Any], raw: Any, ours: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -141,7 +145,9 @@ def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]
             if key in _HYDRA_KEYS and key in raw:  # earlier versions stored these keys
                 continue
             if not isinstance(key, str) or not _KEY.fullmatch(key):
-                raise ConfigError(f"the checkpoint's configuration holds the key {name[:100]!r}: not allowed")
+                raise ConfigError(
+                    f"the checkpoint's configuration holds the key {name[:100]!r}. Fix: choose another checkpoint."
+                )
             if key not in ours:
                 _check_added_key(name, value, raw)
                 yield name, value
@@ -149,11 +155,11 @@ def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]
                 if not isinstance(value, dict):
                     raise _invalid(name, value, "a mapping")
                 yield from walk(value, raw[key] if isinstance(raw[key], dict) else ours[key], ours[key], f"{name}.")
-            elif not is_reference(raw[key], value):
+            elif not equals_our_reference(raw[key], value):
                 _check_value(name, value, ours[key])
                 yield name, value
 
-    def is_reference(raw: Any, value: Any) -> bool:
+    def equals_our_reference(raw: Any, value: Any) -> bool:
         """Return whether our value refers to another key and the stored value is equal to it."""
         match = _REFERENCE.fullmatch(raw) if isinstance(raw, str) else None
         if match is None:
@@ -174,7 +180,7 @@ def _lookup(tree: Any, key: str, default: Any = _MISSING) -> Any:
 
 
 def _check_value(name: str, value: Any, ours: Any) -> None:
-    """Raise ConfigError for a stored value that is not plain, or whose type differs from that of our value."""
+    """Raise ConfigError for a stored value that fails the check of its key, or else of the type of our value."""
     is_valid, words = CHECKS.get(name) or _BY_TYPE[type(ours)]
     if not (_is_plain(value) and is_valid(value)):
         raise _invalid(name, value, words)
@@ -196,7 +202,7 @@ def _check_added_key(name: str, value: Any, raw: Any) -> None:
     if key not in allowed or not plain or len(words) > 100:
         raise ConfigError(
             f"the checkpoint's configuration holds {name}={str(value)[:100]!r}, "
-            "which this project's configuration does not have"
+            "which this project's configuration does not have. Fix: choose another checkpoint."
         )
 
 
@@ -255,7 +261,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except UserError as error:
         raise ConfigError(
             f"{path} is damaged: {error}. Fix: remove it, and the run resumes from its checkpoints, "
-            "which hold the same; or start over with resume=false."
+            "which hold the same configuration; or start over with resume=false."
         ) from error
     return {str(key): value for key, value in found.items()}
 

@@ -23,7 +23,7 @@ def integer(least: int, most: int | None = None) -> Check:
 
 
 def number(least: float = 0, *, exclusive: bool = False, most: float = math.inf) -> Check:
-    """Accept a finite number within bounds; ``exclusive`` excludes the lower one."""
+    """Return the check for a finite number within bounds; ``exclusive`` excludes the lower one."""
 
     def is_valid(value: Any) -> bool:
         finite = type(value) in (int, float) and math.isfinite(value)
@@ -38,7 +38,7 @@ def or_null(check: Check) -> Check:
 
 
 def choice(*allowed: Any) -> Check:
-    """Accept one of a few words or constants."""
+    """Return the check for one of a few words or constants."""
     words = [str(value).lower() if isinstance(value, bool) else str(value) for value in allowed]
     return lambda value: any(value is a or (type(value) is str and value == a) for a in allowed), " or ".join(words)
 
@@ -52,10 +52,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list) or OmegaConf.is_list(value)
 
 
-SIZE: Check = (_is_size, "an integer >= 1 or [height,width]")
+SIZE: Check = (_is_size, "an integer from 1 to 65536, or [height,width]")
 NAME: Check = (
     lambda value: isinstance(value, str) and re.fullmatch(r"[\w.+-][\w.+ -]{0,99}", value) is not None,
-    "a name of letters, digits and . + - _",
+    "at most 100 letters, digits, spaces and . + - _",
 )
 PATH: Check = (lambda value: isinstance(value, str) and bool(value.strip()), "a folder")
 LOCAL_PATH: Check = (
@@ -124,7 +124,7 @@ def check_values(cfg: DictConfig) -> None:
 
 
 def check_uncalibrated(cfg: DictConfig, command: str) -> None:
-    """Raise ConfigError if the options change probabilities, for a command that shows those of the network."""
+    """Raise ConfigError if ``temperature`` or ``correct_focal`` is set, for a command that shows raw probabilities."""
     if cfg.temperature != 1 or cfg.correct_focal:
         raise ConfigError(
             f"{command} shows the probabilities of the network: temperature={cfg.temperature} and "

@@ -38,10 +38,10 @@ UPRIGHT = {  # EXIF orientation -> how the stored pixels become upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-STORED = {**UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the inverse
-TIFF_BITS, TIFF_KIND = 258, 254
-TIFF_REDUCED_OR_MASK = 0b101  # bits of TIFF_KIND: a page that is a small copy of another, or a transparency mask
-LEVELS = {2: 85, 4: 17}  # Pillow scales grey of 2 and 4 bits to 0..255 by these factors
+TO_STORED = {**UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the inverse
+TIFF_BITS_TAG, TIFF_KIND_TAG = 258, 254
+TIFF_REDUCED_OR_MASK = 0b101  # bits of that kind: a page that is a small copy of another, or a transparency mask
+GREY_FACTORS = {2: 85, 4: 17}  # Pillow scales grey of 2 and 4 bits to 0..255 by these factors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ LEVELS = {2: 85, 4: 17}  # Pillow scales grey of 2 and 4 bits to 0..255 by these
 
 @dataclass
 class ImageFolder:
-    """The image files of a folder, sorted, by name: the path below the folder without suffix, such as "patient1/a"."""
+    """Image files of a folder, sorted. A name is the path below the folder without suffix, such as "patient1/a"."""
 
     images: dict[str, Path] = field(default_factory=dict)
     clashes: list[tuple[Path, Path]] = field(default_factory=list)  # two files of one name; the first is used
@@ -65,7 +65,7 @@ class ImageFolder:
 
 
 def list_images(folder: Path, below: bool = False, without: Path | None = None) -> ImageFolder:
-    """List the visible image files of a folder; with `below` also of sub-folders, linked ones too, except `without`."""
+    """List the visible image files of a folder; with `below` also of sub-folders and linked ones, except `without`."""
     found = ImageFolder()
     for path in sorted(visible_files(folder, below, without)):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -109,11 +109,11 @@ def canonical_name(name: str) -> str:
 
 
 def common_suffix(images: Iterable[str], masks: Iterable[str]) -> str:
-    """Return the ending that mask names have and most image names lack, such as "_mask", or "" if there is none."""
-    names, there = set(images), set(masks)
-    if names & there:
+    """Return the ending, such as "_mask", that turns most image names into mask names; "" if there is none."""
+    names, mask_names = set(images), set(masks)
+    if names & mask_names:
         return ""
-    owners = ((mask, next((k for k in range(len(mask), 0, -1) if mask[:k] in names), 0)) for mask in there)
+    owners = ((mask, next((k for k in range(len(mask), 0, -1) if mask[:k] in names), 0)) for mask in mask_names)
     endings = Counter(mask[k:] for mask, k in owners if k)
     best = min(endings, key=lambda ending: (-endings[ending], ending), default="")
     return best if 2 * endings[best] > len(names) else ""
@@ -153,7 +153,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         with Image.open(path, formats=FORMATS) as image:
             _require_one_page(image, path)
             bits = _bits(image, path)
-            if bits > 8 and not is_deep(image.mode):  # Pillow silently reduces 16-bit colours; deep grey has a mode
+            if bits > 8 and not is_deep(image.mode):  # Pillow silently reduces 16-bit colours, not grey
                 raise DatasetError(f"{path} has more than 8 bits per channel ({bits}). Fix: save it as 8 bits")
             yield image
     except DatasetError:
@@ -199,16 +199,16 @@ def _require_one_page(image: Image.Image, path: Path) -> None:
         kinds = []
         for frame in range(frames):
             image.seek(frame)
-            kinds.append(int(image.tag_v2.get(TIFF_KIND, 0)))  # type: ignore[attr-defined]
+            kinds.append(int(image.tag_v2.get(TIFF_KIND_TAG, 0)))  # type: ignore[attr-defined]
         image.seek(0)
         frames = 1 + sum(not kind & TIFF_REDUCED_OR_MASK for kind in kinds[1:])
     if frames > 1:
-        raise DatasetError(f"{path} has {frames} pages or frames. Fix: save the one that is meant as its own file")
+        raise DatasetError(f"{path} has {frames} pages or frames. Fix: save the one that you need as a file of its own")
 
 
 def _bits(image: Image.Image, path: Path) -> int:
     if image.format == "TIFF":
-        return max(image.tag_v2.get(TIFF_BITS, (1,)))  # type: ignore[attr-defined]
+        return max(image.tag_v2.get(TIFF_BITS_TAG, (1,)))  # type: ignore[attr-defined]
     if image.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24]  # after the signature: length, "IHDR", width, height
@@ -221,12 +221,12 @@ def is_deep(mode: str) -> bool:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, from what was read of the file."""
+    """Return the EXIF orientation, 1 to 8. Call it after `load`, because a PNG may hold it after the pixels."""
     value = Image.Image.getexif(image).get(EXIF_ORIENTATION, 1)
     return value if value in UPRIGHT else 1
 
 
-class Stored(NamedTuple):
+class DecodedFile(NamedTuple):
     """An image file, decoded."""
 
     image: Image.Image  # the pixels as stored
@@ -235,26 +235,26 @@ class Stored(NamedTuple):
     format: str | None
 
 
-def load_image(path: Path) -> Stored:
+def load_image(path: Path) -> DecodedFile:
     with open_image(path) as image:
         kind, bits = image.format, _bits(image, path)
         if kind == "TIFF":  # Pillow rotates its pixels and forgets the orientation
             orientation = orientation_of(image)
             image.load()
-            return Stored(orient(image, STORED, orientation), orientation, bits, kind)
+            return DecodedFile(orient(image, TO_STORED, orientation), orientation, bits, kind)
         image.load()
-        return Stored(image, orientation_of(image), bits, kind)  # a PNG may hold it behind the pixels
+        return DecodedFile(image, orientation_of(image), bits, kind)
 
 
 def orient(image: Image.Image, table: dict[int, Image.Transpose], orientation: int) -> Image.Image:
-    """Return the image rotated according to UPRIGHT or STORED and its EXIF orientation."""
+    """Return the image rotated according to UPRIGHT or TO_STORED and its EXIF orientation."""
     return image.transpose(table[orientation]) if orientation in table else image
 
 
 def decode_image(path: Path, mask_size: tuple[int, int] | None = None, mask: Path | None = None) -> np.ndarray:
     """Return an image as (H, W, 3) uint8 RGB; grey, palette, alpha and CMYK are converted.
 
-    Its `mask`, whose (width, height) is `mask_size`, decides about an EXIF orientation.
+    If the image has an EXIF orientation, its `mask` of `mask_size` (width, height) decides whether it is applied.
     """
     image, orientation, *_ = load_image(path)
     if is_deep(image.mode):
@@ -271,9 +271,9 @@ def _is_drawn_upright(
 ) -> bool:
     """Whether a mask belongs to the upright image, not to the stored pixels.
 
-    Viewers apply an EXIF orientation, and most training code ignores it. Only the mask shows which was meant: it has an
-    orientation too, or its size fits one of both. Otherwise DatasetError is raised, because a wrong guess would shift
-    masks away from their objects.
+    Viewers apply an EXIF orientation, and most training code ignores it. The mask decides: it has an orientation too,
+    or its size equals that of the upright or of the stored image. Otherwise DatasetError is raised, because a wrong
+    guess would shift masks away from their objects.
     """
     if mask is not None and load_image(mask).orientation != 1:
         return True
@@ -287,9 +287,10 @@ def _is_drawn_upright(
 
 
 def decode_mask(path: Path) -> np.ndarray:
-    """Return a mask's indices (H, W) uint8: palette indices, never palette colours.
+    """Return a mask's indices (H, W) uint8: palette indices; of a GIF with a grey palette, its grey values.
 
-    Its own EXIF orientation is applied. Grey saved as RGB is grey. Colours, and values outside 0..255, are rejected.
+    Its own EXIF orientation is applied. Grey saved as RGB is grey. Colours, transparency, and values outside 0..255 are
+    rejected.
     """
     stored = load_image(path)
     image = orient(stored.image, UPRIGHT, stored.orientation)
@@ -302,10 +303,10 @@ def decode_mask(path: Path) -> np.ndarray:
     grey = as_grey(image)
     if grey is None:
         raise DatasetError(
-            f"{path} is a colour mask (mode {image.mode}), but class indices are needed. "
+            f"{path} has colours or transparency (mode {image.mode}), but class indices are needed. "
             "Fix: save it as a grey PNG of indices, or set rgb_masks: true in the folder's classes.yaml"
         )
-    return grey // np.uint8(LEVELS[stored.bits]) if stored.bits in LEVELS else grey
+    return grey // np.uint8(GREY_FACTORS[stored.bits]) if stored.bits in GREY_FACTORS else grey
 
 
 def load_opaque(path: Path) -> tuple[Image.Image, str | None]:
@@ -328,7 +329,7 @@ def _gif_values(image: Image.Image) -> np.ndarray:
 
 
 def as_grey(image: Image.Image) -> np.ndarray | None:
-    """Return the one channel (H, W) uint8 that an opaque image with equal channels repeats, or None."""
+    """Return the grey values (H, W) uint8 of an opaque image whose channels are equal, else None."""
     if image.mode not in ("L", "RGB", "RGBA", "LA"):
         return None
     first, *others = map(np.array, image.split())

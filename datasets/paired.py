@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from .base import DatasetError, SegmentationDataset, digest, spread
 from .decode import ImageFolder, decode_image, decode_mask, is_deep, open_image, orientation_of
 
-END_BYTES = 32 << 10  # of a large PNG image that enter the checksum, at each end
+END_BYTES = 32 << 10  # at each end of a large PNG image, which enter its checksum
 
 
 class Pair(NamedTuple):
@@ -43,7 +43,11 @@ class LabelTable:
 
 
 class PairedDataset(SegmentationDataset):
-    """Pairs of files. A subclass finds them and defines how raw labels become class indices."""
+    """Pairs of files. A subclass finds them and defines how raw labels become class indices.
+
+    Attributes:
+        orphans, clashes, ignored: messages about masks without an image, files of one name, and files not read.
+    """
 
     table: LabelTable
 
@@ -65,7 +69,7 @@ class PairedDataset(SegmentationDataset):
 
     @abstractmethod
     def find_pairs(self) -> list[Pair]:
-        """Return the pairs of this split in a fixed order, from `match` if folders are listed."""
+        """Return the pairs of this split in a fixed order. `match` pairs the files of listed folders."""
 
     def missing_error(self, reason: str) -> DatasetError:
         """Return the error for missing files of a data set, with the expected tree."""
@@ -74,8 +78,10 @@ class PairedDataset(SegmentationDataset):
             *self.help_tree.splitlines(),
         )
 
-    def match_folders(self, images: ImageFolder, masks: ImageFolder, masks_at: Path, ending: str = "") -> list[Pair]:
-        """Pair the files of two folders by name; mask names have `ending` at their end."""
+    def match_folders(
+        self, images: ImageFolder, masks: ImageFolder, mask_folder: Path, mask_suffix: str = ""
+    ) -> list[Pair]:
+        """Pair the files of two folders by name; mask names have `mask_suffix` at their end."""
         for folder in (images, masks):
             self.clashes += [
                 f"{path} and {other.name} have the same name, so only {path.name} is used. Fix: rename or remove one"
@@ -83,12 +89,11 @@ class PairedDataset(SegmentationDataset):
             ]
             if folder.ignored:
                 self.ignored.append(f"files that are not read: {folder.ignored_text}, such as {folder.ignored[0]}")
-        return self.match(
-            images.images, {name.removesuffix(ending): path for name, path in masks.images.items()}, masks_at, ending
-        )
+        by_image = {name.removesuffix(mask_suffix): path for name, path in masks.images.items()}
+        return self.match(images.images, by_image, mask_folder, mask_suffix)
 
     def match(
-        self, images: Mapping[str, Path], masks: Mapping[str, Path], masks_at: Path, ending: str = ""
+        self, images: Mapping[str, Path], masks: Mapping[str, Path], mask_folder: Path, mask_suffix: str = ""
     ) -> list[Pair]:
         """Pair files by name. An image without a mask is kept, so that reading it names the fault."""
         self.orphans += [
@@ -97,7 +102,7 @@ class PairedDataset(SegmentationDataset):
             if name not in images
         ]
         suffix = next(iter(masks.values())).suffix if masks else ".png"
-        return [Pair(n, path, masks.get(n, masks_at / f"{n}{ending}{suffix}")) for n, path in images.items()]
+        return [Pair(n, path, masks.get(n, mask_folder / f"{n}{mask_suffix}{suffix}")) for n, path in images.items()]
 
     def read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.pairs[index]

@@ -36,13 +36,13 @@ SOFTNESS = (0.005, 0.05)  # standard deviation of the position of the edge, as a
 FAINT = 0.3  # share of objects with a probability far below 1
 FAINT_PROBABILITY = (0.25, 0.75)
 CLEAR_PROBABILITY = 0.995
-WIGGLE = 0.08  # correlation length of the annotation, as a share of the side
+SMOOTHNESS = 0.08  # length scale of the random fields of annotation and light, as a share of the side
 NOISE = 0.10  # standard deviation of the pixel noise, on [0, 1]
 SHADE = 0.06  # standard deviation of the smooth changes of light
 
 
 class Scene(NamedTuple):
-    """The class of each object, and the probit of its opacity at each pixel."""
+    """The class of each object, and the probit (inverse normal distribution function) of its opacity at each pixel."""
 
     labels: Tensor  # (K,) int64, 1..C-1
     probits: Tensor  # (K, H, W) float32
@@ -54,8 +54,8 @@ class Synthetic(SegmentationDataset):
     def __init__(
         self,
         split: str = "train",
-        num_images: int | Mapping[str, int] | None = None,  # also by split; None is 400 for training and 100 otherwise
-        size: int = 96,  # of the side, in pixels
+        num_images: int | Mapping[str, int] | None = None,  # one number, or one per split; None: 400 and 100, 100
+        size: int = 96,  # side of the image in pixels
         num_classes: int = 5,  # 2 to 5, with the background
         seed: int = 0,
     ) -> None:
@@ -65,8 +65,9 @@ class Synthetic(SegmentationDataset):
         count = int(counts[split]) if isinstance(counts, Mapping) else int(counts)
         if not 2 <= num_classes <= len(CLASSES):
             raise UserError(f"num_classes={num_classes} is invalid: expected 2 to {len(CLASSES)}")
-        if count < 1 or size < 8:
-            raise UserError(f"num_images={count}, size={size} are invalid: expected >= 1 and >= 8")
+        for name, value, least in (("num_images", count, 1), ("size", size, 8)):
+            if value < least:
+                raise UserError(f"{name}={value} is invalid: expected an integer >= {least}")
         self.split, self.size, self.seed = split, size, seed
         self.names = [f"{split}_{index:05d}" for index in range(count)]
         self.info = DatasetInfo(
@@ -79,7 +80,7 @@ class Synthetic(SegmentationDataset):
         )
         axis = torch.arange(size, dtype=torch.float32) + 0.5
         self._y, self._x = torch.meshgrid(axis, axis, indexing="ij")
-        self._basis = smooth_basis(size, WIGGLE * size)
+        self._basis = smooth_basis(size, SMOOTHNESS * size)
         self._colours = torch.tensor([BACKGROUND, *PALETTE[1:num_classes]])
         self._colours[1:] /= 255
 
@@ -110,7 +111,7 @@ class Synthetic(SegmentationDataset):
         return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
 
     def _scene(self, generator: torch.Generator) -> Scene:
-        """Draw the objects: first from the generator, so that `posterior` repeats them."""
+        """Draw the objects. They are the first draws of the generator, so `posterior` can repeat them."""
         least, most = OBJECTS
         count = int(torch.randint(least, most + 1, (), generator=generator))
         labels = torch.randint(1, self.info.num_classes, (count,), generator=generator)
@@ -123,8 +124,8 @@ class Synthetic(SegmentationDataset):
         u, v = (cos * x + sin * y) / radius, (cos * y - sin * x) / (radius * aspect)
         inside = [SHAPES[label](u_, v_) for label, u_, v_ in zip(labels.tolist(), u, v, strict=True)]
         depth = radius * aspect * torch.stack(inside)
-        seen = torch.where(draws[6] < FAINT, interpolate(FAINT_PROBABILITY, draws[7]), CLEAR_PROBABILITY)
-        return Scene(labels, torch.minimum(depth / softness, torch.special.ndtri(seen)))
+        opacity = torch.where(draws[6] < FAINT, interpolate(FAINT_PROBABILITY, draws[7]), CLEAR_PROBABILITY)
+        return Scene(labels, torch.minimum(depth / softness, torch.special.ndtri(opacity)))
 
     def _annotate(self, scene: Scene, generator: torch.Generator) -> Tensor:
         """Draw the mask (H, W) uint8. An object covers a pixel if a smooth N(0, 1) field is below its probit there."""

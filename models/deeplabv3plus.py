@@ -73,7 +73,8 @@ class ASPP(nn.Module):
 def _dilated_resnet101() -> ResNet:
     """Return a ResNet-101 with output stride 16 and without classifier.
 
-    torchvision does not dilate the first 3x3 convolution of a dilated stage. Here all of ``layer4`` have dilation 2.
+    torchvision does not dilate the first 3x3 convolution of a dilated stage. Here all 3x3 convolutions of ``layer4``
+    have dilation 2.
     """
     net = resnet101(weights=None, replace_stride_with_dilation=[False, False, True])
     first = net.layer4[0].conv2

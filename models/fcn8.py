@@ -1,8 +1,8 @@
 """FCN-8s on VGG16, as in the experiments of Dai & Li, JMLR 24(224), 2023 (whose tables say "resnet101").
 
 The architecture is Shelhamer, Long & Darrell, "Fully Convolutional Networks for Semantic Segmentation", TPAMI
-2017: the classifier of VGG16 as convolutions, added to scores of two finer stages, each enlarged by a fixed
-bilinear transposed convolution.
+2017. The classifier of VGG16, as convolutions, gives coarse scores. They are upsampled three times by fixed bilinear
+transposed convolutions. After the first and the second time, the scores of a finer stage are added.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class FCN8(nn.Module):
             nn.Dropout(0.5),
             nn.Conv2d(4096, num_classes, 1),
         )
+        # The scores of the finer stages; checkpoints hold these names.
         self.pool4 = nn.Conv2d(512, num_classes, 1)
         self.pool3 = nn.Conv2d(256, num_classes, 1)
         self.register_buffer("enlarge2", bilinear_kernel(4), persistent=False)
@@ -58,23 +59,23 @@ class FCN8(nn.Module):
 
     def forward(self, images: Tensor) -> SegmentationOutput:
         """Map images (N, 3, H, W) to logits (N, C, H, W)."""
-        pool3 = self.features[:POOL3](images)
-        pool4 = self.features[POOL3:POOL4](pool3)
-        scores = self.classifier(self.features[POOL4:](pool4))
-        scores = _add(_enlarge(scores, self.enlarge2, 2), self.pool4(POOL4_SCALE * pool4), offset=5)
-        scores = _add(_enlarge(scores, self.enlarge2, 2), self.pool3(POOL3_SCALE * pool3), offset=9)
+        stage3 = self.features[:POOL3](images)
+        stage4 = self.features[POOL3:POOL4](stage3)
+        scores = self.classifier(self.features[POOL4:](stage4))
+        scores = _add(_enlarge(scores, self.enlarge2, 2), self.pool4(POOL4_SCALE * stage4), offset=5)
+        scores = _add(_enlarge(scores, self.enlarge2, 2), self.pool3(POOL3_SCALE * stage3), offset=9)
         height, width = images.shape[-2:]
         logits = _enlarge(scores, self.enlarge8, 8)[..., 31 : 31 + height, 31 : 31 + width]
         return SegmentationOutput(logits)
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters with a reduced learning rate: all except the adapters of pool3 and pool4."""
+        """Return the parameters with a reduced learning rate: VGG16 and the last layer, without `pool3` and `pool4`."""
         return [*self.features.parameters(), *self.classifier.parameters()]
 
 
 def bilinear_kernel(size: int) -> Tensor:
     """Return the (size, size) kernel of a bilinear transposed convolution with stride ``size / 2``."""
-    positions = torch.arange(size, dtype=torch.float32, device="cpu")  # values also under torch.device("meta")
+    positions = torch.arange(size, dtype=torch.float32, device="cpu")  # also if the network is built on the meta device
     tent = 1 - (positions - (size - 1) / 2).abs() / (size / 2)
     return torch.outer(tent, tent)
 

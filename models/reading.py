@@ -3,7 +3,7 @@
 ``torch.load(weights_only=True)`` builds tensors and plain containers only. The checkpoints that the authors released
 also hold the best score as a NumPy scalar; only the names that this needs are allowed in addition. torch writes
 checksums but does not compare them. They are compared here first, so that a flipped bit is an error. Files without
-them, which torch wrote before 1.6, are compared with a SHA-256 next to them, or reported.
+them, which torch wrote before 1.6, are compared with a SHA-256 next to them or in their name, or a warning is printed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class CheckpointError(UserError):
 def read_checkpoint(path: str | Path, verified: bool = False) -> dict[str, Any]:
     """Read a checkpoint, ours or a published one, onto the CPU, without running anything in it.
 
-    ``verified``: the caller has compared the file with its SHA-256. Raises CheckpointError if the file is empty, cut
-    short, damaged, not a checkpoint, nested without end, or needs Python objects to be built.
+    ``verified``: the caller has compared the file with its SHA-256. Raises FileNotFoundError if there is no file, and
+    CheckpointError if it is empty, cut short, damaged, not a checkpoint, nested too deeply, or holds Python objects or
+    tensors that are sparse, quantized or incomplete.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -64,8 +65,8 @@ def read_checkpoint(path: str | Path, verified: bool = False) -> dict[str, Any]:
         held = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else -1
         if tensor.is_quantized or tensor.numel() * tensor.element_size() > held:
             raise CheckpointError(
-                f"checkpoint {path} holds a tensor of {tuple(tensor.shape)} that is sparse, quantized or larger than "
-                "its data. Fix: choose a checkpoint with ordinary tensors."
+                f"checkpoint {path} holds a tensor of {tuple(tensor.shape)} that is sparse, quantized or lacks a "
+                "part of its values. Fix: choose a checkpoint with ordinary tensors."
             )
     if not verified:
         check_sha256(path)
@@ -82,10 +83,10 @@ def check_sha256(path: Path) -> None:
     if known.exists():
         if read_text(known, 4096).split()[:1] != [found]:
             raise CheckpointError(
-                f"checkpoint {path} is damaged, or {known.name} is not its own: its SHA-256 is {found}. "
+                f"checkpoint {path} is damaged, or {known.name} belongs to another file: its SHA-256 is {found}. "
                 "Fix: download or copy both again."
             )
-    elif not (named and found.startswith(named[1])):  # a date in a name looks like a hash
+    elif not (named and found.startswith(named[1])):  # no match is no error: a date looks like a hash
         text = (
             f"warning: {path} is in a format without checksums, so damage cannot be noticed; its SHA-256 is {found}. "
             f"Fix: compare it with the publisher's, then keep it: sha256sum {path.name} > {known.name}"
@@ -108,7 +109,7 @@ def _check_archive(path: Path) -> bool:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or len(set(names)) < len(names):
             raise _Damaged("it is not an archive that PyTorch writes")
         if any(e.filename.endswith(".pkl") and e.file_size > MAX_PICKLE_BYTES for e in entries):
-            raise _Damaged("its description is too large")
+            raise _Damaged(f"its pickled part is larger than {MAX_PICKLE_BYTES >> 20} MiB")
         damaged = archive.testzip()
     if damaged is not None:
         raise _Damaged(f"it is damaged: the checksum of {damaged!r} is wrong")
@@ -126,7 +127,9 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 def check_epoch(value: Any, source: str | Path) -> None:
     """Raise CheckpointError if the epoch of a checkpoint is not a number of epochs."""
     if type(value) is not int or not 0 <= value < 10**9:
-        raise CheckpointError(f"{source}: epoch={str(value)[:100]!r} is not a number of epochs")
+        raise CheckpointError(
+            f"{source}: epoch={str(value)[:100]!r} is invalid: expected an integer >= 0. Fix: choose another file."
+        )
 
 
 def plain_key(key: str) -> str:
@@ -144,11 +147,13 @@ def load_state(
 ) -> None:
     """Copy a state dict into a network that has exactly these tensors, of the same shapes and dtypes.
 
-    A network on the meta device has no memory and takes the tensors themselves. Raises CheckpointError for other
-    tensors, and for numbers that are not finite. A different number of classes is reported as such.
+    A network on the meta device has no memory and takes the tensors themselves. Raises CheckpointError for missing,
+    unknown or other tensors, and for numbers that are not finite. A different number of classes is reported as such.
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{source} holds no tensors by name. Fix: choose a checkpoint that train.py wrote.")
+        raise CheckpointError(
+            f"{source} does not hold a dictionary of tensors. Fix: choose a checkpoint that train.py wrote."
+        )
     state = {plain_key(str(key)): tensor for key, tensor in state.items()}
     own = model.state_dict()
     missing = [key for key in own if key not in state]

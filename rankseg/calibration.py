@@ -19,7 +19,7 @@ from rankseg.validation import check_choice, check_probs, check_valid
 
 
 class ReliabilityCurve(NamedTuple):
-    """Per class and bin, (C, M) each: mean `confidence` and observed `frequency`, NaN in empty bins; `pixels` in it."""
+    """Of each class and bin, (C, M): mean `confidence`, observed `frequency`, NaN in empty bins; number of `pixels`."""
 
     confidence: Tensor
     frequency: Tensor
@@ -27,7 +27,7 @@ class ReliabilityCurve(NamedTuple):
 
 
 class Reliability:
-    """Reliability of class probabilities in equal bins: update with batches, merge, then read the curves.
+    """Reliability of class probabilities in bins of equal width: update with batches, merge, then read the curves.
 
     Every pixel counts once for every class, as a forecast p of the event "the pixel has this class". RankDice uses
     the map of every class and not only the probability of the most probable class.
@@ -62,18 +62,18 @@ class Reliability:
         if self.count is None:
             empty = torch.zeros(classes, self.bins, dtype=torch.float64, device=probs.device)
             self.count, self.forecast, self.observed = empty, empty.clone(), empty.clone()
-        counts, forecasts, observations = self._filled()
+        counts, forecasts, observations = self._sums()
         if counts.shape[0] != classes:
             raise ValueError(f"probs has {classes} classes, earlier batches had {counts.shape[0]}; keep them apart")
         keep = slice(None) if valid is None else valid.flatten()
         for c in range(classes):
             p = probs[:, c].flatten()[keep]
-            place = (p.float() * self.bins).long().clamp_(max=self.bins - 1)
+            bin_of = (p.float() * self.bins).long().clamp_(max=self.bins - 1)
             # index_add_, because bincount with weights is not deterministic on CUDA.
             forecasts[c] += (
-                p.new_zeros(self.bins, dtype=torch.float64).index_add_(0, place, p.double()).to(forecasts.device)
+                p.new_zeros(self.bins, dtype=torch.float64).index_add_(0, bin_of, p.double()).to(forecasts.device)
             )
-            place += self.bins * targets[:, c].flatten()[keep].long()  # one count for both outcomes
+            place = bin_of + self.bins * targets[:, c].flatten()[keep].long()
             missed, hit = torch.bincount(place, minlength=2 * self.bins).view(2, -1).to(counts.device)
             counts[c] += missed + hit
             observations[c] += hit
@@ -96,29 +96,32 @@ class Reliability:
         return self
 
     def curve(self) -> ReliabilityCurve:
-        """Return the reliability curve of each class."""
-        count, forecast, observed = self._filled()
-        nothing = torch.where(count > 0, count, torch.nan)
-        return ReliabilityCurve(forecast / nothing, observed / nothing, count.long())
+        """Return the reliability curve of each class. Raises ValueError before the first `update`."""
+        count, forecast, observed = self._sums()
+        count_or_nan = torch.where(count > 0, count, torch.nan)
+        return ReliabilityCurve(forecast / count_or_nan, observed / count_or_nan, count.long())
 
     def classwise_ece(self) -> Tensor:
-        """Return the ECE Σ_bins |observed - forecast| / pixels of each class: (C,), NaN without data."""
-        count, forecast, observed = self._filled()
+        """Return the ECE Σ_bins |observed - forecast| / pixels of each class: (C,), NaN if no pixel was valid.
+
+        Raises ValueError before the first `update`, as `volume_ratio` does.
+        """
+        count, forecast, observed = self._sums()
         return (observed - forecast).abs().sum(1) / count.sum(1)
 
     def volume_ratio(self) -> Tensor:
         """Return predicted / true volume, Σp / Σy, of each class: (C,), NaN for a class that never occurs."""
-        _, forecast, observed = self._filled()
+        _, forecast, observed = self._sums()
         return forecast.sum(1) / torch.where(observed.sum(1) > 0, observed.sum(1), torch.nan)
 
     def ece(self) -> float:
         """Return the expected calibration error with all classes in one curve; NaN without data."""
         if self.count is None:
             return float("nan")
-        count, forecast, observed = (x.sum(0) for x in self._filled())
+        count, forecast, observed = (x.sum(0) for x in self._sums())
         return float((observed - forecast).abs().sum() / count.sum())
 
-    def _filled(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.count is None or self.forecast is None or self.observed is None:
             raise ValueError("no data yet; call update first")
         return self.count, self.forecast, self.observed
@@ -148,14 +151,14 @@ def fit_temperature(
     Args:
         logits: (N, C, *S). With more pixels than memory allows, pass a random subset.
         targets: (N, *S) integer labels; pixels of `ignore_index` do not count.
-        link: "softmax" or "sigmoid" (one against rest).
+        link: "softmax" or "sigmoid" (one against rest), the function that turns logits into probabilities.
 
     Raises:
         TypeError, ValueError: no valid pixel, labels that are not classes or have another shape, unknown link, or
             non-finite logits.
     """
     check_choice("link", link, ("softmax", "sigmoid"))
-    scores, labels = _labelled(logits, targets, ignore_index)
+    logits_of_pixels, labels = _labelled(logits, targets, ignore_index)
     classes = logits.shape[1]
     if not labels.numel():
         raise ValueError(f"targets has no pixel other than ignore_index={ignore_index}; fit on labelled images")
@@ -164,13 +167,13 @@ def fit_temperature(
             f"targets hold labels {int(labels.min())}..{int(labels.max())}, but logits have {classes} classes; "
             f"remap them, or mark them by ignore_index={ignore_index}"
         )
-    if not torch.isfinite(scores).all():
-        raise ValueError("logits holds NaN or infinity; look at the network before its temperature")
-    # The inverse temperature makes the loss convex; its logarithm keeps it positive.
-    log_slope = torch.zeros(classes if classwise else 1, dtype=torch.float64, device=logits.device)
-    log_slope.requires_grad_(True)
-    _minimise(lambda: _log_loss(scores * log_slope.exp(), labels, link), [log_slope], max_iterations)
-    temperature = (-log_slope.detach()).exp().clamp(1e-3, 1e3)
+    if not torch.isfinite(logits_of_pixels).all():
+        raise ValueError("logits holds NaN or infinity; correct the network before fitting a temperature")
+    # The loss is convex in 1/T. Optimising log(1/T) keeps it positive.
+    log_inverse = torch.zeros(classes if classwise else 1, dtype=torch.float64, device=logits.device)
+    log_inverse.requires_grad_(True)
+    _minimise(lambda: _log_loss(logits_of_pixels * log_inverse.exp(), labels, link), [log_inverse], max_iterations)
+    temperature = (-log_inverse.detach()).exp().clamp(1e-3, 1e3)
     return temperature if classwise else temperature[0]
 
 
@@ -202,7 +205,8 @@ def fit_calibration(
     A single temperature leaves the biases of rare classes. A pooled calibration error hardly shows them, but RankDice
     relies on the expected volume Σp of each class. The objective is the mean log-loss plus
     strength / 2 · Σ_c [(log T_c - log T)² + b_c²]. T is the scalar temperature of `fit_temperature`, the start of the
-    fit. A class that occurs in no labelled pixel keeps T and 0: its data are negative only, and would remove it.
+    fit. A class that occurs in no labelled pixel keeps T and 0: it has only negative examples, so the fit would push
+    its probability to 0.
 
     Args:
         logits, targets, link, ignore_index: see `fit_temperature`.
@@ -210,28 +214,28 @@ def fit_calibration(
         max_iterations: of LBFGS.
 
     Raises:
-        ValueError: as `fit_temperature`; or `strength` is not positive.
+        TypeError, ValueError: as `fit_temperature`; or `strength` is not positive.
     """
     if not 0 < strength < math.inf:
         raise ValueError(f"strength={strength} is invalid: expected a number above 0, such as 1e-4")
     scalar = fit_temperature(logits, targets, link, ignore_index=ignore_index)
-    scores, labels = _labelled(logits, targets, ignore_index)
+    logits_of_pixels, labels = _labelled(logits, targets, ignore_index)
     start = -scalar.log()
-    log_slope = start.repeat(scores.shape[1]).requires_grad_(True)
-    bias = torch.zeros_like(log_slope).requires_grad_(True)
-    occurs = torch.bincount(labels, minlength=scores.shape[1]) > 0
+    log_inverse = start.repeat(logits_of_pixels.shape[1]).requires_grad_(True)
+    bias = torch.zeros_like(log_inverse).requires_grad_(True)
+    occurs = torch.bincount(labels, minlength=logits_of_pixels.shape[1]) > 0
 
     def parameters() -> tuple[Tensor, Tensor]:
-        return torch.where(occurs, log_slope, start), bias * occurs
+        return torch.where(occurs, log_inverse, start), bias * occurs
 
     def objective() -> Tensor:
-        slopes, biases = parameters()
-        penalty = ((slopes - start) ** 2).sum() + (biases**2).sum()
-        return _log_loss(scores * slopes.exp() + biases, labels, link) + strength / 2 * penalty
+        log_inverses, biases = parameters()
+        penalty = ((log_inverses - start) ** 2).sum() + (biases**2).sum()
+        return _log_loss(logits_of_pixels * log_inverses.exp() + biases, labels, link) + strength / 2 * penalty
 
-    _minimise(objective, [log_slope, bias], max_iterations)
-    slopes, biases = (value.detach() for value in parameters())
-    return Calibration((-slopes).exp().clamp(1e-3, 1e3), biases)
+    _minimise(objective, [log_inverse, bias], max_iterations)
+    log_inverses, biases = (value.detach() for value in parameters())
+    return Calibration((-log_inverses).exp().clamp(1e-3, 1e3), biases)
 
 
 def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -245,16 +249,16 @@ def _labelled(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tenso
         )
     targets = targets.long()  # comparing uint8 with a negative ignore_index would wrap
     valid = targets.flatten() != ignore_index
-    scores = logits.detach().movedim(1, -1).reshape(-1, logits.shape[1])[valid].double()
-    return scores, targets.flatten()[valid]
+    logits_of_pixels = logits.detach().movedim(1, -1).reshape(-1, logits.shape[1])[valid].double()
+    return logits_of_pixels, targets.flatten()[valid]
 
 
-def _log_loss(scores: Tensor, labels: Tensor, link: str) -> Tensor:
+def _log_loss(logits_of_pixels: Tensor, labels: Tensor, link: str) -> Tensor:
     """Return the mean log-loss of logits (P, C) for labels (P,)."""
     if link == "softmax":
-        return torch.nn.functional.cross_entropy(scores, labels)
-    onehot = torch.nn.functional.one_hot(labels, scores.shape[1]).to(scores)
-    return torch.nn.functional.binary_cross_entropy_with_logits(scores, onehot)
+        return torch.nn.functional.cross_entropy(logits_of_pixels, labels)
+    onehot = torch.nn.functional.one_hot(labels, logits_of_pixels.shape[1]).to(logits_of_pixels)
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits_of_pixels, onehot)
 
 
 def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], max_iterations: int) -> None:
@@ -277,7 +281,7 @@ def focal_correction(probs: Tensor, gamma: float = 2.0) -> Tensor:
     """Turn probabilities trained with the focal loss into class probabilities (Charoenphakdee et al., CVPR 2021).
 
     The minimiser v of the expected focal loss is not the class probability η but satisfies, for all classes,
-    η_c ∝ v_c / ((1-v_c)^γ - γ (1-v_c)^(γ-1) v_c log v_c): the reciprocal of -∂loss/∂v up to the constant. One
+    η_c ∝ v_c / ((1-v_c)^γ - γ (1-v_c)^(γ-1) v_c log v_c), which is proportional to 1 / (-∂loss/∂v). One
     normalisation over classes recovers η exactly. `probs` (N, C, *S) softmax; returns the same shape and dtype.
 
     Raises:
@@ -289,9 +293,9 @@ def focal_correction(probs: Tensor, gamma: float = 2.0) -> Tensor:
     if gamma == 0:
         return probs.clone()
     v = probs.double()
-    # Away from 0, because for gamma < 1 the derivative has a pole at v = 1 that its numerator cancels.
+    # 1 - v is kept above 0: for gamma < 1 its power is infinite at v = 1, although the product below is 0.
     rest = (1 - v).clamp(min=1e-150)
-    slope = rest**gamma - gamma * rest ** (gamma - 1) * torch.special.xlogy(v, v)
-    # At v = 1 the slope vanishes and the class is certain; the floor keeps 1/0 out.
-    weight = v / slope.clamp(min=1e-30)
+    weighted = rest**gamma - gamma * rest ** (gamma - 1) * torch.special.xlogy(v, v)
+    # v · (-∂loss/∂v). At v = 1 it vanishes and the class is certain; the floor avoids a division by 0.
+    weight = v / weighted.clamp(min=1e-30)
     return (weight / weight.sum(1, keepdim=True).clamp(min=1e-300)).to(probs.dtype)

@@ -1,16 +1,15 @@
-"""The exact expected score of any mask, and what it decides without labels: how good a mask is, and when it is empty.
+"""The exact expected score of any mask; from it, a confidence and a gate for absent classes. No labels are needed.
 
 The confidence of a mask A is E[Dice(A, B)], B the random object, its pixels independent with the probabilities given.
 That of an empty mask is P(B empty) = Π (1 - p), the probability that empty is right.
 
 The gate. A class that is absent from mask and truth has no score and is left out of a mean over images. Let m be that
 mean and π = P(B empty). A mask A adds E[Dice(A, B)] to the numerator and 1 to the denominator of the mean; the empty
-mask adds 0 to the numerator and 1 - π to the denominator. By Dinkelbach's argument the ratio is largest if A is chosen
-when
+mask adds 0 to the numerator and 1 - π to the denominator. The ratio is largest if A is chosen when (Dinkelbach, 1967)
 
     E[Dice(A, B)] - m  >  -m (1 - π),     that is     P(B present) · E[Dice | B present]  >  m π.
 
-So an empty mask earns m π: being left out is worth the mean. `gate_by_presence` applies this rule with π = Π (1 - p);
+So an empty mask is as good as an expected Dice of m π. `gate_by_presence` applies this rule with π = Π (1 - p);
 `gate_by_score` replaces the right-hand side by a constant, which validation data can fit.
 
 Shapes: N images, C classes, *S spatial axes, R = N·C rows, D pixels of a row.
@@ -63,7 +62,7 @@ def _expected(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor
 
 
 def _with_torch(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor:
-    """`_expected` of the Python implementation."""
+    """Compute `_expected` with torch operations."""
     result = torch.zeros(probs.shape[0] * probs.shape[1], dtype=torch.float64, device=probs.device)
     if probs.numel() == 0:
         return result.view(probs.shape[:2])
@@ -73,7 +72,8 @@ def _with_torch(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tens
     low = (0.9 * NEGLIGIBLE * (mean + smooth)).to(flat.dtype)
     got = gather(flat, rows, low, masks=rows_of(masks))
     log_absent = _log_absent(flat, rows_of(masks)) if 0 < smooth < 1 else None
-    # The pixels of the mask get a positive sign, the others a negative one; zeros fill the rows in between.
+    # The pixels of the mask get a positive sign, the others a negative one.
+    # After sorting, the zeros that fill a row are between the two.
     signed = torch.where(got.flags, got.values, -got.values)
     for members, values in blocks(got.rows, signed, got.width):
         volumes = torch.arange(values.shape[1] + 1, device=values.device)
@@ -86,7 +86,7 @@ def _with_torch(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tens
 
 
 def _log_absent(flat: Tensor, masks: Tensor) -> Tensor:
-    """log P(Γ = 0) = Σ log(1 - p) of the rows with an empty mask, which depend on it for γ < 1: (R,) float64."""
+    """Return log P(no object pixel) = Σ log(1 - p) of rows with an empty mask, (R,): their score needs it."""
     result = torch.zeros(flat.shape[0], dtype=torch.float64, device=flat.device)
     empty = (~masks.any(1)).nonzero()[:, 0]
     numbers = row_numbers(empty)
@@ -158,7 +158,7 @@ def soft_dice_confidence(probs: Tensor, masks: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_max_probability(probs: Tensor) -> Tensor:
-    """Return the mean over pixels of the largest class probability: (N,) float64; one class counts its complement."""
+    """Return the mean over pixels of the largest probability, (N,) float64; one channel implies a second, 1 - p."""
     probs = check_probs(probs)
     largest = torch.maximum(probs, 1 - probs) if probs.shape[1] == 1 else probs
     return largest.amax(1).flatten(1).mean(1, dtype=torch.float64)
@@ -166,7 +166,7 @@ def mean_max_probability(probs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_entropy(probs: Tensor) -> Tensor:
-    """Return the mean over pixels of the entropy -Σ_c p log p: (N,) float64; one class counts its complement."""
+    """Return the mean over pixels of the entropy -Σ_c p log p, (N,) float64; one channel implies a second, 1 - p."""
     probs = check_probs(probs)
     values = torch.cat([probs, 1 - probs], dim=1) if probs.shape[1] == 1 else probs
     return torch.special.entr(values.float()).sum(1).flatten(1).mean(1, dtype=torch.float64)

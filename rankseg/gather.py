@@ -1,4 +1,4 @@
-"""The one pass over all pixels: power sums of each row, and the few pixels that need a logarithm each.
+"""The main pass over all pixels: power sums of each row, and the few pixels that need a logarithm each.
 
 A row is one class of one image, its D pixels flattened. On the CPU the pass works on tiles that fit the cache. On
 other devices it works on a few large tiles: the numbers of launches and of synchronisations do not depend on the size.
@@ -18,23 +18,24 @@ from torch import Tensor
 
 # Pixels of a tile. A tile needs 12 bytes per pixel: 3 MiB, which a processor's cache holds.
 _TILE = {"cpu": 1 << 18}
-# On other devices: at least so many pixels per tile (60 MiB), and at most so many tiles.
-_DEVICE_TILE, _DEVICE_TILES = 1 << 22, 2
+# On other devices: smallest number of pixels per tile (about 60 MiB), and largest number of tiles.
+_MIN_DEVICE_TILE, _MAX_DEVICE_TILES = 1 << 22, 2
 
-# Pixels are searched in groups of so many; rows are filled up with zeros to a multiple of it.
+# Pixels are searched in groups of so many; rows are padded with -2 to whole groups.
 _GROUP = 8
 
-# Ratio of the longest to the shortest row of a block, and the largest number of blocks on other devices.
+# Largest ratio of row lengths in a block, on the CPU and on other devices; largest number of blocks on other devices.
 _BLOCK_RATIO, _DEVICE_RATIO, _DEVICE_BLOCKS = 2, 16, 3
 
-# Σ p^k for k = 0..ORDER is kept: see `exact.log_series` for why four suffice.
+# Σ p^k for k = 0..ORDER is kept: `exact.NEGLIGIBLE` says why four suffice.
 ORDER = 4
 
 
 class Gathered(NamedTuple):
     """The result of one pass over R rows: the extracted pixels, and power sums of the others.
 
-    `included` (R, 5): Σ p^k, k = 0..4, over the pixels above `high` (or those of a given mask, unless extracted).
+    `included` (R, 5): Σ p^k, k = 0..4, over the pixels above `high`, or over the pixels of a given mask that
+    were not extracted.
     `excluded` (R, 5): the same over the remaining pixels, without their number (k = 0). `rows` (E,) ascending, `values`
     (E,) float64 and `flags` (E,): the rows of the extracted pixels, their probabilities, and whether the given mask
     contains them. `width` (R,) int64: how many were extracted from each row.
@@ -53,7 +54,7 @@ def tiles(rows: int, pixels: int, device: torch.device, depth: int = 1) -> Itera
 
     A pixel may consist of `depth` numbers, such as one for each class.
     """
-    size = _TILE.get(device.type) or max(_DEVICE_TILE, -(-rows * pixels * depth // _DEVICE_TILES))
+    size = _TILE.get(device.type) or max(_MIN_DEVICE_TILE, -(-rows * pixels * depth // _MAX_DEVICE_TILES))
     size = max(1, size // depth)
     height, breadth = max(1, size // pixels), min(size, pixels)
     if device.type not in _TILE:  # no small tile at the end
@@ -70,7 +71,7 @@ def working_dtype(flat: Tensor) -> torch.dtype:
 
 
 def row_numbers(index: Tensor) -> list[int] | Tensor:
-    """Return the row numbers as `tile_of` wants them: on the host for the CPU, unread on other devices."""
+    """Return the row numbers as `tile_of` wants them: a list on the CPU, elsewhere the tensor, which is not read."""
     return index.tolist() if index.device.type == "cpu" else index
 
 
@@ -88,7 +89,7 @@ def tile_of(flat: Tensor, index: list[int] | Tensor, across: slice, along: slice
 
 
 class Statistics(NamedTuple):
-    """Smallest and largest value of each row (R,), NaN if one is NaN, and Σ p in float32 (R,), for guesses."""
+    """Of each row, (R,): smallest and largest value, NaN if one is NaN; mean volume μ = Σ p in float32, for guesses."""
 
     least: Tensor
     peak: Tensor
@@ -131,13 +132,13 @@ def gather(
 
 
 def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> Gathered:
-    """As `gather` on the CPU, with few operations per tile, all in the same memory: fresh pages would cost more."""
+    """As `gather` on the CPU, with few operations per tile, in one buffer: new memory for every tile is slower."""
     count, pixels = index.numel(), flat.shape[1]
     included = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
     excluded = torch.zeros_like(included)
     rows, values = [], []
     numbers = row_numbers(index)
-    some_above = (high[:, 0] < 1).tolist()  # otherwise half of the work is left out
+    some_above = (high[:, 0] < 1).tolist()  # if high = 1, no pixel is above it
     floors = low ** torch.arange(1, ORDER + 1, device=flat.device)
     size = min(count, max(1, _TILE["cpu"] // pixels)) * (min(pixels, _TILE["cpu"]) + _GROUP)
     space = low.new_empty(2, size)
@@ -145,7 +146,7 @@ def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> G
         tile = tile_of(flat, numbers, across, along).to(low.dtype)
         floor, ceiling = low[across], high[across]
         kept = _candidates(tile, floor, space[0])
-        # A group takes its pixels from all over the row: adding up all groups is adding a few long vectors.
+        # Here a group takes every n-th pixel of the row, so the sum over groups adds a few long vectors.
         groups = kept.unflatten(1, (_GROUP, kept.shape[1] // _GROUP))
         flags, square = space[:, : kept.numel()].view(2, *kept.shape)
         torch.gt(kept, floor, out=flags)  # 0.0 or 1.0: faster to make and to use than bool
@@ -157,7 +158,7 @@ def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> G
             inside -= above
             included[across, 0] += above.sum(1)
             included[across, 1:] += _power_sums(flags.mul_(kept), square)
-        # Pixels above `low` count as `low` here; what they add is known.
+        # Pixels above `low` are replaced by `low`. What they add, above_low · low^k, is subtracted.
         part, square = space[:, : tile.numel()].view(2, *tile.shape)
         torch.minimum(tile, floor, out=part)
         excluded[across, 1:] += _power_sums(part, square) - above_low.double() * floors[across]
@@ -181,7 +182,7 @@ def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> G
 def _candidates(tile: Tensor, floor: Tensor, space: Tensor) -> Tensor:
     """Return the pixels of `tile` (R, D) that can exceed `floor` (R, 1), filled up with -2 to whole groups.
 
-    A part of one row gives those groups of neighbours that hold such a pixel. Several rows give all their pixels.
+    Of a part of one row: the groups of neighbours with such a pixel. Of several rows: all pixels.
     """
     height, breadth = tile.shape
     extra = breadth % _GROUP
@@ -205,7 +206,7 @@ def _power_sums(part: Tensor, square: Tensor) -> Tensor:
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     """Σ ab along the rows of `a` and `b` (R, D): (R,). Overwrites `a`."""
-    # torch.dot is twice as fast and sums less accurately, which third and fourth powers allow.
+    # torch.dot is twice as fast and sums less accurately, which suffices for third and fourth powers.
     return torch.dot(a[0], b[0])[None] if a.shape[0] == 1 else a.mul_(b).sum(1)
 
 
@@ -269,7 +270,7 @@ def nearest(flat: Tensor, index: Tensor, low: Tensor, high: Tensor, count: int) 
     return above, below
 
 
-def extended(got: Gathered, above: Tensor, below: Tensor) -> Gathered:
+def add_extracted(got: Gathered, above: Tensor, below: Tensor) -> Gathered:
     """Move pixels from the power sums to the extracted ones: `above` and `below` (R, ·), NaN for none."""
     more = torch.cat([above, below], 1)
     exists = ~more.isnan()

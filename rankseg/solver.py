@@ -1,7 +1,7 @@
 """The search for the optimal volume of every row: guess a bracket, pass once over the pixels, prove the result.
 
-1. `surrogate` guesses a bracket of cut-offs for large objects. The bracket of a small object contains all pixels
-   but those with probabilities so small that power sums describe them exactly.
+1. `surrogate` guesses a bracket of cut-offs for large objects. The bracket of a small object contains every pixel
+   whose probability is too large for the power sums.
 2. `gather.gather` passes once over the pixels: power sums, and the pixels inside the bracket.
 3. `exact.window_scores` evaluates every volume that the bounds of `surrogate` do not exclude.
 4. A row is solved again if its bracket does not contain all those volumes: with a few more pixels on both sides,
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from rankseg import surrogate
 from rankseg.exact import NEGLIGIBLE, Window, band_of, band_span, power_sums, window_scores
-from rankseg.gather import Statistics, blocks, extended, gather, nearest, row_numbers, tile_of, tiles
+from rankseg.gather import Statistics, add_extracted, blocks, gather, nearest, row_numbers, tile_of, tiles
 
 # Scores that differ by less than rounding are ties; the smallest of tied volumes is taken.
 _TIE = 1e-13
 
-# A bracket that misses at most so many pixels on either side gets them by rank, not by a wider range of values.
-_MOST_RANKS = 4096
+# If at most so many pixels are missing on each side of a bracket, they are added by rank; otherwise it is widened.
+_MAX_BY_RANK = 4096
 
 
 class Solution(NamedTuple):
@@ -41,7 +41,7 @@ class Solution(NamedTuple):
 
 
 def compares_losses(smooth: float, pixels: int) -> bool:
-    """Whether volumes are compared by 1 - score: every score is close to 1 if `smooth` exceeds the number of pixels."""
+    """Whether volumes are compared by 1 - score, which is more accurate for a large `smooth`."""
     return smooth > pixels
 
 
@@ -69,7 +69,7 @@ def solve(flat: Tensor, known: Statistics, score: str, smooth: float, pruning: b
         if not left.numel():
             break
         todo, low, high, needed = todo[left], low[left], high[left], needed[left]
-        near = needed <= (0 if reach else _MOST_RANKS)  # once by rank, then wider: the search always ends
+        near = needed <= (0 if reach else _MAX_BY_RANK)  # not twice in a row: the bracket grows, and the search ends
         reach = int(needed.where(near, 0).amax())
         wide = _widened(low, high)
         low, high = torch.where(near, low, wide[0]), torch.where(near, high, wide[1])
@@ -94,7 +94,7 @@ def _first_brackets(flat: Tensor, rows: Tensor, mean: Tensor, score: str, smooth
 
 
 def _widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Brackets five times as wide, but `low` at least a quarter of what it was; in the end the whole row."""
+    """Return brackets five times as wide; `low` falls at most to a quarter, and from 1e-5 to below all values."""
     width = high - low
     bottom = torch.where(low > 1e-5, low / 4, -1.0)
     return torch.maximum(low - 2 * width, bottom), (high + 2 * width).clamp(max=1)
@@ -125,7 +125,7 @@ def _attempt(
     pixels = flat.shape[1]
     got = gather(flat, rows, low, high)
     if reach:
-        got = extended(got, *nearest(flat, rows, low, high, reach))
+        got = add_extracted(got, *nearest(flat, rows, low, high, reach))
     needed = torch.zeros(rows.numel(), dtype=torch.float64, device=flat.device)
     tau, tied = torch.zeros_like(rows), torch.zeros_like(rows)
     cutpoint, value = torch.zeros(2, rows.numel(), dtype=torch.float64, device=flat.device)
@@ -145,7 +145,7 @@ def _attempt(
         wanted = (margin >= 0) & inside
         if smooth:
             wanted[:, 0] |= above == 0  # the bounds do not hold for the empty mask
-        wanted |= bound == loss  # rounding: at least one
+        wanted |= bound == loss  # so that rounding cannot leave out every volume
         skipped, scores = _scores(score, window, smooth, wanted, losses)
         top = scores.amax(1, keepdim=True)
         tolerance = _TIE * (mean + 1) / (mean + 1 + smooth) if losses else _TIE * top
@@ -160,10 +160,10 @@ def _attempt(
 
 
 def _scores(score: str, window: Window, smooth: float, wanted: Tensor, losses: bool) -> tuple[Tensor, Tensor]:
-    """Number of volumes left out before the wanted ones, (B,) int64, and the scores of the wanted ones, (B, ·).
+    """Score the wanted volumes: return the number of volumes before them, (B,) int64, and their scores, (B, ·).
 
-    As `exact.window_scores`, after the window (B, W) has been reduced to the pixels that need a logarithm each:
-    those between the first and the last wanted volume, and those too large for the power sums.
+    First the window (B, W) is reduced to the pixels that need a logarithm each: those between the first and the last
+    wanted volume, and those too large for the power sums. Then `exact.window_scores` is called.
     """
     values = window.values
     width = values.shape[1]
@@ -171,7 +171,7 @@ def _scores(score: str, window: Window, smooth: float, wanted: Tensor, losses: b
     first = marked.argmax(1, keepdim=True)
     last = width - marked.flip(1).argmax(1, keepdim=True)
     denominator = window.denominator(score, smooth)
-    confident = (values > NEGLIGIBLE * denominator.gather(1, first)).sum(1, keepdim=True)  # the first ones: sorted
+    confident = (values > NEGLIGIBLE * denominator.gather(1, first)).sum(1, keepdim=True)  # they come first: sorted
     kept = torch.minimum(confident, first)
     skipped, last = first - kept, torch.maximum(last, confident)
     longest, span = (last - skipped).amax(), None
@@ -200,14 +200,16 @@ def _needed(
     smooth: float,
     pixels: int,
 ) -> Tensor:
-    """Return how many more pixels on either side prove the result: (R,), 0 if it is proved, infinite if none do.
+    """Return how many more pixels are needed on each side to prove that no other volume is better: (R,).
+
+    0 if it is proved, infinite if no number of pixels proves it.
 
     `margins`, `edges`, `loss`: see `surrogate.ranks_needed`. `above` (R,) is the number of pixels above the bracket,
     `width` (R,) that of the pixels in it.
     """
     needed = surrogate.ranks_needed(score, margins, edges, loss).masked_fill_(margins < 0, 0)
     if smooth < 1:
-        # A bracket with pixels above also leaves out the empty mask, whose score is at most 1/μ for γ < 1.
+        # If pixels are above the bracket, the empty mask was not scored. Its score is at most 1/μ for γ < 1.
         needed[0].masked_fill_((1 - loss) * mean <= 1, torch.inf)
     needed = torch.minimum(needed, torch.stack([above, pixels - above - width])).amax(0)
     largest = edges[1].masked_fill(above > 0, 1.0)

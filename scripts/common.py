@@ -73,7 +73,7 @@ def load_run(path: Path, overrides: Sequence[str], device: Any) -> LoadedRun:
 
     path = path / "best_model.pth" if path.is_dir() else path
     network, cfg, checkpoint = load(path, overrides)
-    build.absolute_root(cfg)
+    build.make_root_absolute(cfg)
     data = build.dataset(cfg, cfg.split)
     check_classes(checkpoint, data.info.classes, path)
     return LoadedRun(path, network.to(device).eval(), cfg, checkpoint, data)

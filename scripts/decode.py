@@ -119,13 +119,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--key", metavar="NAME", help="the array of .npz files that hold several")
     add("--write", choices=("auto", "labels", "masks"), default="auto", help="see above")
     add("--unassigned", default="void", metavar="void|max|K",
-        help="label of pixels without a class: 255, the most probable class, or K (default: void)")  # fmt: skip
+        help="label of pixels without a class (void: 255, or 0 if label 0 has no channel; max: likeliest)")  # fmt: skip
     add("--void", type=int, default=255, metavar="K", help="label that is not scored (default: 255)")
     add("--foreground-only", action="store_true", help="label 0 is background and has no channel")
     add("--scored", metavar="1,2,…", help="labels that the means run over (default: all with a channel)")
     add("--names", metavar="A,B,…", help="names of the labels 0, 1, … for reports")
-    add("--confidence", action="store_true", help="write the expected Dice of every mask, without labels too")
-    add("--report", action="store_true", help="with labels: write an HTML report of T, max and rankdice")
+    add("--confidence", action="store_true", help="write rankseg.confidence of every mask; needs no labels")
+    add("--report", action="store_true", help="with labels: HTML report of T, max, rankdice and the rules of -p")
     add("--workers", type=int, default=1, help="cases decoded at the same time (default: 1)")
     add("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: cpu)")
     add("--force", action="store_true", help="decode all cases again")
@@ -154,7 +154,7 @@ def _integers(option: str, text: str) -> list[int]:
 
 
 def _tensor(values: list) -> Tensor:
-    """Return nested lists of numbers of JSON as a tensor; null, which stands for NaN, is NaN again."""
+    """Return nested lists of numbers of JSON as a tensor; null becomes NaN."""
     return torch.from_numpy(np.array(values, np.float64))
 
 
@@ -273,7 +273,7 @@ class Job:
         records = {name: record for name, record in records.items() if name not in self.failed}
         curves = [rules.reliability_of(record["reliability"]) for record in records.values()]
         reliability = functools.reduce(Reliability.merge, curves)
-        first = classes - len(reliability.volume_ratio())
+        first = classes - len(reliability.volume_ratio())  # 1 if the background has no channel, else 0
         averaged = tuple(self.args.scored or range(first, classes))
         if not set(averaged) <= set(range(classes)):
             raise UserError(f"--scored {self.args.scored} is invalid: labels are 0 to {classes - 1}.")
@@ -317,7 +317,7 @@ class Job:
         return "\n".join([*lines, one_line(f"paired statistics: {path}")])
 
     def report(self) -> Path:
-        """Write OUT/report/index.html, the report of networks, over the cases that did not fail; return its path."""
+        """Write OUT/report/index.html, as report.py does, over the cases that did not fail; return its path."""
         data, args = self.folder, self.args
         data.failed = {name: problem for name, problem in self.failed.items() if name in data.cases}
         kinds: dict[str, dict[str, Any]] = {"raw": {"calibrate": "none"}}
@@ -360,7 +360,7 @@ class Job:
         return given or [str(c) for c in range(count)]
 
     def _details(self, names: list[str], classes: int) -> dict[str, Any]:
-        """Return what a result file reports of the origin of its numbers."""
+        """Return the fields of a result file that say where its numbers come from."""
         details = {
             "protocol": "corrected",
             "dataset": {

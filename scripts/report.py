@@ -67,7 +67,7 @@ def report(args: argparse.Namespace, world: World) -> Path:
     held_out = None if on_validation else build.dataset(cfg, "val")
     findings, confidence, rules, fitted = analyse(fitters, names, data, held_out)
     folder = args.out or path.resolve().parent / "report"
-    groups = page.pick(findings, args.images)
+    groups = page.choose_images(findings, args.images)
     indices = [index for picked in groups.values() for index in picked]
     strips = page.draw_strips(Fitter(cfg, network, path, world), data, rules, findings, indices, folder / "images")
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"

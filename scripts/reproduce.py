@@ -133,7 +133,7 @@ def load_runs(overrides: Sequence[str]) -> list[Run]:
         line = (*fixed, *(f"{key}={value}" for key, value in zip(keys, values, strict=True)))
         cfg = compose("train", list(line))
         check_values(cfg)
-        build.absolute_root(cfg)
+        build.make_root_absolute(cfg)
         runs.append(Run(line, cfg))
     folders = [run.folder for run in runs]
     shared = next((folder for folder in folders if folders.count(folder) > 1), None)

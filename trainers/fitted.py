@@ -28,11 +28,14 @@ from trainers.metrics import PerImage, Truth, mean_over_classes
 FORMAT = 1
 THRESHOLDS = tuple(k / 100 for k in range(1, 100))
 _GATE = 0.5  # the published gate: a class is predicted if its largest probability exceeds this
-_PIXELS = 4096  # of an image, at a regular stride: neighbouring pixels hold nearly the same information
+_PIXELS = 4096  # at least so many of a larger image, at a regular stride: neighbours hold nearly the same information
 
 
 def fitted_threshold(probs: Tensor, *, at: float | Sequence[float], gated: bool, per_class: bool = False) -> Tensor:
-    """Rule T_fit: select the pixels with p >= `at`; `gated` empties a mask if no probability exceeds 1/2."""
+    """Rule T_fit: select the pixels with p >= `at`; `gated` empties a mask if no probability exceeds 1/2.
+
+    `per_class` is used by the fit only.
+    """
     masks = rankseg.threshold(probs, at=at)
     if gated:
         masks = masks & (probs.flatten(2).amax(2) > _GATE).view(*probs.shape[:2], *[1] * (probs.ndim - 2))
@@ -40,7 +43,10 @@ def fitted_threshold(probs: Tensor, *, at: float | Sequence[float], gated: bool,
 
 
 def pooled_threshold(probs: Tensor, *, at: Sequence[float], score: str = "dice", pruning: bool = True) -> Tensor:
-    """Rules pooled_dice and pooled_iou: select the pixels with p >= the cut-off of the class for the whole split."""
+    """Rules pooled_dice and pooled_iou: select the pixels with p >= the cut-off of the class for the whole split.
+
+    `score` and `pruning` are used by the fit only.
+    """
     return rankseg.threshold(probs, at=at)
 
 
@@ -56,7 +62,7 @@ class GatedRule:
 
 
 @dataclass(frozen=True)
-class OtherProbs:
+class RuleWithOwnProbs:
     """A rule with its own conversion of logits to probabilities, which `evaluate` applies."""
 
     rule: Predictor
@@ -78,7 +84,7 @@ class _Pixels(PerImage):
     labels: list[Tensor]
 
 
-def held_out_fit(
+def fit_on_validation(
     fit: Callable[..., Any],
     model: nn.Module,
     batches: Iterable[Any],
@@ -88,7 +94,7 @@ def held_out_fit(
     ignore_index: int = 255,
     precision: str = "fp32",
 ) -> Any:
-    """Fit a calibration to some pixels of every labelled image, at every rank; raise UserError if there is none.
+    """Fit a calibration on some pixels of every image, at every rank; raise UserError if no pixel is labelled.
 
     ``fit`` is `fit_temperature` or `fit_calibration` of `rankseg.calibration`. It gets logits (1, C, P), labels (1, P),
     the link and ``ignore_index``, for P pixels in the order of the images.
@@ -110,7 +116,7 @@ def held_out_fit(
         logits, labels = torch.cat(pixels.logits, dim=1)[None].clone(), torch.cat(pixels.labels)[None].clone()
         if not logits.isfinite().all():
             raise TrainingError(
-                "the network gives NaN or infinity in place of scores, so no calibration can be fitted. "
+                "the network gives NaN or infinity in its logits, so no calibration can be fitted. "
                 "Fix: choose an earlier checkpoint, or trainer.precision=fp32 if it was trained in fp16."
             )
         return fit(logits, labels, link, ignore_index=ignore_index)
@@ -122,7 +128,7 @@ class ThresholdFit(NamedTuple):
     at: float | list[float]  # for all classes, or for each
     gated: bool  # whether classes whose largest probability is at most 1/2 get the empty mask
     mean_dice: float  # of the images that it was fitted on
-    held_out: Tensor | None  # (N,) mean Dice of each image with the threshold that all others choose; only for one `at`
+    leave_one_out: Tensor | None  # (N,) mean Dice of each image with the fit on all others; None if one per class
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +173,7 @@ class ThresholdTable(PerImage):
         """Choose the threshold, and whether to use the gate, by the mean Dice over the `scored` classes.
 
         With `per_class` the thresholds are improved one class after another from the common one, as long as the mean
-        rises. Ties go to the smaller change: no gate, and the threshold nearest to 1/2.
+        rises. Ties go to the threshold nearest to 1/2, then to no gate.
         """
         by_gate = {gated: self.dice(gated)[:, list(scored)] for gated in (False, True)}
         candidates = [
@@ -275,8 +281,8 @@ class FittedFile:
 
     Every entry holds a `kind` (calibration or rule), the `settings` that its probabilities depend on, its `values`, and
     the images that it was `fitted_on`. All ranks read the file of rank 0, which alone writes. A damaged file raises
-    UserError; so does one of another checkpoint, unless `replace` ignores it. Without a checkpoint the values belong to
-    their images alone.
+    UserError. So does one of another checkpoint; with `replace` it is ignored. decode.py has no checkpoint: its entries
+    are identified by settings and images.
     """
 
     def __init__(self, checkpoint: Path, world: World | None = None, *, replace: bool = False) -> None:

@@ -18,7 +18,8 @@ from configs.errors import one_line
 # Text that a spreadsheet may read as a formula; plain numbers and dashes are harmless and stay as they are.
 _FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
 _HARMLESS = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|-+")
-_ESCAPE = re.compile(r"\\(?:[\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")  # of `one_line`, and a backslash
+# The escapes of `one_line`, and an escaped backslash.
+_ESCAPE = re.compile(r"\\(?:[\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     # After \\ or an item, LaTeX reads a bracket or a star as an argument.
@@ -39,7 +40,7 @@ _LATEX = {
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a cell on one line that no spreadsheet runs as a formula: such text gets an apostrophe in front.
+    """Return a cell on one line. Text that a spreadsheet could run as a formula gets an apostrophe in front.
 
     Characters that do not print are written as Python's escapes, and a backslash as two.
     """

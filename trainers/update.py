@@ -14,13 +14,13 @@ from configs.errors import ConfigError, TrainingError, as_training_error
 from trainers.distributed import World, gather_objects, sum_over_ranks, unwrap
 from trainers.forward import autocast
 
-SMALLEST_SCALE = 2.0**-14  # of the loss in fp16; below it, a gradient of 1 is lost
-_REMEDY = "The last checkpoint is good. Try a lower optimizer.lr, trainer.clip_norm=1 or trainer.precision=fp32"
+SMALLEST_SCALE = 2.0**-14  # of the loss in fp16; below it, a gradient of 1 loses precision
+_REMEDY = "No checkpoint was changed. Try a lower optimizer.lr, trainer.clip_norm=1 or trainer.precision=fp32"
 
 
 @dataclass(eq=False)
 class Update:
-    """Update the weights from one batch, with one forward pass."""
+    """Update the weights from one batch."""
 
     model: nn.Module  # possibly wrapped; returns an object with ``logits`` and ``aux`` (or None)
     criterion: nn.Module  # (logits (N, C, H, W), targets (N, H, W)) -> scalar, a mean over `num_terms(targets)` terms
@@ -28,7 +28,7 @@ class Update:
     world: World
     _: KW_ONLY
     precision: str = "fp32"  # or bf16, or fp16 with loss scaling
-    accumulate: int = 1  # parts that a batch is split into to save memory; the update is that of the whole batch
+    accumulate: int = 1  # parts that a batch is split into to save memory
     clip_norm: float | None = None  # bound of the gradient's norm
     channels_last: bool = False  # memory format of the images: faster convolutions on recent GPUs
     # Run the network again after each update, as the paper's code did for its metrics: BatchNorm then updates its
@@ -50,7 +50,7 @@ class Update:
         images = batch.images.to(self.world.device, non_blocking=True, memory_format=self.memory_format)
         targets = batch.targets.to(self.world.device, non_blocking=True)
         remedy = (
-            f"{len(images)} images per device did not fit; use a smaller batch_size, "
+            f"use a smaller batch_size (now {len(images)} images per device), "
             f"trainer.accumulate={2 * self.accumulate}, trainer.precision=bf16 or a smaller dataset.crop"
         )
         with as_training_error(f"training on a batch of {'x'.join(map(str, images.shape))}", remedy):
@@ -89,7 +89,7 @@ class Update:
         return sum_over_ranks(total, self.world)
 
     def _weight(self, targets: Tensor) -> Tensor:
-        """Return the weight of a part of a batch: the weight of its criterion, or else its number of images."""
+        """Return the weight of a part of a batch: its number of loss terms, or else its number of images."""
         num_terms = getattr(self.criterion, "num_terms", len)
         wide = torch.float32 if targets.device.type == "mps" else torch.float64  # MPS has no float64
         return torch.as_tensor(num_terms(targets), device=targets.device).to(wide)
@@ -109,6 +109,6 @@ class Update:
             self._fail("gradients overflow in fp16 at every scale", names)
 
     def _fail(self, what: str, names: list[str]) -> NoReturn:
-        """Raise TrainingError, at every rank at the same step: loss and gradient are those of all ranks."""
-        everyone = ", ".join(name for share in gather_objects(names, self.world) for name in share)
-        raise TrainingError(f"{what} on the batch {everyone}. {_REMEDY}")
+        """Raise TrainingError. All ranks have the same loss and gradient, so all raise it at the same step."""
+        all_names = ", ".join(name for share in gather_objects(names, self.world) for name in share)
+        raise TrainingError(f"{what} on the batch {all_names}. {_REMEDY}")

@@ -45,25 +45,25 @@ def render(title: str, lead: Sequence[str], sections: Mapping[str, Section]) -> 
         lstrip_blocks=True,
         finalize=lambda value: one_line(value) if type(value) is str else value,  # the charts are Markup
     )
-    environment.filters |= {"points": points, "ends": ends}
+    environment.filters |= {"points": format_signed, "ends": format_interval}
     template = environment.get_template("page.html.j2")
     return template.render(
         title=title, lead=lead, sections=sections, palette=charts.PALETTE, harm=HARM, expected=EXPECTED
     )
 
 
-def points(value: float) -> str:
+def format_signed(value: float) -> str:
     """Return a signed number with two decimals."""
     return f"{value:+.2f}".replace("-", "−")
 
 
-def ends(interval: Sequence[float], scale: float = 1) -> str:
+def format_interval(interval: Sequence[float], scale: float = 1) -> str:
     """Return an interval as text."""
     return f"{scale * interval[0]:.2f} to {scale * interval[1]:.2f}".replace("-", "−")
 
 
-def percent_interval(values: Tensor) -> tuple[float, tuple[float, float]]:
-    """Return mean and 95 % interval over images of fractions, in percent; undefined ones are left out."""
+def mean_and_interval(values: Tensor) -> tuple[float, tuple[float, float]]:
+    """Return the mean of fractions over images, and its 95 % interval, in percent. NaN values are left out."""
     defined = (100 * values[~values.isnan()]).tolist()
     return mean(defined), mean_interval(defined)
 
@@ -76,17 +76,17 @@ def score_rules(findings: Findings, rules: Sequence[str]) -> dict[str, dict[str,
         iou = counts.iou(legacy_bce_iou=findings.scoring.legacy_bce_iou)
         found[rule] = {
             **findings.scoring.summary(counts),
-            "dice_interval": percent_interval(findings.dice(rule))[1],
-            "iou_interval": percent_interval(mean_over_classes(iou, findings.scoring.scored))[1],
+            "dice_interval": mean_and_interval(findings.dice(rule))[1],
+            "iou_interval": mean_and_interval(mean_over_classes(iou, findings.scoring.scored))[1],
         }
     return found
 
 
 def compare_rules(findings: Findings, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the statistics of RankDice minus each other rule, image by image, in points."""
-    best, found = findings.dice("rankdice"), {}
+    rankdice, found = findings.dice("rankdice"), {}
     for rule in rules:
-        difference = 100 * (best - findings.dice(rule))
+        difference = 100 * (rankdice - findings.dice(rule))
         if rule != "rankdice":
             found[rule] = describe_differences(difference[~difference.isnan()].tolist())
     return found
@@ -118,14 +118,14 @@ def class_section(findings: Findings, names: Sequence[str], rules: Sequence[str]
     for part in filter(None, (rows[:half], rows[half:])):
         title, size = f"Dice of each class and rule, part {len(drawn) + 1}", (5.8, 1 + 0.45 * len(part))
         drawn.append(charts.svg(title, charts.class_bars, part, "Dice, %", size=size))
-    gained = [(names[c], *percent_interval((dice["rankdice"] - dice["T"])[:, c])) for c in scored]
+    gained = [(names[c], *mean_and_interval((dice["rankdice"] - dice["T"])[:, c])) for c in scored]
     title, size = "gain of RankDice over T, class by class", (5.8, 1 + 0.25 * len(gained))
     xlabel = "rankdice − T, points of Dice"
     return {"charts": drawn, "gain": charts.svg(title, charts.intervals, gained, xlabel, signed=True, size=size)}
 
 
 def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
-    """Return the same run scored in other ways, which shows what the gain depends on.
+    """Return the scores with void masked or counted, by size of the object, and by kind of probabilities.
 
     Each block of the table is a heading and rows: a label, and the mean Dice of each rule in percent.
     """
@@ -194,7 +194,7 @@ def curve_points(reliability: Reliability, scored: Sequence[int]) -> list[tuple[
 
 
 def confidence_section(found: Mapping[str, Any]) -> Section:
-    """Return the result of `measure.assess`, with charts of the order and of the bound."""
+    """Return the result of `measure.assess`, with the risk-coverage chart and the chart of the lower bound."""
     if not found["images"]:
         return dict(found)
     title, labels = "achieved against expected Dice", ("expected Dice (confidence)", "achieved Dice")
@@ -240,7 +240,7 @@ class Strip:
     dice: dict[str, float]
 
 
-def pick(findings: Findings, number: int = 3) -> dict[str, list[int]]:
+def choose_images(findings: Findings, number: int = 3) -> dict[str, list[int]]:
     """Choose images by their scores: largest gains and losses against T, lowest and highest Dice."""
     dice = findings.dice("rankdice")
     gain = dice - findings.dice("T")

@@ -72,9 +72,9 @@ def compare_aurc(
     result = {}
     for name, values in confidences.items():
         low, high = drawn[name].quantile(ends).tolist()
-        worse, better = (drawn[reference] - drawn[name]).quantile(ends).tolist()
+        gain_low, gain_high = (drawn[reference] - drawn[name]).quantile(ends).tolist()
         found = aurc(values, risk)
-        result[name] = AurcEstimate(found, (low, high), base - found, (worse, better))
+        result[name] = AurcEstimate(found, (low, high), base - found, (gain_low, gain_high))
     return result
 
 
@@ -116,14 +116,14 @@ def conformal_margin(confidence: Tensor, score: Tensor, alpha: float) -> float:
 
 
 def resplit_coverages(
-    confidence: Tensor, score: Tensor, calibration: int, alpha: float, *, splits: int = 200, seed: int = 0
+    confidence: Tensor, score: Tensor, num_fit: int, alpha: float, *, splits: int = 200, seed: int = 0
 ) -> Tensor:
-    """Return the coverage of the bound on the remaining images, for random sets of `calibration` images: (splits,)."""
+    """Return the coverage of the bound on the remaining images, for random sets of `num_fit` images: (splits,)."""
     generator = torch.Generator().manual_seed(seed)
     coverages = []
     for _ in range(splits):
         order = torch.randperm(len(score), generator=generator)
-        fitted, rest = order[:calibration], order[calibration:]
+        fitted, rest = order[:num_fit], order[num_fit:]
         margin = conformal_margin(confidence[fitted], score[fitted], alpha)
         coverages.append((score[rest] >= confidence[rest] - margin).double().mean())
     return torch.stack(coverages)

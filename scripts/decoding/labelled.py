@@ -19,7 +19,7 @@ from configs.fitting import Fitter
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from scripts.decoding.cases import Folder, FromStored
 from trainers.distributed import World
-from trainers.fitted import held_out_fit
+from trainers.fitted import fit_on_validation
 from trainers.metrics import Scoring
 
 
@@ -70,7 +70,7 @@ class FolderFitter(Fitter):
 
     def _fit_calibration(self, kind: str) -> dict[str, Any]:
         data, method = self._val(f"--calibrate {kind}"), fit_temperature if kind == "temperature" else fit_calibration
-        fit = partial(held_out_fit, method, self.network, world=self.world, ignore_index=self.args.void)
+        fit = partial(fit_on_validation, method, self.network, world=self.world, ignore_index=self.args.void)
         if not data.first:
             found = fit(data.logits(), self.values.link_of(data.channels))
         elif kind == "temperature":  # without a channel for the background, each is a binary problem of its own

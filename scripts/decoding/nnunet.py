@@ -1,8 +1,8 @@
-"""What nnU-Net writes next to the probabilities ``<case>.npz``: properties ``<case>.pkl``, and its own segmentation.
+"""Read what nnU-Net writes next to the probabilities ``<case>.npz``: properties ``<case>.pkl``, and its segmentation.
 
-A pickle may come from anywhere and can run code. Only containers, numbers, and arrays of numbers are read here. Neither
-Python nor NumPy makes an object that the file names: NumPy's own constructors would make an array of objects of any
-bytes, and read them as addresses.
+A pickle may come from anywhere and can run code. Only containers, numbers, and arrays of numbers are read here. No
+class that the file names is created. NumPy's own unpickling is not used either: a malicious file could make it treat
+bytes as the addresses of objects.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_export(path: Path) -> bool:
 def geometry_of(probabilities: Path) -> Geometry | None:
     """Return the geometry of ``<case>.npz``, from ``<case>.pkl`` or the segmentation.
 
-    None if neither is a volume, as for photographs.
+    None if neither has a geometry, as for photographs.
     """
     affine = _affine(_read_properties(probabilities.with_suffix(".pkl")))
     paths = (probabilities.with_suffix(suffix) for suffix in NIFTI)
@@ -66,7 +66,7 @@ def _read_properties(path: Path) -> dict[str, Any]:
 
 
 def _affine(properties: dict[str, Any]) -> np.ndarray | None:
-    """Return the affine that nnU-Net's SimpleITK and nibabel readers note."""
+    """Return the affine that nnU-Net's SimpleITK or nibabel reader stored; None if there is none."""
     try:
         if stuff := properties.get("nibabel_stuff"):
             return np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]), float).reshape(4, 4)
@@ -83,7 +83,7 @@ def _affine(properties: dict[str, Any]) -> np.ndarray | None:
 
 
 class _DType:
-    """The dtype of a pickled array. NumPy's own would let the file's bytes be read as addresses of objects."""
+    """The dtype of a pickled array, in place of NumPy's own, which could be made to read bytes as addresses."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.dtype = np.dtype(code) if re.fullmatch(r"[biufc][0-9]+", code) else None  # None: not read
@@ -118,7 +118,7 @@ def _scalar(dtype: _DType, data: bytes) -> Any:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Encode the bytes of an array in an older pickle; other encodings could multiply their length."""
+    """Convert text to bytes, as older pickles store arrays. Other encodings than latin1 could enlarge the data."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it names the encoding {encoding}")
     return text.encode("latin1")
@@ -135,7 +135,7 @@ _SAFE: dict[tuple[str, str], Any] = {
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Unpickle data only: nothing in the file can name a function to call but those of `_SAFE`."""
+    """Unpickle data only: the file can call the functions in `_SAFE` and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _SAFE:

@@ -88,7 +88,7 @@ def find(inputs: Sequence[Path], out: Path) -> tuple[dict[str, Path], list[str]]
 
 def as_stored(labels: np.ndarray, orientation: int) -> Image.Image:
     """Return upright labels (H, W) uint8 or bool in the layout of the stored pixels."""
-    return decode.orient(Image.fromarray(labels.astype(np.uint8)), decode.STORED, orientation)
+    return decode.orient(Image.fromarray(labels.astype(np.uint8)), decode.TO_STORED, orientation)
 
 
 def save_labels(labels: Tensor, orientation: int, info: DatasetInfo, path: Path) -> None:
@@ -125,7 +125,7 @@ def save_probabilities(probs: Tensor, orientation: int, path: Path) -> None:
         out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
         for c, channel in enumerate(probs):
             image = Image.fromarray(channel.float().numpy())
-            out[c] = np.asarray(decode.orient(image, decode.STORED, orientation))
+            out[c] = np.asarray(decode.orient(image, decode.TO_STORED, orientation))
         out.flush()
 
 

@@ -26,7 +26,7 @@ from datasets.base import DatasetInfo
 from datasets.transforms import Size, resize_to
 from rankseg import Predictor
 from scripts.decoding.arrays import scratch
-from trainers.fitted import OtherProbs, fitted_threshold
+from trainers.fitted import RuleWithOwnProbs, fitted_threshold
 from trainers.forward import resize_logits
 
 WHOLE = 4 << 20  # pixels up to which an image goes through the network at once by default
@@ -178,7 +178,7 @@ def may_overlap(rule: Predictor) -> bool:
 
 def parts_of(rule: Predictor) -> tuple[Callable[..., Tensor], dict[str, object]]:
     """Return the function of a rule and its options, of the rule itself if it has probabilities of its own."""
-    while isinstance(rule, OtherProbs):
+    while isinstance(rule, RuleWithOwnProbs):
         rule = rule.rule
     return (rule.func, rule.keywords) if isinstance(rule, partial) else (rule, {})
 

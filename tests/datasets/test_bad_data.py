@@ -107,7 +107,7 @@ def test_labels_outside_the_table(folder):
 def test_masks_of_colours_where_indices_are_needed(tmp_path, mode):
     path = tmp_path / "mask.tif"
     picture(0, (40, 32)).convert(mode).point(lambda value: value // 2).save(path)
-    with pytest.raises(DatasetError, match=rf"mask.tif is a colour mask \(mode {mode}\).*grey PNG"):
+    with pytest.raises(DatasetError, match=rf"mask.tif has colours or transparency \(mode {mode}\).*grey PNG"):
         decode_mask(path)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from datasets import DatasetError
 from datasets.decode import (
     EXIF_ORIENTATION,
-    STORED,
+    TO_STORED,
     UPRIGHT,
     canonical_name,
     decode_image,
@@ -70,7 +70,7 @@ def test_an_orientation_turns_image_and_mask_alike(tmp_path: Path, suffix: str, 
     pixels = decode_image(image, mask.shape[::-1], mask_path)
     assert pixels.shape[:2] == mask.shape
     if suffix != "jpg":
-        assert np.array_equal(np.asarray(orient(Image.fromarray(pixels), STORED, orientation)), PIXELS)
+        assert np.array_equal(np.asarray(orient(Image.fromarray(pixels), TO_STORED, orientation)), PIXELS)
     plain = tmp_path / "plain.png"
     Image.fromarray(MASK).save(plain)
     if orientation in (2, 3, 4):

@@ -156,5 +156,5 @@ def test_missing_files_folders_and_other_contents(tmp_path):
 def test_what_is_not_a_state_dict_is_rejected():
     network = TinyUNet(2)
     for state in (3, [1, 2], dict.fromkeys(network.state_dict(), 1)):
-        with pytest.raises(CheckpointError, match=r"a\.pth holds no tensors by name"):
+        with pytest.raises(CheckpointError, match=r"a\.pth does not hold a dictionary of tensors"):
             load_state(network, state, "a.pth")

@@ -66,7 +66,7 @@ def maps() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", list(RULES))
 def test_results_and_costs(name: str, kind: str, smooth: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small maps, but cut into as many tiles as the largest are: the bounds hold at any size."""
-    monkeypatch.setattr(gather, "_DEVICE_TILE", 1)
+    monkeypatch.setattr(gather, "_MIN_DEVICE_TILE", 1)
     probs = maps()[kind]
     here = RULES[name](probs, smooth=smooth)
     with Ledger() as ledger:
@@ -117,7 +117,7 @@ def test_the_rest_of_the_package(kind: str) -> None:
 
 @pytest.mark.parametrize("smooth", [0.0, 0.5])
 def test_expected_scores_wait_as_rarely(smooth: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "_DEVICE_TILE", 1)
+    monkeypatch.setattr(gather, "_MIN_DEVICE_TILE", 1)
     for probs in maps().values():
         with Ledger() as ledger:
             rankseg.expected_dice(Claiming(probs), Claiming(probs > 0.5), smooth)

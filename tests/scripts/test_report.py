@@ -43,7 +43,7 @@ from scripts.report import report
 from trainers.checkpoint import save
 from trainers.distributed import World
 from trainers.evaluator import evaluate
-from trainers.fitted import held_out_fit
+from trainers.fitted import fit_on_validation
 from trainers.forward import ToProbs
 from trainers.metrics import Scoring
 
@@ -231,7 +231,7 @@ def test_images_are_picked_by_gain_and_by_dice() -> None:
     findings = findings_of(torch.rand(8, 2, 6, 6), torch.randint(0, 2, (8, 6, 6)))
     dice = findings.dice("rankdice")
     gain = dice - findings.dice("T")
-    groups = pages.pick(findings, 2)
+    groups = pages.choose_images(findings, 2)
     best, worst = groups["Best images of RankDice"], groups["Worst images of RankDice"]
     assert dice[best[0]] == dice.max() and dice[worst[0]] == dice.min()
     assert gain[groups["Largest gains of RankDice over T"][0]] == gain.max()
@@ -243,7 +243,9 @@ def test_twice_the_logits_are_twice_the_temperature() -> None:
     targets = torch.distributions.Categorical(logits=logits.movedim(1, -1)).sample()
     targets[:, :3] = 255
     batch = SimpleNamespace(images=logits, targets=targets, names=["a", "b", "c"], indices=[0, 1, 2])
-    once, twice = (float(held_out_fit(fit_temperature, Given(scale), [batch], "softmax", HERE)) for scale in (1.0, 2.0))
+    once, twice = (
+        float(fit_on_validation(fit_temperature, Given(scale), [batch], "softmax", HERE)) for scale in (1.0, 2.0)
+    )
     assert once == pytest.approx(1, abs=0.1) and twice == pytest.approx(2 * once, rel=1e-3)
 
 

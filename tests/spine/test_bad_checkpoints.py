@@ -65,7 +65,7 @@ def argument(checkpoint: dict[str, Any]) -> None:
     ("spoil", "message"),
     [
         (nan, rf"bad\.pth holds NaN or infinity in '{FIRST}' \(1 such tensors\)"),
-        (text, r"bad\.pth holds no tensors by name"),
+        (text, r"bad\.pth does not hold a dictionary of tensors"),
         (listed, "the checkpoint holds no configuration of this project"),
         (number, "model=3 is unknown; model is one of"),
         (classes, r"model\.num_classes='many'"),

@@ -51,8 +51,8 @@ def test_common_threshold_against_a_loop(seed: int) -> None:
     rest = [0, 1, 3, 4, 5]
     by_rest = {key: float(values[rest].nanmean()) for key, values in means.items()}
     equal = [key for key, value in by_rest.items() if value == pytest.approx(max(by_rest.values()), abs=1e-9)]
-    assert found.held_out is not None
-    assert any(float(found.held_out[2]) == pytest.approx(float(means[key][2]), abs=1e-9) for key in equal)
+    assert found.leave_one_out is not None
+    assert any(float(found.leave_one_out[2]) == pytest.approx(float(means[key][2]), abs=1e-9) for key in equal)
 
 
 def test_dice_at_every_threshold_is_that_of_the_masks() -> None:
