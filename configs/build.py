@@ -21,7 +21,7 @@ from trainers.distributed import World, wrap
 from trainers.losses import SegmentationLoss
 from trainers.metrics import Scoring
 from trainers.schedules import Schedule
-from trainers.update import Update
+from trainers.update import Update, to_channels_last
 
 
 def locate(target: str) -> Any:
@@ -201,7 +201,7 @@ def check_outputs(cfg: DictConfig, network: nn.Module, info: DatasetInfo) -> Non
 def update(cfg: DictConfig, network: nn.Module, criterion: nn.Module, world: World) -> Update:
     """Build the update: the network, wrapped and compiled as configured, and its optimizer."""
     if cfg.trainer.channels_last:
-        network = network.to(memory_format=torch.channels_last)
+        network = to_channels_last(network, world.device, cfg.trainer.precision)
     model = wrap(network, world)
     return Update(
         cast(nn.Module, torch.compile(model)) if cfg.trainer.compile else model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from configs.errors import TrainingError
 from trainers.distributed import World
 from trainers.losses import BCE, CrossEntropy, Focal
-from trainers.update import Update
+from trainers.update import Update, to_channels_last
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -189,6 +190,19 @@ def test_channels_last_computes_the_same() -> None:
     )
     losses = [make(plain)(batch()), make(last, channels_last=True)(batch())]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and seen == [True]
+
+
+@pytest.mark.parametrize("groups", [96, 32])
+def test_gradients_in_bf16_and_channels_last_are_right(groups: int) -> None:
+    """torch 2.14 computes others for dilated grouped convolutions on some CPUs."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 96, 40, 40, generator=generator)
+    plain = nn.Conv2d(96, 96, 3, padding=2, dilation=2, groups=groups)
+    last = to_channels_last(copy.deepcopy(plain), torch.device("cpu"), "bf16")
+    for layer, given in ((plain, images), (last, images.to(memory_format=torch.channels_last))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=layer is last):
+            layer(given).float().square().sum().backward()
+    assert torch.allclose(last.weight.grad, plain.weight.grad, atol=0.02 * float(plain.weight.grad.abs().max()))
 
 
 def test_the_second_forward_moves_batch_norm_twice_and_nothing_else() -> None:
