@@ -50,16 +50,18 @@ class DatasetInfo:
             raise ValueError(f"{self.name} has {len(self.classes)} classes: expected 1 to {MAX_CLASSES}")
         if bad := [name for name in self.classes if not (name.isprintable() and len(name) <= 200)]:
             raise ValueError(
-                f"{self.name}: the class name {bad[0][:200]!r} is invalid: expected at most 200 characters that print"
+                f"{self.name}: the class name {bad[0][:200]!r} is invalid: expected at most 200 printable characters"
             )
         if len(self.palette) != len(self.classes):
             raise ValueError(
                 f"{self.name} has {len(self.classes)} classes but {len(self.palette)} colours: expected one per class"
             )
         if not set(self.scored) <= set(range(len(self.classes))):
-            raise ValueError(f"{self.name}: scored classes {self.scored} go beyond 0..{len(self.classes) - 1}")
+            raise ValueError(f"{self.name}: scored={self.scored} is invalid: expected 0..{len(self.classes) - 1}")
         if not len(self.classes) <= self.ignore_index <= 255:
-            raise ValueError(f"{self.name}: ignore_index={self.ignore_index} must be in {len(self.classes)}..255")
+            raise ValueError(
+                f"{self.name}: ignore_index={self.ignore_index} is invalid: expected {len(self.classes)}..255"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -91,7 +93,7 @@ class SegmentationDataset(Dataset, ABC):
         return self.read(index)
 
     def check(self, index: int, decode: bool = True) -> list[str]:
-        """Return the faults of one pair, one line each; without `decode`, those that need no decoding."""
+        """Return the faults of one pair, one line each; without `decode`, only those that show without decoding."""
         try:
             if decode:
                 self.read(index)
@@ -100,10 +102,10 @@ class SegmentationDataset(Dataset, ABC):
         return []
 
     def verify(self, progress: bool = True, sample: int | None = 32, on_error: str = "raise") -> None:
-        """Check names, headers and sizes of every pair, and decode `sample` pairs, evenly spread; None decodes all.
+        """Check every pair without decoding, and decode `sample` pairs, evenly spread; None decodes all.
 
-        A fault that is missed here is raised when its file is read. Notes are printed to stderr. Raises DatasetError
-        that lists the faults. With on_error="skip" the faults of single pairs are only printed.
+        A fault that is missed here is raised when its file is read. Raises DatasetError that lists up to ten faults.
+        With on_error="skip", faults of single pairs are only printed to stderr. Notes are printed if nothing is raised.
         """
         faults = self.faults(progress, sample)
         if on_error == "skip":
@@ -136,19 +138,19 @@ class SegmentationDataset(Dataset, ABC):
         return []
 
     def fingerprint(self) -> str:
-        """Return a short hash of name and image names, to recognise the data set."""
+        """Return a short hash of the names of the data set and its images, to recognise the data set."""
         return digest([self.info.name, *self.names])
 
     def checksum(self) -> str:
-        """Return a short hash of the contents. It changes with any label, even if names and sizes stay the same.
+        """Return a short hash that must change with any label, even if names and sizes stay the same.
 
-        This default suits data that are computed from settings.
+        This default reads no contents. It suits data that are computed from settings in the fingerprint.
         """
         return digest([self.fingerprint(), self.info])
 
 
 def spread(total: int, sample: int | None) -> list[int]:
-    """Return `sample` indices spread evenly over range(total), or all of them."""
+    """Return `sample` indices spread evenly over range(total); all of them if `sample` is None or not smaller."""
     if sample is None or sample >= total:
         return list(range(total))
     return sorted({(2 * k + 1) * total // (2 * sample) for k in range(sample)})

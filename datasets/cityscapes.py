@@ -50,7 +50,7 @@ MASK_END = "_gtFine_labelIds.png"
 
 
 class Cityscapes(PairedDataset):
-    """Cityscapes as released; every label id but the 19 classes is void, -1 (stored as 255) too."""
+    """Cityscapes as released. Every label id outside the 19 classes is void, also -1, which is stored as 255."""
 
     info = INFO
     table = LabelTable(
@@ -79,7 +79,7 @@ class Cityscapes(PairedDataset):
         return f"{path.parent.name}/{path.name.removesuffix(end)}"
 
     def read_mask(self, path: Path) -> np.ndarray:
-        """Return the mask (H, W) uint8 in train ids; reject a file of train ids, most of which would become void."""
+        """Return the mask (H, W) uint8 in train ids. Reject a file that already holds train ids: most would be void."""
         train_ids = path.with_name(path.name.replace("labelIds", "labelTrainIds"))
         if not path.exists() and train_ids.exists():
             raise DatasetError(
@@ -91,10 +91,10 @@ class Cityscapes(PairedDataset):
         return self.encode(raw, path)
 
     def remedy(self, unknown: list[int]) -> str:
-        return f"label ids are 0..{LAST_LABEL_ID}, and 255 for -1; fetch gtFine again"
+        return f"fetch gtFine again; its label ids are 0..{LAST_LABEL_ID}, and 255 for -1"
 
     def faults_as_a_whole(self) -> list[str]:
-        """Return a fault if no mask has an id above 18: they hold train ids."""
+        """Return a fault if none of 8 masks has an id above 18: then all masks hold train ids."""
         chosen = [self.pairs[index].mask for index in spread(len(self), 8)]
         masks = list(read_valid(chosen, decode_mask))
         if masks and all(map(only_train_ids, masks)):
@@ -103,7 +103,7 @@ class Cityscapes(PairedDataset):
 
 
 def only_train_ids(raw: np.ndarray) -> bool:
-    """Return whether all labels are train ids or void. Every street has label ids above: vegetation, sky or cars."""
+    """Return whether all labels are train ids or void. In label ids, every street has larger ones, such as cars."""
     return not bool(((raw > LAST_TRAIN_ID) & (raw != VOID)).any())
 
 

@@ -259,7 +259,8 @@ def decode_image(path: Path, mask_size: tuple[int, int] | None = None, mask: Pat
     image, orientation, *_ = load_image(path)
     if is_deep(image.mode):
         raise DatasetError(
-            f"{path} has more than 8 bits per channel (mode {image.mode}). Fix: choose a window and save it as 8 bits"
+            f"{path} has more than 8 bits per channel (mode {image.mode}). "
+            "Fix: choose the range of values to keep, and save it as 8 bits"
         )
     if orientation != 1 and _is_drawn_upright(path, image.size, orientation, mask_size, mask):
         image = orient(image, UPRIGHT, orientation)
@@ -269,17 +270,16 @@ def decode_image(path: Path, mask_size: tuple[int, int] | None = None, mask: Pat
 def _is_drawn_upright(
     path: Path, size: tuple[int, int], orientation: int, mask_size: tuple[int, int] | None, mask: Path | None
 ) -> bool:
-    """Whether a mask belongs to the upright image, not to the stored pixels.
-
+    """Return whether a mask belongs to the upright image, not to the stored pixels.
     Viewers apply an EXIF orientation, and most training code ignores it. The mask decides: it has an orientation too,
     or its size equals that of the upright or of the stored image. Otherwise DatasetError is raised, because a wrong
     guess would shift masks away from their objects.
     """
     if mask is not None and load_image(mask).orientation != 1:
         return True
-    across = size[::-1]
-    if orientation >= 5 and size != across and mask_size is not None:
-        return mask_size == across
+    upright_size = size[::-1]
+    if orientation >= 5 and size != upright_size and mask_size is not None:
+        return mask_size == upright_size
     raise DatasetError(
         f"{path} carries EXIF orientation {orientation} and its mask does not tell whether to apply it. "
         "Fix: store the pixels upright (mogrify -auto-orient) or remove the tag (exiftool -Orientation=)"

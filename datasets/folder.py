@@ -13,7 +13,7 @@ mine/classes.yaml:
     std: [0.229, 0.224, 0.225]
     rgb_masks: false                                  true: masks are RGB images in the colours of the classes
     void_color: [224, 224, 192]                       the colour, or colours, of void in RGB masks; default: none
-    nearest: false                                    true: a pixel takes the nearer of two values
+    nearest: false                                    true: a pixel takes the nearer of the two values of the classes
     mask_suffix: ""                                   _mask: the mask of a.jpg is a_mask.png
 
 Both folders may have sub-folders, the same in each; split files then hold patient1/a.
@@ -35,16 +35,16 @@ from .decode import canonical_name, common_suffix, decode_mask, list_images, loa
 from .paired import LabelTable, Pair, PairedDataset, preview
 from .voc2012 import voc_colour
 
-APART = 64  # smallest difference of two values that `nearest` tells apart
+MIN_DIFFERENCE = 64  # of the two values that `nearest` tells apart
 Colour = tuple[int, int, int]
 Table = Mapping[str, Any]
 
 
 class Folder(PairedDataset):
-    """Your own pairs.
+    """The data set of such a folder.
 
-    `classes` is the path of the YAML file, by default ROOT/classes.yaml, or its content. If `num_classes` or
-    `ignore_index` are given and differ from the table, DatasetError is raised.
+    `classes` is the path of the YAML file, by default ROOT/classes.yaml, or its content. DatasetError is raised if
+    `num_classes` or `ignore_index` is given and differs from the table.
     """
 
     help_tree = """\
@@ -111,7 +111,7 @@ class Folder(PairedDataset):
 
     def read_mask(self, path: Path) -> np.ndarray:
         if self.classes.rgb_masks:
-            return self._by_colour(np.array(load_opaque(path)[0].convert("RGB")), path)
+            return self._decode_colours(np.array(load_opaque(path)[0].convert("RGB")), path)
         raw = decode_mask(path)
         mask = self.encode(raw, path)
         if self.classes.nearest and (mask == mask.flat[0]).all():
@@ -119,22 +119,23 @@ class Folder(PairedDataset):
             value = low if self.table.mapping[low] == mask.flat[0] else high
             if (raw != value).any():
                 raise DatasetError(
-                    f"{path} holds labels {raw.min()}..{raw.max()}, all nearer to one of the values {low} and {high}, "
-                    "so that a class would vanish. Fix: in classes.yaml give each class the `value` that the masks hold"
+                    f"{path} holds labels {raw.min()}..{raw.max()}: `nearest` would make all of them the class of value "
+                    f"{value}. Fix: in classes.yaml, give each class the `value` that the masks hold"
                 )
         return mask
 
-    def _by_colour(self, colours: np.ndarray, path: Path) -> np.ndarray:
+    def _decode_colours(self, colours: np.ndarray, path: Path) -> np.ndarray:
+        """Return the class indices (H, W) uint8 of a mask (H, W, 3) in the colours of the classes."""
         codes = colours.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
         mask = np.full(codes.shape, self.info.ignore_index, dtype=np.uint8)
-        left = np.ones(codes.shape, dtype=bool)
+        is_unknown = np.ones(codes.shape, dtype=bool)
         void = [(self.info.ignore_index, colour) for colour in self.classes.void_colours]
         for index, (red, green, blue) in [*enumerate(self.info.palette), *void]:
             here = codes == (red << 16 | green << 8 | blue)
             mask[here] = index
-            left &= ~here
-        if left.any():
-            unknown = [f"#{code:06x}" for code in np.unique(codes[left])[:4]]
+            is_unknown &= ~here
+        if is_unknown.any():
+            unknown = [f"#{code:06x}" for code in np.unique(codes[is_unknown])[:4]]
             raise DatasetError(
                 f"{path} has colours that are not in the table ({', '.join(unknown)}). "
                 "Fix: add them to classes.yaml, as the `color` of a class or as `void_color`"
@@ -144,16 +145,16 @@ class Folder(PairedDataset):
     def remedy(self, unknown: list[int]) -> str:
         known = sorted(raw for raw, label in self.table.mapping.items() if label < self.info.num_classes)
         if self.info.num_classes == 19 and max(unknown) <= 33:
-            return "these look like Cityscapes label ids: use dataset=cityscapes, which reads them"
+            return "use dataset=cityscapes, because these look like its label ids"
         if unknown == [255]:
-            return "in classes.yaml, add `value: 255` to the class that it means, or `void: 255` if it is void"
+            return "in classes.yaml, add `value: 255` to the class that 255 stands for, or `void: 255` if it is void"
         if unknown == [0]:
             return f"in classes.yaml, add `void: [0, 255]` if 0 is void; the table has {preview(known)}"
         if unknown == [1] and known == [0, 255]:
-            return "the table has 0, 255, but the masks hold 0 and 1: remove `value: 255` from classes.yaml"
-        blurred = len(known) == 2 and known[1] - known[0] >= APART and len(unknown) > 2
+            return "remove `value: 255` from classes.yaml: the table has 0, 255, but the masks hold 0 and 1"
+        blurred = len(known) == 2 and known[1] - known[0] >= MIN_DIFFERENCE and len(unknown) > 2
         more = "; or, because a JPEG or resizing blurs labels, add `nearest: true`" if blurred else ""
-        return f"the table has {preview(known)}: correct the mask (a JPEG cannot hold labels) or classes.yaml{more}"
+        return f"correct the mask (a JPEG cannot hold labels) or classes.yaml, whose table has {preview(known)}{more}"
 
     def faults_as_a_whole(self) -> list[str]:
         """Return a fault if masks hold only 0 and void: void is probably the value of a class."""
@@ -161,8 +162,8 @@ class Folder(PairedDataset):
         if void is None or self.labels_seen() != {0, self.info.ignore_index} or self.info.num_classes < 2:
             return super().faults_as_a_whole()
         return [
-            f"{self.pairs[0].mask} and the others hold 0 and {void} (void) only. "
-            f"Fix: add `value: {void}` to its class in classes.yaml"
+            f"all masks, such as {self.pairs[0].mask}, hold only 0 and {void} (void). "
+            f"Fix: in classes.yaml, add `value: {void}` to the class that {void} stands for"
         ]
 
 
@@ -219,7 +220,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {  # key: whether a valu
 
 
 class ClassTable:
-    """The content of classes.yaml; every error names its `source`."""
+    """The checked content of classes.yaml. Every error names its `source`."""
 
     def __init__(self, name: str, source: str, content: Any) -> None:
         self.source = source
@@ -227,7 +228,7 @@ class ClassTable:
         self.entries = entries = [self._entry(item) for item in self.table["classes"]]
         self.mask_suffix = canonical_name(self._get("mask_suffix", ""))
         self.rgb_masks: bool = self._get("rgb_masks", False)
-        rgb, nearest, listed = self.rgb_masks, self._get("nearest", False), "void" in self.table
+        rgb, nearest, has_void = self.rgb_masks, self._get("nearest", False), "void" in self.table
         if rgb and nearest:
             raise self.fault("nearest is for grey masks. Fix: remove nearest or rgb_masks")
         ignore_index = self._get("ignore_index", 255)
@@ -236,15 +237,15 @@ class ClassTable:
         if colours and not rgb:
             raise self.fault("void_color is for RGB masks. Fix: set rgb_masks: true, or use void")
         void_colours = [_colour(value) for value in ([colours] if _is_colour(colours) else colours)]
-        if rgb and len(entries) > 1 and _claims(entries[-1], void):  # void, written as a class for its colour
+        if rgb and len(entries) > 1 and _claims(entries[-1], void):  # not a class: it gives void a colour
             last = entries.pop()
             void_colours.append(self._class_colour(last, len(entries)))
         if rgb and any(_claims(entry, void) for entry in entries):
             raise self.fault("a class of rgb_masks has the value of void. Fix: use `void_color` for it")
         values = self._values()
-        if not listed:
+        if not has_void:
             if ignore_index < len(entries) and not rgb and ignore_index not in values:
-                ignore_index = 255  # a number in the masks; the index of void must not be the index of a class
+                ignore_index = 255  # the given one is a number in the masks, but as an index it would be a class
             void = [raw for raw in void if raw not in values]
         for raw in () if rgb else void:
             if raw in values:
@@ -256,12 +257,12 @@ class ClassTable:
         colours = [*self.info.palette, *void_colours]
         if rgb and len(set(colours)) < len(colours):
             raise self.fault("two classes, or a class and void, have one colour. Fix: change one")
-        if nearest and listed:
+        if nearest and has_void:
             raise self.fault("nearest leaves no void. Fix: remove void or nearest")
         self.labels = LabelTable(self._nearest(values) if nearest else dict.fromkeys(void, ignore_index) | values)
         self.nearest = (min(values), max(values)) if nearest else None
-        # The number of void, if the table does not list several.
-        self.void = ignore_index if not listed and ignore_index in void else None
+        # The number of void in the masks, if it is the default and no class has this value.
+        self.void = ignore_index if not has_void and ignore_index in void else None
 
     def fault(self, text: str) -> DatasetError:
         return DatasetError(f"{self.source}: {text}")
@@ -282,7 +283,7 @@ class ClassTable:
             table = {"classes": content}
         unknown = [str(key) for key in table if key not in ("classes", *_CHECKS)]
         if unknown:
-            raise self.fault(f"unknown key {unknown[0]!r}; known are classes, {', '.join(_CHECKS)}")
+            raise self.fault(f"unknown key {unknown[0]!r}. Fix: use only classes, {', '.join(_CHECKS)}")
         names = table.get("classes")
         if isinstance(names, Mapping) and _has_indices(names):
             if sorted(names) != list(range(len(names))):
@@ -328,20 +329,23 @@ class ClassTable:
         for index, entry in enumerate(self.entries):
             for raw in _as_list(entry.get("value", index)):
                 if not _is_byte(raw) or raw in mapping:
-                    raise self.fault(f"value {raw} of class {entry['name']!r} must be new and in 0..255")
+                    raise self.fault(
+                        f"value {raw} of class {entry['name']!r} is invalid: expected a number in 0..255 "
+                        "that no other class has"
+                    )
                 mapping[raw] = index
         return mapping
 
     def _nearest(self, values: dict[int, int]) -> dict[int, int]:
         """Return raw value -> class: each of 0..255 takes the nearer of two values.
 
-        Raises DatasetError for more values: between 0 and 255, a blurred edge would pass through the third.
+        Raises DatasetError unless there are two: a blurred edge between two values would take the third, between them.
         """
         known = sorted(values)
-        if len(known) != 2 or known[1] - known[0] < APART:
+        if len(known) != 2 or known[1] - known[0] < MIN_DIFFERENCE:
             raise self.fault(
-                "nearest tells two values apart, such as 0 and 255, but the classes have "
-                f"{', '.join(map(str, known[:6]))}. Fix: name their values, or remove nearest"
+                f"nearest needs two values at least {MIN_DIFFERENCE} apart, such as 0 and 255, but the classes have "
+                f"{', '.join(map(str, known[:6]))}. Fix: add `value` to the classes, or remove nearest"
             )
         return {raw: values[min(known, key=lambda k: abs(k - raw))] for raw in range(256)}
 

@@ -22,7 +22,7 @@ INFO = DatasetInfo(
 )
 VAL_FRACTION = 0.12  # 880 / 120 of the 1000 images, the sizes usually published with the data set
 THRESHOLD = 127  # a pixel above it is polyp
-MAX_GREY_SHARE = 1 / 3  # of the pixels that are not dark; the released masks have less than 1 %
+MAX_GREY_SHARE = 1 / 3  # largest share of grey among the pixels that are not dark; released masks have less than 1 %
 
 
 def default_split(stems: list[str]) -> dict[str, list[str]]:
@@ -45,9 +45,9 @@ class KvasirSEG(PairedDataset):
 
     info = INFO
     help_tree = """\
-  Kvasir-SEG/images/*.jpg, Kvasir-SEG/masks/*.jpg               as released; split 880 / 120 by name, or by
-  Kvasir-SEG/{train,val,test}.txt                               one name per line, or instead of these three
-  Kvasir-SEG/{images,masks}_split/{train,val}/jpg_{images,masks}/*.jpg
+  Kvasir-SEG/images/*.jpg, Kvasir-SEG/masks/*.jpg               as released; without split files, 880 / 120 by name
+  Kvasir-SEG/{train,val,test}.txt                               split files (optional), one name per line
+  or Kvasir-SEG/{images,masks}_split/{train,val}/jpg_{images,masks}/*.jpg
   from https://datasets.simula.no/kvasir-seg/ ; for research and education, citing Jha et al., MMM 2020."""
 
     def __init__(self, root: str | Path, split: str, dithered_masks: bool = False) -> None:
@@ -86,7 +86,7 @@ class KvasirSEG(PairedDataset):
         return split[self.split]
 
     def read_mask(self, path: Path) -> np.ndarray:
-        """Return the mask (H, W) uint8, 1 for polyp; reject masks that are neither black and white nor 0 and 1."""
+        """Return the mask (H, W) uint8, 1 for polyp. Reject masks that are neither black and white nor 0 and 1."""
         image, kind = load_opaque(path)
         grey = np.asarray(image.convert("L"))
         bright = int((grey > THRESHOLD).sum())
@@ -103,11 +103,11 @@ class KvasirSEG(PairedDataset):
         return (grey > THRESHOLD).view(np.uint8)
 
     def label_meaning(self) -> list[object]:
-        """Return whether grey pixels are dithered: no table of labels decides here."""
+        """Return whether grey pixels are dithered: no table of labels is used here."""
         return [self.dithered_masks]
 
     def _zero_one(self, image: Image.Image, grey: np.ndarray, kind: str | None, path: Path) -> np.ndarray:
-        """Return a mask without a bright pixel: all black, or indices 0 and 1. Dark grey is rejected."""
+        """Return the mask (H, W) uint8 of a file without a bright pixel: all 0, or 0 and 1. Reject dark grey."""
         indices = np.asarray(image) if image.mode == "P" else grey
         if int(indices.max()) > 1 or (kind == "JPEG" and indices.any()):
             raise DatasetError(

@@ -54,7 +54,7 @@ class Synthetic(SegmentationDataset):
     def __init__(
         self,
         split: str = "train",
-        num_images: int | Mapping[str, int] | None = None,  # one number, or one per split; None: 400 and 100, 100
+        num_images: int | Mapping[str, int] | None = None,  # one number, or one per split; None: NUM_IMAGES
         size: int = 96,  # side of the image in pixels
         num_classes: int = 5,  # 2 to 5, with the background
         seed: int = 0,
@@ -62,11 +62,11 @@ class Synthetic(SegmentationDataset):
         if split not in SPLITS:
             raise UserError(f"split={split!r} is invalid: expected one of {', '.join(SPLITS)}")
         counts = NUM_IMAGES if num_images is None else num_images
-        count = int(counts[split]) if isinstance(counts, Mapping) else int(counts)
+        count = counts.get(split, 0) if isinstance(counts, Mapping) else counts
         if not 2 <= num_classes <= len(CLASSES):
             raise UserError(f"num_classes={num_classes} is invalid: expected 2 to {len(CLASSES)}")
         for name, value, least in (("num_images", count, 1), ("size", size, 8)):
-            if value < least:
+            if not isinstance(value, int) or value < least:
                 raise UserError(f"{name}={value} is invalid: expected an integer >= {least}")
         self.split, self.size, self.seed = split, size, seed
         self.names = [f"{split}_{index:05d}" for index in range(count)]

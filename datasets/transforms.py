@@ -1,8 +1,8 @@
 """Transforms of image and mask together: augmentation for training, and the evaluation of both protocols.
 
 A transform takes an image (3, H, W) uint8 and a mask (H, W) uint8 as tv_tensors. It returns the normalised image
-(3, h, w) float32 and the target (h, w) int64. Random numbers come from torch's global CPU generator, which the loaders
-seed for each image.
+(3, h, w) float32 and the target (h, w) int64; in the corrected evaluation, the target stays (H, W). Random numbers come
+from torch's global CPU generator, which the loaders seed for each image.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def require_pair(image: Tensor, mask: Tensor) -> None:
     """
     if not (isinstance(image, tv_tensors.Image) and isinstance(mask, tv_tensors.Mask)):
         raise TypeError(
-            f"expected tv_tensors.Image and Mask, got {type(image).__name__} and {type(mask).__name__}: "
-            "wrap the image and the mask"
+            f"expected tv_tensors.Image and Mask, got {type(image).__name__} and {type(mask).__name__}. "
+            "Fix: wrap the image and the mask"
         )
     if image.shape[-2:] != mask.shape[-2:]:
         raise UserError(f"image is {tuple(image.shape[-2:])} and mask {tuple(mask.shape[-2:])}: bring them to one size")
@@ -73,8 +73,8 @@ def rotate_window(image: Tensor, mask: Tensor, degrees: int, window: Window, lab
     """Rotate a pair by whole degrees counter-clockwise, and return a window of it.
 
     The frame keeps its size. It rotates about (W/2, H/2), measured from the centre of the first pixel. The image is
-    bilinear and truncated to uint8, with black corners; the mask is nearest, with corners of `label_fill`. Only the
-    pixels of the window are computed, from the part of the frame that they come from.
+    interpolated bilinearly and truncated to uint8; its corners are black. The mask takes the nearest pixel; its corners
+    are `label_fill`. Only the pixels of the window are computed, from the part of the frame that they come from.
     """
     top, left, height, width = window
     if degrees == 0:
@@ -92,7 +92,7 @@ def rotate_window(image: Tensor, mask: Tensor, degrees: int, window: Window, lab
 
 
 def source_places(shape: Sequence[int], degrees: int, window: Window) -> tuple[Tensor, Tensor]:
-    """Return y and x (h, w), from the frame's corner, of the source of each pixel of a rotated window."""
+    """Return y and x (h, w), measured from the frame's corner, where each pixel of a rotated window comes from."""
     top, left, height, width = window
     centre_y, centre_x = shape[0] / 2 + 0.5, shape[1] / 2 + 0.5
     y = (torch.arange(top, top + height) + (0.5 - centre_y))[:, None]
@@ -102,7 +102,7 @@ def source_places(shape: Sequence[int], degrees: int, window: Window) -> tuple[T
 
 
 def source_range(places: Tensor, size: int) -> tuple[int, int]:
-    """Return the first and one past the last pixel of a line that interpolation at these places reads."""
+    """Return the first pixel that interpolation at these places along a line reads, and one past the last."""
     margin = 2  # bilinear neighbours, and rounding
     first = min(max(int(places.min()) - margin, 0), size - 1)
     return first, min(max(int(places.max()) + margin + 1, first + 1), size)
@@ -119,7 +119,7 @@ class TrainTransform:
         resize: Size | None = None,  # of image and mask before the augmentation
         rotate: int = 10,  # the largest angle in whole degrees, in both directions
         flip: float = 0.5,  # the probability of a mirror image
-        label_fill: int = 255,  # of corners and padding: left out of the loss. The paper's code taught background, 0
+        label_fill: int = 255,  # label of corners and padding: void. The paper's code used 0, the background
     ) -> None:
         if not (isinstance(rotate, int) and 0 <= rotate <= 180):
             raise UserError(f"rotate={rotate} is invalid: expected whole degrees, 0 to 180")
@@ -168,7 +168,7 @@ class EvalTransform:
     keeps its resolution; the logits are resized to it afterwards.
 
     Paper (`legacy=True`): the shorter side becomes `crop`, and the centre `crop` x `crop` is scored. The image is
-    bilinear without antialiasing and truncated to uint8, the label nearest as in Pillow.
+    resized bilinearly without antialiasing and truncated to uint8. The label is the nearest pixel, as in Pillow.
     """
 
     def __init__(
@@ -223,8 +223,8 @@ def centre_crop(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor]
 def bilinear_window(image: Tensor, size: tuple[int, int], top: int, left: int, crop: int) -> Tensor:
     """Return a window of the image resized to (height, width), equal to OpenCV's float resize after truncation.
 
-    OpenCV interpolates rows first, then columns, each with one fused `a + (b - a) f` in float32. Computing product and
-    sum in float64 gives the same rounding; another order or rounding changes pixels whose exact value is an integer.
+    OpenCV interpolates along rows first, then along columns, each with one fused `a + (b - a) f` in float32. Product
+    and sum in float64 give the same rounding. Another order or rounding changes pixels whose exact value is an integer.
     """
     row, next_row, row_share = source_pixels(image.shape[-2], size[0], top, crop)
     column, next_column, column_share = source_pixels(image.shape[-1], size[1], left, crop)

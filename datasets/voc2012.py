@@ -44,7 +44,7 @@ class VOC2012(PairedDataset):
   from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (VOCtrainval_11-May-2012.tar); Flickr terms apply."""
 
     def find_pairs(self) -> list[Pair]:
-        """Return the pairs of the split file; without a file, `trainval` is train and val together."""
+        """Return the pairs of the split file. If trainval.txt is missing, `trainval` is train and val together."""
         for below in ("", "VOC2012", "VOCdevkit/VOC2012"):
             if (self.root / below / "JPEGImages").is_dir():
                 self.home = self.root / below

@@ -204,7 +204,7 @@ def test_label_ids_where_train_ids_were_meant(tmp_path):
 
 def test_a_binary_mask_of_0_and_255_is_not_taken_for_void(tmp_path):
     data = Folder(make_folder(tmp_path, inside=255), "train")
-    with pytest.raises(DatasetError, match=r"hold 0 and 255 \(void\) only.* add `value: 255`"):
+    with pytest.raises(DatasetError, match=r"hold only 0 and 255 \(void\).* add `value: 255`"):
         data.verify(progress=False)
 
 
@@ -250,20 +250,20 @@ def test_the_suffix_of_names_that_begin_alike():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("classes: [a, b]\nnearest: true", "nearest tells two values apart.*have 0, 1"),
+        ("classes: [a, b]\nnearest: true", "nearest needs two values at least 64 apart.*have 0, 1"),
         ("classes: [a, {name: b, value: 128}, {name: c, value: 255}]\nnearest: true", "have 0, 128, 255"),
         ("classes: [a, {name: b, value: 255}]\nnearest: true\nrgb_masks: true", "nearest is for grey masks"),
         ("classes: [a, b", "is not valid YAML"),
         ("klasses: [a]", "unknown key 'klasses'"),
         ("classes: lesion", "must be a list of names"),
         ("classes: [{title: a}]", "a class has a name"),
-        ("classes: [a, {name: b, value: 0}]", "value 0 of class 'b' must be new"),
+        ("classes: [a, {name: b, value: 0}]", "value 0 of class 'b' is invalid"),
         ("classes: [a, {name: b, color: [1, 2]}]", r"the color of class 'b' is \[1, 2\]"),
         ("classes: [a, {name: b, color: [300, 0, 0]}]", r"the color of class 'b' is \[300, 0, 0\]"),
         ("classes: [a, {name: b, color: red}]", r"the color of class 'b' is 'red'"),
-        ("classes: [a, {name: b, value: 1.5}]", "value 1.5 of class 'b' must be new"),
-        ("classes: [a, {name: b, value: null}]", "value None of class 'b' must be new"),
-        ("classes: [a, {name: b, value: true}]", "value True of class 'b' must be new"),
+        ("classes: [a, {name: b, value: 1.5}]", "value 1.5 of class 'b' is invalid"),
+        ("classes: [a, {name: b, value: null}]", "value None of class 'b' is invalid"),
+        ("classes: [a, {name: b, value: true}]", "value True of class 'b' is invalid"),
         ("classes: [a, b]\nmean: 3", "mean=3 is invalid"),
         ("classes: [a, b]\nmean: [123.7, 116.3, 103.5]", r"mean=\[123.7.* from 0 to 1"),
         ("classes: [a, b]\nmean: [.nan, 0, 0]", r"mean=\[nan.* from 0 to 1"),
@@ -277,8 +277,8 @@ def test_the_suffix_of_names_that_begin_alike():
         ("classes: {0: a, x: b}", "must be a list of names"),
         ("classes: {1: a, 2: b}", "indices of `classes` are 1, 2"),  # 1 would be read as the class b
         ("{0: a, 2: b}", "indices of `classes` are 0, 2"),
-        ("classes: [a, b]\nscored: [2]", r"scored classes \(2,\) go beyond 0..1"),
-        ("classes: [a, b]\nignore_index: 1", r"ignore_index=1 must be in 2..255"),
+        ("classes: [a, b]\nscored: [2]", r"scored=\(2,\) is invalid: expected 0..1"),
+        ("classes: [a, b]\nignore_index: 1", r"ignore_index=1 is invalid: expected 2..255"),
         ("classes: [a, b, {name: c, color: [128, 0, 0]}]\nrgb_masks: true", "have one colour"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from configs.errors import UserError
 from datasets import Synthetic
 from datasets.synthetic import smooth_basis
 
@@ -97,3 +98,9 @@ def test_with_the_true_posterior_ranking_beats_the_threshold():
     threshold, ranking = scores.nanmean(0).tolist()
     assert ranking > threshold + 0.01
     assert 0.4 < threshold < 0.9
+
+
+@pytest.mark.parametrize("num_images", [0, 7.5, "abc", {"train": 8}, {"val": None}])
+def test_a_number_of_images_that_is_not_an_integer_is_named(num_images: object) -> None:
+    with pytest.raises(UserError, match=r"num_images=\S+ is invalid: expected an integer >= 1"):
+        Synthetic("val", num_images=num_images)
