@@ -119,8 +119,8 @@ class Folder(PairedDataset):
             value = low if self.table.mapping[low] == mask.flat[0] else high
             if (raw != value).any():
                 raise DatasetError(
-                    f"{path} holds labels {raw.min()}..{raw.max()}: `nearest` would make all of them the class of value "
-                    f"{value}. Fix: in classes.yaml, give each class the `value` that the masks hold"
+                    f"{path} holds labels {raw.min()}..{raw.max()}: `nearest` would give all of them the class of "
+                    f"value {value}. Fix: in classes.yaml, give each class the `value` that the masks hold"
                 )
         return mask
 
