@@ -15,7 +15,7 @@ class SegmentationOutput(NamedTuple):
     """Scores of each class at each pixel, before softmax or sigmoid."""
 
     logits: Tensor  # (N, C, H, W) at the size of the images
-    aux: Tensor | None = None  # (N, C, H, W) of an auxiliary head while training
+    aux: Tensor | None = None  # (N, C, H, W) of an auxiliary head, in training mode only
 
 
 class PooledBatchNorm(nn.BatchNorm2d):
@@ -75,14 +75,16 @@ def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: ob
     if factor == 1:
         return
     if weights is not None:
-        raise UserError(f"weights={weights} belong to the full network. Fix: with narrow={factor} set weights=null.")
+        raise UserError(
+            f"weights={weights} fit the full network only, got narrow={factor}. Fix: set weights=null or narrow=1."
+        )
 
     def fewer(channels: int) -> int:
         if channels in (3, num_classes):  # input and output of the network
             return channels
         if factor < 1 or channels % factor:
             raise UserError(
-                f"narrow={factor} does not divide a layer of {channels} channels; try a smaller power of two"
+                f"narrow={factor} does not divide a layer of {channels} channels. Fix: choose a smaller power of two."
             )
         return channels // factor
 
@@ -97,7 +99,7 @@ def narrow_layers(network: nn.Module, factor: int, num_classes: int, weights: ob
             layer.num_channels = first = fewer(layer.num_channels)
             layer.num_groups = max(1, layer.num_groups // factor)
         elif next(layer.children(), None) is None and next(layer.parameters(), None) is not None:
-            raise UserError(f"narrow={factor} cannot divide a layer of type {type(layer).__name__}; set narrow=1")
+            raise UserError(f"narrow={factor} cannot divide a layer of type {type(layer).__name__}. Fix: set narrow=1.")
         else:
             continue
         for name, values in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:

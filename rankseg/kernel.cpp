@@ -1,11 +1,11 @@
 // RankDice and RankIoU on the CPU: the method of rankseg/solver.py and rankseg/nonoverlap.py, one row at a time.
 //
 // A row is one class of one image. It is finished while it is in the processor's cache:
-//   1. check, maximum, sum and a sample, in one pass;  2. Dinkelbach's iteration on the sample, one step on all pixels;
+//   1. check, maximum, sum and a sample, in one pass;  2. Dinkelbach's iteration on the sample, then one step on all;
 //   3. power sums and the pixels of a bracket around the cut-off (the window), in one pass;  4. sort of the window,
 //   the bounds g of rankseg/surrogate.py, and the quadrature of rankseg/exact.py;  5. the mask.
-// If g does not prove the bracket, the k pixels next to it are fetched; k follows from g. Equal pixels are kept as one
-// run with a count, so that maps of exact zeros and ones cost no more than others.
+// If g does not prove that the best volume is in the bracket, the k pixels next to it are added; k follows from g.
+// Equal pixels are kept as one run with a count, so that maps of exact zeros and ones cost no more than others.
 //
 // The interface is a plain C ABI: pointers, sizes and strides. Neither torch nor Python headers are needed.
 // Floating-point contraction must be off (-ffp-contract=off): equal results with every instruction set.
@@ -39,17 +39,17 @@ using std::uint16_t;
 using std::uint32_t;
 using std::uint8_t;
 
-constexpr int64_t BLOCK = 2048;         // pixels a pass looks at together
-constexpr int64_t PART = 512;           // pixels of a block that are skipped together, if none is large enough
+constexpr int64_t BLOCK = 2048;         // pixels that are processed together
+constexpr int64_t PART = 512;           // pixels of a block that skip a step together, if none is large enough
 constexpr int64_t CHUNK = 1 << 16;      // pixels of a long row that one thread takes; results do not depend on threads
-constexpr int64_t LONG = 1 << 20;       // rows of so many pixels are shared by the threads
+constexpr int64_t LONG = 1 << 20;       // rows of at least so many pixels are shared by the threads
 constexpr int64_t SHORT = 8192;         // rows of at most so many pixels are computed in double precision
-constexpr int64_t SAMPLE = 4096;
+constexpr int64_t SAMPLE = 4096;        // a longer row is sampled: about so many of its pixels
 constexpr int64_t SHRINKS = 4;          // how often a bracket that holds too many pixels is narrowed
 constexpr int MAX_NODES = 64;
 constexpr int MAX_AXES = 16;
 constexpr int ROUNDS = 20;              // of the search for non-overlapping masks
-constexpr double WORTH = 1e-7;          // a round must raise the objective by this part
+constexpr double MIN_GAIN = 1e-7;       // a round must raise the objective by this fraction
 enum Status { OK = 0, BAD_VALUES = 1, NO_MEMORY = 2 };
 enum DType { FLOAT16 = 0, BFLOAT16 = 1, FLOAT32 = 2, FLOAT64 = 3 };
 
@@ -107,7 +107,7 @@ class Pool {
             std::lock_guard<std::mutex> lock(state);
             try {
                 for (; workers < mine.limit; ++workers) std::thread([this] { loop(); }).detach();
-            } catch (const std::system_error&) {  // no more threads to be had: fewer do
+            } catch (const std::system_error&) {  // the system starts no more threads: fewer suffice
             }
             job = &mine;
         }
@@ -172,7 +172,7 @@ template <class F, int B> struct Wide {
     }
 };
 
-template <class V> INLINE int64_t count_of(V marks) {  // lanes are minus the counts
+template <class V> INLINE int64_t count_of(V marks) {  // each lane is minus a count
     int64_t sum = 0;
     for (int j = 0; j < int(sizeof(V) / sizeof(marks[0])); ++j) sum -= marks[j];
     return sum;
@@ -209,7 +209,7 @@ template <class F, int B> INLINE void stats_body(const F* x, int64_t n, Stats& o
     }
 }
 
-// Σ max(p - cut, 0) and the number of pixels above `cut`: for guesses.
+// Σ max(p - cut, 0) and the number of pixels above `cut`, for guesses only.
 struct Excess {
     double excess = 0;
     int64_t count = 0;
@@ -268,7 +268,7 @@ template <class F, int B, bool ABOVE> INLINE void add_powers(const F* x, int64_t
             const X square = v * v;
             s2 += square, s3 += square * v, s4 += square * square;
         }
-        second.add(s2), third.add(s3), fourth.add(s4);  // single precision adds up eight numbers
+        second.add(s2), third.add(s3), fourth.add(s4);  // sums of eight numbers are in the precision of F
     }
     if (ABOVE) sums[0] += double(count_of(count)), sums[1] += first.total();
     sums[2] += second.total(), sums[3] += third.total(), sums[4] += fourth.total();
@@ -316,7 +316,7 @@ template <class F, int B> INLINE void mask_body(const F* x, int64_t n, F cut, ui
     for (int64_t i = 0; i < n; ++i) out[i] = x[i] > cut;
 }
 
-// Exact conversion of half precision; infinity and NaN become numbers above 1, which the check rejects.
+// Exact conversion of half precision. Infinity and NaN may become numbers outside [0, 1]: the check rejects both.
 template <int B> INLINE void half_body(const uint16_t* x, int64_t n, float* out) {
     int64_t i = 0;
 #if defined(__F16C__)
@@ -343,7 +343,7 @@ template <int B> INLINE void bfloat_body(const uint16_t* x, int64_t n, float* ou
 // ------------------------------------------------------------------------- loops over nodes and classes
 
 struct Nodes {
-    int count = 0;                   // a multiple of 8; those that fill up weigh nothing
+    int count = 0;                   // a multiple of 8; the added nodes have weight 0
     alignas(64) double t[MAX_NODES], w[MAX_NODES], s[MAX_NODES], u[MAX_NODES];  // s = e^-t, u = 1 - s
 };
 
@@ -352,8 +352,8 @@ struct Run {  // `count` pixels of equal probability
     int64_t count;
 };
 
-// Per node: Σ log(1 - pu), and Σ p e^-t / (1 - pu), over runs. Products stand for sums of logarithms:
-// 64 factors of at least 3e-4 do not underflow. The pair (numerator, denominator) saves a division a pixel.
+// Per node: Σ log(1 - pu), and Σ p e^-t / (1 - pu), over runs. The logarithm of a product replaces a sum of logarithms:
+// 64 factors of at least 3e-4 do not underflow. Numerator and denominator are kept: one division per product.
 template <int B> INLINE void fold_body(const Run* runs, int64_t n, const Nodes& nodes, double* logs, double* tilts) {
     using D = typename Vec<double, B>::type;
     constexpr int L = B / 8;
@@ -420,7 +420,7 @@ INLINE void advance_body(const double* values, const double* amounts, int64_t n,
     }
 }
 
-// One class's turn in an argmax of slope·p + offset over classes: gains, labels and probabilities so far.
+// Step of an argmax of slope·p + offset over classes: compare class `label` with the best so far of each pixel.
 template <class F, int B>
 INLINE void challenge_body(const F* x, int64_t n, F slope, F offset, int32_t label, F* gain, int32_t* labels, F* prob) {
     for (int64_t i = 0; i < n; ++i) {
@@ -525,7 +525,7 @@ struct Map {
             }
         }
     }
-    // Pixels start .. start + n of a row as numbers of type F, in `space` (BLOCK) unless they are such already.
+    // Pixels start .. start + n of a row as numbers of type F: in place if possible, otherwise in `space` (BLOCK).
     template <class F> const F* block(const char* from, int64_t start, int64_t n, F* space) const {
         alignas(64) char copy[BLOCK * 8];
         const char* raw = copy;
@@ -558,7 +558,7 @@ struct Map {
     }
 };
 
-// What all rows of a call share.
+// The parameters of a call: the same for all rows.
 struct Problem {
     bool iou;
     double smooth;
@@ -586,7 +586,7 @@ struct Problem {
         }
         return result;
     }
-    // rankseg.surrogate: 1 - a lower bound of the score; by how much a pixel raises g; g itself.
+    // rankseg.surrogate: 1 - a lower bound of the score; by how much a pixel of this probability raises g; g itself.
     double loss_bound(double volume, double captured, double mean) const {
         const double total = volume + mean;
         if (!iou) return (total + 1 - 2 * captured) / (total + smooth + 1);
@@ -624,7 +624,8 @@ void add_power_sums(double* sums, double value, double count) {
     for (int k = 0; k < 5; ++k, count *= value) sums[k] += count;
 }
 
-// The integrand's logarithm over all pixels and behind the mask, and the tilted sums in front of it and behind.
+// A mask ends in front of run `split` of the window. Sums of log(1 - pu) over all pixels and over those behind the
+// mask's end; tilted sums over the pixels in front of it (those of the mask) and behind it.
 struct Factors {
     double all[MAX_NODES], behind[MAX_NODES], front_tilt[MAX_NODES], behind_tilt[MAX_NODES];
     Factors(const Window& w, size_t split, const Nodes& nodes) {
@@ -666,7 +667,7 @@ double score_of_nothing(const Problem& problem, const Window& w, double log_abse
     return problem.losses ? sum : smooth * sum + (smooth < 1 ? std::exp(log_absent) : 0);
 }
 
-// Σ_k weight_k (amount + slope·tilt_k) is the score of `volume` pixels, apart from a factor: see `scored`.
+// Σ_k weight_k (amount + slope·tilt_k) is the score of `volume` pixels, apart from a factor: see `score_from`.
 struct Integrand {
     Recurrence rule;
     alignas(64) double weight[MAX_NODES], tilt[MAX_NODES];
@@ -687,7 +688,7 @@ struct Integrand {
         if (problem.losses) return problem.iou ? volume - captured : volume;
         return problem.iou ? 1 : problem.smooth;
     }
-    static double scored(const Problem& problem, double sum, double captured) {
+    static double score_from(const Problem& problem, double sum, double captured) {
         if (problem.losses) return -sum;
         return problem.iou ? sum * (captured + problem.smooth) : sum;
     }
@@ -700,9 +701,9 @@ struct Best {
     int64_t inside = 0;
 };
 
-// The best volume among n + first .. n + last, n the number of pixels above the window; the smallest of equal ones.
+// The best volume among n + first .. n + last, n the number of pixels above the window; the smallest of tied ones.
 Best search(const Problem& problem, const Window& w, int64_t first, int64_t last, double log_absent) {
-    std::vector<Best> records;  // volumes that beat all before, as far as they tie with the best
+    std::vector<Best> records;  // volumes that beat all before them and tie with the best
     const int64_t base = std::llround(w.above.sums[0]);
     auto offer = [&](const Best& found) {
         if (!records.empty() && !(found.value > records.back().value)) return;
@@ -726,7 +727,7 @@ Best search(const Problem& problem, const Window& w, int64_t first, int64_t last
         if (take < w.runs[run].count) break;
         inside = 0;
     }
-    Window split;  // with the run that the first volume ends in cut in two
+    Window split;  // a copy of `w`, if the first volume ends inside a run: that run is cut in two
     while (at <= last) {
         auto scale_at = [&](double tau, double mass) {
             return tau + w.mean + problem.smooth - (problem.iou ? mass : 0);
@@ -763,7 +764,7 @@ Best search(const Problem& problem, const Window& w, int64_t first, int64_t last
             advance(values, amounts, n, nodes, integrand.weight, integrand.tilt, integrand.rule, scores);
             for (int64_t i = 0; i < n; ++i) {
                 if (places[i].tau == 0) continue;  // the empty mask is scored apart
-                places[i].value = Integrand::scored(problem, scores[i], masses[i]);
+                places[i].value = Integrand::score_from(problem, scores[i], masses[i]);
                 offer(places[i]);
             }
         }
@@ -774,7 +775,7 @@ Best search(const Problem& problem, const Window& w, int64_t first, int64_t last
     return best;
 }
 
-// The expected score of one mask: all pixels in front of the window, which is empty.
+// The expected score of one mask: all pixels above the window. The window is empty.
 double score_of(const Problem& problem, const Window& w, double log_absent) {
     double volume = w.above.sums[0], captured = w.above.sums[1];
     for (const Run& run : w.above.runs) volume += double(run.count), captured += run.value * double(run.count);
@@ -785,7 +786,7 @@ double score_of(const Problem& problem, const Window& w, double log_absent) {
     const double none = 0, amount = Integrand::amount(problem, volume, captured);
     double score;
     advance(&none, &amount, 1, nodes, integrand.weight, integrand.tilt, integrand.rule, &score);
-    return Integrand::scored(problem, score, captured);
+    return Integrand::score_from(problem, score, captured);
 }
 
 // ------------------------------------------------------------------------------------- one row's search
@@ -979,7 +980,7 @@ template <class F> struct Row {
         }
         visit([&](int64_t, const F* x, int64_t start, int64_t n) { mask(x, n, F(cut), out + start); });
         F space[BLOCK];
-        for (int64_t start = 0; tied && start < map.pixels; start += BLOCK) {  // of equal pixels the first ones
+        for (int64_t start = 0; tied && start < map.pixels; start += BLOCK) {  // the first of equal pixels
             const int64_t n = std::min(BLOCK, map.pixels - start);
             const F* x = map.block(from, start, n, space);
             for (int64_t i = 0; i < n && tied; ++i)
@@ -1000,7 +1001,7 @@ double mass_of(const std::vector<Run>& runs) {
     return mass;
 }
 
-// The volumes first .. last of the window that g leaves over, and g at both ends of the window.
+// The volumes first .. last of the window that g does not exclude, and g at both ends of the window.
 struct Interval {
     int64_t first = 0, last = 0, length = 0;
     double loss = 0, left = 0, right = 0;
@@ -1023,7 +1024,7 @@ Interval possible(const Problem& problem, const Window& w) {
     for (const Run& run : w.runs) {
         const double count = double(run.count);
         const double next = problem.g(volume + count, captured + count * run.value, w.mean, result.loss);
-        if (!inside && !any && next >= 0) {  // enters within this run; a volume too many does no harm
+        if (!inside && !any && next >= 0) {  // g rises to 0 within this run; one volume too many is harmless
             const double steps = run.count > 1 ? std::floor(-g * count / (next - g)) - 1 : 1;
             result.first = result.length + std::max<int64_t>(1, std::min(run.count, int64_t(steps)));
             inside = any = true;
@@ -1097,7 +1098,7 @@ template <class F> Answer solve_row(const Problem& problem, const Row<F>& row) {
         return answer;
     }
     const double mean = s.sum, total = mean + problem.smooth;
-    // Up to 1 / negligible the power sums of confident pixels are not accurate: these are kept one by one.
+    // If `total` is at most 1 / negligible, confident pixels are too large for the power sums and stay in the window.
     const bool small = total * problem.negligible <= 1.01;
     double low, high, cut = 0.35;
     if (small) {
@@ -1127,20 +1128,20 @@ template <class F> Answer solve_row(const Problem& problem, const Row<F>& row) {
     const int64_t most = std::max<int64_t>(1 << 16, pixels / 64);
     Window w;
     Interval interval;
-    bool narrowed = small;
+    bool narrows = small;  // small objects, first attempt: reduce the window to the pixels near the cut-off
     for (int shrinks = 0;;) {
         w = Window();
         w.mean = mean;
         const F below = F(low), above = F(high);
         std::vector<F> found;
-        if (!row.split_at(below, above, shrinks < SHRINKS ? most : pixels, w, narrowed ? &found : nullptr)) {
+        if (!row.split_at(below, above, shrinks < SHRINKS ? most : pixels, w, narrows ? &found : nullptr)) {
             ++shrinks;
             low = cut - (cut - low) / 8, high = cut + (high - cut) / 8;
             continue;
         }
         if (found.size() > 256)
             narrow(problem, found, w);
-        else if (narrowed && !found.empty())
+        else if (narrows && !found.empty())
             w.runs = runs_of(found);
         const double single = mass_of(w.runs) + mass_of(w.above.runs) + mass_of(w.below.runs);
         w.below.sums[1] = std::max(mean - w.above.sums[1] - single, 0.0);
@@ -1157,8 +1158,8 @@ template <class F> Answer solve_row(const Problem& problem, const Row<F>& row) {
             w.runs = runs_of(found);
             interval = possible(problem, w);
         }
-        narrowed = false;
-        // The next pixel outwards lowers g by at least `fall`: so many can matter.
+        narrows = false;
+        // Each further pixel outwards lowers g by at least `fall`: g / fall of them can matter.
         if (is_left_open() && double(above) < 1) {
             const double fall = problem.step(double(above), interval.loss);
             if (fall > 0 && interval.left / fall < double(most)) {
@@ -1178,7 +1179,7 @@ template <class F> Answer solve_row(const Problem& problem, const Row<F>& row) {
             }
         }
         if (!is_left_open() && !is_right_open()) break;
-        shrinks = SHRINKS;  // from here on only wider
+        shrinks = SHRINKS;  // from here on the bracket only grows
         const double width = high - low;
         low = std::max(low - 2 * width, low > 1e-5 ? low / 4 : -1.0);
         high = std::min(high + 2 * width, 1.0);
@@ -1340,7 +1341,7 @@ bool one_label(const Problem& problem, const Map& map, int threads, uint8_t* mas
                 scores[k] = class_score(problem, mass[r], double(volume[r]), mean[r]);
                 if (present[r]) sum += problem.losses ? -scores[k].loss : scores[k].value;
             }
-            if (round && !(sum > objective[image] + std::abs(objective[image]) * WORTH)) continue;
+            if (round && !(sum > objective[image] + std::abs(objective[image]) * MIN_GAIN)) continue;
             objective[image] = sum;
             risen.push_back(image);
             for (int64_t k = 0; k < C; ++k) {
@@ -1367,7 +1368,7 @@ Problem problem_of(const Map& map, int iou, double smooth, int pruning, const do
             constants[2], table,  starts,       bands,        smooth > double(map.pixels)};
 }
 
-// Rows one after the other, each by all threads, if they are long; otherwise each row by one thread.
+// Call body(row, threads): if rows are long, one after the other, each by all threads; otherwise each by one thread.
 template <class Body> void for_rows(const Map& map, int threads, const Body& body) {
     if (map.pixels >= LONG) {
         for (int64_t r = 0; r < map.rows(); ++r) body(r, threads);
@@ -1412,7 +1413,7 @@ bool expected_rows(const Problem& problem, const Map& map, int threads, const ui
     return !bad;
 }
 
-template <class Body> int32_t guarded(const Body& body) {
+template <class Body> int32_t status_of(const Body& body) {
     try {
         return body() ? OK : BAD_VALUES;
     } catch (...) {
@@ -1430,7 +1431,7 @@ bool is_double(const Map& map) { return map.dtype == FLOAT64 || map.pixels <= SH
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// Raised whenever a signature below changes; rankseg/native.py rejects a library of another number.
+// Increased when a signature below changes; rankseg/native.py rejects a library with another number.
 EXPORT int32_t rankseg_abi() { return 1; }
 
 // Use at most this instruction set (0 the architecture's minimum, 1 AVX2, 2 AVX-512) from now on; return the one used.
@@ -1444,7 +1445,7 @@ EXPORT int32_t rankseg_solve(const void* data, int32_t dtype, const int64_t* lay
                              int32_t pruning, const double* constants, const double* table, const int64_t* starts,
                              int32_t bands, int32_t threads, uint8_t* masks, int64_t* tau, double* cutpoint,
                              double* value) {
-    return guarded([&] {
+    return status_of([&] {
         const Map map(data, dtype, layout);
         const Problem problem = problem_of(map, iou, smooth, pruning, constants, table, starts, bands);
         return is_double(map) ? solve_rows<double>(problem, map, threads, masks, tau, cutpoint, value)
@@ -1456,7 +1457,7 @@ EXPORT int32_t rankseg_solve(const void* data, int32_t dtype, const int64_t* lay
 EXPORT int32_t rankseg_expected(const void* data, int32_t dtype, const int64_t* layout, int32_t iou, double smooth,
                                 const double* constants, const double* table, const int64_t* starts, int32_t bands,
                                 int32_t threads, const uint8_t* masks, double* value) {
-    return guarded([&] {
+    return status_of([&] {
         const Map map(data, dtype, layout);
         Problem problem = problem_of(map, iou, smooth, 0, constants, table, starts, bands);
         problem.losses = false;
@@ -1468,7 +1469,7 @@ EXPORT int32_t rankseg_expected(const void* data, int32_t dtype, const int64_t* 
 // As rankseg_solve, for masks that do not overlap.
 EXPORT int32_t rankseg_one_label(const void* data, int32_t dtype, const int64_t* layout, int32_t iou, double smooth,
                                  int32_t pruning, int32_t threads, uint8_t* masks, int64_t* tau, double* cutpoint) {
-    return guarded([&] {
+    return status_of([&] {
         const Map map(data, dtype, layout);
         const double unused[3] = {};
         const Problem problem = problem_of(map, iou, smooth, pruning, unused, nullptr, nullptr, 0);

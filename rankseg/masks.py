@@ -66,7 +66,7 @@ def _above(flat: Tensor, cut: Tensor) -> Tensor:
 
 
 def as_result(probs: Tensor, flat: Tensor, tau: Tensor, cutpoint: Tensor, tied: Tensor) -> RankResult:
-    """Build the published triple from row-wise volumes and cut-offs."""
+    """Build the result from volumes, cut-offs and numbers of tied pixels (R,) of the rows `flat` of `probs`."""
     masks = select(flat, tau, cutpoint, tied)
     cutpoint = cutpoint.masked_fill(tau == flat.shape[1], 0)
     shape = probs.shape[:2]
@@ -74,7 +74,7 @@ def as_result(probs: Tensor, flat: Tensor, tau: Tensor, cutpoint: Tensor, tied: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Label maps: one integer per pixel. `masks.int().argmax(1)` is not one: it turns a pixel without a class into class 0.
+# Label maps: one integer per pixel. `masks.int().argmax(1)` would turn a pixel without a class into class 0.
 
 VOID = 255  # label of pixels without a class, and the usual `ignore_index` of segmentation losses
 
@@ -96,8 +96,7 @@ def label_map(masks: Tensor, unassigned: str | int = "void", probs: Tensor | Non
             one object, needs `first=1, unassigned=0`: then 0 is the background.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or the label of unassigned pixels is also a label of
-            a class because there are more than 255 of them.
+        TypeError, ValueError: an argument is not as described, or `unassigned` is "void" and a class has label 255.
     """
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
         got = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
@@ -135,7 +134,7 @@ def _fill_value(unassigned: str | int, probs: Tensor | None, first: int, classes
     if unassigned == "max":
         if probs is None:
             raise ValueError("unassigned='max' needs the probabilities; pass probs=")
-        return VOID  # replaced in the end
+        return VOID  # `label_map` replaces it
     if unassigned == "void":
         if first <= VOID < first + classes:
             raise ValueError(

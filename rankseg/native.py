@@ -1,7 +1,6 @@
-"""The compiled kernel (kernel.cpp) behind ctypes: loading, and calls with checked arguments.
+"""Load the compiled kernel (kernel.cpp) with ctypes, and call it.
 
-The library is optional. `setup.py` builds it when the package is installed where a C++ compiler is; without it
-`library` returns None.
+The kernel is optional. `setup.py` builds it if there is a C++ compiler; without it, `library` returns None.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor
 
 from rankseg import exact, solver
+from rankseg.exact import _BANDS
 from rankseg.masks import RankResult
 
 _ABI = 1
 _FOLDER = Path(__file__).resolve().parent
 _NAMES = ("_kernel.so", "_kernel.dylib", "_kernel.pyd", "_kernel.dll")
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_BANDS = 64  # octaves of the denominator: up to 48 · 2^63
-_MAX_AXES = 16  # of kernel.cpp
+_MAX_AXES = 16  # MAX_AXES of kernel.cpp
 _OK, _BAD_VALUES = 0, 1
 
 _INT, _DOUBLE, _POINTER = ctypes.c_int32, ctypes.c_double, ctypes.c_void_p
@@ -32,7 +31,7 @@ _INT, _DOUBLE, _POINTER = ctypes.c_int32, ctypes.c_double, ctypes.c_void_p
 
 @lru_cache(maxsize=1)
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason; a library that is there but cannot be used is reported by a warning."""
+    """Return the library, or None and the reason; warn if its file exists but cannot be used."""
     paths = [path for name in _NAMES if (path := _FOLDER / name).exists()]
     if not paths:
         return None, "the compiled kernel is not installed"
@@ -52,7 +51,7 @@ def _load(path: Path) -> ctypes.CDLL:
     with open(path, "rb") as file:
         head = file.read(64)
     if head[:5] == b"\x7fELF\x02" and len(head) == 64:
-        # The section table is at the end: a file cut short would load, and end the process when it is used.
+        # The section table is at the end. A truncated file would load, and crash the process when it is used.
         order = "<" if head[5] == 1 else ">"
         offset, size, number = struct.unpack_from(f"{order}40xQ10xHH", head)
         if offset + size * number > path.stat().st_size:
@@ -95,7 +94,7 @@ def supports(probs: Tensor) -> bool:
 
 @lru_cache(maxsize=8)
 def _rule(power: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Constants, and the nodes of all bands, times before weights, with their (_BANDS + 1,) starts."""
+    """Return constants, the nodes of all bands (all times, then all weights), and the bands' starts (_BANDS + 1,)."""
     bands = [exact.nodes(band, power) for band in range(_BANDS)]
     sizes = torch.tensor([0, *(len(times) for times, _ in bands)], dtype=torch.int64, device="cpu")
     table = torch.cat([times for times, _ in bands] + [weights for _, weights in bands])
@@ -104,7 +103,7 @@ def _rule(power: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _layout(probs: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """N, C, their strides, the number of spatial axes, sizes, strides; neighbours in memory become one axis."""
+    """Return N, C, their strides, and number, sizes and strides of the spatial axes; contiguous axes become one."""
     shape, strides = probs.shape, probs.stride()
     axes: list[tuple[int, int]] = []
     for size, stride in zip(shape[2:], strides[2:], strict=True):
@@ -153,10 +152,11 @@ def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_ov
 
 
 def expected(probs: Tensor, masks: Tensor, score: str, smooth: float) -> Tensor | None:
-    """Expected scores (N, C) of `masks`; None if a value of `probs` is outside [0, 1] or NaN."""
-    kernel = library()
-    if kernel is None or type(masks) is not Tensor:
+    """See `rankseg.engines.Engine.expected`."""
+    if type(masks) is not Tensor:
         return None
+    kernel = library()
+    assert kernel is not None
     masks = masks.contiguous()
     value = torch.zeros(probs.shape[:2], dtype=torch.float64, device="cpu")
     if probs.numel() == 0:

@@ -1,4 +1,4 @@
-"""Non-overlapping masks: one label per pixel, chosen for the mean expected score of an image's classes.
+"""Non-overlapping masks: at most one label per pixel, chosen for the mean expected score of an image's classes.
 
 The search maximises, over label maps, the surrogate F = mean_c f_c with
 
@@ -8,8 +8,8 @@ a_c the probability mass and n_c the number of pixels of class c. To first order
 (2p - f_c) / d_c, or ((1 + f_c) p - f_c) / d_c for IoU, d_c the denominator. Each round is therefore one argmax of
 affinely re-weighted probabilities. An image keeps its new label map only if F rose.
 
-Only classes that are likely to be present take part: the score averages over classes that occur in the prediction or
-in the truth, so predicting an absent class costs a zero.
+By default only classes that are likely to be present take part. The score of an image is the mean over classes that
+occur in the prediction or in the truth, so predicting an absent class adds a zero.
 
 Shapes: N images, C classes, D pixels.
 """
@@ -27,11 +27,11 @@ from rankseg.masks import RankResult
 from rankseg.solver import compares_losses
 
 _ROUNDS = 20
-_WORTH = 1e-7  # a round must raise F (or, see `compares_losses`, lower 1 - F) by this fraction
+_MIN_GAIN = 1e-7  # a round must raise F (or, see `compares_losses`, lower 1 - F) by this fraction
 
 
 def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: str, smooth: float) -> Tensor:
-    """F of label maps (N, D), `labels` = C meaning no class, over the classes `present` (N, C): (N,) float64."""
+    """Return F of `labels` (N, D), C for no class, over the classes `present` (N, C) of `probs` (N, C, D): (N,)."""
     classes = probs.shape[1]
     mean = probs.sum(2, dtype=torch.float64)
     picked = probs.gather(1, labels.clamp(max=classes - 1)[:, None])[:, 0].double()
@@ -45,9 +45,9 @@ def surrogate_objective(probs: Tensor, labels: Tensor, present: Tensor, score: s
 def over_classes(probs: Tensor, classes: Sequence[int], solve: Callable[[Tensor, bool], RankResult]) -> RankResult:
     """Non-overlapping masks of `probs` (N, C, *S) for the mean expected score of the given `classes` alone.
 
-    One class is solved exactly, so that its mask is that of a one-channel problem. A pixel that none of `classes`
-    gets belongs to the most probable other class, if its probability there is above 0. `solve` returns the masks of
-    some classes, given their maps and whether masks may overlap.
+    A single class is solved exactly, like a problem with one channel. A pixel that is in no mask of `classes` gets the
+    most probable other class, if that probability is above 0. `solve` returns the masks of some classes, given their
+    maps and whether masks may overlap.
 
     Raises:
         ValueError: `classes` are not distinct channels of `probs`.
@@ -76,10 +76,10 @@ def over_classes(probs: Tensor, classes: Sequence[int], solve: Callable[[Tensor,
 def non_overlapping_masks(probs: Tensor, score: str, smooth: float, pruning: bool) -> RankResult:
     """Give each pixel of `probs` (N, C, *S) at most one class; `score` is "dice" or "iou".
 
-    The search starts from the argmax (no class for pixels that are 0 in every class) and never falls below it in F.
-    Equal gains go to the first class. A pixel is unlabelled if every class would lose by it, or if its image has no
-    likely class. With `pruning`, a class is likely if one of its probabilities exceeds 1/2; otherwise all are.
-    `cutpoint` is the largest probability among the pixels outside a mask.
+    The search starts from the argmax, in which unlikely classes lose their pixels, and F never falls below that. If
+    gains are equal, the first class gets the pixel. A pixel has no label if it would lower F in every likely class. A
+    class is likely if one of its probabilities exceeds 1/2 (without `pruning`: 0). `cutpoint` is the largest
+    probability among the pixels outside a mask.
     """
     shape = probs.shape[:2]
     masks = torch.zeros_like(probs, dtype=torch.bool, memory_format=torch.contiguous_format)
@@ -100,7 +100,7 @@ def non_overlapping_masks(probs: Tensor, score: str, smooth: float, pruning: boo
         new_mass, new_volume = _assign(flat, slope, offset, present, proposal)
         new_value, new_denominator, loss = _class_scores(new_mass, new_volume, mean, score, smooth)
         new_objective = ((-loss if losses else new_value) * present).sum(1)
-        better = new_objective > objective + objective.abs() * _WORTH
+        better = new_objective > objective + objective.abs() * _MIN_GAIN
         some, every = torch.stack([better.any(), better.all()]).tolist()
         if not some:
             break
@@ -133,7 +133,7 @@ def _assign(flat: Tensor, slope: Tensor, offset: Tensor, present: Tensor, masks:
         best.masked_fill_(best <= 0, torch.inf)
         # Comparing with the maximum is several times as fast as computing its index.
         given = gain.eq_(best)
-        # On other devices asking would cost more than the answer saves.
+        # On other devices, testing for ties costs more than it saves.
         if given.device.type != "cpu" or (given.sum(1) > 1).any():
             given *= given.cumsum(1) <= 1
         given *= kept[across]

@@ -42,7 +42,7 @@ class ProbabilityHistogram:
 
     @torch.no_grad()
     def update(self, probs: Tensor, valid: Tensor | None = None) -> None:
-        """Add a batch: `probs` (N, C, *S), `valid` (N, *S) bool marks the pixels that count, default all.
+        """Add a batch: `probs` (N, C, *S); `valid` (N, *S) bool marks the pixels to count, default all.
 
         Raises:
             TypeError, ValueError: see `rankseg.validation.check_probs`; or `valid` or the number of classes is wrong.

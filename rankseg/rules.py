@@ -1,9 +1,9 @@
 """Prediction rules: probabilities in, masks out.
 
 Every rule is a `Predictor`: a function from probabilities (N, C, *S) in [0, 1] to masks (N, C, *S) bool.
-`threshold` and `argmax` are the usual two (the paper's T and max); `rankdice` and `rankiou` are the Bayes
-rules of the scores themselves. `rank_dice` and `rank_iou` return volumes and cut-offs too; `rank_dice` has the
-published signature. Partial application turns options into rules:
+`threshold` and `argmax` are the usual two (the paper's T and max). `rankdice` and `rankiou` maximise the expected Dice
+and IoU. `rank_dice` and `rank_iou` return volumes and cut-offs too; `rank_dice` has the published signature.
+`functools.partial` makes a rule with other options:
 
     rule = functools.partial(rankdice, app=2, truncate_mean=True, variant="experiments")
 
@@ -105,21 +105,22 @@ def rank_dice(
         probs: (N, C, *S) in [0, 1], any floating dtype; calibrated probabilities give the best masks. Keep the
             axis of a single class: (N, H, W) would be read as H classes of W pixels each. Pixels of probability 0
             change nothing: set void and padding to 0.
-        app: 0 exact; 1 the published T-RNA, 2 the published blind approximation (BA).
+        app: 0 exact; 1 the published T-RNA; 2 the published blind approximation (BA), which is T-RNA for classes with
+            at most 50 expected pixels.
         smooth: the constant γ of the score, from 0 to 1e15.
-        allow_overlap: classes are decided one by one; False gives each pixel one label at most
+        allow_overlap: True decides each class on its own; False gives each pixel at most one label
             (`rankseg.nonoverlap`), with `app=0` only.
         classes: with `allow_overlap=False`, the classes whose mean score is maximised, such as the foreground; default
             all. The other classes get the pixels that are left. With two channels (background, foreground) the default
             scores the background too, so the foreground mask is smaller; `classes=[1]` gives the mask of one channel.
-        truncate_mean: count the pixels with p >= 1/2 in place of the mean (`app` 1 and 2 only).
+        truncate_mean: use the number of pixels with p >= 1/2 as the expected number (`app` 1 and 2 only).
         pruning: give the empty mask to classes whose largest probability is at most 1/2, as published. Such a
             class is probably absent. One selected pixel of an absent class scores 0; an empty mask is not counted.
             Without pruning (and with smooth = 0) nearly every class gets a mask.
-        variant: "published" or "experiments", the code that made the paper's tables (`app` 1 and 2 only). It prunes
-            classes whose largest probability is below 1/2. If no volume is found in the search range, the mask is
-            empty; the published function returns the last volume of the range.
-        device: where to compute; the results are there too. Default: where `probs` is.
+        variant: "published", or "experiments" for the code that made the paper's tables (`app` 1 and 2 only). The
+            latter prunes classes only if their largest probability is below 1/2. If no volume is found in the search
+            range, its mask is empty; the published function returns the last volume of the range.
+        device: where to compute and to put the results; default: the device of `probs`.
         verbose: 1 prints the volumes.
 
     Returns:
@@ -162,9 +163,9 @@ def rank_iou(
 ) -> RankResult:
     """Select, for each class of each image, the mask of the highest expected IoU, exactly.
 
-    IoU = (|A∩B| + smooth) / (|A∪B| + smooth), 0/0 = 0. Given the mask, intersection and union outside of it are
-    independent, so the expectation factorises and no surrogate is needed. The arguments, the result and the
-    errors are those of `rankseg.rank_dice`.
+    IoU = (|A∩B| + smooth) / (|A∪B| + smooth), 0/0 = 0. For a mask A, the intersection depends only on pixels in A and
+    the union only on pixels outside A. They are independent, so the expectation is a product. The arguments, the result
+    and the errors are as in `rankseg.rank_dice`.
     """
     probs, smooth, allow_overlap, pruning = _check(probs, smooth, allow_overlap, pruning, classes)
     return best_masks(to_device(probs, device), "iou", smooth, pruning, allow_overlap, classes)
@@ -173,11 +174,11 @@ def rank_iou(
 def _check(
     probs: Tensor, smooth: float, allow_overlap: bool, pruning: bool, classes: Sequence[int] | None
 ) -> tuple[Tensor, float, bool, bool]:
-    """Check the arguments that both rules have; no value of `probs` is read."""
+    """Return the checked arguments that both rules have; no value of `probs` is read."""
     probs, smooth = check_form(probs), check_smooth(smooth)
     allow_overlap, pruning = check_flag("allow_overlap", allow_overlap), check_flag("pruning", pruning)
     if classes is not None and allow_overlap:
-        raise ValueError("classes needs allow_overlap=False; overlapping masks are decided class by class")
+        raise ValueError("classes needs allow_overlap=False; with overlap, each class is decided on its own")
     return probs, smooth, allow_overlap, pruning
 
 

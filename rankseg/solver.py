@@ -29,9 +29,10 @@ _MAX_BY_RANK = 4096
 
 
 class Solution(NamedTuple):
-    """Optimal `tau` (R,) int64, largest probability left out `cutpoint` (R,), exact `value` (R,) float64.
+    """Best volume `tau` (R,) int64, largest probability left out `cutpoint` (R,), score `value` (R,) float64.
 
-    `tied` (R,) int64 counts the selected pixels whose probability equals the cut-off.
+    `tied` (R,) int64 counts the selected pixels whose probability equals the cut-off. `value` is NaN for pruned
+    rows that are not all 0.
     """
 
     tau: Tensor
@@ -94,7 +95,7 @@ def _first_brackets(flat: Tensor, rows: Tensor, mean: Tensor, score: str, smooth
 
 
 def _widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return brackets five times as wide; `low` falls at most to a quarter, and from 1e-5 to below all values."""
+    """Return brackets five times as wide; `low` falls at most to a quarter, or, from 1e-5 or less, to -1."""
     width = high - low
     bottom = torch.where(low > 1e-5, low / 4, -1.0)
     return torch.maximum(low - 2 * width, bottom), (high + 2 * width).clamp(max=1)

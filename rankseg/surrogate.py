@@ -41,7 +41,7 @@ def margin(score: str, volume: Tensor, captured: Tensor, mean: Tensor, smooth: f
     """
     total = volume + mean
     weight = 2 if score == "dice" else 2 - loss
-    slack = 1e-12 * total
+    slack = 1e-12 * total  # rounding must not exclude a volume
     return weight * captured - (total - 1) + loss * (total + smooth - 1) + slack
 
 
@@ -60,10 +60,10 @@ def ranks_needed(score: str, margins: Tensor, edges: Tensor, loss: Tensor) -> Te
 
 
 def excess_root(score: str, cut: Tensor, excess: Tensor, volume: Tensor, mean: Tensor, smooth: float) -> Tensor:
-    """One Dinkelbach step: the cut-off after `cut` (R,), from `excess` = Σ_{p > cut} (p - cut) and the volume.
+    """Return the cut-off after `cut` (R,) in Dinkelbach's iteration; `excess` is Σ_{p > cut} (p - cut).
 
     The optimal cut-off is the root of a convex decreasing function, Σ (p - cut)_+ + γ/2 - cut·(μ + γ + 1) for Dice
-    and Σ (p - cut)_+ + γ - cut·(μ + 2γ) for IoU; Dinkelbach's iteration is Newton's on it.
+    and Σ (p - cut)_+ + γ - cut·(μ + 2γ) for IoU. Dinkelbach's iteration is Newton's method for this root.
     """
     constant, slope = (smooth / 2, mean + smooth + 1) if score == "dice" else (smooth, mean + 2 * smooth)
     return (cut + (excess + constant - cut * slope) / (volume + slope)).clamp(0.001, 0.999)
@@ -85,7 +85,7 @@ def from_sample(score: str, sample: Tensor, stride: int, mean: Tensor, smooth: f
 
 
 def bracket(cut: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
-    """Bracket (low, high) of cut-offs around `cut` that most likely holds all volumes that `margin` does not exclude.
+    """Return a bracket (low, high) of cut-offs that most likely holds all volumes that `margin` does not exclude.
 
     Leaving out k pixels at distance x from the cut-off costs about 2kx; the two bounds differ by 4·cut. The width is
     only a guess: the solver proves afterwards that it is sufficient, or widens the bracket.

@@ -5,7 +5,7 @@ Shapes: R rows, D pixels of a row, C chunks of a row, W capacity of a window.
 
 from __future__ import annotations
 
-from rankseg.exact import _BANDS, NEGLIGIBLE
+from rankseg.exact import _BANDS, _JACOBI_MAX, NEGLIGIBLE
 from rankseg.solver import _TIE as TIE
 
 try:
@@ -19,12 +19,12 @@ except ImportError as error:  # for example on macOS, or with torch for the CPU
 _BANDS_ = tl.constexpr(_BANDS)
 _NEGLIGIBLE = tl.constexpr(NEGLIGIBLE)
 _TIE = tl.constexpr(TIE)
-_FEW = tl.constexpr(48.0)
+_FEW = tl.constexpr(_JACOBI_MAX)
 
 
 @triton.jit
 def _pixels(flat, row, start, end, stride_row, stride_pixel, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Pixels start..start + BLOCK of a row, and whether each is before `end`."""
+    """Return BLOCK pixels of a row from `start`, whether each is before `end`, and their places in the row."""
     place = start + tl.arange(0, BLOCK).to(tl.int64)
     inside = place < end
     at = flat + row * stride_row + place * stride_pixel
@@ -35,6 +35,7 @@ def _pixels(flat, row, start, end, stride_row, stride_pixel, BLOCK: tl.constexpr
 def statistics_kernel(
     flat, stride_row, stride_pixel, pixels, span, total, peak, bad, BLOCK: tl.constexpr, DTYPE: tl.constexpr
 ):
+    """Sum, maximum and number of invalid values of each chunk."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sums = tl.zeros([BLOCK], tl.float64)
     most = tl.zeros([BLOCK], DTYPE)
@@ -87,6 +88,7 @@ def guess_kernel(
 
 @triton.jit
 def excess_kernel(flat, stride_row, stride_pixel, pixels, span, cut, excess, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Σ max(p - cut, 0) of each chunk."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.load(cut + row)
     sums = tl.zeros([BLOCK], tl.float64)
@@ -103,7 +105,7 @@ def bracket_kernel(
     mean, smooth, peak, cut, volume, density, excess, low, high, least, chunks, DICE: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """See `surrogate.bracket`; small objects are taken whole, and rows whose peak is at most `least` not at all."""
+    """See `surrogate.bracket`; for small objects it holds all confident pixels, for a peak of at most `least` none."""
     row = tl.program_id(0)
     part = tl.arange(0, CHUNKS)
     total = tl.sum(tl.load(excess + row * chunks + part, mask=part < chunks, other=0.0), 0)
@@ -124,7 +126,7 @@ def gather_kernel(
     flat, stride_row, stride_pixel, pixels, span, low, high, sums, window, cursor, capacity,
     BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Power sums above (0..4) and below (5..9) the bracket; the pixels inside it go to the window."""
+    """Power sums above (0..4) and below (6..9) the bracket; the pixels inside it go to the window."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     bottom, top = tl.load(low + row), tl.load(high + row)
     n = tl.zeros([BLOCK], tl.float64)
@@ -321,7 +323,7 @@ def solve_kernel(
         proved = ((n0 == 0) | (left < 0)) & (beaten | ((n0 == 0) & (gamma == 0)))
         proved = proved & ((right < 0) | (n0 + width == pixels)) & (largest <= (mean + gamma) * _NEGLIGIBLE)
         proved = proved & (count <= capacity)
-        # Pixels before the first and behind the last wanted volume join the power sums if they are small enough.
+        # Pixels before the first and after the last wanted volume join the power sums if they are small enough.
         begin = _denominator(window, width, n0, c0, mean, gamma, first, BLOCK, DICE)
         confident = width * 0
         for start in range(0, width, BLOCK):

@@ -14,7 +14,7 @@ solves such rows. Overlapping masks are supported, with `smooth` up to the numbe
 the torch path.
 
 RANKSEG_BACKEND=triton selects this module. It is tested with Triton's interpreter (TRITON_INTERPRET=1) and compiles
-for a card; it has not run on one.
+for a GPU; it has not run on one.
 
 Shapes: R rows, D pixels of a row, C chunks of a row, W capacity of a window.
 """
@@ -46,19 +46,19 @@ from rankseg.triton_kernels import (
 )
 
 _BLOCK = 1024  # pixels that one program reads at once
-_CHUNKS = 64  # programs of a row at most
-_SAMPLE = 8192  # at least the length of the sample of a row
+_CHUNKS = 64  # largest number of programs per row
+_SAMPLE = 8192  # largest number of sampled pixels per row
 _SMALLEST_WINDOW = 8192
 
 
 @lru_cache(maxsize=4)
 def _table(device: torch.device, power: float) -> Tensor:
-    """Times, logarithmic weights and u = 1 - e^{-t} of all bands: (3, bands, 64) float64."""
+    """Return times t, logarithmic weights and u = 1 - e^{-t} of all bands: (3, bands, 64) float64."""
     times, weights = node_table(device, power)
     return torch.stack([times, weights, -torch.expm1(-times)])
 
 
-def interpreted() -> bool:
+def _is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -67,7 +67,7 @@ def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_ov
     """See `rankseg.engines.best_masks`; None for invalid values and for unsupported arguments."""
     if not allow_overlap or type(probs) is not Tensor:
         return None
-    if not (probs.is_cuda or (interpreted() and probs.device.type == "cpu")):
+    if not (probs.is_cuda or (_is_interpreted() and probs.device.type == "cpu")):
         return None
     flat = rows_of(probs)
     rows, pixels = flat.shape
@@ -114,7 +114,7 @@ def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_ov
     select_kernel[grid](*source, span, tau, cutpoint, tied, before, masks.view(torch.int8), **read)
     cutpoint = cutpoint.to(flat.dtype).masked_fill(tau == pixels, 0)
 
-    invalid, unproved = torch.stack([bad.any(), failed.any()]).tolist()  # the synchronisation
+    invalid, unproved = torch.stack([bad.any(), failed.any()]).tolist()  # the only synchronisation
     if invalid:
         return None
     if unproved:
@@ -128,5 +128,5 @@ def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_ov
 
 
 def expected(probs: Tensor, masks: Tensor, score: str, smooth: float) -> Tensor | None:
-    """Expected scores are left to the torch path: None."""
+    """Return None: the torch path computes expected scores."""
     return None

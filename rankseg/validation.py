@@ -1,4 +1,4 @@
-"""Checks of the arguments: what is accepted, and the error that names the remedy.
+"""Checks of the arguments. Every error names the remedy.
 
 Shapes: N images, C classes, *S spatial axes (any number, at least one).
 """
@@ -15,12 +15,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-# A softmax in half precision can leave [0, 1] by its own rounding and by no more.
+# Values this far outside of [0, 1] are rounding of softmax or sigmoid, and are clamped.
 _ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5, torch.float64: 1e-5}
 
-# Beyond this value the denominators volume + smooth are no longer whole numbers of pixels in float64.
+# Near 2^53 = 9e15, float64 cannot represent every volume + smooth.
 LARGEST_SMOOTH = 1e15
-# The reciprocal of a smaller number is infinite, or is not after a few products.
+# The reciprocal of a smaller number overflows, at once or in a product.
 SMALLEST_SMOOTH = 1e-300
 
 _P = ParamSpec("_P")
@@ -30,7 +30,7 @@ _R = TypeVar("_R")
 def check_probs(probs: Tensor) -> Tensor:
     """Return `probs` (N, C, *S) as a plain, detached tensor with values in [0, 1], or raise TypeError / ValueError.
 
-    See `check_form` and `check_values` for the reasons.
+    See `check_form` and `check_values` for the conditions.
     """
     return check_values(check_form(probs))
 
@@ -42,8 +42,8 @@ def check_form(probs: Tensor) -> Tensor:
     tensors.
 
     Raises:
-        TypeError: not a tensor, a nested or sparse tensor, not a floating dtype, or a call inside
-            torch.func.vmap, torch.export, torch.jit.trace or the like.
+        TypeError: not a tensor, a nested or sparse tensor, not a floating dtype, on the device "mps" or "meta", or a
+            call inside torch.func.vmap, torch.export, torch.jit.trace or the like.
         ValueError: fewer than 3 dimensions, no class, or an empty spatial axis.
     """
     if isinstance(probs, (list, tuple)):
@@ -88,7 +88,7 @@ def check_values(probs: Tensor) -> Tensor:
         slack = _ROUNDING[probs.dtype]
         if low < -slack or high > 1 + slack:
             raise ValueError(
-                f"probs must lie in [0, 1], got values in [{low:.6g}, {high:.6g}]; apply softmax or sigmoid to logits"
+                f"probs must be in [0, 1], got values in [{low:.6g}, {high:.6g}]; apply softmax or sigmoid to logits"
             )
         probs = probs.clamp(0, 1)
     return probs
@@ -115,12 +115,12 @@ def _reject_tracing(probs: Tensor) -> None:
 
 
 def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Wrap `function`: torch.jit.script rejects it in one line, torch.compile runs it without compiling it."""
+    """Wrap `function`: torch.jit.script rejects it in one line, and torch.compile calls it without compiling it."""
     uncompiled = functools.cache(lambda: torch.compiler.disable(function))
 
     @functools.wraps(function)
     def eager(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        # torch.compile is in use only if this was imported, which takes seconds.
+        # torch.compile imports torch._dynamo, which takes seconds, so this does not.
         if "torch._dynamo" in sys.modules:
             return uncompiled()(*args, **kwargs)
         return function(*args, **kwargs)
@@ -138,7 +138,7 @@ def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def plain(tensor: Tensor, name: str) -> Tensor:
-    """Return `tensor` detached, without a subclass; raise TypeError for layouts that the solver does not read."""
+    """Return `tensor` detached, without a subclass; raise TypeError if it is nested, sparse or on the device meta."""
     if tensor.is_nested:
         raise TypeError(f"{name} is a nested tensor; pad its maps with zeros (torch.nested.to_padded_tensor)")
     if tensor.layout != torch.strided:
@@ -155,7 +155,7 @@ def plain(tensor: Tensor, name: str) -> Tensor:
 def check_smooth(smooth: float) -> float:
     """Return `smooth` as 0.0 or a float from `SMALLEST_SMOOTH` to `LARGEST_SMOOTH`, or raise TypeError / ValueError.
 
-    A smaller number above 0 is raised, which changes no score by more than `SMALLEST_SMOOTH`.
+    A smaller number above 0 becomes `SMALLEST_SMOOTH`, which changes no score by more than that.
     """
     if isinstance(smooth, bool) or not isinstance(smooth, Real):
         raise TypeError(f"smooth must be a number, got {smooth!r}; 0.0 is the plain score")
@@ -192,8 +192,9 @@ def check_valid(valid: Tensor | None, probs: Tensor) -> None:
     """Raise TypeError / ValueError unless `valid` is None or (N, *S) bool for `probs` (N, C, *S)."""
     if valid is None:
         return
-    if valid.dtype != torch.bool:
-        raise TypeError(f"valid must be bool, got {valid.dtype}; compare first, as in labels != 255")
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        got = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"valid must be a bool torch.Tensor, got {got}; compare first, as in labels != 255")
     if valid.shape != probs.shape[:1] + probs.shape[2:]:
         raise ValueError(f"valid must be (N, *S), got {tuple(valid.shape)} for probs {tuple(probs.shape)}")
 
@@ -202,7 +203,7 @@ def to_device(probs: Tensor, device: torch.device | str | None) -> Tensor:
     """Return `probs` on `device`; None leaves it where it is.
 
     Raises:
-        ValueError: the device is not available.
+        ValueError: the device is not available, or has no float64 ("mps") or no values ("meta").
     """
     if device is None:
         return probs
@@ -218,7 +219,7 @@ def to_device(probs: Tensor, device: torch.device | str | None) -> Tensor:
     except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch is built without the device
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"device={str(device)!r} cannot be used ({reason}); leave device out to compute where probs are"
+            f"device={str(device)!r} cannot be used ({reason}); leave device out to compute where probs is"
         ) from None
 
 

@@ -114,9 +114,10 @@ def test_what_is_not_a_released_checkpoint(tmp_path):
         load_published(read_checkpoint(tmp_path / "a.pth"), "a.pth")
 
 
-def test_a_trained_upsampling_of_fcn8_is_rejected():
+@pytest.mark.parametrize("shape", [(2, 2, 16, 16), (2, 16, 16), ()])
+def test_a_trained_upsampling_of_fcn8_is_rejected(shape):
     with pytest.raises(CheckpointError, match=r"'up_final\.weight'"):
-        translate_state("fcn8", {"up_final.weight": torch.randn(2, 2, 16, 16)})
+        translate_state("fcn8", {"up_final.weight": torch.randn(shape)})
 
 
 def test_an_unknown_tensor_is_named():

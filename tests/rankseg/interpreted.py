@@ -106,7 +106,7 @@ def test_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = []
     for backend in ("python", "triton"):
         monkeypatch.setenv("RANKSEG_BACKEND", backend)
-        with pytest.raises(ValueError, match=r"probs must lie in \[0, 1\]") as caught:
+        with pytest.raises(ValueError, match=r"probs must be in \[0, 1\]") as caught:
             rankseg.rank_dice(probs * 2)
         taus = [rankseg.rank_dice(probs, smooth=smooth).tau.tolist() for smooth in (0.0, 1.0, 1e9)]
         printed.append((taus, str(caught.value)))

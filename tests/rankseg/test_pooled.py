@@ -168,3 +168,5 @@ def test_minus_zero_is_zero_and_valid_is_a_mask() -> None:
     assert torch.equal(*found)
     with pytest.raises(TypeError, match=r"valid.*bool"):
         ProbabilityHistogram().update(probs, torch.ones(1, 8, 8, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"valid.*bool torch.Tensor, got ndarray"):
+        ProbabilityHistogram().update(probs, torch.ones(1, 8, 8, dtype=torch.bool).numpy())  # type: ignore[arg-type]
