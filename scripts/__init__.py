@@ -1,4 +1,4 @@
-"""Commands around the experiments. Only other commands and the tests import them.
+"""Commands that prepare data, run grids, predict and report. Only other commands and the tests import them.
 
 Functions here raise UserError for bad input; `configs.cli.run_cli` prints it in one line.
 """

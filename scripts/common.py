@@ -1,4 +1,4 @@
-"""What several commands share: options of a command line, a loaded run, and work done ahead in threads."""
+"""Shared by several commands: command-line options, loading a run, and work in threads with results in order."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def command_line(about: str | None) -> argparse.ArgumentParser:
 def add_checkpoint_options(parser: argparse.ArgumentParser, rules: Sequence[str], default: str) -> None:
     """Add the options of a command that applies one rule to a checkpoint: -r, -p, --alpha and --device."""
     add = parser.add_argument
-    add("-r", "--resume", required=True, type=Path, metavar="CHECKPOINT", help="ours, or a released one")
+    help_resume = "a checkpoint of this project, or one released by the authors"
+    add("-r", "--resume", required=True, type=Path, metavar="CHECKPOINT", help=help_resume)
     help_rule = f"one of: {', '.join(rules)} (default: {default})"
     add("-p", "--predictor", action="append", default=[], metavar="RULE", help=help_rule)
-    help_alpha = "share of images that may miss the lower bound of their Dice (default: 0.1)"
+    help_alpha = "share of images whose Dice may be below its lower bound (default: 0.1)"
     add("--alpha", type=float, default=0.1, help=help_alpha)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
@@ -36,7 +37,7 @@ def check_checkpoint_options(args: argparse.Namespace) -> None:
     """Raise UserError for two rules or an invalid --alpha."""
     if len(args.predictor) > 1:
         rules = " -p ".join(args.predictor)
-        raise UserError(f"-p {rules}: one rule makes the masks; call again with another --out")
+        raise UserError(f"-p {rules}: expected one rule. Fix: call once per rule, each time with another --out")
     if not 0 < args.alpha < 1:
         raise UserError(f"--alpha {args.alpha:g} is invalid: expected a number between 0 and 1. Fix: --alpha 0.1")
 
@@ -80,7 +81,7 @@ def load_run(path: Path, overrides: Sequence[str], device: Any) -> LoadedRun:
 
 
 def summary(out: Path, done: str, before: int, failed: int) -> str:
-    """Return the last line of a command that makes a file of each of its inputs."""
+    """Return the last line that a command prints: what was done, and how many inputs were done before or failed."""
     parts = [done] + [f"{before} done before"] * bool(before) + [f"{failed} failed"] * bool(failed)
     return f"{out}: {', '.join(parts)}"
 
@@ -94,11 +95,11 @@ def default_workers() -> int:
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield ``function(item)`` in the order of the items, computed by ``workers`` threads.
 
-    Image decoding and disks release Python's lock. At most ``workers + 1`` results wait to be used, so memory is
-    bounded. An exception of ``function`` is raised in the place of its result.
+    Decoding images and reading files release Python's lock, so threads run at the same time. At most ``workers + 1``
+    results wait to be used, so memory is bounded. An exception of ``function`` is raised in the place of its result.
     """
     if workers < 1:
-        raise UserError(f"workers={workers} is invalid: expected a whole number >= 1")
+        raise UserError(f"workers={workers} is invalid: expected an integer >= 1")
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[Result]] = deque()
     try:

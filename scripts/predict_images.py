@@ -11,18 +11,19 @@ carries the EXIF orientation of the image, so that it can be used as a label aga
     --probabilities  masks/probabilities/NAME.npy    (classes, height, width) float16, layout as stored
     --review         masks/review.csv                image, class, area, confidence, lower bound, least sure first
 
-Overrides are those of test.py. calibrate=temperature, calibrate=class, gate=fit and the rules T_fit, pooled_dice and
-auto use what test.py fitted and stored in CHECKPOINT.fitted.json; scripts/confidence.py stores the margin of the lower
-bound.
+Overrides are those of test.py. calibrate=temperature, calibrate=class, gate=fit and the rules T_fit, pooled_dice,
+pooled_iou and auto use the values that test.py fitted and stored in CHECKPOINT.fitted.json. scripts/confidence.py
+stores the margin of the lower bound there.
 
 Probabilities of windows are averaged, and the rule then decides on the whole image. A rule such as rankdice may give a
-pixel to several classes: in the palette PNG the most probable of them has it. A pixel without a class is background,
-or 255 (void) if the data set has no background. Without -p the rule is rankdice if one class is scored, else
-rankdice_nonoverlap.
+pixel to several classes; the palette PNG then has the most probable of them. A pixel in no mask of a scored class is
+background (the most probable class that is not scored), or void if every class is scored. Without -p the rule is
+rankdice if one class is scored, else rankdice_nonoverlap.
 
-The same command resumes an interrupted one. Another checkpoint, rule or view needs another folder. No image, no mask of
-another image and no other file is replaced. In folders, hidden files are skipped, and files of other formats are
-counted. An image that cannot be read, or does not fit in memory, is named, and the others are segmented.
+The same command resumes an interrupted one. Without --force, another checkpoint, rule, override, or option of windows,
+scales or flip needs another folder, and no mask of another image and no other file is replaced. An input image is never
+replaced. In folders, hidden files are skipped, and files of other formats are counted. An image that cannot be read, or
+does not fit in memory, is named, and the others are segmented.
 Exit codes: 0 done, 1 some images failed (each is named), 2 bad input, 3 the disk failed.
 """
 
@@ -62,7 +63,7 @@ from scripts.common import (
     summary,
 )
 from scripts.inference import files
-from scripts.inference.files import Review, dataset_info, outputs_of, reject_collisions, settle
+from scripts.inference.files import Review, dataset_info, outputs_of, record_settings, reject_collisions
 from scripts.inference.windows import WHOLE, WINDOW, View, label_map, probabilities
 from trainers.distributed import World, pick_device
 from trainers.forward import logits_of
@@ -80,25 +81,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     info = dataset_info(cfg, args.classes)
     check_classes(checkpoint, info.classes, args.resume)
     default = "rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap"
-    (name,) = args.predictor or [default]
+    (rule,) = args.predictor or [default]
     fitter = Fitter(cfg, network, args.resume, World(0, 1, pick_device(args.device)), may_fit=False)
-    review = _review(args, fitter, name, info)
-    segment = Segmenter(fitter, name, info, _view(args, cfg), review)
-    if warning := fitter.warns_about(name):
+    review = _review(args, fitter, rule, info)
+    segment = Segmenter(fitter, rule, info, _view(args, cfg), review)
+    if warning := fitter.warns_about(rule):
         print(f"warning: {warning}", file=sys.stderr)
-    outputs = {image: outputs_of(args, image, info) for image in found}
+    outputs = {name: outputs_of(args, name, info) for name in found}
     reject_collisions(outputs, found)
-    settle(args.out, _settings(args, name, info), outputs, found, args.force)
-    todo = [image for image in found if args.force or not all(path.exists() for path in outputs[image].values())]
+    record_settings(args.out, _settings(args, rule, info), outputs, found, args.force)
+    todo = [name for name in found if args.force or not all(path.exists() for path in outputs[name].values())]
     failed = 0
-    pictures = map_in_threads(lambda image: _read(found[image]), todo, args.workers)
-    with tqdm(total=len(todo), desc=name, unit="image", disable=args.quiet or None) as bar:
-        for image, picture in zip(todo, pictures, strict=True):
+    pictures = map_in_threads(lambda name: _read(found[name]), todo, args.workers)
+    with tqdm(total=len(todo), desc=rule, unit="image", disable=args.quiet or None) as bar:
+        for name, picture in zip(todo, pictures, strict=True):
             try:
                 if isinstance(picture, DatasetError):
                     raise picture
-                with as_training_error(f"segmenting {found[image]}", "use a smaller --window"):
-                    segment(picture, outputs[image], image)
+                with as_training_error(f"segmenting {found[name]}", "use a smaller --window"):
+                    segment(picture, outputs[name], name)
             except (DatasetError, TrainingError) as error:  # the other images are segmented
                 tqdm.write(f"error: {error}", file=sys.stderr)
                 failed += 1
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.update()
     if review:
         review.save()
-    done = f"{len(todo) - failed} images segmented with {name}"
+    done = f"{len(todo) - failed} images segmented with {rule}"
     print(one_line(summary(args.out, done, len(found) - len(todo), failed)))
     return SOME_FAILED if failed else 0
 
@@ -120,16 +121,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--overlay", action="store_true", help="also write the mask over the image")
     add("--per-class", action="store_true", help="also write a mask for each class")
     add("--probabilities", action="store_true", help="also write the probabilities")
-    add("--review", action="store_true", help="review.csv too: how sure each mask is, the least sure first")
+    add("--review", action="store_true", help="also write review.csv: the confidence of each mask, lowest first")
     add("--window", type=int, metavar="PIXELS",
-        help=f"side of sliding windows, as the network sees them (default: whole images up to "
+        help=f"side of sliding windows, in pixels of the network's input (default: whole images up to "
         f"{WHOLE >> 20} Mpixel, {WINDOW} above; 0: always whole)")  # fmt: skip
     add("--overlap", type=float, default=0.25, help="share of a window that the next one repeats (default: 0.25)")
     add("--scales", default="1", help="relative sizes of the image, such as 0.75,1,1.25")
     add("--flip", action="store_true", help="average with the mirror image")
     add("--batch", type=int, default=1, help="windows per forward pass (default: 1)")
-    add("--classes", type=Path, metavar="YAML", help="names and colours of a folder data set that is elsewhere")
-    add("--workers", type=int, default=default_workers(), help="threads that read ahead (default: all cores)")
+    add("--classes", type=Path, metavar="YAML", help="classes.yaml with names and colours (default: as in training)")
+    add("--workers", type=int, default=default_workers(), help="threads that read images (default: all cores)")
     add("--force", action="store_true", help="replace existing masks")
     add("--quiet", action="store_true", help="no progress bar")
     add("images", nargs="+", metavar="IMAGE | FOLDER | key=value", help="images to segment; overrides as for test.py")
@@ -144,7 +145,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _view(args: argparse.Namespace, cfg: DictConfig) -> View:
-    """Return how images are looked at."""
+    """Return the windows, scales and mirror images of the options."""
     try:
         scales = tuple(float(scale) for scale in args.scales.split(","))
     except ValueError:
@@ -156,7 +157,7 @@ def _view(args: argparse.Namespace, cfg: DictConfig) -> View:
 
 
 def _review(args: argparse.Namespace, fitter: Fitter, rule: str, info: DatasetInfo) -> Review | None:
-    """Return the review that is asked for, with the margins that scripts/confidence.py fitted for this rule."""
+    """Return the review with the margins that scripts/confidence.py fitted for this rule; None without --review."""
     if not args.review:
         return None
     stored = fitter.file.find(f"margin {args.alpha:g}", fitter.rule_settings(rule))
@@ -173,7 +174,7 @@ def _review(args: argparse.Namespace, fitter: Fitter, rule: str, info: DatasetIn
 
 
 def _settings(args: argparse.Namespace, rule: str, info: DatasetInfo) -> dict[str, Any]:
-    """Return what decides about a mask."""
+    """Return the settings that a mask depends on, as predict.json stores them."""
     return {
         "checkpoint": file_sha256(args.resume),
         "predictor": rule,
@@ -183,7 +184,7 @@ def _settings(args: argparse.Namespace, rule: str, info: DatasetInfo) -> dict[st
 
 
 def _read(path: Path) -> files.Picture | DatasetError:
-    """Read an image, or return what is wrong with it: it is read ahead of its turn."""
+    """Return the image, or the error of reading it: raised in a thread, it would end the reading of all images."""
     try:
         return files.read(path)
     except DatasetError as error:
@@ -191,7 +192,7 @@ def _read(path: Path) -> files.Picture | DatasetError:
 
 
 class Segmenter:
-    """A network, a rule and a view: pictures in, files out."""
+    """Segment pictures with a network, a rule and a view, and write the files."""
 
     def __init__(self, fitter: Fitter, rule: str, info: DatasetInfo, view: View, review: Review | None) -> None:
         self.fitter, self.info, self.view, self.review = fitter, info, view, review
@@ -204,8 +205,8 @@ class Segmenter:
         """Return the logits (N, C, h, w) of normalised images (N, 3, h, w)."""
         return logits_of(self.fitter.network, pixels, None, self.fitter.world, self.fitter.precision)
 
-    def __call__(self, picture: files.Picture, outputs: files.Outputs, image: str) -> None:
-        """Segment one picture, whose name is `image`, and write its files."""
+    def __call__(self, picture: files.Picture, outputs: files.Outputs, name: str) -> None:
+        """Segment one picture, and write its files. ``name`` is its name in review.csv."""
         pixels, orientation = picture
         device = self.fitter.world.device
         probs = probabilities(pixels, self.forward, self.to_probs, self.normalise, self.view, device)
@@ -214,17 +215,17 @@ class Segmenter:
             if index in outputs:
                 files.save_mask(mask, orientation, outputs[index])
             if self.review:
-                self.review.add(image, index, probs[index], mask)
+                self.review.add(name, index, probs[index], mask)
 
         labels = label_map(probs, self.rule, self.info, save_mask)
         if "probabilities" in outputs:
             files.save_probabilities(probs, orientation, outputs["probabilities"])
         if "overlay" in outputs:
             files.save_overlay(pixels, labels, self.info, outputs["overlay"])
-        # The last one: an image that has it is done.
+        # The label map is written last: its file shows that the image is done.
         files.save_labels(labels, orientation, self.info, outputs["labels"])
 
 
 if __name__ == "__main__":
-    Image.MAX_IMAGE_PIXELS = 2**31  # one's own large images are no attack
+    Image.MAX_IMAGE_PIXELS = 2**31  # Pillow's limit is against hostile files; these images are the user's own
     run_cli(main)

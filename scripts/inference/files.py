@@ -1,7 +1,7 @@
-"""Find and read images, write masks and review.csv, and prevent that a file replaces another.
+"""Find and read images, write masks and review.csv, and prevent one file from replacing another.
 
 Masks and probabilities have the layout of the stored pixels, and masks carry the EXIF orientation of the image. Readers
-that apply it and readers that ignore it both see a mask over its object. Only overlays, for people, are upright.
+that apply it and readers that ignore it both see a mask over its object. Only overlays, which people view, are upright.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainers.text import csv_text, read_csv
 
 VOID_COLOUR = (224, 224, 192)
 BAND = 256  # rows of an overlay that are drawn at once
-Outputs = Mapping[str | int, Path]  # the files made from an image, by kind; those of masks by the index of the class
+Outputs = Mapping[str | int, Path]  # files to write for an image: kind -> path, or index of a class -> path of its mask
 
 
 class Picture(NamedTuple):
@@ -46,7 +46,7 @@ class Picture(NamedTuple):
 def read(path: Path) -> Picture:
     """Decode an image file, upright.
 
-    Raises DatasetError that names the path if it is missing, damaged, too large, or deeper than 8 bits a channel.
+    Raises DatasetError if the file is missing, damaged or too large, or has more than 8 bits per channel.
     """
     stored = decode.load_image(path)
     mode = stored.image.mode
@@ -62,14 +62,14 @@ def read(path: Path) -> Picture:
 def find(inputs: Sequence[Path], out: Path) -> tuple[dict[str, Path], list[str]]:
     """Return {name: image file} and notes. The name of a file is its stem, or its path below a given folder.
 
-    Hidden files and folders are skipped, and also ``out`` if it is inside such a folder: it holds masks.
+    In a given folder, hidden files and sub-folders are skipped, and also ``out``, because it holds masks.
     """
     found: dict[str, Path] = {}
     notes: list[str] = []
     for given in inputs:
         if not given.exists():
             raise FileNotFoundError(f"{given} does not exist. Fix: give image files or folders of them")
-        names = {given: given.stem}
+        names = {given: given.stem}  # file -> name
         if given.is_dir():
             if given.resolve() == out.resolve():
                 raise UserError(f"--out {out} is the folder of the images. Fix: choose another for the masks")
@@ -82,17 +82,17 @@ def find(inputs: Sequence[Path], out: Path) -> tuple[dict[str, Path], list[str]]
             names = {path: path.relative_to(given).with_suffix("").as_posix() for path in paths}
         for path, name in names.items():
             if found.setdefault(name, path) != path:
-                raise UserError(f"{found[name]} and {path} would both be written as {path.stem}. Fix: rename one")
+                raise UserError(f"{found[name]} and {path} would both be written as {name}.png. Fix: rename one")
     return found, notes
 
 
 def as_stored(labels: np.ndarray, orientation: int) -> Image.Image:
-    """Return upright labels (H, W) uint8 or bool in the layout of the stored pixels."""
+    """Return upright labels (H, W) uint8 in the layout of the stored pixels."""
     return decode.orient(Image.fromarray(labels.astype(np.uint8)), decode.TO_STORED, orientation)
 
 
 def save_labels(labels: Tensor, orientation: int, info: DatasetInfo, path: Path) -> None:
-    """Write labels (H, W) uint8 as a palette PNG: the index is the class, the colour its colour."""
+    """Write labels (H, W) uint8 as a palette PNG: an index is a class, in the colour of the class."""
     colours = [*info.palette, *[(0, 0, 0)] * (256 - info.num_classes)]
     colours[info.ignore_index] = VOID_COLOUR
     image = as_stored(labels.numpy(), orientation)
@@ -106,7 +106,7 @@ def save_mask(mask: Tensor, orientation: int, path: Path) -> None:
 
 
 def save_overlay(pixels: Tensor, labels: Tensor, info: DatasetInfo, path: Path) -> None:
-    """Write the upright image (3, H, W) uint8 under the colours of the labels; unscored classes are transparent."""
+    """Write the upright image (3, H, W) uint8 under the colours of the scored classes; other labels are transparent."""
     colours = [tuple(info.palette[c]) for c in info.scored]
     picture = Image.new("RGB", (labels.shape[1], labels.shape[0]))
     for top in range(0, len(labels), BAND):  # drawing needs 24 bytes per pixel, and one per class
@@ -119,8 +119,8 @@ def save_overlay(pixels: Tensor, labels: Tensor, info: DatasetInfo, path: Path) 
 
 def save_probabilities(probs: Tensor, orientation: int, path: Path) -> None:
     """Write probabilities (C, H, W) as a float16 .npy file, one class at a time to save memory."""
-    across = orientation in (5, 6, 7, 8)
-    shape = (len(probs), probs.shape[2], probs.shape[1]) if across else tuple(probs.shape)
+    is_transposed = orientation in (5, 6, 7, 8)
+    shape = (len(probs), probs.shape[2], probs.shape[1]) if is_transposed else tuple(probs.shape)
     with temporary_file(path) as temporary:
         out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
         for c, channel in enumerate(probs):
@@ -139,11 +139,11 @@ def save_png(image: Image.Image, path: Path, orientation: int = 1) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is written
+# Output paths
 
 
 def outputs_of(args: Namespace, image: str, info: DatasetInfo) -> Outputs:
-    """Return the files of an image. ``image`` is its name: a path below ``args.out``, without suffix."""
+    """Return the files to write for an image. ``image`` is its name: a path below ``args.out``, without suffix."""
     out: Path = args.out
     paths: dict[str | int, Path] = {}
     if args.per_class:
@@ -162,14 +162,14 @@ def file_names(classes: tuple[str, ...]) -> list[str]:
 
 
 def reject_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]) -> None:
-    """Raise UserError if two files have one path, or if a file would replace an image."""
+    """Raise UserError if two images need the same path, as a file or folder, or if a file would replace an image."""
     fix = "Fix: rename one, or segment them into folders of their own"
     read = {realpath(path): path for path in images.values()}
     written: dict[Path, str] = {}
     for name, files in outputs.items():
         for path in files.values():
             if realpath(path) in read:
-                raise UserError(f"{read[realpath(path)]} would be written over. Fix: choose another --out")
+                raise UserError(f"{read[realpath(path)]} would be replaced by a mask. Fix: choose another --out")
             other = written.setdefault(path, name)
             if other != name:
                 raise UserError(f"{images[other]} and {images[name]} would both be written to {path}. {fix}")
@@ -179,12 +179,13 @@ def reject_collisions(outputs: Mapping[str, Outputs], images: Mapping[str, Path]
             raise UserError(f"{image} would become {folder}, which is a folder for {images[name]}. {fix}")
 
 
-def settle(
+def record_settings(
     out: Path, settings: dict[str, Any], outputs: Mapping[str, Outputs], images: Mapping[str, Path], force: bool
 ) -> None:
-    """Store in the folder how its masks are made, and from which images.
+    """Store the settings of the masks, and the image that each is made from, in predict.json of the folder ``out``.
 
-    Raises UserError if it holds masks that were made in another way, or files of another origin.
+    Without ``force``, raises UserError if the folder has masks of other settings, or if a file to write exists and was
+    not made from the same image.
     """
     path = out / "predict.json"
     sources = {name: realpath(image) for name, image in images.items()}
@@ -194,22 +195,24 @@ def settle(
             before = dict(read_json(path))
             before["images"] = dict(before.get("images", {}))
     except (ValueError, TypeError):
-        raise UserError(f"{path} is not what was written there. Fix: remove it, or choose another --out") from None
+        raise UserError(f"{path} is not a record of this command. Fix: remove it, or choose another --out") from None
     changed = [key for key, value in settings.items() if before and before.get(key) != value]
     if changed and not force:
-        raise UserError(f"{out} holds masks made with another {', '.join(changed)}. Fix: another --out, or --force")
-    known = {} if changed else before.get("images", {})  # what was made otherwise is not done
+        raise UserError(
+            f"{out} holds masks made with another {', '.join(changed)}. Fix: choose another --out, or pass --force"
+        )
+    known = {} if changed else before.get("images", {})  # masks of other settings do not count as done
     for name, files in outputs.items() if not force else ():
         there = next((file for file in files.values() if file.exists()), None)
         if there and known.get(name) != sources[name]:
-            of = f"is the mask of {known[name]}" if name in known else "was not made by this command"
-            raise UserError(f"{there} {of}: choose another --out, or --force to write over it")
+            origin = f"was made from {known[name]}" if name in known else "was not made by this command"
+            raise UserError(f"{there} {origin}. Fix: choose another --out, or pass --force to replace it")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, {**settings, "images": {**known, **sources}})
 
 
 def dataset_info(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
-    """Return classes, colours and normalisation of a network's data set, without its images, or of a classes.yaml.
+    """Return the table of a classes.yaml if given, else of the network's data set. The images are not needed.
 
     Raises UserError if the network was trained on a folder whose classes.yaml is missing.
     """
@@ -229,23 +232,24 @@ def dataset_info(cfg: DictConfig, classes: Path | None = None) -> DatasetInfo:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How sure each mask is
+# Confidence of the masks
 
 COLUMNS = ("image", "class", "area", "confidence", "lower_bound")
 
 
 class Review:
-    """The rows of review.csv, the least sure first; those of images that are not segmented again are kept.
+    """The rows of review.csv, sorted by confidence. Rows of images that are not segmented again are kept.
 
-    A row is an image and a predicted class: area in pixels, confidence (the expected Dice), and the lower bound of the
-    Dice, confidence - margin, which holds for a share 1 - alpha of new images like those that fitted the margin. An
-    image without any mask has one row with an empty class; its confidence is the smallest P(class absent).
+    A row describes a predicted class of an image: area in pixels, confidence (the expected Dice), and the lower bound
+    of the Dice. The bound is confidence - margin, at least 0. It holds for a share 1 - alpha of new images like those
+    that fitted the margin. An image without any mask has one row with an empty class; its confidence is the smallest
+    P(class absent).
 
     Args:
         path: the file.
         classes: names of the classes.
         scored: the classes that are reviewed.
-        margins: class -> margin of the bound; empty for none.
+        margins: index of a class, as text -> margin of its bound; None or missing for no bound.
     """
 
     def __init__(
@@ -266,7 +270,7 @@ class Review:
         self.rows[image].append(dict(zip(COLUMNS, values, strict=True)))
 
     def save(self) -> None:
-        """Write the file, the least sure first."""
+        """Write the file, the lowest confidence first."""
         rows: list[dict[str, str]] = []
         for found in {**self.before, **self.rows}.values():
             rows += [row for row in found if row["class"]] or [min(found, key=lambda row: row["confidence"])]
@@ -275,7 +279,7 @@ class Review:
 
 
 def _read_review(path: Path) -> dict[str, list[dict[str, str]]]:
-    """Return image -> its rows."""
+    """Return image -> its rows in an existing file. Raises UserError if `Review` did not write it."""
     found: dict[str, list[dict[str, str]]] = defaultdict(list)
     try:
         text = read_text(path)
@@ -285,5 +289,5 @@ def _read_review(path: Path) -> dict[str, list[dict[str, str]]]:
             float(row["area"]), float(row["confidence"]), float(row["lower_bound"] or 0)
             found[row["image"]].append(row)
     except (ValueError, KeyError, OSError, csv.Error):
-        raise UserError(f"{path} is not a review written here. Fix: move it, or choose another --out.") from None
+        raise UserError(f"{path} is not a review of this command. Fix: move it, or choose another --out.") from None
     return found

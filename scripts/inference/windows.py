@@ -29,9 +29,9 @@ from scripts.decoding.arrays import scratch
 from trainers.fitted import RuleWithOwnProbs, fitted_threshold
 from trainers.forward import resize_logits
 
-WHOLE = 4 << 20  # pixels up to which an image goes through the network at once by default
-WINDOW = 1024  # side of the windows of larger ones
-IN_MEMORY = 2 << 30  # bytes of probabilities above which they are in a temporary file
+WHOLE = 4 << 20  # by default, images of up to so many pixels go through the network at once
+WINDOW = 1024  # by default, the side of the windows of larger images
+IN_MEMORY = 2 << 30  # probabilities of more bytes are in a temporary file
 
 Network = Callable[[Tensor], Tensor]  # normalised (B, 3, h, w) -> logits (B, C, h', w')
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -39,16 +39,16 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 @dataclass(frozen=True)
 class View:
-    """Windows, scales and mirror images that an image is seen in.
+    """The windows, scales and mirror images of an image that pass through the network.
 
     Attributes:
-        window: side, in pixels of the network's input, of the largest part that goes through it at once. 0: the whole
-            image. None: the whole image up to `WHOLE` pixels, `WINDOW` above.
-        overlap: the share of a window that the next one sees too.
-        scales: sizes relative to the one the network is evaluated at.
-        flip: whether mirror images are seen too.
-        resize: the size the network is evaluated at (`dataset.resize`).
-        batch: windows at once.
+        window: side of a window, in pixels of the network's input. 0: the whole image. None: the whole image up to
+            `WHOLE` pixels, `WINDOW` above.
+        overlap: the share of a window that the next one repeats, at least.
+        scales: sizes relative to the size of evaluation.
+        flip: whether mirror images are used too.
+        resize: the size of evaluation (`dataset.resize`); None: the size of the image.
+        batch: number of windows in a forward pass.
         folder: for temporary files.
     """
 
@@ -62,13 +62,13 @@ class View:
 
     def __post_init__(self) -> None:
         if self.window and self.window < 16:
-            raise UserError(f"window={self.window} is invalid: expected at least 16 pixels")
+            raise UserError(f"window={self.window} is invalid: expected at least 16 pixels, or 0 for whole images")
         if not 0 <= self.overlap <= 0.75:
-            raise UserError(f"overlap={self.overlap} is invalid: expected a share from 0 to 0.75")
+            raise UserError(f"overlap={self.overlap} is invalid: expected a number from 0 to 0.75")
         if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
             raise UserError(f"scales={self.scales} is invalid: expected numbers from 0.1 to 10")
         if self.batch < 1:
-            raise UserError(f"batch={self.batch} is invalid: expected a whole number >= 1")
+            raise UserError(f"batch={self.batch} is invalid: expected an integer >= 1")
 
 
 @torch.inference_mode()
@@ -80,32 +80,32 @@ def probabilities(
     view: View,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return the probabilities (C, H, W) float32 of an image (3, H, W) uint8, the mean over all views of it.
+    """Return the probabilities (C, H, W) float32 of an image (3, H, W) uint8, the weighted mean over its views.
 
-    A whole image at one scale is computed exactly as in testing: resized, passed through the network, the logits
-    resized back, and then turned into probabilities by `to_probs`.
+    A whole image at one scale without flip is computed as in the corrected evaluation: resized, passed through the
+    network, the logits resized back, and then turned into probabilities by `to_probs`.
     """
     height, width = image.shape[-2:]
     total: Tensor | None = None
     weights = torch.zeros(height, width)
     for boxes, size in _windows((height, width), view):
         pixels = torch.stack([normalise(_cut(image, box, size)) for box in boxes]).to(device)
-        probs = _look(network, to_probs, pixels, boxes[0][2:], view.flip).cpu()
+        probs = _window_probs(network, to_probs, pixels, boxes[0][2:], view.flip).cpu()
         if len(boxes) == 1 and boxes[0] == (0, 0, height, width) and len(view.scales) == 1:
             return probs[0]
         if total is None:
             total = torch.from_numpy(scratch((probs.shape[1], height, width), np.float32, view.folder, IN_MEMORY))
-        ramp = _ramp(boxes[0][2:], view.overlap)
+        window_weights = _window_weights(boxes[0][2:], view.overlap)
         for (top, left, h, w), part in zip(boxes, probs, strict=True):
-            total[:, top : top + h, left : left + w] += part * ramp
-            weights[top : top + h, left : left + w] += ramp
+            total[:, top : top + h, left : left + w] += part * window_weights
+            weights[top : top + h, left : left + w] += window_weights
     assert total is not None
     for channel in total:  # one class at a time: no second copy of the whole map
         channel.div_(weights).clamp_(0, 1)
     return total
 
 
-def _look(
+def _window_probs(
     network: Network, to_probs: Callable[[Tensor], Tensor], pixels: Tensor, size: Sequence[int], flip: bool
 ) -> Tensor:
     """Return (B, C, *size) probabilities of windows (B, 3, h, w), averaged with those of their mirror images."""
@@ -116,17 +116,17 @@ def _look(
 
 
 def _windows(shape: tuple[int, int], view: View) -> Iterator[tuple[list[Box], tuple[int, int]]]:
-    """Yield batches of boxes of one size in the image, and the size that the network gets to see them at."""
+    """Yield batches of boxes of one size in the image, and the size to which they are resized for the network."""
     base = resize_to(shape, view.resize) if view.resize is not None else list(shape)
     window = view.window if view.window is not None else WINDOW if math.prod(shape) > WHOLE else 0
     for scale in view.scales:
-        seen = [max(1, round(side * scale)) for side in base]
-        if not window or max(seen) <= window:
-            yield [(0, 0, *shape)], (seen[0], seen[1])
+        scaled = [max(1, round(side * scale)) for side in base]
+        if not window or max(scaled) <= window:
+            yield [(0, 0, *shape)], (scaled[0], scaled[1])
             continue
-        sizes = [min(side, window) for side in seen]
-        # The same part in pixels of the image itself.
-        sides = [min(full, max(1, round(s * full / side))) for s, side, full in zip(sizes, seen, shape, strict=True)]
+        sizes = [min(side, window) for side in scaled]
+        # The sides of a window in pixels of the image itself.
+        sides = [min(full, max(1, round(s * full / side))) for s, side, full in zip(sizes, scaled, shape, strict=True)]
         tops, lefts = (starts(full, side, view.overlap) for full, side in zip(shape, sides, strict=True))
         boxes = [(top, left, sides[0], sides[1]) for top in tops for left in lefts]
         for first in range(0, len(boxes), view.batch):
@@ -134,7 +134,7 @@ def _windows(shape: tuple[int, int], view: View) -> Iterator[tuple[list[Box], tu
 
 
 def starts(length: int, side: int, overlap: float) -> list[int]:
-    """Return where windows of this side begin so that they cover the length, evenly spread, the last flush."""
+    """Return the starts of evenly spread windows of this side that cover the length, from its start to its end."""
     if side >= length:
         return [0]
     step = max(1, round(side * (1 - overlap)))
@@ -148,8 +148,8 @@ def _cut(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     return part if size == (height, width) else TF.resize(part, list(size), antialias=True)
 
 
-def _ramp(size: Sequence[int], overlap: float) -> Tensor:
-    """Return weights (h, w) that fall off linearly towards the edges, over as much as windows overlap."""
+def _window_weights(size: Sequence[int], overlap: float) -> Tensor:
+    """Return weights (h, w) that decrease linearly towards the edges, over the share that windows overlap."""
     slopes = []
     for side in size:
         from_edge = torch.minimum(torch.arange(1, side + 1), torch.arange(side, 0, -1)).float()
@@ -160,32 +160,33 @@ def _ramp(size: Sequence[int], overlap: float) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Label maps
 
+# Functions that can decide each class by itself.
 SEPARABLE = (rankseg.threshold, rankseg.rankdice, rankseg.rankiou, fitted_threshold)
 
 
-def one_by_one(rule: Predictor) -> bool:
-    """Whether the rule decides each class by itself, so that classes can be passed one by one to save memory."""
+def is_separable(rule: Predictor) -> bool:
+    """Return whether the rule decides each class by itself, so that classes can be passed singly to save memory."""
     function, options = parts_of(rule)
     one_number = isinstance(options.get("at", 0.5), float)  # not one threshold for each class
     return function in SEPARABLE and bool(options.get("allow_overlap", True)) and one_number
 
 
 def may_overlap(rule: Predictor) -> bool:
-    """Whether the rule may give a pixel to several classes."""
+    """Return whether the rule may give a pixel to several classes."""
     function, options = parts_of(rule)
     return function is not rankseg.argmax and bool(options.get("allow_overlap", True))
 
 
 def parts_of(rule: Predictor) -> tuple[Callable[..., Tensor], dict[str, object]]:
-    """Return the function of a rule and its options, of the rule itself if it has probabilities of its own."""
+    """Return the function and the options of a rule, without the wrapper of a rule with its own probabilities."""
     while isinstance(rule, RuleWithOwnProbs):
         rule = rule.rule
     return (rule.func, rule.keywords) if isinstance(rule, partial) else (rule, {})
 
 
 def masks_of(probs: Tensor, rule: Predictor, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """Yield each class's mask (*S) bool of probabilities (C, *S)."""
-    if one_by_one(rule):
+    """Yield the mask (*S) bool of each class that a rule makes of probabilities (C, *S), on the device."""
+    if is_separable(rule):
         for channel in probs:
             yield rule(channel[None, None].to(device))[0, 0]
     else:
@@ -197,14 +198,14 @@ def label_map(
 ) -> Tensor:
     """Return the labels (H, W) uint8 that a rule makes of probabilities (C, H, W).
 
-    A rule can give a pixel to several classes or to none. The label is then
-      - of the scored classes that have the pixel, the one with the highest probability;
-      - else the most probable class that is not scored (the background), whether or not it has the pixel;
-      - else, if every class is scored, void.
+    A rule can give a pixel to several classes or to none. The label of a pixel is
+      - the most probable of the scored classes whose masks contain the pixel;
+      - if there is none, the most probable class that is not scored (the background), whatever its mask;
+      - if every class is scored, void.
 
-    ``each(c, mask)`` is called with the mask of every class, overlaps and all.
+    ``each(c, mask)`` is called with the mask of every class, before overlaps are resolved.
 
-    Raises ValueError where probabilities and classes do not belong together.
+    Raises UserError if probabilities and data set differ in their number of classes.
     """
     if len(probs) != info.num_classes:
         raise UserError(
@@ -216,7 +217,7 @@ def label_map(
         if each is not None:
             each(c, mask)
         scored = c in info.scored
-        # What is not scored ranks in (-2, -1]: behind a scored class that has the pixel.
+        # A class that is not scored ranks in (-2, -1], below every scored class that has the pixel.
         rank = probs[c] if scored else probs[c] - 2 + 1e-6
         better = rank > best
         if scored:

@@ -122,8 +122,8 @@ def test_images_are_never_written_over(tmp_path: Path, monkeypatch: pytest.Monke
         ("a b overlay/a", ".", "out", "--overlay", r"a\.jpg and \S*overlay/a\.jpg would both be written to"),
         ("a classes/a/disc", ".", "out", "--per-class", r"would both be written to \S*classes/a/disc\.png"),
         ("a a.png/b", ".", "out", "--flip", r"a\.jpg would become \S*a\.png, which is a folder for \S*b\.jpg"),
-        ("a", "a.png", ".", "--flip", r"a\.png would be written over"),
-        ("a out/overlay/c", "out/overlay/c.png", "out", "--overlay", r"overlay/c\.png would be written over"),
+        ("a", "a.png", ".", "--flip", r"a\.png would be replaced"),
+        ("a out/overlay/c", "out/overlay/c.png", "out", "--overlay", r"overlay/c\.png would be replaced"),
     ],
 )
 def test_no_two_files_go_to_one_place(
@@ -157,20 +157,20 @@ def test_masks_of_others_are_neither_written_over_nor_taken_for_done(
     out.mkdir()
     (out / "one.png").write_text("precious")
     command = ["-r", str(checkpoint), "--out", str(out), "--quiet"]
-    with pytest.raises(ValueError, match=r"one\.png was not made by this command: .* --force"):
+    with pytest.raises(ValueError, match=r"one\.png was not made by this command\. Fix: .* --force"):
         main([*command, str(photos)])
     assert [p.name for p in out.iterdir()] == ["one.png"]
     assert main([*command, str(photos), "--force"]) == 0
     (tmp_path / "new").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "new" / "one.png")
-    with pytest.raises(ValueError, match=rf"one\.png is the mask of {photos}/one\.png: choose another --out"):
+    with pytest.raises(ValueError, match=rf"one\.png was made from {photos}/one\.png\. Fix: choose another --out"):
         main([*command, str(tmp_path / "new")])
     assert main([*command, str(photos)]) == 0
     assert main([*command, str(photos / "three.png"), "-p", "max", "--force"]) == 0
     with pytest.raises(ValueError, match=r"two\.png was not made by this command"):  # but by another rule
         main([*command, str(photos), "-p", "max"])
     (out / "predict.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"predict\.json is not what was written there"):
+    with pytest.raises(ValueError, match=r"predict\.json is not a record of this command"):
         main([*command, str(photos)])
 
 
@@ -338,7 +338,7 @@ def test_other_things_in_a_folder_do_not_stop_its_images(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("-p max -p T", "one rule makes the masks; call again with another --out"),
+        ("-p max -p T", "expected one rule. Fix: call once per rule, each time with another --out"),
         ("trainer.precision=fp8", "trainer.precision=fp8"),
         ("--out LOOP/x", "loop/x"),
     ],

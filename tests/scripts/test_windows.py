@@ -14,7 +14,7 @@ from datasets import DatasetInfo
 from datasets.transforms import Normalise
 from rankseg import argmax, rankdice, threshold
 from scripts.decoding.arrays import scratch
-from scripts.inference.windows import View, label_map, masks_of, one_by_one, probabilities, starts
+from scripts.inference.windows import View, is_separable, label_map, masks_of, probabilities, starts
 
 INFO = DatasetInfo("three", ("background", "a", "b"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)), (1, 2))
 
@@ -106,7 +106,7 @@ def test_classes_one_by_one_are_classes_at_once(rule: partial) -> None:
     probs = (3 * torch.randn(3, 24, 31, generator=torch.Generator().manual_seed(0))).softmax(0)
     assert torch.equal(torch.stack(list(masks_of(probs, rule))), rule(probs[None])[0])
     expected = rule is not argmax and not (isinstance(rule, partial) and "allow_overlap" in rule.keywords)
-    assert one_by_one(rule) == expected
+    assert is_separable(rule) == expected
 
 
 def test_labels_resolve_overlaps_and_gaps_as_documented() -> None:

@@ -22,7 +22,7 @@ from datasets.decode import read_split
 from datasets.folder import read_class_table
 from models import CheckpointError, TinyUNet, load_state, read_checkpoint
 from scripts.analysis.scores import scores_from_counts
-from scripts.inference.files import Review, settle
+from scripts.inference.files import Review, record_settings
 from trainers.checkpoint import save
 from trainers.journal import read_rows
 
@@ -244,7 +244,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "classes.yaml": lambda path: read_class_table("mine", path),
     "train.txt": read_split,
     "metrics.jsonl": read_rows,
-    "predict.json": lambda path: settle(path.parent, {"rule": "T"}, {}, {}, force=False),
+    "predict.json": lambda path: record_settings(path.parent, {"rule": "T"}, {}, {}, force=False),
     "review.csv": lambda path: Review(path, ["a"], [0], {}),
     "T.csv": lambda path: scores_from_counts(path, {"protocol": "paper", "images": []}),
     "last.pth": read_checkpoint,
