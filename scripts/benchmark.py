@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 
 from configs.cli import run_cli
 from scripts.benchmarks import loader, rules, step, test, volume
-from scripts.common import command_line
+from scripts.common import check_least, command_line
 
 MODULES = {"rules": rules, "step": step, "loader": loader, "test": test, "volume": volume}
+AT_LEAST_ONE = ("rounds", "steps", "frames", "images", "threads", "size", "largest", "depth")  # options of some modules
 
 
 def main() -> None:
@@ -28,7 +29,9 @@ def main() -> None:
     parser = command_line(MODULES[name].__doc__)
     parser.prog += f" {name}"
     MODULES[name].add_arguments(parser)
-    MODULES[name].main(parser.parse_intermixed_args(sys.argv[2:]))
+    args = parser.parse_intermixed_args(sys.argv[2:])
+    check_least(args, **{option: 1 for option in AT_LEAST_ONE if option in args})
+    MODULES[name].main(args)
 
 
 if __name__ == "__main__":

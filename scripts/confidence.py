@@ -1,4 +1,4 @@
-"""How sure are the masks? Risk-coverage curves, AURC, and a bound on the Dice that holds for new images.
+"""Measure the confidence of masks: risk-coverage curves, their area (AURC), and a lower bound on the Dice of images.
 
     python scripts/confidence.py -r RUN/last.pth dataset.splits.test=test
     python scripts/confidence.py -r RUN/last.pth -p T --fit val --on test --alpha 0.1 calibrate=temperature
@@ -6,7 +6,7 @@
 Two splits are needed: --fit gives the margin of the bound, --on is measured. They must not share images, and images
 of both should come from the same source. confidence.json (all numbers) and confidence.svg (the curves) are written to
 confidence/RULE/ in the folder of the results. The margins are stored in CHECKPOINT.fitted.json, where
-predict_images.py finds them. Exit codes: 0 done, 2 bad input.
+predict_images.py finds them. Exit codes: 0 done, 2 bad input, 3 the computation or the disk failed.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from trainers.reproducibility import provenance
 from trainers.text import markdown_table
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line; flags and overrides may mix."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line; flags and overrides may be mixed."""
     parser = command_line(__doc__)
     add_checkpoint_options(parser, options("predictor"), "rankdice")
     add = parser.add_argument
-    add("--fit", default="val", metavar="SPLIT", help="split that fits the margin (default: val)")
+    add("--fit", default="val", metavar="SPLIT", help="split that the margin is fitted on (default: val)")
     add("--on", default="test", metavar="SPLIT", help="split that is measured (default: test)")
-    add("--resplits", type=int, default=200, help="random splits that check the coverage (default: 200)")
+    add("--resplits", type=int, default=200, help="number of random splits that check the coverage (default: 200)")
     add("--out", type=Path, metavar="DIR", help="default: in the folder of the results")
     add("overrides", nargs="*", metavar="key=value", help="as for test.py: calibrate=temperature, gate=fit")
     args = parser.parse_intermixed_args()
@@ -54,24 +54,24 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, world: World) -> None:
-    """Measure both splits, print and write."""
+    """Fit the margin on one split, measure the confidence on the other, and print and write the numbers."""
     (name,) = args.predictor or ["rankdice"]
     path, network, cfg, _, data = load_run(args.resume, [*args.overrides, f"split={args.on}"], world.device)
     held_out = build.dataset(cfg, args.fit)
     if held_out.fingerprint() == data.fingerprint():
         raise UserError(
             f"--fit {args.fit} and --on {args.on} are the same images, so the bound would not hold for others. "
-            "Fix: name another split, such as dataset.splits.test=test."
+            "Fix: choose another split, for example dataset.splits.test=test."
         )
     fitter = Fitter(cfg, network, path, world)
     to_probs = fitter.to_probs()
     rule = fitter.rules([name], data)[0][name]
-    fitted = record_split(fitter, held_out, rule, to_probs, f"{cfg.dataset.name} {args.fit}")
-    on = record_split(fitter, data, rule, to_probs, f"{cfg.dataset.name} {args.on}")
-    found = assess(on, known_pairs(fitted), args.alpha, args.resplits)
+    fitted_on = record_split(fitter, held_out, rule, to_probs, f"{cfg.dataset.name} {args.fit}")
+    measured = record_split(fitter, data, rule, to_probs, f"{cfg.dataset.name} {args.on}")
+    found = assess(measured, known_pairs(fitted_on), args.alpha, args.resplits)
     if "no_bound" in found:
         raise UserError(found["no_bound"])
-    margins, settings = class_margins(fitted, args.alpha), fitter.rule_settings(name)
+    margins, settings = class_margins(fitted_on, args.alpha), fitter.rule_settings(name)
     values = {"image": found["margin"], "classes": margins}
     source = {"split": cfg.dataset.splits[args.fit], "fingerprint": held_out.fingerprint()}
     fitter.file.put(f"margin {args.alpha:g}", settings, values, {**source, "num_images": len(held_out)})
@@ -81,8 +81,8 @@ def measure(args: argparse.Namespace, world: World) -> None:
     folder = args.out or folder_of_results(path, cfg) / "confidence" / name
     about = {
         "rule": name,
-        "fitted_on": {"split": args.fit, "fingerprint": held_out.fingerprint(), "images": fitted.names},
-        "measured_on": {"split": args.on, "fingerprint": data.fingerprint(), "images": on.names},
+        "fitted_on": {"split": args.fit, "fingerprint": held_out.fingerprint(), "images": fitted_on.names},
+        "measured_on": {"split": args.on, "fingerprint": data.fingerprint(), "images": measured.names},
         "settings": settings,
         "provenance": provenance(ROOT),
     }
@@ -104,13 +104,13 @@ def class_margins(record: MaskRecord, alpha: float) -> dict[str, float | None]:
 
 
 def table(rule: str, found: dict[str, Any], args: argparse.Namespace) -> str:
-    """Return the numbers for people, as Markdown."""
+    """Return the numbers as Markdown."""
     rows = []
     for name, one in found["aurc"].items():
         low, high = (100 * end for end in one["interval"])
-        worse, better = (-100 * end for end in reversed(one["gain_interval"]))
+        least, most = (-100 * end for end in reversed(one["gain_interval"]))
         aurc = f"{100 * one['aurc']:.2f} [{low:.2f}, {high:.2f}]"
-        rows.append([name, aurc, f"{-100 * one['gain']:+.2f} [{worse:+.2f}, {better:+.2f}]"])
+        rows.append([name, aurc, f"{-100 * one['gain']:+.2f} [{least:+.2f}, {most:+.2f}]"])
     rows.append(["none", f"{100 * found['aurc_without_order']:.2f}", ""])
     head = ["order by", "AURC [95 % bootstrap], percent", "difference to expected Dice"]
     random = found["resplits"]
@@ -127,7 +127,7 @@ def table(rule: str, found: dict[str, Any], args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_arguments()
     with join_world(args.device) as world:
         measure(args, world)
 

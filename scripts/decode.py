@@ -330,8 +330,9 @@ class Job:
         findings, confidence, *_ = analyse(fitters, names, data, self.fit)
         title = f"Saved probabilities: {args.probs.resolve().name}"
         lead = [
-            f"{len(findings.names)} cases. All rules see the same probabilities: T selects pixels with at least 0.5, "
-            "max the most likely class, rankdice the mask with the largest expected Dice. Masks may overlap."
+            f"{len(findings.names)} cases. All rules see the same probabilities: T selects pixels with a probability "
+            "of at least 0.5, max the most likely class, rankdice the mask with the largest expected Dice. Masks may "
+            "overlap."
         ]
         classes = self._classes(data.channels + data.first)[data.first :]
         facts = {
@@ -339,7 +340,7 @@ class Job:
             "labels": args.labels,
             "cases": f"{len(data)}, fingerprint {data.fingerprint()}",
             "fitted on": " and ".join(map(str, args.fit or ())),
-            **report.facts_of_report(),
+            **report.describe_report(),
         }
         sections = {"provenance": facts}
         return report.write(args.out / "report", title, lead, findings, confidence, classes, names, sections, {})

@@ -1,11 +1,12 @@
-"""Does a rule gain more with one loss than with another? A table over seeds, gains and their difference.
+"""Compare the gain of rules between two training losses: tables of scores, gains, and the difference of the gains.
 
     python scripts/interaction.py saved/results/kvasir_seg_study/kvasir_seg/smp_deeplabv3plus-lite0-96px/{ce,ce_dice}
 
 Each folder holds seed0, seed1, ... with the results of test.py, raw and with calibrate=temperature. The gain of a rule
-is rule - baseline, in points of mDice. The interaction is the gain with the first folder minus that with the second.
-Scores of an image are averaged over the seeds first. Intervals are 95 % BCa bootstraps over images: they do not cover
-the choice of the seed, whose range is printed. Exit codes: 0 done, 2 bad input.
+is rule - baseline, in points of mDice. With two folders, the interaction is also printed: the gain with the first
+folder minus the gain with the second. The gains of an image are averaged over the seeds first. Intervals are 95 % BCa
+bootstraps over images. They do not cover the choice of the seed, so the range over seeds is printed.
+Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ MEASURES = {"NLL": "log_loss", "Brier": "brier", "ECE, %": "ece"}
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="one or more folders with seed0, seed1, ...")
-    parser.add_argument("--rules", default="max,T_fit,rankdice", help="default: %(default)s")
-    parser.add_argument("--baseline", default="max", help="default: %(default)s")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders with seed0, seed1, ...; two for the interaction")
+    parser.add_argument("--rules", default="max,T_fit,rankdice", help="rules to compare (default: %(default)s)")
+    parser.add_argument("--baseline", default="max", help="rule to compare with (default: %(default)s)")
     args = parser.parse_args()
     rules = list(dict.fromkeys([args.baseline, *args.rules.split(",")]))
     print("\n".join(table(args.folders, rules, args.baseline)))
@@ -43,14 +44,16 @@ def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[
     for folder in folders:
         seeds = sorted(folder.glob("seed*"))
         if not seeds:
-            raise UserError(f"{folder} holds no seed0, seed1, ... Fix: give the folder of a loss and its seeds.")
+            raise UserError(f"{folder} has no folder seed0, seed1, ... Fix: give the folder of a loss, which has them.")
         for kind, inner in PROBABILITIES.items():
             read = {rule: [read_rule(results_of(seed) / inner, rule) for seed in seeds] for rule in rules}
             cells = [spread([100 * mean(one.by_image().values()) for one in read[rule]]) for rule in rules]
             for name, key in MEASURES.items():
                 scale = 100 if "%" in name else 1
-                values = [scale * float(one.record["scores"][key]) for one in read[baseline]]
-                cells.append(spread(values, digits=3))
+                found = [one.record["scores"].get(key) for one in read[baseline]]
+                if None in found:
+                    raise UserError(f"{folder}: {baseline}.json has no score {key}. Fix: score again with test.py.")
+                cells.append(spread([scale * value for value in found], digits=3))
             scores.append([f"{folder.name}, {kind} ({len(seeds)} seeds)", *cells])
             for rule in rules:
                 if rule != baseline:
@@ -79,18 +82,18 @@ def table(folders: Sequence[Path], rules: Sequence[str], baseline: str) -> list[
 
 
 def results_of(run: Path) -> Path:
-    """Return the folder of the results of last.pth, or of best_model.pth if last.pth was not scored."""
+    """Return the folder with the results of last.pth, or of best_model.pth if last.pth was not scored."""
     last = run / "results" / "of_last"
     return last if last.is_dir() else run / "results"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return the mean and half the range."""
+    """Return the mean and half the range as text."""
     return f"{mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
 def interval(differences: dict[str, float]) -> str:
-    """Return the mean of fractions with its interval, in points."""
+    """Return the mean of fractions and its interval as text, in points."""
     values = [100 * value for value in differences.values()]
     low, high = mean_interval(values)
     return f"{mean(values):+.2f} [{low:+.2f}, {high:+.2f}]"

@@ -3,15 +3,16 @@
     python scripts/paired_statistics.py saved/kvasir_seg/smp_unet/ce/seed0     every rule against T
     python scripts/paired_statistics.py RUN/seed0 RUN/seed1 --rule rankdice    several seeds
     python scripts/paired_statistics.py RUN/seed0 --protocol paper --json
-    python scripts/paired_statistics.py RUN/seed0 --group '(patient[0-9]+)'    images of a patient belong together
-    python scripts/paired_statistics.py RUN/seed0 RUN/seed1 --auto 30          would -p auto have gained?
+    python scripts/paired_statistics.py RUN/seed0 --group '(patient[0-9]+)'    the images of a patient are a group
+    python scripts/paired_statistics.py RUN/seed0 RUN/seed1 --auto 30          the gain of -p auto
 
 Differences are rule − baseline in points (percent) of the image's mean over classes. The interval is the BCa
-bootstrap over images, or over the groups of --group. It covers the choice of images, not the training run. For
-that, give several seeds: their mean and range are printed, if the runs differ in nothing but the seed.
+bootstrap over images, or over the groups of --group. It covers the choice of images, not the training run. To see
+the effect of the training run, give several seeds: their mean and range are printed if only the seed differs.
 
-With --auto N, rule `auto` chooses among T, max, rankdice and the calibrated rankdice on a random half of the images,
-N times. The other half is scored. T_fit takes no part, because it would need another fit for every half.
+With --auto N, rule `auto` chooses among T, max, rankdice and, if it was scored, the calibrated rankdice on a random
+half of the images, N times. The other half is scored. T_fit is left out, because it would need another fit for every
+half.
 Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """
 
@@ -40,17 +41,17 @@ from scripts.tables.results import group_seeds, parse_result
 from trainers.fitted import choose
 from trainers.text import markdown_table, markdown_text
 
-AUTO = ("T", "max", "rankdice")  # what rule auto chooses from, without T_fit
+AUTO = ("T", "max", "rankdice")  # the choices of rule auto, without T_fit
 
 
 def markdown(found: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]] = ()) -> str:
     """Return the comparisons as Markdown: differences over images, harm, several seeds, and classes."""
     first = found[0]
     level, metric = f"{100 * first['confidence']:g} %", first["metric"].capitalize().replace("Iou", "IoU")
-    name, difference = "rule − baseline, seed", f"mean {metric} difference [{level} BCa]"
-    head = [name, difference, "median", "better / worse / tied"]
+    name_head, difference = "rule − baseline, seed", f"mean {metric} difference [{level} BCa]"
+    head = [name_head, difference, "median", "better / worse / tied"]
     head += ["standardised mean", "rank-biserial", "Wilcoxon p", "images"]
-    harm_head = [name, *(f"lose > {k}" for k in HARM), "worst loss", "best gain"]
+    harm_head = [name_head, *(f"lose > {k}" for k in HARM), "worst loss", "best gain"]
     rows, harm = [], []
     for one in found:
         name = f"{title(one, found)}, {one['seed']}"
@@ -85,7 +86,7 @@ def title(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
 
 
 def _seed_parts(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
-    """Return mean and range over seeds, also of each class; or the reason why there are none."""
+    """Return mean and range over seeds, also by class; or the reason why there are none."""
     count = len(one["seeds"])
     if "rejected" in one:
         return [markdown_text(f"{title(one, found)}: no mean over {count} runs, because {one['rejected']}.")]
@@ -125,12 +126,14 @@ def _range(ends: Sequence[float]) -> str:
 def over_seeds(found: Sequence[dict[str, Any]], scores: Sequence[RuleScores]) -> list[dict[str, Any]]:
     """Return mean and range over the training runs of each compared rule; images of several runs are not pooled.
 
-    Runs that differ in more than their seed have no mean; ``rejected`` holds the difference. ``scores`` are the
-    rules of ``found``, in the same order.
+    Runs that differ in more than their seed have no mean; ``rejected`` is the difference. ``scores`` are the rules of
+    the comparisons in ``found``, in the same order.
     """
-    of_path = {one.path.resolve(): comparison for one, comparison in zip(scores, found, strict=True)}
-    if len(of_path) < len(found):
-        raise UserError("a run is given twice. Fix: give each run once.")
+    of_path: dict[Path, dict[str, Any]] = {}
+    for one, comparison in zip(scores, found, strict=True):
+        if one.path.resolve() in of_path:
+            raise UserError(f"{one.path} is given twice. Fix: give each run once.")
+        of_path[one.path.resolve()] = comparison
     results = []
     for path, one in zip(of_path, scores, strict=True):
         try:
@@ -188,9 +191,10 @@ def auto_table(folders: Sequence[Path], metric: str, halves: int, seed: int) -> 
 
 
 def choose_on_halves(dice: Mapping[str, dict[str, float]], halves: int, seed: int) -> tuple[list[float], Counter[str]]:
-    """Choose a rule on one half of the images and score the other; ``dice[rule][image]`` are fractions.
+    """Choose a rule on a random half of the images and score the other, ``halves`` times.
 
-    Returns the mean gains over T of rankdice and of the chosen rules, and how often each rule was chosen.
+    ``dice[rule][image]`` is a fraction. Return the mean gains over T of rankdice and of the chosen rules, in points,
+    and how often each rule was chosen.
     """
     images = sorted(set.intersection(*map(set, dice.values())))
     scores = {rule: torch.tensor([of[image] for image in images]).double() for rule, of in dice.items()}
@@ -218,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         baseline = read_rule(folder, args.baseline, args.metric)
         if args.protocol == "paper" and baseline.record.get("protocol") != "paper":
             raise UserError(f"{folder}: no scores of protocol=paper. Fix: test.py -r ... protocol=paper")
-        for name in args.rule or [r for r in rules_in(folder) if r != args.baseline]:
+        for name in dict.fromkeys(args.rule or (r for r in rules_in(folder) if r != args.baseline)):
             pairs.append((baseline, read_rule(folder, name, args.metric)))
     if not pairs:
         raise UserError(f"{args.runs[0]}: no rule but {args.baseline}. Fix: score more with test.py -p all.")
@@ -237,17 +241,23 @@ def _parser() -> argparse.ArgumentParser:
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of results")
     add("--baseline", default="T", metavar="RULE", help="the rule to compare with (default: T)")
     add("--rule", action="append", metavar="RULE", help="may be repeated (default: all others)")
-    add("--metric", choices=("dice", "iou"), default="dice")
-    add("--protocol", choices=("corrected", "paper"), default="corrected")
-    add("--confidence", type=float, default=0.95)
-    add("--resamples", type=int, default=RESAMPLES, help="bootstrap samples (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    add("--metric", choices=("dice", "iou"), default="dice", help="score to compare (default: dice)")
+    add("--protocol", choices=("corrected", "paper"), default="corrected", help="results to read (default: corrected)")
+    add("--confidence", type=float, default=0.95, help="level of the intervals (default: 0.95)")
+    add("--resamples", type=int, default=RESAMPLES, help="number of bootstrap samples (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the bootstrap and of the halves of --auto (default: 0)")
     group = (
         "resample groups of images, such as patients: a CSV file with the columns image and group, or a "
-        "regular expression for the part of the image's name that is the group"
+        "regular expression that finds the group in the name of an image"
     )
     add("--group", metavar="FILE|PATTERN", help=group)
-    add("--auto", type=int, default=0, metavar="N", help="choose on a random half of the images, score the other")
+    add(
+        "--auto",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N times, choose a rule on a random half of the images and score the other half",
+    )
     add("--json", action="store_true", help="print JSON, with every difference")
     return parser
 

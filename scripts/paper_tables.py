@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     if not (args.write or args.check):
         return _show(args, args.saved or root / "saved")
     groups, problems = _read(records) if records.is_dir() else ({}, [])
-    files = generated(root, groups, problems)
+    files = generate(root, groups, problems)
     if args.write:
         for path in write(files):
             print(one_line(f"written: {path.relative_to(root)}"))
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         if count:
             print(f"new records in the manifest: {count}")
         return 0
-    faults = [f"stale: {path.relative_to(root)} (run: make tables)" for path in stale(files)]
+    faults = [f"stale: {path.relative_to(root)} (run: make tables)" for path in find_stale(files)]
     faults += [f"unreadable: {problem.path.relative_to(root)}" for problem in problems]
     expected = read_expected(root / "configs")
     faults += [f"out of tolerance: {line}" for line in violations(expected, groups)]
@@ -133,7 +133,7 @@ def tables(mode: str, groups: ours.Groups, problems: Sequence[ours.Problem] = ()
 
 
 def render(found: Sequence[Table], form: str, problems: Sequence[ours.Problem] = ()) -> str:
-    """Return tables as the text of one of FORMATS; a sentence if there is no table."""
+    """Return tables as text in one of FORMATS; a sentence if there are none."""
     if form == "csv":
         return csv_tables(found)
     if form == "tex":
@@ -142,8 +142,8 @@ def render(found: Sequence[Table], form: str, problems: Sequence[ours.Problem] =
     return text or f"No results yet{'; ' + ours.skipped_files_text(problems) if problems else ''}.\n"
 
 
-def generated(root: Path, groups: ours.Groups, problems: Sequence[ours.Problem]) -> dict[Path, str]:
-    """Return every generated file of the repository with its text.
+def generate(root: Path, groups: ours.Groups, problems: Sequence[ours.Problem]) -> dict[Path, str]:
+    """Return the path and text of every generated file of the repository.
 
     `groups` must come from saved/results alone: a run that is not in git must not change a file that is.
     """
@@ -177,14 +177,14 @@ def inject(text: str, named: Mapping[str, str], page: str = "README.md") -> str:
     return _MARKER.sub(replace, text)
 
 
-def stale(files: Mapping[Path, str]) -> list[Path]:
-    """Return the files that differ from their text in any byte."""
+def find_stale(files: Mapping[Path, str]) -> list[Path]:
+    """Return the files that are missing or differ from their text in any byte."""
     return [path for path, text in files.items() if not path.is_file() or path.read_bytes() != text.encode()]
 
 
 def write(files: Mapping[Path, str]) -> list[Path]:
     """Write the stale files; return them."""
-    changed = stale(files)
+    changed = find_stale(files)
     for path in changed:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files[path].encode())
@@ -195,7 +195,7 @@ def write(files: Mapping[Path, str]) -> list[Path]:
 
 
 def recorded_files(records: Path) -> list[str]:
-    """Return every recorded file below `saved/results`, as POSIX paths; generated tables are not recorded."""
+    """Return the POSIX path of every file below `saved/results`, except the manifest and the generated tables."""
     stems = {Path(stem).name for stem in _PLACES.values()}
     own = {MANIFEST, *(f"{stem}.{form}" for stem in stems for form in FORMATS)}
     paths = (path.relative_to(records).as_posix() for path in records.rglob("*") if path.is_file())
@@ -203,14 +203,14 @@ def recorded_files(records: Path) -> list[str]:
 
 
 def read_manifest(records: Path) -> dict[str, str]:
-    """Return the SHA-256 of each listed file; {} if there is no manifest."""
+    """Return the SHA-256 of each listed file by its path; {} if there is no manifest."""
     path = records / MANIFEST
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return {line[66:]: line[:64] for line in lines if line}
 
 
 def extend_manifest(records: Path) -> int:
-    """Add the files that the manifest does not list; return how many. Listed checksums never change."""
+    """Add the files that the manifest does not list, and return how many. Listed checksums never change."""
     listed = read_manifest(records)
     new = [path for path in recorded_files(records) if path not in listed]
     listed.update({path: file_sha256(records / path) for path in new})
@@ -236,8 +236,8 @@ def verify(root: Path) -> list[str]:
             faults.append(f"changed: {path} (restore it; if intended, delete its line and run: make tables)")
     results, problems = ours.read_results(records, from_counts=True)
     faults += [f"no scores from counts: {problem.name}: {problem.reason}" for problem in problems]
-    files = generated(root, ours.group_seeds(results), problems)
-    faults += [f"does not follow from the counts: {path.relative_to(root)}" for path in stale(files)]
+    files = generate(root, ours.group_seeds(results), problems)
+    faults += [f"does not follow from the counts: {path.relative_to(root)}" for path in find_stale(files)]
     return faults
 
 

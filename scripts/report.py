@@ -1,12 +1,12 @@
 """Write a run's report: one HTML page with scores, intervals, calibration, confidence, images and provenance.
 
-    python scripts/report.py saved/synthetic/tiny/ce/seed0                     writes RUN/report/index.html
+    python scripts/report.py saved/synthetic/tiny/ce/seed0          writes RUN/report/index.html
     python scripts/report.py RUN -p T_fit -p pooled_dice -p auto    with fitted rules
     python scripts/report.py RUN protocol=paper --out report-paper
     python scripts/report.py checkpoint-epoch300.pth dataset.root=/data/cityscapes
 
-The page needs no other file. The same folder gets its images as PNG files and its numbers as report.json.
-Exit codes: 0 done, 2 bad input.
+The page needs no other file. Its images are also written to images/ as PNG files, and its numbers to report.json.
+Exit codes: 0 done, 2 bad input, 3 the computation or the disk failed.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from trainers.reproducibility import provenance
 RULES = ("T", "max", "rankdice")
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Parse the command line; flags and overrides may be mixed."""
     parser = command_line(__doc__)
     add_run_options(parser, "split=val, protocol=paper")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: report/ in the run's folder")
-    parser.add_argument("--images", type=int, default=3, help="images of each kind (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=3, help="images in each group of the page (default: %(default)s)")
     about = f"rule to compare besides {', '.join(RULES)}; may be repeated. One of: {', '.join(options('predictor'))}"
     parser.add_argument("-p", "--predictor", action="append", default=[], metavar="RULE", help=about)
     return parser.parse_intermixed_args()
 
 
 def report(args: argparse.Namespace, world: World) -> Path:
-    """Measure, draw and write; return the path of the page."""
+    """Measure a run, and write its page with images and numbers; return the path of the page."""
     run = load_run(args.run, args.overrides, world.device)
     path, network, cfg, checkpoint, data = run
     check_uncalibrated(cfg, "report.py")  # the report compares calibrated probabilities itself
@@ -73,22 +73,22 @@ def report(args: argparse.Namespace, world: World) -> Path:
     title = f"{cfg.dataset.name} · {cfg.model.name}{cfg.suffix} · {cfg.loss.name} · seed {cfg.seed}"
     lead = [
         f"Split {cfg.split}, {len(findings.names)} images, protocol {cfg.protocol.name}, checkpoint of epoch "
-        f"{checkpoint['epoch']}. All rules see the same probabilities: T selects pixels with at least "
+        f"{checkpoint['epoch']}. All rules see the same probabilities: T selects pixels with a probability of at least "
         f"{build.threshold(cfg):g}, max the most likely class, rankdice the mask with the largest expected Dice.",
         *fitted,
     ]
     if on_validation:
         lead.append(
-            "These are the validation images: they also chose the checkpoint and the temperature. Expect lower "
-            "scores on new images."
+            "These are the validation images: best_model.pth was chosen and the temperature was fitted on them. Expect "
+            "lower scores on new images."
         )
     more: dict[str, page.Section] = {
         "images": {heading: [strips[index] for index in picked] for heading, picked in groups.items()},
         "learning": page.learning_section(read_rows(path.parent / "metrics.jsonl")),
-        "provenance": facts(run),
+        "provenance": describe_run(run),
     }
-    of = {"checkpoint": file_sha256(path), "protocol": cfg.protocol.name, "split": cfg.split}
-    return write(folder, title, lead, findings, confidence, data.info.classes, names, more, of)
+    origin = {"checkpoint": file_sha256(path), "protocol": cfg.protocol.name, "split": cfg.split}
+    return write(folder, title, lead, findings, confidence, data.info.classes, names, more, origin)
 
 
 def write(
@@ -100,16 +100,16 @@ def write(
     classes: Sequence[str],
     rules: Sequence[str],
     more: Mapping[str, page.Section],
-    of: dict[str, Any],
+    origin: dict[str, Any],
 ) -> Path:
     """Write the page and its numbers into the folder; return the path of the page.
 
     Args:
         confidence: the result of `assess`.
-        classes: their names.
-        rules: those of the findings to show.
-        more: the last sections.
-        of: what the numbers belong to, for programs.
+        classes: the names of all classes.
+        rules: the rules to show.
+        more: the sections after those of this function, by anchor.
+        origin: what was measured; report.json has it as "of".
     """
     scores, gains = page.score_rules(findings, rules), page.compare_rules(findings, rules)
     sections = {
@@ -124,12 +124,12 @@ def write(
     target = folder / "index.html"
     write_text(target, page.render(title, lead, sections))
     found: dict[str, Any] = {"scores": scores, "gains": {f"rankdice - {rule}": one for rule, one in gains.items()}}
-    write_json(folder / "report.json", {"of": of, **found, **numbers(findings, rules), "confidence": confidence})
+    write_json(folder / "report.json", {"of": origin, **found, **numbers(findings, rules), "confidence": confidence})
     return target
 
 
 def numbers(findings: Findings, rules: Sequence[str]) -> dict[str, Any]:
-    """Return the numbers of the sections about gain and calibration, for programs."""
+    """Return the numbers of the sections "gain" and "calibration" for report.json."""
     return {
         "void": {v: {r: findings.mean(r, "raw", v) / 100 for r in rules} for v in ("masked", "counted")},
         "size": [{"group": name, "pairs": n, "dice": means} for name, n, means in by_size(findings, rules)],
@@ -148,8 +148,8 @@ def numbers(findings: Findings, rules: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def facts(run: LoadedRun) -> dict[str, Any]:
-    """Return where the numbers came from: the checkpoint, its training, and this report."""
+def describe_run(run: LoadedRun) -> dict[str, Any]:
+    """Return the origin of the numbers: the checkpoint, its training, and this report."""
     path, _, cfg, checkpoint, data = run
     stored = path.parent / "provenance.json"
     trained = read_json(stored) if stored.exists() else {}
@@ -164,12 +164,12 @@ def facts(run: LoadedRun) -> dict[str, Any]:
         "date of the training": trained.get("date"),
         "code of the training": trained.get("git_sha"),
         "hardware of the training": trained.get("hardware"),
-        **facts_of_report(),
+        **describe_report(),
     }
 
 
-def facts_of_report() -> dict[str, Any]:
-    """Return how this report is made."""
+def describe_report() -> dict[str, Any]:
+    """Return the command, date, code and library versions of this report."""
     now = provenance(ROOT)
     return {
         "report by": now["command"],
@@ -180,7 +180,7 @@ def facts_of_report() -> dict[str, Any]:
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_arguments()
     with join_world(args.device) as world:
         print(one_line(f"report: {report(args, world)}"))
 

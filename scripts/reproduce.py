@@ -46,7 +46,7 @@ from trainers.checkpoint import epoch_of
 from trainers.journal import read_rows
 from trainers.results import results_folder
 
-# What git keeps of a run: small text files, no checkpoint.
+# The files of a run that --record copies: small text files, no checkpoints.
 RECORDED = (
     *("config.yaml", "metrics.jsonl", "provenance.json", "report/report.json"),
     *("results/**/*.json", "results/**/*.csv"),
@@ -58,14 +58,14 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: the overrides to pass to ``train.py``, and the configuration that they compose."""
+    """One training run: the overrides to pass to ``train.py``, and the configuration that they give."""
 
     overrides: tuple[str, ...]
     cfg: DictConfig
 
     @property
     def folder(self) -> Path:
-        """The run's directory."""
+        """The folder of the run."""
         return Path(self.cfg.run_dir)
 
     def __str__(self) -> str:
@@ -78,11 +78,11 @@ class Run:
         return max((row["epoch"] for row in rows if row["kind"] == "train"), default=0)
 
     def epochs_left(self) -> int:
-        """Return the epochs that are left to train, plus the cost of scoring in the same unit."""
+        """Return the number of epochs left to train, plus the time of scoring in epochs."""
         return (0 if self.is_trained() else max(self.cfg.epochs - self.epochs_done(), 0)) + _SCORING
 
     def is_trained(self) -> bool:
-        """Return whether a run of exactly this configuration was trained to its end."""
+        """Return whether this run was trained to its end with exactly this configuration."""
         config = self.folder / "config.yaml"
         if epoch_of(self.folder / "last.pth") < self.cfg.epochs or not config.exists():
             return False
@@ -95,7 +95,7 @@ class Run:
     def record(self, target: Path, root: Path) -> int:
         """Copy the run's small files to ``target/<dataset>/<model>/<loss>/seed<k>``; return how many.
 
-        Absolute paths of data and runs are rewritten relative to ``root``, the repository.
+        Absolute paths of the data, the runs and the repository are rewritten relative to ``root``, the repository.
         """
         paths = {str(Path(self.cfg.save_dir).resolve()), str(root)}
         if self.cfg.dataset.get("root"):
@@ -112,16 +112,17 @@ class Run:
 
 
 def load_runs(overrides: Sequence[str]) -> list[Run]:
-    """Return every run that these overrides ask for, in Hydra's own syntax (``loss=ce,focal seed=0,1``).
+    """Return a run for every combination of swept values, in Hydra's syntax (``loss=ce,focal seed=0,1``).
 
-    An experiment's own sweep (``hydra.sweeper.params``) applies to keys that the command line does not set.
-    Seeds vary slowest, so that an interrupted grid has complete tables of fewer seeds.
+    The sweep of an experiment (``hydra.sweeper.params``) applies to keys that the command line does not set. Seeds
+    vary slowest, so that an interrupted grid has complete tables of fewer seeds. Raise ConfigError if two runs have
+    the same folder.
     """
     parser = OverridesParser.create()
     given = parser.parse_overrides(quote_overrides(overrides))
     swept = {o.key_or_group: _values(o) for o in given if o.is_sweep_override()}
     fixed = [str(o.input_line) for o in given if not o.is_sweep_override()]
-    # Compose with the first value of each swept option: a key such as model.encoder exists only in some.
+    # A key such as model.encoder exists only for some options, so compose with the first value of each swept key.
     first = [*(f"{key}={values[0]}" for key, values in swept.items()), *fixed]
     params = compose("train", first, return_hydra_config=True).hydra.sweeper.get("params") or {}
     for key, values in params.items():
@@ -139,7 +140,7 @@ def load_runs(overrides: Sequence[str]) -> list[Run]:
     shared = next((folder for folder in folders if folders.count(folder) > 1), None)
     if shared:
         raise errors.ConfigError(
-            f"run_dir={shared} would belong to two runs of the grid. Fix: sweep over keys that are in the path "
+            f"run_dir={shared} would be the folder of two runs of the grid. Fix: sweep over keys that are in the path "
             "(dataset, model, loss, seed), or set suffix."
         )
     return runs
@@ -153,10 +154,10 @@ def _values(override: Override) -> list[str]:
 
 
 def call(arguments: Sequence[str], log: Path, threads: int | None, tick: Callable[[], None]) -> tuple[int, str]:
-    """Run a script of this repository; return its exit code and its error, or the last line of its output.
+    """Run a script of this repository; return its exit code and its error message, or the last line of its output.
 
-    Output is appended to ``log``, to which another process may write as well; ``tick`` is called twice a second. If
-    this process is stopped or killed, the child receives SIGTERM and saves a checkpoint.
+    The output is appended to ``log``, to which another process may write as well. ``tick`` is called twice a second.
+    If this process is stopped, the child receives SIGTERM and saves a checkpoint; on Linux also if it is killed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -187,27 +188,27 @@ def call(arguments: Sequence[str], log: Path, threads: int | None, tick: Callabl
     with log.open(encoding="utf-8", errors="replace") as text:
         text.seek(begin)
         lines = [line.strip() for line in text.read().splitlines() if line.strip()]
-    errors = [line for line in lines if child.returncode and line.startswith("error: ")]
-    return child.returncode, (errors or lines or [""])[-1]
+    messages = [line for line in lines if child.returncode and line.startswith("error: ")]
+    return child.returncode, (messages or lines or [""])[-1]
 
 
 def _stop_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the parent dies, so that no training is left running (PR_SET_PDEATHSIG)."""
+    """Ask Linux to send this process SIGTERM when its parent dies (PR_SET_PDEATHSIG), so that no training is left."""
     _libc.prctl(1, signal.SIGTERM)  # type: ignore[union-attr]
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; flags and overrides may be mixed."""
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("--models", help="for example smp_unet,smp_pspnet (default: from the configuration)")
-    add("--losses", help="for example ce,focal,bce")
-    add("--seeds", help="for example 0,1,2")
+    add("--models", help="models to train, for example smp_unet,smp_pspnet (default: from the configuration)")
+    add("--losses", help="losses to train with, for example ce,focal,bce (default: from the configuration)")
+    add("--seeds", help="for example 0,1,2 (default: from the configuration)")
     add("--rules", default="T,max,rankdice", help="rules to score (default: %(default)s)")
     add("--protocols", default="corrected,paper", help="scoring protocols (default: %(default)s)")
     checkpoint = "checkpoint to score (default: %(default)s; the paper's tables use last.pth)"
     add("--checkpoint", choices=("best_model.pth", "last.pth"), default="best_model.pth", help=checkpoint)
-    calibrate = "also score with a fitted temperature, and focal-loss networks with their correction"
+    calibrate = "also score with a fitted temperature, and networks trained with loss=focal with correct_focal=true"
     add("--calibrate", action="store_true", help=calibrate)
     add("--threads", type=int, help="CPU threads of each process")
     record = "copy results, journals, configurations and report.json to DIR"
@@ -220,7 +221,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """What to score for each run: rules, the result folder of each protocol, the checkpoint, calibration."""
+    """What to score for each run: rules, result folder of each protocol, checkpoint, and whether to calibrate."""
 
     rules: list[str]
     folders: dict[str, str]
@@ -241,7 +242,7 @@ class ScoringPlan:
                 yield protocol + name, str(folder), [f"protocol={protocol}", *overrides]
 
     def missing(self, run: Run) -> list[tuple[str, str, list[str]]]:
-        """Return the evaluations that are left to do: those without results of this checkpoint."""
+        """Return the evaluations that are left to do: a rule has no result of this checkpoint."""
         path = run.folder / self.checkpoint
         digest = file_sha256(path) if path.exists() else None
 
@@ -249,7 +250,7 @@ class ScoringPlan:
             files = [folder / f"{rule}.json" for rule in self.rules]
             try:
                 return digest is not None and all(file.exists() and digest in read_text(file) for file in files)
-            except errors.UserError:  # damaged: it is written again
+            except errors.UserError:  # damaged: it is scored again
                 return False
 
         return [one for one in self.evaluations(run) if not is_scored(run.folder / one[1])]
@@ -260,7 +261,7 @@ class ScoringPlan:
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_arguments()
     check_least(args, threads=1)
     swept = {"model": args.models, "loss": args.losses, "seed": args.seeds}
     grid = load_runs([*args.overrides, *(f"{key}={value}" for key, value in swept.items() if value)])
@@ -302,13 +303,13 @@ def check_data(runs: Sequence[Run]) -> None:
     """Verify each data set of the runs once, so that invalid data is reported before any training."""
     found = {OmegaConf.to_yaml(run.cfg.dataset, resolve=True): run.cfg for run in runs if run.cfg.verify}
     for cfg in found.values():
-        splits = {actual: name for name, actual in cfg.dataset.splits.items()}  # two names may share one
+        splits = {actual: name for name, actual in cfg.dataset.splits.items()}  # two names may be the same split
         for split in splits.values():
             build.dataset(cfg, split).verify(progress=sys.stderr.isatty())
 
 
 def execute(runs: Sequence[Run], plan: ScoringPlan, args: argparse.Namespace) -> tuple[dict[Run, str], dict[Run, str]]:
-    """Train and score each run; return those that failed and those that another process uses, with reasons."""
+    """Train and score each run; return those that failed and those that another process works on, with reasons."""
     signal.signal(signal.SIGTERM, _raise_interrupted)
     failed, busy, finished = {}, {}, 0
     costs, started = [run.epochs_left() for run in runs], time.monotonic()
@@ -349,6 +350,7 @@ def _train_and_score(run: Run, plan: ScoringPlan, threads: int | None, show: Cal
     Raises:
         TrainingError: a script failed.
         BusyError: another process trains this run.
+        Interrupted: a signal stopped a script.
     """
 
     def stage(name: str, *command: str) -> None:
@@ -365,15 +367,16 @@ def _train_and_score(run: Run, plan: ScoringPlan, threads: int | None, show: Cal
         stage("training", "train.py", *run.overrides, "verify=false", "hydra.mode=RUN")
     rules = [part for rule in plan.rules for part in ("-p", rule)]
     for name, _, overrides in plan.missing(run):
-        options = ["--device", run.cfg.device, *overrides]
-        stage(f"scoring ({name})", "test.py", "-r", str(run.folder / plan.checkpoint), *rules, *options)
+        more = ["--device", run.cfg.device, *overrides]
+        stage(f"scoring ({name})", "test.py", "-r", str(run.folder / plan.checkpoint), *rules, *more)
     _, folder, _ = next(plan.evaluations(run))
     scores = {rule: read_json(run.folder / folder / f"{rule}.json")["scores"]["mean_dice"] for rule in plan.rules}
-    return "mDice " + "  ".join(f"{rule} {100 * (score or 0):.2f}" for rule, score in scores.items())
+    texts = {rule: "undefined" if score is None else f"{100 * score:.2f}" for rule, score in scores.items()}
+    return "mDice " + "  ".join(f"{rule} {text}" for rule, text in texts.items())
 
 
 def print_table(grid: Sequence[Run]) -> None:
-    """Print the table of all results in the folders of the grid."""
+    """Print the tables of all results in the `save_dir` of the grid, also of runs outside the grid."""
     for saved in dict.fromkeys(run.cfg.save_dir for run in grid):
         if Path(saved).is_dir():
             print(flush=True)

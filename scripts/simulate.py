@@ -1,4 +1,4 @@
-"""The paper's simulated examples: known probabilities, so the best mask is known too.
+"""Run the simulated examples of the paper, in which the true probabilities are known.
 
     python scripts/simulate.py                                  all four examples
     python scripts/simulate.py thresholds --images 200          Example 2: fixed thresholds against RankDice
@@ -7,12 +7,12 @@
 exponential  p = b^-(i+j), b = 1.01, 1.05, 1.10
 linear       p = max(0, 1 − b(i+j) / (2 width)), b = 1, 2, 4
 step         a top-left block of U(1/2, 1), half as wide as the image, in noise of mean β
-thresholds   64 x 64: such a block at a random place, side ρ·64, ρ from U(.1, .5), noise of mean 0.1
+thresholds   64 x 64: such a block at a random place, side ρ·64, ρ from U(.1, .5), in noise of mean 0.1
 
-The noise is normal, sd 0.1, truncated to [0, 1]; i and j count from 0. The values of b for `linear` and of
-β, the width of the block in `step` and the law of ρ are ours. The Dice is that of labels drawn from the
-probabilities, pixel by pixel, the same draws for every rule: mean (standard error), in percent. Everything
-follows from --seed.
+The noise is normal with standard deviation 0.1, truncated to [0, 1]; i and j count from 0. The paper does not give b
+for `linear`, β, the width of the block in `step`, or the law of ρ: these are our choices. Labels are drawn from the
+probabilities, independently for each pixel, and all rules are scored on the same labels. The tables show the mean Dice
+(standard error) in percent. The same --seed gives the same tables.
 Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """
 
@@ -51,9 +51,10 @@ _CHUNK = 1 << 24  # labels drawn at a time
 
 
 class Row(NamedTuple):
-    """One setting: Dice of each rule as mean and standard error in percent, and the mean volume in pixels.
+    """One setting: the Dice of each rule as mean and standard error in percent, and its mean volume in pixels.
 
-    `gain` is RankDice − T 0.5, paired, and `cutoffs` are the least, mean and largest cut-off of RankDice.
+    `gain` is RankDice − T 0.5, paired. `cutoffs` are the least, mean and largest cut-off of RankDice over the images:
+    the smallest probability that it selects, 1 if it selects nothing.
     """
 
     setting: str
@@ -70,7 +71,7 @@ def exponential(size: int, base: float, *_: object) -> Tensor:
 
 
 def linear(size: int, slope: float, *_: object) -> Tensor:
-    """Return (size, size) probabilities falling along the diagonal, clipped at 0."""
+    """Return (size, size) probabilities that fall linearly along the diagonal, clipped at 0."""
     return (1 - slope * _diagonal(size) / (2 * size)).clamp(min=0)
 
 
@@ -80,7 +81,7 @@ def _diagonal(size: int) -> Tensor:
 
 
 def block(size: int, side: int, top: int, left: int, level: float, generator: torch.Generator) -> Tensor:
-    """Return (size, size): a square of U(1/2, 1) in normal noise around `level`, truncated to [0, 1]."""
+    """Return (size, size) probabilities: a square of U(1/2, 1) in truncated normal noise of mean `level`."""
     probs = truncated_normal((size, size), level, generator)
     square = torch.rand(side, side, generator=generator, dtype=torch.float64)
     probs[top : top + side, left : left + side] = 0.5 + 0.5 * square
@@ -88,7 +89,7 @@ def block(size: int, side: int, top: int, left: int, level: float, generator: to
 
 
 def truncated_normal(shape: tuple[int, ...], mean: float, generator: torch.Generator) -> Tensor:
-    """Draw from the normal law of this mean and sd 0.1, truncated (not clipped) to [0, 1], by inversion."""
+    """Draw from the normal law with this mean and standard deviation 0.1, truncated (not clipped) to [0, 1]."""
     ends = torch.tensor([(0 - mean) / _NOISE, (1 - mean) / _NOISE], dtype=torch.float64)
     low, high = torch.special.ndtr(ends)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -96,12 +97,12 @@ def truncated_normal(shape: tuple[int, ...], mean: float, generator: torch.Gener
 
 
 def step(size: int, level: float, generator: torch.Generator) -> Tensor:
-    """Return a square in the top-left corner, half as wide as the image, in noise around `level`."""
+    """Return a square in the top-left corner, half as wide as the image, in noise of mean `level`."""
     return block(size, size // 2, 0, 0, level, generator)
 
 
 def random_block(size: int, generator: torch.Generator) -> Tensor:
-    """Return the pattern of Example 2: a square of random side at a random place, in noise around 0.1."""
+    """Return a pattern of Example 2: a square of random side at a random place, in noise of mean 0.1."""
     share, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     side = max(1, round((0.1 + 0.4 * share) * size))
     free = size - side + 1
@@ -121,7 +122,7 @@ def dice_of_draws(probs: Tensor, masks: Sequence[Tensor], draws: int, generator:
     return torch.cat(parts)
 
 
-# Of each example: the name of a setting, its values, and the function that makes an image.
+# Example -> format of the names of its settings, their values, and the function that makes an image.
 PATTERNS: dict[str, tuple[str, tuple[float, ...], Callable[..., Tensor]]] = {
     "exponential": ("b = {:.2f}", (1.01, 1.05, 1.10), exponential),
     "linear": ("b = {:g}", (1.0, 2.0, 4.0), linear),
@@ -148,10 +149,11 @@ def _generator(seed: int, name: str) -> torch.Generator:
 def simulate(
     example: str, sizes: Sequence[int] = SIZES, images: int = 100, draws: int = 100, seed: int = 0
 ) -> list[Row]:
-    """Run one of EXAMPLES.
+    """Return a row for each setting of one of EXAMPLES.
 
-    A fixed pattern is one image, and its standard error is that of the mean over draws. Random patterns are
-    `images` images, and theirs is that of the mean over images, since draws of one image share its mask.
+    `exponential` and `linear` have one image for each setting, and standard errors are of the mean over draws. The
+    other examples have `images` random images, and standard errors are of the mean over images, because the draws of
+    one image share its mask.
     """
     fixed = THRESHOLDS if example == "thresholds" else (0.5,)
     rules: dict[str, Callable[[Tensor], Tensor]] = {f"T {at:g}": partial(threshold, at=at) for at in fixed}
@@ -201,7 +203,7 @@ def markdown(example: str, rows: Sequence[Row]) -> str:
 
 
 def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
-    """Draw one map for each setting, with the outlines of the masks of T 0.5 (dashed) and RankDice (solid)."""
+    """Draw one map for each setting, with the outlines of T 0.5 (dashed) and RankDice (solid); return the path."""
     plt = load_pyplot()
     found = list(settings(example, (64,), seed))
     size = 3.4 * len(found) + 0.8, 3.6
@@ -224,19 +226,19 @@ def draw_heatmaps(example: str, folder: Path, seed: int = 0) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("examples", nargs="*", metavar="EXAMPLE", help=f"some of {', '.join(EXAMPLES)} (default: all)")
-    add("--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="widths (default: 28 64 128 256)")
-    add("--images", type=int, default=100, help="random patterns of each setting (default: 100)")
-    add("--draws", type=int, default=100, help="label maps of each image (default: 100)")
+    add("examples", nargs="*", metavar="EXAMPLE", help=f"any of {', '.join(EXAMPLES)} (default: all)")
+    add("--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="image widths (default: 28 64 128 256)")
+    add("--images", type=int, default=100, help="random images of each setting of step and thresholds (default: 100)")
+    add("--draws", type=int, default=100, help="label maps drawn for each image (default: 100)")
     add("--seed", type=int, default=0, help="seed of patterns and labels (default: 0)")
-    add("--heatmaps", type=Path, metavar="FOLDER", help="draw the patterns")
+    add("--heatmaps", type=Path, metavar="FOLDER", help="folder to write a PNG of the images of each example to")
     args = parser.parse_args(arguments)
     check_least(args, images=2, draws=2)  # for standard errors
     unknown = [name for name in args.examples if name not in EXAMPLES]
     if unknown:
-        raise UserError(f"{unknown[0]} is not an example. Fix: choose from {', '.join(EXAMPLES)}")
+        raise UserError(f"{unknown[0]} is not an example. Fix: choose from {', '.join(EXAMPLES)}.")
     if min(args.sizes) < 2:
-        raise UserError(f"--sizes {min(args.sizes)}: a pattern is at least 2 pixels wide. Fix: pass larger sizes")
+        raise UserError(f"--sizes {min(args.sizes)} is invalid: expected integers >= 2.")
     tables = []
     for example in args.examples or EXAMPLES:
         tables.append(markdown(example, simulate(example, args.sizes, args.images, args.draws, args.seed)))

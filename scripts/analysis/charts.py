@@ -1,6 +1,6 @@
-"""Charts with matplotlib: functions that draw on an axis, and figures as inline SVG or as a file.
+"""Charts with matplotlib: functions that draw on an axis, and figures as SVG, inline or in a file.
 
-In SVG the colours become CSS variables, so that the page chooses them for light and dark displays.
+In inline SVG the colours become CSS variables, so that the page chooses them for light and dark displays.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SETTINGS = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
-Ends = tuple[float, float]
+Pair = tuple[float, float]  # an interval, a point, or a width and a height
 
 
 def colour(name: str) -> str:
@@ -59,8 +59,8 @@ def colour(name: str) -> str:
     return PALETTE.get(name, PALETTE["other"])
 
 
-def save(size: Ends, target: Path | io.StringIO, chart: Callable[..., None], *data: Any, **options: Any) -> None:
-    """Draw one chart of the data, and write it as SVG to a file, or to a buffer without a background."""
+def save(size: Pair, target: Path | io.StringIO, chart: Callable[..., None], *data: Any, **options: Any) -> None:
+    """Draw one chart of the data and write it as SVG: to a file, or to a buffer with a transparent background."""
     plt = load_pyplot()
     with plt.rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # names may have letters that the font lacks
@@ -71,21 +71,21 @@ def save(size: Ends, target: Path | io.StringIO, chart: Callable[..., None], *da
         plt.close(figure)
 
 
-def svg(title: str, chart: Callable[..., None], *data: Any, size: Ends = (5.8, 3.1), **options: Any) -> Markup:
+def svg(title: str, chart: Callable[..., None], *data: Any, size: Pair = (5.8, 3.1), **options: Any) -> Markup:
     """Return one chart of the data as an SVG element; ``title`` is its text for screen readers."""
     buffer = io.StringIO()
-    with load_pyplot().rc_context({"svg.hashsalt": title}):  # ids that differ from those of other charts
+    with load_pyplot().rc_context({"svg.hashsalt": title}):  # other charts have other ids
         save(size, buffer, chart, *data, **options)
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>", "", text[text.index("<svg") :], flags=re.S)
-    text = re.sub(r' id="[a-z0-9]+(?:\.[a-z0-9]+)*_\d+"', "", text)  # they would occur once in each chart
+    text = re.sub(r' id="[a-z0-9]+(?:\.[a-z0-9]+)*_\d+"', "", text)  # axes_1: every chart has it
     for name, value in PALETTE.items():
         text = text.replace(value, f"var(--{name})")
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1))
 
 
 def load_pyplot() -> Any:
-    """Return matplotlib.pyplot for files, without a display."""
+    """Import and return matplotlib.pyplot, set to draw without a display."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
@@ -97,14 +97,14 @@ def load_pyplot() -> Any:
     return plt
 
 
-def shorten(name: str, most: int = 24) -> str:
-    """Shorten a name for the label of an axis."""
+def shorten(name: str) -> str:
+    """Shorten a name to at most 24 characters, for the label of an axis."""
     name = " ".join(name.split())
-    return name if len(name) <= most else name[: most - 1] + "…"
+    return name if len(name) <= 24 else name[:23] + "…"
 
 
-def intervals(axis: Any, rows: Sequence[tuple[str, float, Ends]], xlabel: str, signed: bool = False) -> None:
-    """Draw a value with its interval for each row; with ``signed``, coloured by its sign."""
+def intervals(axis: Any, rows: Sequence[tuple[str, float, Pair]], xlabel: str, signed: bool = False) -> None:
+    """Draw a value with its interval for each row, in the colour of the rule or, with ``signed``, of the sign."""
     for place, (name, value, (low, high)) in enumerate(rows):
         if math.isfinite(value):
             shade = colour(("gain" if value > 0 else "loss") if signed else name)
@@ -145,9 +145,10 @@ def class_bars(axis: Any, rows: Sequence[tuple[str, Mapping[str, float]]], xlabe
 
 
 def reliability(axis: Any, curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
-    """Draw observed frequency against predicted probability; bars show the share of decisions, on a log scale.
+    """Draw observed frequency against predicted probability.
 
-    ``curves[name]`` holds (mean probability, frequency, share of all decisions) for each bin.
+    ``curves[name]`` holds (mean probability, frequency, share of all probabilities) for each bin. Bars show the
+    shares of the first curve, on a log scale.
     """
     axis.plot([0, 1], [0, 1], color=PALETTE["soft"], linestyle=":", linewidth=1, label="perfect calibration")
     first = next(iter(curves.values()))
@@ -169,7 +170,7 @@ def lines(
     marker: str = "o",
     integers: bool = False,
 ) -> None:
-    """Draw lines of (x, y) points; ``integers`` are the x values."""
+    """Draw lines of (x, y) points; with ``integers``, the ticks of x are integers."""
     for name, points in series.items():
         style = _STYLES.get(name, "-")
         xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -183,22 +184,22 @@ def lines(
 def cutoffs(
     axis: Any, values: Sequence[float], thresholds: Sequence[tuple[float, float]], levels: Mapping[str, float]
 ) -> None:
-    """Draw mean Dice against one threshold for all, the mean Dice of rules, and behind them RankDice's cut-offs."""
-    behind = axis.twinx()
-    behind.hist(values, bins=[k / 40 for k in range(41)], color=PALETTE["line"])
-    behind.set_ylabel(f"cut-offs of RankDice, {len(values)} masks")
-    behind.grid(visible=False)
+    """Draw the mean Dice of fixed thresholds and of rules, and behind them a histogram of RankDice's cut-offs."""
+    histogram = axis.twinx()
+    histogram.hist(values, bins=[k / 40 for k in range(41)], color=PALETTE["line"])
+    histogram.set_ylabel(f"cut-offs of RankDice, {len(values)} masks")
+    histogram.grid(visible=False)
     axis.plot(*zip(*thresholds, strict=True), color=PALETTE["ink"], marker="o", label="one threshold for all")
     for rule, dice in levels.items():
         axis.axhline(dice, color=colour(rule), linestyle=_STYLES.get(rule, "-"), label=f"{rule} {dice:.2f}")
-    axis.set_zorder(behind.get_zorder() + 1)  # the curve is in front of the bars
+    axis.set_zorder(histogram.get_zorder() + 1)  # the curve is in front of the bars
     axis.patch.set_visible(False)
     axis.set(xlim=(0, 1), xlabel="threshold; cut-off", ylabel="mean Dice, %")
     axis.legend()
 
 
 def risk_coverage(axis: Any, curves: Mapping[str, Sequence[float]]) -> None:
-    """Draw the mean risk of the most confident images, in percent; ``curves[name]`` has it for 1, 2, ... images."""
+    """Draw the mean risk of the most confident images; ``curves[name]`` has it as a fraction for 1, 2, ... images."""
     shades = dict(zip(curves, ("rankdice", "max", "T", "other", "ink"), strict=False))
     percent = {
         name: [((k + 1) / len(curve), 100 * risk) for k, risk in enumerate(curve)] for name, curve in curves.items()
@@ -206,9 +207,9 @@ def risk_coverage(axis: Any, curves: Mapping[str, Sequence[float]]) -> None:
     lines(axis, percent, "coverage: share of images kept", "mean risk, 100 − Dice, %", shades, marker="")
 
 
-def scatter(axis: Any, points: Sequence[Ends], margin: float | None, xlabel: str, ylabel: str) -> None:
-    """Draw (x, y) points of images, the line y = x, and below it the bound y = x − margin."""
-    below = [y < x - (margin or 0) for x, y in points] if margin is not None else [False] * len(points)
+def scatter(axis: Any, points: Sequence[Pair], margin: float | None, xlabel: str, ylabel: str) -> None:
+    """Draw (x, y) points of images, the line y = x, and the bound y = x − margin, with points below it marked."""
+    below = [margin is not None and y < x - margin for x, y in points]
     for side, shade in ((False, "rankdice"), (True, "loss")):
         chosen = [point for point, low in zip(points, below, strict=True) if low == side]
         axis.plot([x for x, _ in chosen], [y for _, y in chosen], ".", color=colour(shade))

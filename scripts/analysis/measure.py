@@ -1,4 +1,4 @@
-"""Measure what the report shows: all scores in one pass over a split, and what the confidence of masks is worth.
+"""Measure what the report shows: the scores of all rules, and how well the confidence of a mask predicts its Dice.
 
 Shapes: N images, C classes, H × W pixels; n images with a score.
 """
@@ -35,15 +35,15 @@ Pairs = tuple[Tensor, Tensor]  # expected and achieved Dice of images
 
 @dataclass(frozen=True, eq=False)
 class Findings(PerImage):
-    """The sufficient statistics of the report.
+    """The measurements that scores and charts of the report are computed from.
 
     Attributes:
         names: the images, in order.
-        counts: (N, C) pixels, by rule, kind of probabilities, and void pixels "masked" or "counted".
-        cutoffs: (N, C) the smallest probability that RankDice selected; NaN if it selected nothing.
+        counts: (N, C) pixels, by rule, kind of probabilities, and treatment of void pixels, "masked" or "counted".
+        cutoffs: (N, C) the smallest raw probability that RankDice selected; NaN if it selected nothing.
         reliability: by kind of probabilities.
         scoring: the conventions of the run.
-        temperature: fitted on the validation split.
+        temperature: fitted on the validation split; NaN if none was fitted.
     """
 
     names: list[str]
@@ -53,16 +53,16 @@ class Findings(PerImage):
     scoring: Scoring
     temperature: float
 
-    def of(self, rule: str, probs: str = "raw", void: str = "") -> Counts:
-        """Return the counts of a rule; default: under the run's own protocol."""
+    def counts_of(self, rule: str, probs: str = "raw", void: str = "") -> Counts:
+        """Return the counts of a rule; by default void pixels are treated as in the run's protocol."""
         return self.counts[rule, probs, void or self.scoring.void]
 
     def dice(self, rule: str, probs: str = "raw", void: str = "") -> Tensor:
-        """Return the mean Dice over scored classes of each image, (N,) float64, NaN if undefined."""
-        return mean_over_classes(self.of(rule, probs, void).dice(), self.scoring.scored)
+        """Return the mean Dice over the scored classes of each image, (N,) float64, NaN if undefined."""
+        return mean_over_classes(self.counts_of(rule, probs, void).dice(), self.scoring.scored)
 
     def mean(self, rule: str, probs: str = "raw", void: str = "") -> float:
-        """Return the mean Dice, in percent."""
+        """Return the mean Dice over images, in percent."""
         return 100 * float(self.dice(rule, probs, void).nanmean())
 
 
@@ -82,13 +82,14 @@ def analyse(
     """Score rules on every kind of probabilities, and measure the confidence of RankDice on raw ones.
 
     Args:
-        fitters: by kind of probabilities, "raw" first; each is made when the one before has saved its values.
+        fitters: pairs of a kind of probabilities and its fitter, one of them "raw". The next pair is taken after the
+            fitted values of the last one were saved.
         names: the rules.
-        data: the images.
-        held_out: images that the bound on the Dice is fitted on; None if there are none.
+        data: the split that is measured.
+        held_out: the split that the bound on the Dice is fitted on; None if there is none.
 
     Returns:
-        The findings, the result of `assess`, the rules of raw probabilities, and lines about what was fitted.
+        The findings, the result of `assess`, the rules of raw probabilities, and lines about what was fitted on them.
     """
     compared, temperature = {}, math.nan
     for kind, fitter in fitters:
@@ -102,15 +103,15 @@ def analyse(
     batches, scoring = raw.batches(data), raw.scoring(data)
     findings = measure(raw.network, batches, compared, scoring, raw.world, temperature, raw.precision)
     to_probs, rules = compared["raw"]
-    on = record_split(raw, data, rules["rankdice"], to_probs, "confidence")
-    fitted = None
+    measured = record_split(raw, data, rules["rankdice"], to_probs, "confidence")
+    fitted_on = None
     if held_out is not None:
-        fitted = known_pairs(record_split(raw, held_out, rules["rankdice"], to_probs, "held-out images"))
-    return findings, assess(on, fitted), rules, lines
+        fitted_on = known_pairs(record_split(raw, held_out, rules["rankdice"], to_probs, "held-out images"))
+    return findings, assess(measured, fitted_on), rules, lines
 
 
 def record_split(fitter: Fitter, data: Any, rule: Predictor, to_probs: ToProbs, title: str) -> MaskRecord:
-    """Return counts and confidence of the masks of a rule on a split."""
+    """Return counts and confidences of the masks of a rule on a split; ``title`` names the progress bar."""
     batches, scoring = fitter.batches(data), fitter.scoring(data)
     return record_masks(fitter.network, batches, rule, to_probs, scoring, fitter.world, fitter.precision, title)
 
@@ -124,15 +125,15 @@ def measure(
     temperature: float,
     precision: str = "fp32",
 ) -> Findings:
-    """Count each rule on each kind of probabilities; on raw ones also with the other treatment of void pixels.
+    """Count the pixels of each rule's masks on each kind of probabilities; on raw ones with both treatments of void.
 
     Args:
-        compared: for each kind of probabilities the conversion of logits, and the rules. A rule with an attribute
-            ``to_probs`` has a conversion of its own.
+        compared: for each kind of probabilities, the conversion of logits and the rules. A rule's attribute
+            ``to_probs`` replaces the conversion for it.
     """
     reliability = {kind: Reliability() for kind in compared}
     other = replace(scoring, void="counted" if scoring.void == "masked" else "masked", legacy_soft_dice_void=False)
-    sweep = {f"at {at:.1f}": functools.partial(threshold, at=at) for at in THRESHOLDS}  # RankDice is compared with
+    sweep = {f"at {at:.1f}": functools.partial(threshold, at=at) for at in THRESHOLDS}
 
     def measure_batch(batch: Any, targets: Tensor, logits: Tensor) -> Findings:
         truth, other_truth = scoring.encode(targets), other.encode(targets)
@@ -169,17 +170,17 @@ def chosen_cutoffs(findings: Findings) -> Tensor:
 
 
 def by_size(findings: Findings, compared: Iterable[str]) -> list[tuple[str, int, dict[str, float]]]:
-    """Return the mean Dice in percent over pairs of image and class, in thirds by the object's size.
+    """Return the mean Dice in percent over pairs of image and present class, in thirds by the object's size.
 
     Returns:
-        (name of the third, number of pairs, rule -> mean).
+        (name of the third, number of pairs, rule -> mean); a third without pairs is left out.
     """
     scored = list(findings.scoring.scored)
-    first = findings.of("rankdice")
-    share = (first.actual[:, scored].double() / first.pixels[:, None].double()).flatten()
+    counts = findings.counts_of("rankdice")  # the truth is the same for all rules
+    share = (counts.actual[:, scored].double() / counts.pixels[:, None].double()).flatten()
     present = (share > 0).nonzero()[:, 0]
     thirds = present[share[present].argsort(stable=True)].tensor_split(3)
-    scores = {rule: findings.of(rule).dice()[:, scored].flatten() for rule in compared}
+    scores = {rule: findings.counts_of(rule).dice()[:, scored].flatten() for rule in compared}
     rows = []
     for name, pairs in zip(("small", "medium", "large"), thirds, strict=True):
         if len(pairs):
@@ -190,9 +191,9 @@ def by_size(findings: Findings, compared: Iterable[str]) -> list[tuple[str, int,
 
 
 def false_alarms(findings: Findings, rule: str) -> tuple[int, int]:
-    """Return how many pairs of image and absent class a rule predicts a mask for, and how many pairs there are."""
+    """Return the number of pairs of image and absent class with a predicted mask, and the number of all such pairs."""
     scored = list(findings.scoring.scored)
-    counts = findings.of(rule)
+    counts = findings.counts_of(rule)
     absent = counts.actual[:, scored] == 0
     return int((absent & (counts.predicted[:, scored] > 0)).sum()), int(absent.sum())
 
@@ -204,24 +205,25 @@ def known_pairs(record: MaskRecord) -> Pairs:
     return record.signals()[EXPECTED][known], dice[known]
 
 
-def assess(on: MaskRecord, fitted: Pairs | None, alpha: float = 0.1, resplits: int = 200) -> dict[str, Any]:
-    """Return AURC, risk-coverage curves and the conformal bound of the masks in ``on``.
+def assess(measured: MaskRecord, fitted_on: Pairs | None, alpha: float = 0.1, resplits: int = 200) -> dict[str, Any]:
+    """Return AURC, risk-coverage curves and the conformal bound of the measured masks.
 
     Args:
-        on: the images that are measured.
-        fitted: expected and achieved Dice of other images, which give the margin; None if there are none. The bound
-            of one random half is then checked on the other.
-        alpha: share of images that may miss the bound.
-        resplits: random splits of all images that check the coverage.
+        measured: the masks of the measured images.
+        fitted_on: expected and achieved Dice of other images, which the margin of the bound is fitted on. If None, the
+            margin is fitted on the measured images, and the bound of one random half is checked on the other.
+        alpha: share of images that may be below the bound.
+        resplits: number of random splits of all images that check the coverage.
 
     Returns:
-        The numbers of confidence.json. With too few images for ``alpha`` there is no bound: "no_bound" has the reason.
+        The numbers of confidence.json. With too few images for ``alpha``, "no_bound" is the reason why there is no
+        bound.
     """
-    expected, dice = known_pairs(on)
+    expected, dice = known_pairs(measured)
     if not len(dice):
         return {"alpha": alpha, "images": 0, "no_bound": "no image has a score."}
-    known, risk = ~on.dice().isnan(), 1 - dice
-    signals = {name: values[known] for name, values in on.signals().items()}
+    known, risk = ~measured.dice().isnan(), 1 - dice
+    signals = {name: values[known] for name, values in measured.signals().items()}
     found = {
         "alpha": alpha,
         "images": len(dice),
@@ -234,24 +236,26 @@ def assess(on: MaskRecord, fitted: Pairs | None, alpha: float = 0.1, resplits: i
         "points": torch.stack((expected, dice), 1).tolist(),
     }
     try:
-        return {**found, **_check_bound(expected, dice, fitted, alpha, resplits)}
+        return {**found, **_measure_bound(expected, dice, fitted_on, alpha, resplits)}
     except UserError as error:
         return {**found, "no_bound": str(error)}
 
 
-def _check_bound(expected: Tensor, dice: Tensor, fitted: Pairs | None, alpha: float, resplits: int) -> dict[str, Any]:
-    """Return the margin of the bound and how often it holds."""
-    if fitted is None:
-        size, everything = len(dice) // 2, (expected, dice)
+def _measure_bound(
+    expected: Tensor, dice: Tensor, fitted_on: Pairs | None, alpha: float, resplits: int
+) -> dict[str, Any]:
+    """Return the margin of the bound and how often it holds; raise UserError if there are too few images."""
+    if fitted_on is None:
+        num_fit, all_pairs = len(dice) // 2, (expected, dice)
     else:
-        size = len(fitted[1])
-        everything = torch.cat([fitted[0], expected]), torch.cat([fitted[1], dice])
-    margin = conformal_margin(*(fitted or everything), alpha)
-    coverages = selective.resplit_coverages(*everything, size, alpha, splits=resplits)
+        num_fit = len(fitted_on[1])
+        all_pairs = torch.cat([fitted_on[0], expected]), torch.cat([fitted_on[1], dice])
+    margin = conformal_margin(*(fitted_on or all_pairs), alpha)
+    coverages = selective.resplit_coverages(*all_pairs, num_fit, alpha, splits=resplits)
     bound = expected - margin
     return {
         "margin": margin,
-        "margin_images": len(fitted[1]) if fitted else None,
+        "margin_images": len(fitted_on[1]) if fitted_on else None,
         "coverage": float((dice >= bound).double().mean()),
         "mean_bound": float(bound.clamp(min=0).mean()),
         "resplits": {

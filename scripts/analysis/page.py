@@ -1,4 +1,4 @@
-"""The report as one HTML page: the numbers and charts of each section. The words are in page.html.j2.
+"""The report as one HTML page: the numbers and charts of each section. The text is in page.html.j2.
 
 jinja2 escapes every text of a checkpoint, a data set or a journal; only the SVG charts are inserted as they are.
 """
@@ -72,7 +72,7 @@ def score_rules(findings: Findings, rules: Sequence[str]) -> dict[str, dict[str,
     """Return the averages of each rule as `test.py` prints them, with intervals over images."""
     found = {}
     for rule in rules:
-        counts = findings.of(rule)
+        counts = findings.counts_of(rule)
         iou = counts.iou(legacy_bce_iou=findings.scoring.legacy_bce_iou)
         found[rule] = {
             **findings.scoring.summary(counts),
@@ -111,7 +111,7 @@ def difference_section(gains: Mapping[str, Any]) -> Section:
 def class_section(findings: Findings, names: Sequence[str], rules: Sequence[str]) -> Section:
     """Return charts of the Dice of each class and rule, and of the gain of RankDice over T in each class."""
     scored = findings.scoring.scored
-    dice = {rule: findings.of(rule).dice() for rule in rules}
+    dice = {rule: findings.counts_of(rule).dice() for rule in rules}
     rows = [(names[c], {rule: 100 * float(one[:, c].nanmean()) for rule, one in dice.items()}) for c in scored]
     half = math.ceil(len(rows) / 2) if len(rows) > 8 else len(rows)
     drawn: list[Markup] = []
@@ -133,8 +133,8 @@ def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
     def means(probs: str = "raw", void: str = findings.scoring.void) -> dict[str, float]:
         return {rule: findings.mean(rule, probs, void) for rule in rules}
 
-    pixels = findings.of("T").pixels
-    if all(findings.of("T", "raw", v).pixels.equal(pixels) for v in ("masked", "counted")):
+    pixels = findings.counts_of("T").pixels
+    if all(findings.counts_of("T", "raw", v).pixels.equal(pixels) for v in ("masked", "counted")):
         void = [("this split has none", means())]
     else:
         void = [

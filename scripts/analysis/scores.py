@@ -29,9 +29,9 @@ from trainers.text import read_csv
 
 RESAMPLES = 10_000
 HARM = (1, 5, 10)  # the shares of images that lose more than these points are reported
-_EXACT_UP_TO = 50  # number of differences, without ties and zeros, up to which the signed-rank test is exact
+_EXACT_UP_TO = 50  # the signed-rank test is exact for at most so many differences without ties and zeros
 _BATCH = 1 << 22  # resampled values held in memory at a time
-_TIE = 1e-9  # smaller differences are rounding
+_TIE = 1e-9  # points; smaller differences are rounding errors
 
 Interval = tuple[float, float]
 Array = NDArray[np.float64]
@@ -97,7 +97,7 @@ def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
 
 
 def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
-    """Describe what was done to the probabilities, and an unusual threshold of T: "WORD: REASON; ..."."""
+    """Return what differs from the usual checkpoint, probabilities, gate and threshold: "WORD: REASON; ...", or ""."""
     parts, temperature = [], record.get("temperature")
     others = [name.removeprefix("of_") for name in folders if name.startswith("of_")]
     parts += [f"{name}: scored on {name}.pth instead of best_model.pth" for name in others]
@@ -147,9 +147,9 @@ class RuleScores:
 
 
 def result_folder(path: Path, protocol: str) -> Path:
-    """Return the folder that holds <rule>.csv: the path itself, or the results of the run at the path.
+    """Return the folder that holds <rule>.csv: the results of the run at the path, or else the path itself.
 
-    A run that was scored on `last.pth` alone has them in `of_last`.
+    If only `last.pth` of a run was scored, its results are in `of_last`.
     """
     inner = ("results/paper", "paper") if protocol == "paper" else ("results",)
     found = [path / name for name in inner]
@@ -187,7 +187,7 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
 
 
 def pair(one: Mapping[Any, float], other: Mapping[Any, float]) -> tuple[dict[Any, float], int]:
-    """Return the differences other − one of common keys, in the order of ``one``, and the number of other keys."""
+    """Return other − one for the common keys, in the order of ``one``, and the number of keys of only one of them."""
     return {key: other[key] - one[key] for key in one if key in other}, len(one.keys() ^ other.keys())
 
 
@@ -195,8 +195,8 @@ def read_groups(text: str, images: Sequence[str]) -> dict[str, str]:
     """Return the group of each image, such as its patient.
 
     Args:
-        text: a CSV file with the columns ``image`` and ``group``; or a regular expression that is searched in the
-            image's name, whose first parentheses (or the whole match) are the group.
+        text: the path of a CSV file with the columns ``image`` and ``group``; or a regular expression that is searched
+            for in the name of an image. The group is the text in its first parentheses, or else the whole match.
     """
     path = Path(text)
     if path.is_file():
@@ -213,10 +213,13 @@ def read_groups(text: str, images: Sequence[str]) -> dict[str, str]:
                 "file with the columns image and group, or a pattern such as '(case[0-9]+)_'."
             ) from None
         matches = {image: pattern.search(image) for image in images}
-        groups = {image: m[1 if pattern.groups else 0] or "" for image, m in matches.items() if m}
+        part = 1 if pattern.groups else 0
+        groups = {image: m[part] for image, m in matches.items() if m and m[part]}
     missing = [image for image in images if image not in groups]
     if missing:
-        raise UserError(f"--group {text}: {len(missing)} of {len(images)} images have no group. Fix: add {missing[0]}.")
+        raise UserError(
+            f"--group {text}: {len(missing)} of {len(images)} images have no group. Fix: give {missing[0]} one."
+        )
     return groups
 
 
@@ -230,7 +233,7 @@ def compare(
 ) -> dict[str, Any]:
     """Return all statistics of rule − baseline over images, and the mean differences by class; in points.
 
-    ``group`` is explained in `read_groups`; None if images are independent.
+    ``group`` is the argument ``text`` of `read_groups`; None if images are independent.
     """
     different = [key for key in _PROBABILITY_KEYS if baseline.record.get(key) != rule.record.get(key)]
     if different:
@@ -284,7 +287,7 @@ def mean_interval(
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
 ) -> Interval:
-    """Return the BCa bootstrap interval of the mean, NaN without values; the same seed gives the same interval.
+    """Return the BCa bootstrap interval of the mean, NaN without values. The same seed gives the same interval.
 
     Args:
         values: one number per image.

@@ -1,4 +1,4 @@
-"""Loading frames of Cityscapes' size, with all training augmentation, against Pillow decoding alone."""
+"""Time to load Cityscapes-sized frames for training and evaluation, against decoding them with Pillow alone."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from PIL import Image
 
 from configs.errors import UserError
 from datasets import Cityscapes, EvalLoader, EvalTransform, TrainLoader, TrainTransform
-from scripts.benchmarks.timing import add_clock, in_turn, print_table
+from scripts.benchmarks.timing import add_clock, print_table, time_in_turn
 
 WIDTH, HEIGHT = 2048, 1024
 DECODE = "Pillow: decode image and mask"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", type=Path, help="a folder of Cityscapes (default: generated frames)")
-    parser.add_argument("--frames", type=int, default=12, help="frames that a round reads (default 12)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that the median is of (default 5)")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0: this one)")
+    parser.add_argument("--root", type=Path, help="root folder of Cityscapes (default: generated frames)")
+    parser.add_argument("--frames", type=int, default=12, help="frames to load in each round (default 12)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; a time is the median over them (default 5)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0: load in this process)")
     add_clock(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the frames per second and process of each loader, and the ratio to decoding alone; one thread each."""
+    """Print the frames per second and process of each loader, and the ratio to decoding alone; each has one thread."""
     if args.clock == "cpu" and args.workers:
-        raise UserError("--clock cpu does not see the loader's processes; leave out --workers or --clock")
+        raise UserError(
+            f"--clock cpu does not count the processes of --workers {args.workers}. Fix: leave out one of them."
+        )
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as made:
-        data = Cityscapes(args.root or make_frames(Path(made), args.frames), "train")
+    with tempfile.TemporaryDirectory() as folder:
+        data = Cityscapes(args.root or make_frames(Path(folder), args.frames), "train")
         data.pairs, data.names = data.pairs[: args.frames], data.names[: args.frames]
         mean, std, workers = data.info.mean, data.info.std, args.workers
         train = TrainLoader(data, TrainTransform(mean, std, crop=512), 6, seed=0, num_workers=workers, drop_last=False)
@@ -45,21 +47,22 @@ def main(args: argparse.Namespace) -> None:
             "evaluation, paper: resize, centre crop 512": lambda: deque(paper, maxlen=0),
             "evaluation, corrected: whole frame": lambda: deque(corrected, maxlen=0),
         }
-        seconds = {name: getattr(spent, args.clock) for name, spent in in_turn(candidates, args.rounds).items()}
+        seconds = {name: getattr(spent, args.clock) for name, spent in time_in_turn(candidates, args.rounds).items()}
     speeds = {name: len(data) / spent / (1 if name == DECODE else max(1, workers)) for name, spent in seconds.items()}
     print(f"{args.clock} clock, median of {args.rounds} rounds of {len(data)} frames\n")
     rows = [[name, f"{speed:.1f}", f"{speed / speeds[DECODE]:.2f}"] for name, speed in speeds.items()]
-    print_table(["frames of 1024x2048", "frames/s a process", "against Pillow's decode"], rows)
+    print_table(["frames of 1024x2048", "frames/s per process", "against Pillow's decode"], rows)
 
 
 def decode(data: Cityscapes) -> None:
+    """Decode every image and mask with Pillow."""
     for pair in data.pairs:
         Image.open(pair.image).load()
         Image.open(pair.mask).load()
 
 
 def make_frames(root: Path, count: int) -> Path:
-    """Write frames with the noise of a camera and masks of blocks, in the layout of Cityscapes; return the root."""
+    """Write smooth noisy frames and blocky masks in the layout of Cityscapes; return the root."""
     rng = np.random.default_rng(0)
     for index in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (16, 32, 3), dtype=np.uint8))

@@ -1,8 +1,8 @@
-"""The parts of a training step, and what the original did in addition: it ran each batch a second time.
+"""Time of the parts of a training step, and of the second forward pass that the original code made.
 
-The original updated, ran the same batch through the network again, still in training mode, and scored that output
-for its progress bar: masks at 0.5, then Dice, IoU and accuracy. The last row does all of it, with the counts of this
-project; the row before it runs the network only, as `trainer.second_forward=true` does.
+After the update, the original ran the same batch through the network again, still in training mode, and scored that
+output for its progress bar: masks at 0.5, then Dice, IoU and accuracy. The last row does all of this, with the metrics
+of this project. The row before it runs the network again without scoring, as `trainer.second_forward=true` does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from configs import build
 from configs.compose import compose
 from configs.errors import as_training_error
-from scripts.benchmarks.timing import Stopwatch, add_clock, in_turn, print_table
+from scripts.benchmarks.timing import Stopwatch, add_clock, print_table, time_in_turn
 from trainers.distributed import World, pick_device
 from trainers.losses import link_probs
 from trainers.metrics import Scoring, count
@@ -31,19 +31,19 @@ WARM_UP = 2  # steps that do not count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=20, help="steps that the medians are of (default 20)")
+    parser.add_argument("--steps", type=int, default=20, help="steps; a time is the median over them (default 20)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add_clock(parser)
-    parser.add_argument("overrides", nargs="*", help="of train.py, such as model=pspnet or batch_size=4")
+    parser.add_argument("overrides", nargs="*", help="as for train.py, such as model=pspnet or batch_size=4")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the median time of each part of a step, and the ratios of the three steps, made in turn."""
+    """Print the median time of each part of a step, and of the three kinds of steps with their ratios."""
     device = pick_device(args.device)
     cfg = compose("train", args.overrides)
     world = World(0, 1, device)
     data = build.dataset(cfg, "train")
-    batches = endless(build.train_loader(cfg, data, world))
+    batches = repeat_epochs(build.train_loader(cfg, data, world))
     with as_training_error("measuring", "use a smaller batch_size"):
         parts = measure_parts(cfg, world, batches, args)
         steps = compare_steps(cfg, world, batches, args, build.scoring(cfg, data.info))
@@ -60,13 +60,13 @@ def main(args: argparse.Namespace) -> None:
     print_table(["step (without data)", "ms", "against ours"], rows)
 
 
-def endless(loader: Any) -> Iterator[Any]:
-    """Yield batches, epoch after epoch."""
+def repeat_epochs(loader: Any) -> Iterator[Any]:
+    """Yield batches without end, epoch after epoch."""
     return (batch for epoch in integers() for batch in loader.epoch(epoch))
 
 
 def make_update(cfg: Any, world: World, second_forward: bool = False) -> Update:
-    """Return an update of a new network, as `train.py` makes it."""
+    """Return the update of a new network, built as in `train.py`."""
     torch.manual_seed(cfg.seed)
     update = build.update(cfg, build.model(cfg).to(world.device).train(), build.loss(cfg), world)
     update.second_forward = second_forward
@@ -74,7 +74,7 @@ def make_update(cfg: Any, world: World, second_forward: bool = False) -> Update:
 
 
 def measure_parts(cfg: Any, world: World, batches: Iterator[Any], args: argparse.Namespace) -> dict[str, float]:
-    """Return the median seconds of each part of an ordinary step. The backward pass is the remainder."""
+    """Return the median seconds of each part of our step. The backward pass is the rest of the update."""
     update, watch = make_update(cfg, world), Stopwatch(world.device, args.clock)
     watch.watch(update.model, "forward", "forward")
     watch.watch(update.criterion, "forward", "loss")
@@ -94,7 +94,7 @@ def measure_parts(cfg: Any, world: World, batches: Iterator[Any], args: argparse
 def compare_steps(
     cfg: Any, world: World, batches: Iterator[Any], args: argparse.Namespace, scoring: Scoring
 ) -> dict[str, float]:
-    """Return the median seconds of our step and of the original's two additions, on the same batches, in turn."""
+    """Return the median seconds of three steps on the same batches: ours, with a second pass, and also with scores."""
     ours, twice, scored = make_update(cfg, world), *(make_update(cfg, world, second_forward=True) for _ in range(2))
     batch: list[Any] = []
 
@@ -109,13 +109,13 @@ def compare_steps(
             scored, scoring, *batch
         ),
     }
-    rows = in_turn(candidates, args.steps, world.device, WARM_UP)
+    rows = time_in_turn(candidates, args.steps, world.device, WARM_UP)
     return {name: getattr(spent, args.clock) for name, spent in rows.items() if name != "data"}
 
 
 @torch.no_grad()
 def update_and_score(update: Update, scoring: Scoring, batch: Any) -> tuple[Tensor, ...]:
-    """Update, run the network again and score its output at 0.5, as the original did: Dice, IoU, accuracy."""
+    """Update, run the network again and score its output at 0.5; return Dice, IoU and accuracy, as the original did."""
     kept: list[Any] = []
     criterion: Any = update.criterion
     network = getattr(update.model, "_orig_mod", update.model)

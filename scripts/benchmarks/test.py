@@ -1,4 +1,4 @@
-"""The cost of a prediction rule in test.py: the time of the whole command, one rule against another."""
+"""Time of the whole command test.py with one prediction rule against another."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 from configs.errors import UserError
 from scripts import ROOT
-from scripts.benchmarks.timing import Seconds, in_turn, print_table
+from scripts.benchmarks.timing import Seconds, print_table, time_in_turn
 
 RULES = ("-p max", "-p rankdice", "-p T -p max -p rankdice")
 IDLE = "(start-up alone: --help)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-r", "--resume", type=Path, help="a checkpoint (default: a small one is trained)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are of (default 5)")
-    # Enough images that start-up does not hide the difference.
-    parser.add_argument("--images", type=int, default=1000, help="built-in images without -r (default 1000)")
-    parser.add_argument("overrides", nargs="*", help="of test.py, such as split=val or dataset.root=PATH")
+    parser.add_argument("-r", "--resume", type=Path, help="checkpoint (default: a small network is trained)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; a time is the median over them (default 5)")
+    # So many images that the time of start-up does not hide the difference between the rules.
+    parser.add_argument("--images", type=int, default=1000, help="built-in test images without -r (default 1000)")
+    parser.add_argument("overrides", nargs="*", help="as for test.py, such as split=val or dataset.root=PATH")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
         more = ["-r", str(checkpoint), "--out", folder, "--quiet", *args.overrides]
         candidates = {name: partial(call, "test.py", *name.split(), *more) for name in RULES}
         candidates[IDLE] = partial(call, "test.py", "--help")
-        print_ratios(in_turn(candidates, args.rounds, warm_up=0))
+        print_ratios(time_in_turn(candidates, args.rounds, warm_up=0))
 
 
 def print_ratios(seconds: dict[str, Seconds]) -> None:
@@ -48,7 +48,7 @@ def print_ratios(seconds: dict[str, Seconds]) -> None:
 
 
 def train_small(folder: Path, images: int) -> Path:
-    """Train a network on the built-in data for a moment; testing it takes as long as testing a good one."""
+    """Train a network for one epoch on 16 built-in images; testing it takes as long as testing a good one."""
     call("train.py", "epochs=1", f"dataset.num_images={{train: 16, val: 2, test: {images}}}", f"save_dir={folder}")
     return next(folder.rglob("best_model.pth"))
 

@@ -17,26 +17,26 @@ from tqdm import tqdm
 
 
 class Seconds(NamedTuple):
-    """Seconds of wall time, and of the processor, all threads together."""
+    """Seconds of wall time, and of processor time of all threads together."""
 
     wall: float
     cpu: float
 
 
 def read_clocks(device: torch.device) -> Seconds:
-    """Return the time when all work so far is done. Processes that this one started count when they have ended."""
+    """Wait for the work of the device, then return both clocks. Child processes count only after they have ended."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return Seconds(time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime)
 
 
-def in_turn(
+def time_in_turn(
     candidates: Mapping[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu", warm_up: int = 1
 ) -> dict[str, Seconds]:
-    """Return the median seconds of each candidate. All take turns in every round, so that drift affects all alike.
+    """Return the median seconds of each candidate over the rounds; `warm_up` rounds before them do not count.
 
-    The first `warm_up` rounds do not count.
+    All candidates take turns in every round, so that a change of the machine's speed affects all alike.
     """
     device = torch.device(device)
     seconds: dict[str, list[Seconds]] = {name: [] for name in candidates}
@@ -51,36 +51,36 @@ def in_turn(
 
 
 def add_clock(parser: argparse.ArgumentParser) -> None:
-    about = "what seconds are; cpu: of this process, on a busy machine, with OMP_NUM_THREADS=1 (default wall)"
+    about = "clock of the times; on a busy machine: cpu, the processor time, with OMP_NUM_THREADS=1 (default wall)"
     parser.add_argument("--clock", choices=Seconds._fields, default="wall", help=about)
 
 
 class Stopwatch:
-    """Adds up the seconds of the calls that it watches, part by part; it waits for the work of the device."""
+    """Sums the seconds of watched calls by part. It waits for the work of the device before and after each call."""
 
     def __init__(self, device: torch.device, clock: str = "wall") -> None:
         self.device, self.clock = device, clock
         self.spent: dict[str, float] = {}
 
     def now(self) -> float:
-        """Return the time when all work so far is done."""
+        """Wait for the work of the device, then return the seconds of the clock."""
         return getattr(read_clocks(self.device), self.clock)
 
     def call(self, part: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call a function and count its seconds."""
+        """Call a function, add its seconds to the part, and return its result."""
         start = self.now()
         result = function(*arguments, **options)
         self.spent[part] = self.spent.get(part, 0.0) + self.now() - start
         return result
 
     def watch(self, owner: Any, method: str, part: str) -> None:
-        """Count the seconds of one method of an object, or of one function of a module, from now on."""
+        """From now on, add the seconds of a method of an object, or of a function of a module, to the part."""
         set_attribute = object.__setattr__ if isinstance(owner, nn.Module) else setattr  # not as a sub-module
         set_attribute(owner, method, partial(self.call, part, getattr(owner, method)))
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a Markdown table, each row as soon as it is there."""
+    """Print a Markdown table, each row as soon as it is computed."""
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |", flush=True)

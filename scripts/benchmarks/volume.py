@@ -1,7 +1,7 @@
-"""Time and memory of scripts/decode.py on one large 3-D case, in a process of its own.
+"""Time and memory of scripts/decode.py on one large 3-D case.
 
-The case is softmax probabilities of smooth noise with one label per voxel. Memory is the largest anonymous memory of
-the process: pages of mapped files, which the system drops when memory is short, are not in it.
+The case is softmax probabilities of smooth noise with one label per voxel. Each call is a process of its own. Memory
+is the peak of its anonymous memory. Pages of mapped files do not count: the system drops them when memory is short.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from configs.errors import UserError
 from scripts import ROOT
 from scripts.benchmarks.timing import print_table, read_memory
 
-INTERVAL = 0.02  # seconds between two looks at the memory
+INTERVAL = 0.02  # seconds between two readings of the memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", default="4,320,512,1024", help="classes and sides (default: %(default)s)")
+    parser.add_argument("--shape", default="4,320,512,1024", help="C,D,H,W of the case (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     rules = "max,rankdice,rankdice_nonoverlap"
-    parser.add_argument("--rules", default=rules, help="each in a call of its own (default: %(default)s)")
+    parser.add_argument("--rules", default=rules, help="rules to measure, one per call (default: %(default)s)")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -35,15 +35,15 @@ def main(args: argparse.Namespace) -> None:
     sizes = args.shape.split(",")
     shape = tuple(int(size) for size in sizes if size.isdecimal() and int(size))
     if len(shape) != len(sizes) or len(shape) != 4:
-        raise UserError(f"--shape {args.shape} is invalid: expected C,D,H,W.")
+        raise UserError(f"--shape {args.shape} is invalid: expected C,D,H,W, four integers above 0.")
     with tempfile.TemporaryDirectory(dir=ROOT) as name:
         large, small, out = Path(name) / "large", Path(name) / "small", Path(name) / "out"
         size = write_case(large, shape, args.dtype)
-        write_case(small, (4, 4, 4, 4), "float32")  # its memory is that of the program
-        least = decode(small, out, "max")[1]
+        write_case(small, (4, 4, 4, 4), "float32")  # its memory is that of the program itself
+        base = decode(small, out, "max")[1]
         print(f"{args.dtype}, {shape}, {size / 1e9:.2f} GB, with labels, {torch.get_num_threads()} threads\n")
         measured = ((rule, *decode(large, out, rule)) for rule in args.rules.split(","))
-        rows = ([f"`{rule}`", f"{seconds:.0f}", memory, memory - least] for rule, seconds, memory in measured)
+        rows = ([f"`{rule}`", f"{seconds:.0f}", memory, memory - base] for rule, seconds, memory in measured)
         print_table(["rule", "seconds", "memory of the process, MiB", "above that of a case of 1 kB"], rows)
 
 
@@ -69,7 +69,7 @@ def write_case(folder: Path, shape: tuple[int, ...], dtype: str) -> int:
 
 
 def decode(case: Path, out: Path, rule: str) -> tuple[float, int]:
-    """Decode the case with a rule; return seconds and the largest anonymous memory in MiB."""
+    """Decode the case with a rule; return the seconds and the peak of anonymous memory in MiB."""
     command = [sys.executable, str(ROOT / "scripts" / "decode.py"), str(case / "probs")]
     command += ["--labels", str(case / "labels"), "-p", rule, "--out", str(out / rule), "--force", "--quiet"]
     command += ["--classes-axis", "first"]

@@ -27,8 +27,8 @@ LABEL_SUFFIXES = (*SUFFIXES, ".png")
 PICTURES = (".png", ".bmp")
 NIFTI = (".nii", ".nii.gz")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-IN_MEMORY = 64 << 20  # bytes of an array above which it lives in a temporary file
-_MOST_PACKED = 1100  # bytes that gzip makes of one at most, rounded up
+IN_MEMORY = 64 << 20  # larger arrays, in bytes, are in a temporary file
+_MAX_GZIP_RATIO = 1100  # gzip compresses by at most 1032
 _USUAL_KEYS = ("probabilities", "softmax", "probs", "logits")
 
 
@@ -117,18 +117,20 @@ def _read_npz(path: Path, folder: Path, key: str | None) -> np.ndarray:
         name = key or (keys[0] if len(keys) == 1 else usual[0] if len(usual) == 1 else None)
         if name is None or name not in keys:
             listed = ", ".join(keys) or "none"
-            raise UserError(f"{path}: array {key or 'unclear'}; arrays in it: {listed}. Fix: pass --key NAME.")
+            problem = f"it has no array {key}" if key else "it is unclear which array to read"
+            raise UserError(f"{path}: {problem}; arrays in it: {listed}. Fix: pass --key NAME, or save one array.")
         _require_space(folder, archive.getinfo(f"{name}.npy").file_size)
         return np.load(archive.extract(f"{name}.npy", temporary), mmap_mode="c", allow_pickle=False)
 
 
 def _read_nifti(path: Path, folder: Path) -> np.ndarray:
     """Read a NIfTI file. In memory its last axis, which holds the classes or the slices, is the first one."""
-    data = load_nifti(path, keep_file_open=True).dataobj  # part after part is one pass through a .gz
+    data = load_nifti(path, keep_file_open=True).dataobj  # reading parts in order decompresses a .gz once
     dtype = data.dtype if (data.slope, data.inter) == (1.0, 0.0) else np.dtype(np.float32)
     shape = data.shape
-    if math.prod(shape) * data.dtype.itemsize > _MOST_PACKED * path.stat().st_size:  # before memory or disk is taken
-        raise UserError(f"{path}: its header claims the shape {shape}, more than the file holds. Fix: copy it again.")
+    # Checked before memory or disk space is used.
+    if math.prod(shape) * data.dtype.itemsize > _MAX_GZIP_RATIO * path.stat().st_size:
+        raise UserError(f"{path}: shape {shape} of its header is more than the file can hold. Fix: copy it again.")
     if len(shape) < 3:
         return np.asarray(data, dtype)
     spatial = shape[:3] if shape[3:-1] == (1,) else shape[:-1]

@@ -31,8 +31,8 @@ from trainers.results import fingerprint
 
 SLAB = 1 << 22  # values that are converted or counted at once
 _KNOWN = (*LABEL_SUFFIXES, *arrays.PICTURES, ".pkl", ".json")  # other files are reported
-_SMALLEST = 2**-24  # in place of a probability of 0 or 1, whose logit is infinite; float16 holds no smaller number
-_SUM = 0.02  # how far the probabilities of a pixel may be from 1 in sum
+_SMALLEST = 2**-24  # distance of probabilities from 0 and 1 before the logit, which is infinite there; least float16
+_SUM = 0.02  # largest difference between 1 and the sum of the probabilities of a pixel
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class FromStored:
         return self.link is not None or isinstance(self.calibration, Calibration) or self.calibration != 1
 
     def link_of(self, classes: int) -> Link:
-        """Return the link of logits, or the one that probabilities of so many channels come from."""
+        """Return the link of the logits; for probabilities, the link that they usually come from."""
         return cast(Link, self.link or ("sigmoid" if classes == 1 or self.foreground_only else "softmax"))
 
     def logits(self, values: Tensor) -> Tensor:
-        """Return finite logits (N, C, *S) float32 of stored values."""
+        """Return logits (N, C, *S) float32 of stored values; those of probabilities are finite."""
         if self.link is not None:
             return values.float()
         if self.link_of(values.shape[1]) == "sigmoid":
@@ -67,7 +67,7 @@ class FromStored:
         total = values.float().sum(1)
         if not ((total == 0) | ((total - 1).abs() < _SUM)).all():  # 0: outside a crop
             raise UserError(
-                "its probabilities change with the calibration, but those of a pixel do not add to 1. "
+                "the calibration needs probabilities that add to 1 over the classes of a pixel, and these do not. "
                 "Fix: save logits and pass --link sigmoid, or pass --foreground-only."
             )
         return values.float().clamp(min=_SMALLEST).log()
@@ -215,7 +215,7 @@ class Folder:
     def load(self, name: str, values: FromStored | None) -> Case:
         """Load a case; large arrays stay in files. ``values`` makes probabilities; None: they are left as stored."""
         path, args = self.cases[name], self.args
-        geometry, suffixes = _place(path)
+        geometry, suffixes = _read_place(path)
         labels, valid = (
             self._read_map(kind, group, name, geometry)
             for kind, group in (("label", self.labels), ("field of view", self.valid))
@@ -233,9 +233,9 @@ class Folder:
         array = np.moveaxis(array, -1, 0) if axis == "last" else array[None] if axis == "none" else array
         first = self._first(len(array))
         if valid is not None and self.valid:
-            valid = _fit(valid, array.shape[1:], self.valid[name], path) != 0
+            valid = _match_shape(valid, array.shape[1:], self.valid[name], path) != 0
         if labels is not None and self.labels:
-            labels = _fit(labels, array.shape[1:], self.labels[name], path)
+            labels = _match_shape(labels, array.shape[1:], self.labels[name], path)
             labels = labels if valid is None else np.where(valid, labels, np.asarray(args.void, np.int64))
             _check_labels(self.labels[name], labels, len(array) + first, args.void)
         return Case(path, self._as_probs(path, array, valid, values), first, labels, valid, geometry, suffixes)
@@ -243,7 +243,7 @@ class Folder:
     def _read_map(
         self, kind: str, group: dict[str, Path] | None, name: str, geometry: Geometry | None
     ) -> np.ndarray | None:
-        """Read integers (*S), with the axes of the probabilities if both files say where they are."""
+        """Read integers (*S); if both files are NIfTI, in the orientation of the probabilities."""
         if group is None:
             return None
         if name not in group:
@@ -251,7 +251,7 @@ class Folder:
         path = group[name]
         array = read_array(path, self.args.out)
         if geometry is not None and suffix_of(path, LABEL_SUFFIXES) in NIFTI:
-            array = _aligned(path, array, geometry)
+            array = _align(path, array, geometry)
         if np.issubdtype(array.dtype, np.floating):
             rounded = array.astype(np.int32)
             if not np.array_equal(rounded, array):
@@ -262,10 +262,10 @@ class Folder:
         return array
 
     def _class_axis(self, path: Path, array: np.ndarray, known: tuple[int, ...] | None) -> str:
-        """Return which axis holds the classes: "first", "last" or "none"; ``known`` is the shape of the labels."""
+        """Return which axis holds the classes, "first", "last" or "none"; ``known`` is the shape of any labels."""
         given, shape = self.args.classes_axis, array.shape
         if array.ndim < 2:
-            raise UserError(f"{path}: shape {shape} is not a map. Fix: save (C, *S) or (*S, C).")
+            raise UserError(f"{path}: shape {shape} has fewer than two axes. Fix: save (C, *S) or (*S, C).")
         if array.ndim == 2:
             return "none"
         if given != "auto":
@@ -275,8 +275,8 @@ class Folder:
         if nnunet.is_export(path):
             return "first"
         if known is not None:
-            spatial = {"none": _squeezed(shape), "first": _squeezed(shape[1:]), "last": _squeezed(shape[:-1])}
-            for expected in (_squeezed(known), _squeezed(known)[::-1]):
+            spatial = {"none": _squeeze(shape), "first": _squeeze(shape[1:]), "last": _squeeze(shape[:-1])}
+            for expected in (_squeeze(known), _squeeze(known)[::-1]):
                 fits = [axis for axis, sizes in spatial.items() if sizes == expected]
                 if fits:
                     break
@@ -341,14 +341,14 @@ class Folder:
             yield SimpleNamespace(images=case.probs[None], targets=targets[None], names=[name], indices=[index])
 
     def logits(self) -> Iterator[SimpleNamespace]:
-        """Iterate over batches of logits."""
+        """Yield the batches with logits as images."""
         for batch in self:
             with name_case_in_errors(self.cases[batch.names[0]]):
                 batch.images = self.values.logits(batch.images)
             yield batch
 
     def binary(self, channels: Sequence[int]) -> Iterator[SimpleNamespace]:
-        """Iterate over channels as problems of two classes: batches of logits (0, z) and of labels 0 and 1."""
+        """Yield a batch for each case and channel as a problem of two classes: logits (0, z) and labels 0 and 1."""
         void = self.args.void
         for batch in self.logits():
             for c in channels:
@@ -361,7 +361,7 @@ class Folder:
                 )
 
 
-def _place(path: Path) -> tuple[Geometry | None, tuple[str, str]]:
+def _read_place(path: Path) -> tuple[Geometry | None, tuple[str, str]]:
     """Return the geometry of a case, and the suffixes of its masks and of its label map."""
     suffix = suffix_of(path)
     if suffix in NIFTI:
@@ -387,7 +387,7 @@ def _check_labels(path: Path, labels: np.ndarray, count: int, void: int) -> None
 
 
 def _sums_to_one(array: np.ndarray, axis: int) -> bool:
-    """Whether the values of each pixel add to 1 over an axis, on a sample of the pixels."""
+    """Return whether the values of each pixel in a sample add to 1 over an axis."""
     if array.shape[axis] < 2:
         return False
     steps = [slice(None, None, max(1, size // 24)) for size in array.shape]
@@ -397,12 +397,13 @@ def _sums_to_one(array: np.ndarray, axis: int) -> bool:
     return bool(inside.size) and bool(np.abs(inside - 1).max() < _SUM)
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without its axes of size 1."""
     return tuple(size for size in shape if size != 1)
 
 
-def _aligned(path: Path, array: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Turn NIfTI labels to the axes of the probabilities, and check that both are in the same place."""
+def _align(path: Path, array: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Return NIfTI labels with the axes of the probabilities; raise UserError if the affines differ."""
     nib = arrays.require("nibabel", path)
     affine = arrays.load_nifti(path).affine
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(geometry.affine))
@@ -417,11 +418,11 @@ def _aligned(path: Path, array: np.ndarray, geometry: Geometry) -> np.ndarray:
     return array.T if geometry.reversed else array
 
 
-def _fit(labels: np.ndarray, shape: tuple[int, ...], path: Path, probs: Path) -> np.ndarray:
-    """Return labels with the shape of the probabilities: axes of size 1 may differ, or their order be reversed."""
-    if _squeezed(labels.shape) == _squeezed(shape):
+def _match_shape(labels: np.ndarray, shape: tuple[int, ...], path: Path, probs: Path) -> np.ndarray:
+    """Return labels in the shape of the probabilities: axes of size 1 may differ, and the axes may be reversed."""
+    if _squeeze(labels.shape) == _squeeze(shape):
         return labels.reshape(shape)
-    if _squeezed(labels.shape)[::-1] == _squeezed(shape):
+    if _squeeze(labels.shape)[::-1] == _squeeze(shape):
         return labels.T.reshape(shape)
     raise UserError(
         f"{path}: shape {labels.shape} does not fit {probs} with spatial shape {shape}. "
@@ -430,16 +431,16 @@ def _fit(labels: np.ndarray, shape: tuple[int, ...], path: Path, probs: Path) ->
 
 
 def slabs(shape: tuple[int, ...], depth: int = 1) -> Iterator[slice]:
-    """Yield slices of the first spatial axis that hold about `SLAB` values of ``depth`` classes."""
+    """Yield slices of the first spatial axis; each has at most `SLAB` values of ``depth`` classes, or one plane."""
     step = max(1, SLAB // max(1, depth * int(np.prod(shape[1:], dtype=np.int64))))
     for start in range(0, shape[0], step):
         yield slice(start, min(shape[0], start + step))
 
 
 def _check_range(path: Path, values: np.ndarray, logits: bool) -> None:
-    """Raise UserError for values that are NaN or infinite, or outside of [0, 1] if they are not logits."""
+    """Raise UserError for values that are NaN or infinite; if they are not logits, also for values outside [0, 1]."""
     low, high = values.min(), values.max()
-    slack = 2e-3 if values.dtype == np.float16 else 1e-5  # what rounding alone explains
+    slack = 2e-3 if values.dtype == np.float16 else 1e-5  # rounding errors
     if np.isnan(low):
         raise UserError(f"{path}: holds NaN. Fix: look for an overflow in the network.")
     if not np.isfinite([low, high]).all():

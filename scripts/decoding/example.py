@@ -1,14 +1,15 @@
-"""Draw volumes with known truth, as NIfTI files: something to try scripts/decode.py on.
+"""Draw volumes with known truth as NIfTI files, to try scripts/decode.py.
 
     python scripts/decoding/example.py volumes/ --cases 6 --size 48
     python scripts/decoding/example.py brains/ --cases 3 --template
 
-A case has a large and a small object, ellipsoids with a wavy surface. VOLUMES/probs/CASE.nii.gz is the share of 24
-random variants in which a voxel belongs to the background, the large and the small object; VOLUMES/labels/CASE.nii.gz
-is a 25th variant. The probabilities are therefore calibrated, and neighbouring voxels depend on each other.
+A case has a large and a small object: ellipsoids with a wavy surface, drawn in 25 random variants. A probability in
+VOLUMES/probs/CASE.nii.gz is the share of 24 variants in which the voxel is background, large object or small object.
+VOLUMES/labels/CASE.nii.gz is the other variant. So the probabilities are calibrated, and neighbouring voxels depend on
+each other.
 
---template takes a real volume: the probabilities of grey and white matter of the ICBM 152 template (197 × 233 × 189
-voxels), which the package nilearn contains. The label of a voxel is drawn from them, independent of other voxels.
+--template uses a real volume: the probabilities of grey and white matter of the ICBM 152 template (197 × 233 × 189
+voxels), which the package nilearn contains. The label of each voxel is drawn from them, independently of the others.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from scripts.decoding.arrays import load_nifti, require
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]  # probabilities (X, Y, Z, C), labels (X, Y, Z), affine
 VARIANTS = 24
-OBJECTS = (((0.42, 0.45, 0.5), (0.28, 0.22, 0.3)), ((0.72, 0.7, 0.45), (0.1, 0.12, 0.09)))  # centres, radii
+OBJECTS = (((0.42, 0.45, 0.5), (0.28, 0.22, 0.3)), ((0.72, 0.7, 0.45), (0.1, 0.12, 0.09)))  # centre and radii of each
 
 
-def variant(size: int, case: np.random.Generator, draw: np.random.Generator) -> np.ndarray:
-    """Draw labels (size, size, size) uint8; ``case`` draws what the variants of a case share."""
+def draw_variant(size: int, case: np.random.Generator, draw: np.random.Generator) -> np.ndarray:
+    """Draw labels (size, size, size) uint8. ``case`` draws what the variants of a case share, ``draw`` the rest."""
     axes = np.meshgrid(*[np.linspace(0, 1, size)] * 3, indexing="ij")
     labels = np.zeros((size,) * 3, np.uint8)
     for label, (centre, radii) in enumerate(OBJECTS, 1):
@@ -46,10 +47,10 @@ def variant(size: int, case: np.random.Generator, draw: np.random.Generator) -> 
     return labels
 
 
-def drawn_case(n: int, size: int) -> Case:
-    """Return shares of variants, another variant as labels, and an affine."""
+def draw_case(n: int, size: int) -> Case:
+    """Return the shares of 24 variants as probabilities, another variant as labels, and an affine."""
     draw = np.random.default_rng([n, 1])
-    labels = np.stack([variant(size, np.random.default_rng([n, 0]), draw) for _ in range(VARIANTS + 1)])
+    labels = np.stack([draw_variant(size, np.random.default_rng([n, 0]), draw) for _ in range(VARIANTS + 1)])
     shares = np.stack([(labels[:-1] == c).mean(0, dtype=np.float32) for c in range(3)], -1)
     return shares, labels[-1], np.diag([0.8, 0.8, 2.0, 1.0])
 
@@ -75,11 +76,11 @@ def template_case(n: int) -> Case:
 def main() -> None:
     """Run the command."""
     parser = command_line(__doc__)
-    parser.add_argument("out", type=Path, metavar="VOLUMES")
-    parser.add_argument("--cases", type=int, default=6)
-    parser.add_argument("--start", type=int, default=0, help="number of the first case: others are other volumes")
+    parser.add_argument("out", type=Path, metavar="VOLUMES", help="folder to write to")
+    parser.add_argument("--cases", type=int, default=6, help="number of cases (default: 6)")
+    parser.add_argument("--start", type=int, default=0, help="number of the first case; every number is another draw")
     parser.add_argument("--size", type=int, default=48, help="voxels along each axis (default: 48)")
-    parser.add_argument("--template", action="store_true", help="the ICBM 152 template in place of drawn volumes")
+    parser.add_argument("--template", action="store_true", help="use the ICBM 152 template instead of drawn volumes")
     args = parser.parse_args()
     if args.cases < 1 or args.size < 8:
         raise UserError(f"--cases {args.cases}, --size {args.size}: expected at least 1 case and 8 voxels.")
@@ -87,7 +88,7 @@ def main() -> None:
     for folder in ("probs", "labels"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     for n in range(args.start, args.start + args.cases):
-        probs, labels, affine = template_case(n) if args.template else drawn_case(n, args.size)
+        probs, labels, affine = template_case(n) if args.template else draw_case(n, args.size)
         for folder, array in (("probs", probs), ("labels", labels)):
             nib.save(nib.Nifti1Image(array, affine), args.out / folder / f"case_{n}.nii.gz")
     print(one_line(f"{args.out}: {args.cases} cases of {'×'.join(map(str, labels.shape))} voxels"))

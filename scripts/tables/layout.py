@@ -55,13 +55,13 @@ class Cell:
 
 
 def mark_of(reason: str, notes: dict[str, str]) -> str:
-    """Return the mark of a reason, which is added to the notes (reason -> mark); equal reasons share a mark."""
+    """Return the mark of a reason. A new reason is added to `notes` (reason -> mark); equal reasons share a mark."""
     return notes.setdefault(reason, str(len(notes) + 1))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `labels` columns of labels, then columns of cells. `notes` explain its marks."""
+    """A table: `labels` columns of labels, then columns of cells. `notes` has the text of each mark."""
 
     name: str
     title: str
@@ -98,7 +98,7 @@ class Style:
         return (f"({', '.join(parts)})" if len(parts) > 1 else parts[0]) + self.superscript(cell.marks)
 
     def rows(self, table: Table) -> Iterator[list[str]]:
-        """Yield the texts of each row. Leading labels that repeat the row above are blank, the last label never."""
+        """Yield the texts of each row. Leading labels that repeat the row above are blank, but never the last label."""
         above: Sequence[Cell] = ()
         for row in table.rows:
             first = 0
@@ -113,7 +113,7 @@ _LATEX = Style(r"\textbf{{{}}}", "$^{{{}}}$", latex_text)
 
 
 def markdown(table: Table) -> str:
-    """Return a GitHub table under its title; notes are below."""
+    """Return a GitHub table below its title, with caption and notes below it."""
     lines = [f"**{markdown_text(table.title)}**{_MARKDOWN.superscript(table.marks)}", ""]
     lines.append("| " + " | ".join(map(markdown_cell, table.head)) + " |")
     lines.append("|" + "|".join(" :-- " if i < table.labels else " :-: " for i in range(len(table.head))) + "|")
@@ -126,7 +126,7 @@ def markdown(table: Table) -> str:
 
 
 def csv_tables(tables: Sequence[Table]) -> str:
-    """Return all tables below each other, each with its header; values and marks have separate columns."""
+    """Return all tables below each other, each with its header. A cell has columns for mDice, mIoU and marks."""
     rows: list[list[str]] = []
     for table in tables:
         rows += [[]] * bool(rows)

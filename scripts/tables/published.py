@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 from configs.errors import UserError
 from configs.files import read_json, read_text, read_yaml
 from scripts import ROOT
-from scripts.tables.layout import DATASETS, LOSSES, MODELS, Cell, Table, label, mark_of
+from scripts.tables.layout import DATASETS, LOSSES, MODELS, RULES, Cell, Table, label, mark_of
 from scripts.tables.results import Group, Groups, find_groups, our_cell
 from trainers.text import read_csv
 
 FOLDER = ROOT / "saved" / "published"
 COLUMNS = {"cityscapes": ("T", "max", "rankdice"), "voc2012": ("T", "max", "rankdice"), "kvasir_seg": ("T", "rankdice")}
-# Images that the paper scored; its Kvasir-SEG split is unpublished.
+# Number of images that the paper scored; its Kvasir-SEG split is unpublished.
 IMAGES = {"cityscapes": 500, "voc2012": 1449, "kvasir_seg": None}
-HEADS = {"T": "Threshold (at 0.5)", "max": "Argmax", "rankdice": "mRankDice"}
 _CAPTION = (
     "Ours under protocol paper, RankDice as in the experiments. Δ = ours − published, in points; "
     "– where the printed number cannot be compared."
@@ -33,7 +32,10 @@ _NONE = label("–")
 
 @dataclass(frozen=True)
 class PublishedCell:
-    """One cell of the paper; `mdice` and `miou` in percent, None if the paper prints a symbol."""
+    """One cell of the paper, and the id of its log.
+
+    `mdice` and `miou` are in percent, None if the paper prints a symbol.
+    """
 
     dataset: str
     model: str
@@ -56,9 +58,10 @@ class PublishedCell:
 
 @dataclass(frozen=True)
 class Erratum:
-    """A known fault: its cells (`select`), the place of its mark (`scope`), its reason, and the numbers it spoils.
+    """A known fault of published cells.
 
-    With ``log``, the logged values of the cells follow the reason.
+    `select` chooses its cells. `scope` is where its mark is printed. `reason` is the note. With `log`, the logged
+    values of the cells follow the reason. `spoils` names the numbers that cannot be compared, "dice" or "iou".
     """
 
     mark: str
@@ -69,7 +72,7 @@ class Erratum:
     spoils: Sequence[str] = ()
 
     def concerns(self, cell: PublishedCell) -> bool:
-        """Return whether one of the selections fits the cell."""
+        """Return whether any of the selections matches the cell."""
         facts = {**vars(cell), "numeric": cell.mdice is not None, "logged": bool(cell.log)}
         return any(all(facts[key] in wanted for key, wanted in choice.items()) for choice in self.select)
 
@@ -83,7 +86,7 @@ class Published(NamedTuple):
 
 
 def load_published(folder: Path = FOLDER) -> Published:
-    """Read cells, logs and errata."""
+    """Read the published cells, the logs of the authors, and the errata."""
     cells = []
     for row in read_csv(read_text(folder / "cells.csv")):
         numbers: dict[str, Any] = {key: float(row[key]) if row[key] else None for key in ("mdice", "miou")}
@@ -99,16 +102,16 @@ def published_tables(data: Published) -> list[Table]:
 
 
 def compared_tables(data: Published, groups: Groups, expected: Iterable[Expected] = ()) -> list[Table]:
-    """Return for each published table: published, ours and Δ = ours − published, column by column.
+    """Return each published table with three columns per rule: published, ours and Δ = ours − published.
 
-    A row without a run of the paper's network shows the network that an experiment compares with it (`paper_rows`).
+    If we have no run of the paper's network, the network that an experiment compares with it is shown (`paper_rows`).
     """
-    nearest = [block for block in expected if block.paper_rows]
-    return [_table(data, dataset, groups, nearest) for dataset in COLUMNS]
+    substitutes = [block for block in expected if block.paper_rows]
+    return [_table(data, dataset, groups, substitutes) for dataset in COLUMNS]
 
 
-def _table(data: Published, dataset: str, groups: Groups | None = None, nearest: Sequence[Expected] = ()) -> Table:
-    """Return one table: rows model × loss, columns rules, (mDice, mIoU) × .01; with ``groups`` also ours."""
+def _table(data: Published, dataset: str, groups: Groups | None = None, substitutes: Sequence[Expected] = ()) -> Table:
+    """Return one table: rows model × loss, columns rules, cells (mDice, mIoU) × .01; with ``groups`` also ours."""
     cells = {(c.model, c.loss, c.predictor): c for c in data.cells if c.dataset == dataset}
     numbered: dict[str, str] = {}
     rows = []
@@ -121,9 +124,9 @@ def _table(data: Published, dataset: str, groups: Groups | None = None, nearest:
         for cell in row:
             line.append(Cell(cell.values, (cell.bold,) * len(cell.values), _marks(data, [cell], "cell")))
             if groups is not None:
-                line += _ours(data, groups, cell, numbered, nearest)
+                line += _ours(data, groups, cell, numbered, substitutes)
         rows.append(tuple(line))
-    heads = [HEADS[rule] for rule in COLUMNS[dataset]]
+    heads = [RULES[rule] for rule in COLUMNS[dataset]]
     if "max" not in COLUMNS[dataset]:  # with two classes, threshold and argmax are one column
         heads[0] = "Threshold/Argmax"
     if groups is not None:
@@ -161,19 +164,19 @@ def _logged(data: Published, cells: Sequence[PublishedCell]) -> str:
 
 
 def _ours(
-    data: Published, groups: Groups, cell: PublishedCell, notes: dict[str, str], nearest: Sequence[Expected]
+    data: Published, groups: Groups, cell: PublishedCell, notes: dict[str, str], substitutes: Sequence[Expected]
 ) -> tuple[Cell, Cell]:
-    """Return our cell and the difference; no difference for other data or a number that an erratum spoils."""
+    """Return our cell and the difference; "–" for other data and for a number that an erratum spoils."""
     found = find_groups(groups, cell.dataset, "paper", cell.model, cell.loss, cell.predictor)
-    other = ""
-    for block in nearest if not found else ():
+    other_network = ""
+    for block in substitutes if not found else ():
         model = block.paper_rows.get(cell.model, {}).get(cell.loss)
         if model and block.dataset == cell.dataset:
             matches = find_groups(groups, cell.dataset, "paper", model, cell.loss, cell.predictor)
             covered = [group for group in matches if not group.reason and block.covers(group)]
             if covered:
                 found += covered
-                other = _OTHER_NETWORK.format(model=model, differs=block.differs)
+                other_network = _OTHER_NETWORK.format(model=model, differs=block.differs)
     if not found:
         return label("missing"), _NONE
     if len(found) > 1:
@@ -181,8 +184,8 @@ def _ours(
         return label("rejected", [mark_of(_SEVERAL.format(names=names), notes)]), _NONE
     group = found[0]
     ours = our_cell(group, notes, {})
-    if other:
-        ours = replace(ours, marks=(*ours.marks, mark_of(other, notes)))
+    if other_network:
+        ours = replace(ours, marks=(*ours.marks, mark_of(other_network, notes)))
     if group.reason or cell.mdice is None or cell.miou is None:
         return ours, _NONE
     expected, scored = IMAGES[cell.dataset], group.first.num_images
@@ -204,9 +207,10 @@ def _ours(
 class Expected:
     """The scores that an experiment's configuration expects, in percent.
 
-    `scores[model][loss][rule]` is [mDice, mIoU]; either may be null. `num_images` and `collection` restrict the
-    results that are checked; null means no restriction. `paper_rows[model][loss]` is the model of this experiment that
-    is compared with a published row, and `differs` names what is not as in the paper.
+    `tolerance` is in points. `scores[model][loss][rule]` is [mDice, mIoU]; either may be null. `num_images` and
+    `collection` restrict the results that are checked; null means no restriction. `paper_rows[model][loss]` is the
+    model of this experiment that is compared with the published row of that model and loss. `differs` names what is
+    not as in the paper.
     """
 
     path: Path
@@ -220,13 +224,13 @@ class Expected:
     differs: str = ""
 
     def covers(self, group: Group) -> bool:
-        """Return whether a result is of the images and the collection of this experiment."""
+        """Return whether a result has the number of images and the collection of this experiment."""
         images, collection = group.first.num_images, group.first.row.collection
         return self.num_images in (None, images) and self.collection in (None, collection)
 
 
 def read_expected(configs: Path) -> list[Expected]:
-    """Return the `expected:` blocks of all experiments."""
+    """Return the blocks `expected` of all experiments below `configs`."""
     found = []
     for path in sorted((configs / "experiment").rglob("*.yaml")):
         block = (read_yaml(path) or {}).get("expected")
@@ -239,7 +243,7 @@ def read_expected(configs: Path) -> list[Expected]:
 
 
 def violations(expected: Iterable[Expected], groups: Groups) -> Iterator[str]:
-    """Yield one line for each of our numbers that is out of the tolerance of an experiment."""
+    """Yield one line for each of our numbers that is outside the tolerance of an experiment."""
     for block in expected:
         for model, losses in block.scores.items():
             for loss, rules in losses.items():

@@ -25,7 +25,7 @@ _MAX_LISTED = 5  # at most this number of differences is listed
 
 
 class Row(NamedTuple):
-    """The names of a table row; `variant` names the change of the probabilities before the rule."""
+    """The names of a table row; `variant` is the text of `variant_of`."""
 
     collection: str
     protocol: str
@@ -38,7 +38,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One rule on one checkpoint; `dice` and `iou` in percent, NaN if nothing was scored."""
+    """One rule on one checkpoint.
+
+    `checkpoint` is its SHA-256, "" if unknown. `dice` and `iou` are in percent, NaN if nothing was scored. `identity`
+    is what the results of a common average must share. `config` is the configuration of the run without its seed.
+    """
 
     path: Path
     row: Row
@@ -62,14 +66,14 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The seeds of one table cell, by row and rule; `reason` says why there is no average, "" if there is one."""
+    """The results of one table cell, one per seed; `reason` says why there is no average, "" if there is one."""
 
     results: tuple[Result, ...]
     reason: str = ""
 
     @property
     def first(self) -> Result:
-        """Return one of the results; row and rule are the same for all."""
+        """Return the first result; row and rule are the same for all."""
         return self.results[0]
 
     def summary(self, metric: str) -> tuple[float, float]:
@@ -84,9 +88,9 @@ Groups = Mapping[tuple[Row, str], Group]
 def read_results(saved: Path, from_counts: bool = False) -> tuple[list[Result], list[Problem]]:
     """Read every result file below `saved`; a damaged file becomes a Problem.
 
-    A result file is a JSON file in a folder `results` of a run (`results/paper` for the paper's protocol) or below
-    `saved/results`. A record that is found twice, as a run and as its copy in git, counts once. With `from_counts`
-    the scores are computed from the per-image counts in the CSV files.
+    A result file is a JSON file in the folder `results` of a run (`results/paper` for the paper's protocol) or below
+    `saved/results`. A record that is found twice, in a run and as its copy in git, counts once. With `from_counts`,
+    the scores are computed from the counts per image and class in the CSV files.
     """
     results: dict[tuple, Result] = {}
     problems = []
@@ -199,8 +203,8 @@ def group_seeds(results: Iterable[Result]) -> Groups:
 def find_groups(groups: Groups, dataset: str, protocol: str, model: str, loss: str, rule: str) -> list[Group]:
     """Return our results of this cell without calibration, in any collection and split.
 
-    Scores of the last epoch come first, because the paper tested the last epoch. Those of the best epoch are
-    returned if a collection has no others.
+    Results of the last epoch come first, because the paper tested the last epoch. Results of the best epoch are
+    returned only for collections without any of the last epoch.
     """
     names = (dataset, protocol, model, loss, rule)
     found = [g for (r, own), g in groups.items() if (r.dataset, r.protocol, r.model, r.loss, own) == names]
@@ -210,9 +214,9 @@ def find_groups(groups: Groups, dataset: str, protocol: str, model: str, loss: s
 
 
 def difference(one: Result, other: Result) -> str:
-    """Return the differences, other than the seed, that forbid a common average; "" if there are none."""
+    """Return the differences, apart from the seed, that rule out a common average; "" if there are none."""
     unlike = [key for key, value in one.identity.items() if value != other.identity[key]]
-    if None in (one.identity["data contents"], other.identity["data contents"]):  # of an earlier version
+    if None in (one.identity["data contents"], other.identity["data contents"]):  # scored by an earlier version
         unlike = [key for key in unlike if key != "data contents"]
     # The changed keys of the configuration explain more than its hash.
     changed = differences(one.config, other.config) if one.config and other.config else []
@@ -275,7 +279,7 @@ def _add_missing_rows(rows: set[Row]) -> set[Row]:
 
 
 def _sort_key(name: str, known: Iterable[str]) -> tuple[int, str]:
-    """Return a sorting key: known names in their order, then the others by name."""
+    """Return a sort key: known names in their order, then the others by name."""
     places = {one: place for place, one in enumerate(known)}
     return places.get(name, len(places)), name
 
@@ -321,7 +325,7 @@ def _labels(row: Row, result: Result, seeds: set[int], unlike: bool, notes: dict
 
 
 def _best(groups: Sequence[Group], metric: str) -> float | None:
-    """Return the largest mean as printed, so that equal numbers are bold alike."""
+    """Return the largest mean, rounded as printed, so that equal printed numbers are all bold."""
     means = [group.summary(metric)[0] for group in groups]
     return max((round(mean, 2) for mean in means if not math.isnan(mean)), default=None)
 
@@ -342,6 +346,6 @@ def our_cell(group: Group | None, notes: dict[str, str], best: Mapping[str, floa
 
 
 def skipped_files_text(problems: Sequence[Problem]) -> str:
-    """Return how many files were skipped, in words."""
+    """Return a sentence about how many files were skipped."""
     many = len(problems) != 1
     return f"{len(problems)} result file{'s' * many} could not be read and {'were' if many else 'was'} skipped"

@@ -14,7 +14,7 @@ from torch import nn
 from configs import build
 from configs.compose import compose
 from scripts.benchmarks import step, test
-from scripts.benchmarks.timing import Seconds, Stopwatch, in_turn
+from scripts.benchmarks.timing import Seconds, Stopwatch, time_in_turn
 from tests.trainers.test_update import ALONE, batch, make, network
 from trainers.metrics import Scoring
 
@@ -46,7 +46,7 @@ def test_the_originals_step_runs_the_network_twice_and_scores_it() -> None:
 def test_the_parts_of_a_step_are_all_there() -> None:
     cfg = compose("train", ["experiment=smoke"])
     data = build.dataset(cfg, "train")
-    batches = step.endless(build.train_loader(cfg, data, ALONE))
+    batches = step.repeat_epochs(build.train_loader(cfg, data, ALONE))
     rows = step.measure_parts(cfg, ALONE, batches, OPTIONS)
     assert list(rows) == list(step.PARTS) and min(rows.values()) >= 0 < rows["backward"]
     ways = step.compare_steps(cfg, ALONE, batches, OPTIONS, build.scoring(cfg, data.info))
@@ -57,7 +57,7 @@ def test_a_command_is_measured_and_its_failure_is_reported(tmp_path: Path, monke
     script = "import sys\nsum(range(10**6))\nif len(sys.argv) > 1: sys.exit('error: ' + sys.argv[1] + ' is absent')\n"
     (tmp_path / "test.py").write_text(script)
     monkeypatch.setattr(test, "ROOT", tmp_path)
-    spent = in_turn({"command": lambda: test.call("test.py")}, 1, warm_up=0)["command"]
+    spent = time_in_turn({"command": lambda: test.call("test.py")}, 1, warm_up=0)["command"]
     assert spent.wall > 0 and spent.cpu > 0
     with pytest.raises(ValueError, match=r"test\.py failed: .*absent\.pth"):
         test.call("test.py", "absent.pth")

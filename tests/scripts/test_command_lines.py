@@ -98,6 +98,8 @@ def test_bad_input_is_one_line_on_stderr(words: tuple[str, ...], call) -> None:
         ("reproduce.py --seeds x --dry-run", "seed=x"),
         ("reproduce.py --threads 0 --dry-run", "--threads=0"),
         ("reproduce.py epochs=0 --dry-run", "epochs=0"),
+        ("benchmark.py rules --rounds 0", "--rounds=0"),
+        ("benchmark.py step --steps 0", "--steps=0"),
     ],
 )
 def test_invalid_values_are_named_before_anything_is_read(words: str, said: str, call) -> None:

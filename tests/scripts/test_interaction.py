@@ -55,3 +55,7 @@ def test_bad_input(folders: list[Path], tmp_path: Path) -> None:
         table([tmp_path / "nothing"], ["max"], "max")
     with pytest.raises(UserError, match=r"T_fit\.csv"):
         table(folders, ["max", "T_fit"], "max")
+    path = folders[0] / "seed1" / "results" / "max.json"
+    path.write_text(path.read_text().replace("log_loss", "loss"))
+    with pytest.raises(UserError, match=r"ce: max\.json has no score log_loss"):
+        table(folders, ["max"], "max")

@@ -299,7 +299,8 @@ def test_other_networks_are_other_rows_not_other_seeds(results, tmp_path, capsys
     text = capsys.readouterr().out
     assert "| tiny, ce, calibrated: rankdice − T, 0 |" in text and "seeds" not in text
     assert exit_code(main, [str(results), str(results)]) == 2
-    assert "a run is given twice" in capsys.readouterr().err
+    assert f"{results / 'rankdice.json'} is given twice" in capsys.readouterr().err
+    assert main([str(results), str(results / "calibrated"), "--rule", "rankdice", "--rule", "rankdice"]) == 0
 
 
 def test_paper_protocol_reads_its_own_folder(results, capsys):
@@ -332,7 +333,12 @@ def test_groups_from_a_file_or_a_pattern(tmp_path):
     path.write_text(csv_text([("image", "group"), *((image, "x") for image in images)]))
     assert read_groups(str(path), images) == dict.fromkeys(images, "x")
     path.write_text("image,patient\na,1\n")
-    for text, words in ((str(path), "columns"), ("(", "regular expression"), ("p1", "1 of 3.*=p2.png")):
+    for text, words in (
+        (str(path), "columns"),
+        ("(", "regular expression"),
+        ("p1", "1 of 3.*=p2.png"),
+        ("(p1)?", "1 of 3"),
+    ):
         with pytest.raises(UserError, match=words):
             read_groups(text, images)
 

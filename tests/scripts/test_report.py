@@ -376,7 +376,7 @@ def test_a_browser_shows_the_page(page: Path, tmp_path: Path, width: int) -> Non
 
 def test_it_says_when_the_images_also_chose_the_checkpoint(run: Path, page: Path, tmp_path: Path) -> None:
     on_validation = write(run, out=tmp_path, overrides=["split=val"]).read_text()
-    assert "chose the checkpoint" in on_validation and "chose the checkpoint" not in page.read_text()
+    assert "best_model.pth was chosen" in on_validation and "was chosen" not in page.read_text()
 
 
 def test_fitted_rules_have_the_scores_of_test_py(run: Path, tmp_path: Path) -> None:
