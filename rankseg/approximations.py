@@ -1,8 +1,9 @@
 """The published approximations of the expected Dice, T-RNA (app=1) and BA (app=2), vectorised.
 
 Both replace the distribution of Γ, the number of object pixels, by a refined normal distribution w, cut to the central
-1 - 2e-4 of its mass. They score the volumes τ = 1..U. The sorted probabilities are p_1 >= p_2 >= ..., and S_τ is the
-sum of the first τ (Dai & Li, JMLR 24(224), 2023, section 3):
+1 - 2e-4 of its mass. They score the volumes τ = 1..U, with U from `_upper`, or 5·mean + 1 if the mean of Γ is small.
+The sorted probabilities are p_1 >= p_2 >= ..., and S_τ is the sum of the first τ (Dai & Li, JMLR 24(224), 2023,
+section 3):
 
     BA      S_τ Σ_l 2 w_l / (l+τ+γ+1) + Σ_l γ w_l / (l+τ+γ)              γ = smooth
     T-RNA   Σ_l 2 W_l(τ) / (l+τ+γ+2) + Σ_l γ w_l / (l+τ+γ+1)             W(τ) = Σ_{j≤τ} p_j w^(j)

@@ -19,7 +19,7 @@ from rankseg.validation import check_choice, check_probs, check_valid
 
 
 class ReliabilityCurve(NamedTuple):
-    """Of each class and bin, (C, M): mean `confidence`, observed `frequency`, NaN in empty bins; number of `pixels`."""
+    """Mean `confidence` and observed `frequency`, NaN in empty bins, and number of `pixels`: (C, M) each."""
 
     confidence: Tensor
     frequency: Tensor
@@ -64,7 +64,10 @@ class Reliability:
             self.count, self.forecast, self.observed = empty, empty.clone(), empty.clone()
         counts, forecasts, observations = self._sums()
         if counts.shape[0] != classes:
-            raise ValueError(f"probs has {classes} classes, earlier batches had {counts.shape[0]}; keep them apart")
+            raise ValueError(
+                f"probs has {classes} classes, earlier batches had {counts.shape[0]}; "
+                "use one Reliability for each number of classes"
+            )
         keep = slice(None) if valid is None else valid.flatten()
         for c in range(classes):
             p = probs[:, c].flatten()[keep]
@@ -89,7 +92,10 @@ class Reliability:
         if other.count is None:
             return self
         if self.count is not None and len(self.count) != len(other.count):
-            raise ValueError(f"cannot merge {len(other.count)} classes into {len(self.count)}; keep them apart")
+            raise ValueError(
+                f"cannot merge {len(other.count)} classes into {len(self.count)}; "
+                "use one Reliability for each number of classes"
+            )
         for name in ("count", "forecast", "observed"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
@@ -152,6 +158,8 @@ def fit_temperature(
         logits: (N, C, *S). With more pixels than memory allows, pass a random subset.
         targets: (N, *S) integer labels; pixels of `ignore_index` do not count.
         link: "softmax" or "sigmoid" (one against rest), the function that turns logits into probabilities.
+        classwise: fit one temperature for each class.
+        max_iterations: of LBFGS.
 
     Raises:
         TypeError, ValueError: no valid pixel, labels that are not classes or have another shape, unknown link, or

@@ -108,7 +108,7 @@ def best_masks(
     `nonoverlap.over_classes`.
     """
     if probs.numel() == 0:
-        return non_overlapping_masks(probs, score, smooth, pruning)
+        return non_overlapping_masks(probs, score, smooth, pruning)  # any rule: the result is empty
     if classes is not None:
         return over_classes(
             check_values(probs),

@@ -181,7 +181,7 @@ def gate_by_score(probs: Tensor, masks: Tensor, least: float | Tensor) -> Tensor
     """Empty the masks whose expected Dice is below `least`, a number or one per class (C,): (N, C, *S) bool.
 
     Raises:
-        ValueError: `least` is outside [0, 1].
+        ValueError: `least` is outside [0, 1], or not one number per class.
     """
     scores = mask_scores(probs, masks)
     bound = torch.as_tensor(least, dtype=torch.float64)  # a number is checked on the host: no wait for the device

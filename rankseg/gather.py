@@ -102,10 +102,8 @@ class Statistics(NamedTuple):
 
 def statistics(flat: Tensor) -> Statistics:
     """Return the statistics of all rows of `flat` (R, D), which is read once."""
-    least, peak = (
-        flat.new_empty(flat.shape[0]).fill_(torch.inf),
-        flat.new_empty(flat.shape[0]).fill_(-torch.inf),
-    )
+    least = flat.new_full(flat.shape[:1], torch.inf)
+    peak = torch.full_like(least, -torch.inf)
     mean = torch.zeros(flat.shape[0], dtype=torch.float32, device=flat.device)
     for across, along in tiles(flat.shape[0], flat.shape[1], flat.device):
         tile = flat[across, along]

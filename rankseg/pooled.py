@@ -98,6 +98,7 @@ class ProbabilityHistogram:
 
         With `pruning`, a class whose probabilities never exceed 1/2 in the split is not selected: its cut-off is 1.
         As in `rankseg.rank_dice`, such a class is probably absent. If it is, one predicted pixel makes its score 0.
+        Raises ValueError as `best` does.
         """
         best = self.best(score)
         cutoffs = torch.where(best.isnan(), 1.0, best / 2 if score == "dice" else best / (1 + best))
