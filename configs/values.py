@@ -15,6 +15,7 @@ Check = tuple[Callable[[Any], bool], str]  # whether a value is valid, and what 
 
 
 def integer(least: int, most: int | None = None) -> Check:
+    """Return the check for an integer within bounds."""
 
     def is_valid(value: Any) -> bool:
         return type(value) is int and least <= value and (most is None or value <= most)
@@ -92,12 +93,24 @@ CHECKS: dict[str, Check] = {
     "dataset.eval_crop": or_null(integer(1, 1 << 16)),
     "dataset.rotate": number(most=180),
     "dataset.flip": number(most=1),
+    "dataset.dithered_masks": FLAG,
     "model.name": NAME,
     "optimizer.lr": number(exclusive=True),
     "optimizer.weight_decay": number(),
+    "optimizer.momentum": number(),
     "schedule.power": number(),
+    "schedule.floor": number(),
     "loss.gamma": number(),
+    "loss.legacy": FLAG,
     "predictor.at": number(most=1),
+    "predictor.per_class": FLAG,
+    "predictor.pruning": FLAG,
+    "protocol.void": choice("masked", "counted"),
+    "protocol.label_fill": integer(-(2**31), 2**31 - 1),
+    "protocol.legacy_losses": FLAG,
+    "protocol.legacy_preprocessing": FLAG,
+    "protocol.legacy_bce_iou": FLAG,
+    "protocol.legacy_soft_dice_void": FLAG,
     "temperature": (lambda value: value == "fit" or number(exclusive=True)[0](value), "a number > 0, or fit"),
     "calibrate": choice("none", "temperature", "class"),
     "gate": (lambda value: value in ("none", "fit") or (type(value) is float and value == 0.5), "0.5, none or fit"),
@@ -106,10 +119,15 @@ CHECKS: dict[str, Check] = {
     "trainer.precision": choice("fp32", "bf16", "fp16"),
     "trainer.accumulate": integer(1),
     "trainer.clip_norm": or_null(number(exclusive=True)),
+    "trainer.channels_last": FLAG,
+    "trainer.compile": FLAG,
+    "trainer.deterministic": FLAG,
+    "trainer.second_forward": FLAG,
     "trainer.validate_every": integer(1),
     "trainer.save_every": integer(1),
     "trainer.keep": integer(0),
     "trainer.save_minutes": number(),
+    "trainer.tensorboard": FLAG,
     "trainer.panels": integer(0),
 }
 _ABSENT = object()

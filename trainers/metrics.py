@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import ConfigError, UserError
 
 Rows = TypeVar("Rows", bound="PerImage")
 PAPER_EPSILON = 1e-5  # in the denominators of the experiments of Dai & Li (JMLR 24(224), 2023)
@@ -56,15 +56,15 @@ class Truth:
 class PerImage:
     """Base of dataclasses that hold one row per image.
 
-    Rows are those of tensors and lists, and of other such classes, also in dictionaries. Other values are common to all
-    images.
+    A field holds rows if it is a tensor, a list, another such object, or a dictionary of these. Other fields are common
+    to all images.
     """
 
     @classmethod
     def cat(cls: type[Rows], parts: Sequence[Rows]) -> Rows:
         """Join the rows of batches in order. Raises ValueError if there are none."""
         if not parts:
-            raise ValueError("no counts to join: the evaluation saw no batch")
+            raise ValueError("no rows to join: there was no batch")
         return cls(*(_join([getattr(part, field.name) for part in parts]) for field in fields(cls)))  # type: ignore[arg-type]
 
     def select(self: Rows, images: Tensor | Sequence[int]) -> Rows:
@@ -146,16 +146,19 @@ class Scoring:
     num_classes: int
     scored: tuple[int, ...]  # the classes in the means
     ignore_index: int = 255
-    void: Literal["masked", "counted"] = "masked"  # void pixels are not counted, or every prediction on them is false
+    void: Literal["masked", "counted"] = "masked"  # counted: a prediction on void is a false positive
     paper: bool = False  # the published arithmetic: an epsilon in denominators, three decimals, the loss of batches
-    legacy_bce_iou: bool = False  # a fault of published rows, see `Counts.iou`
-    legacy_soft_dice_void: bool = False  # another: void has the smallest class in the batch; needs void="counted"
+    legacy_bce_iou: bool = False  # a fault of published rows: see `Counts.iou`
+    legacy_soft_dice_void: bool = False  # another: void gets the smallest class of the batch; needs void="counted"
 
     def __post_init__(self) -> None:
         if self.void not in ("masked", "counted"):
-            raise ValueError(f"void={self.void!r} is invalid: expected 'masked' or 'counted'")
+            raise ConfigError(f"protocol.void={self.void} is invalid: expected masked or counted")
         if self.legacy_soft_dice_void and self.void == "masked":
-            raise ValueError("legacy_soft_dice_void=True contradicts void='masked', which leaves void out: choose one")
+            raise ConfigError(
+                "protocol.legacy_soft_dice_void=true contradicts protocol.void=masked, which leaves void out. "
+                "Fix: pass protocol=paper, or protocol.legacy_soft_dice_void=false."
+            )
 
     def is_unneeded(self, targets: Tensor) -> bool:
         """Return whether a batch is left out: under ``paper``, one without any labelled pixel."""
@@ -186,7 +189,7 @@ class Scoring:
 
         `mean_dice`, `mean_iou`: over the scored classes of an image, then over images (mDice and mIoU of the paper,
         section 5). `class_dice`, `class_iou`: over images, for every class, scored or not, by its number. `pooled_*`:
-        of all images together, as in the usual mIoU of benchmarks; ``paper`` only rounds them.
+        of all images together, as in the usual mIoU of benchmarks; without an epsilon, also under ``paper``.
         `pixel_accuracy`: over images. A score that no image defines is NaN.
         """
         averages = self.averages(counts)

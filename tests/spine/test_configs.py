@@ -77,6 +77,8 @@ def test_a_threshold_is_that_of_the_rule_and_an_override_of_it_is_not_lost() -> 
 def test_an_unknown_rule_names_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"predictor=rankdise is unknown \(did you mean rankdice\?\).*max"):
         build.rules(["rankdise"])
+    with pytest.raises(ConfigError, match="predictor=best is unknown"):  # the name that the protocol gives to T
+        build.rules(["T"], compose("train", ["+protocol.rules.T=best"]))
 
 
 PATHS = ["~/data", "/x/Bilder für alle", "/x/(new)", "it's", "/x=1/#2", "ü\\'a\\", "ü\\\\", "C:\\x", "/plain/a b"]

@@ -36,6 +36,9 @@ def with_override(word: str) -> DictConfig:
         "dataset.crop=[3,0]", "dataset.eval_crop=[3,4]",
         "schedule.power=-1", "validation=max", "validation=[1]", "optimizer.lr=true", "trainer.clip_norm=abc",
         "verify=maybe", "on_error=maybe", "save_dir=", "epochs=null",
+        "trainer.tensorboard=off", "trainer.compile=no", "trainer.channels_last=1", "trainer.deterministic=yes",
+        "trainer.second_forward=off", "loss.legacy=no", "protocol.legacy_bce_iou=off", "protocol.void=foo",
+        "protocol.label_fill=x",
     ],
 )  # fmt: skip
 def test_an_invalid_value_is_named_with_what_is_expected(override: str) -> None:
