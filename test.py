@@ -1,4 +1,4 @@
-"""Score prediction rules on a checkpoint: one pass, every rule on the same probabilities.
+"""Score prediction rules on a checkpoint, all on the same probabilities.
 
 Hydra uses ``-r`` and ``-p`` itself, so this command parses its own arguments and passes the others to Hydra's compose.
 """
@@ -28,12 +28,13 @@ examples:
   python test.py -r RUN/best_model.pth -p rankdice -p T protocol=paper dataset.root=/data/Kvasir-SEG
   python test.py -r checkpoint-epoch300.pth -p rankdice dataset.root=/data/cityscapes      (the authors' files)
 
-Everything else comes from the configuration stored in the checkpoint.
+Keys that are not given have the values stored in the checkpoint.
 Results of best_model.pth are written to results/ next to it (results/paper/ under protocol=paper), those of last.pth to
-results/of_last/. Options have sub-folders there: calibrated/ (calibrate=temperature or temperature=), calibrated_class/
-(calibrate=class), focal_corrected/ (correct_focal=true), gate_fit/ (gate=fit), threshold_0.3/ (threshold=0.3).
+results/of_last/. Options have sub-folders there: calibrated/ (calibrate=temperature or temperature=NUMBER),
+calibrated_class/ (calibrate=class), focal_corrected/ (correct_focal=true), gate_fit/ (gate=fit), threshold_0.3/
+(threshold=0.3).
 T_fit, auto, calibrate and gate=fit are fitted on the validation split. pooled_dice and pooled_iou are fitted on the
-scored split without labels. The values are kept in CHECKPOINT.fitted.json.
+scored split without labels. The values are kept in NAME.fitted.json next to NAME.pth.
 Exit codes: 0 done, 2 bad input, 3 scoring failed (too little memory, a dead or stalled loader process).
 """
 
@@ -42,12 +43,17 @@ def arguments() -> argparse.Namespace:
     """Parse the command line; flags and overrides may mix."""
     parser = argparse.ArgumentParser(
         prog="test.py",
-        description="Score prediction rules on a checkpoint: one pass, every rule on the same probabilities.",
+        description="Score prediction rules on a checkpoint, all on the same probabilities.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "-r", "--resume", required=True, metavar="CHECKPOINT", type=Path, help="ours, or a released one"
+        "-r",
+        "--resume",
+        required=True,
+        metavar="CHECKPOINT",
+        type=Path,
+        help="file that train.py wrote, or one that the authors of the paper released",
     )
     rules = f"may be repeated; `all` is {', '.join(ALL)}. One of: {', '.join(options('predictor'))}"
     parser.add_argument("-p", "--predictor", action="append", metavar="RULE", help=rules)
@@ -65,7 +71,7 @@ def score(args: argparse.Namespace, world: World) -> None:
     network = network.to(world.device)
     names = [rule for name in args.predictor or ["rankdice"] for rule in (ALL if name == "all" else (name,))]
     for name in names:
-        build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
+        build.rule_node(name, cfg)  # report an unknown name before anything is fitted
     threshold = build.threshold(cfg)
     build.make_root_absolute(cfg)
     data = build.dataset(cfg, cfg.split)

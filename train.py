@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    """Train one run, or in a multirun one after the other."""
+    """Train the run of this configuration; in a multirun, Hydra calls this once for each run."""
     choices: dict[str, Any] = dict(HydraConfig.get().runtime.choices)
 
     def run() -> None:
@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
             fit(cfg, choices, world)
 
     if HydraConfig.get().mode == RunMode.RUN:
-        run_cli(run)  # here, because Hydra would add a line of its own
+        run_cli(run)  # inside Hydra, which would print a line of its own about an error
     else:
         run()
 
@@ -69,7 +69,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
     identity = {"classes": list(train_set.info.classes), "data": fingerprints, "contents": contents}
     checkpoint = newest_checkpoint(checkpoints, identity)
 
-    network = build.model(cfg).to(world.device)  # before the images are verified, as weights may be missing
+    network = build.model(cfg).to(world.device)  # before the images are verified: weights may be missing
     build.check_outputs(cfg, network, train_set.info)
     criterion = build.loss(cfg)
     update = build.update(cfg, network, criterion, world)

@@ -42,10 +42,10 @@ def locate(target: str) -> Any:
 
 
 def _make(node: Any) -> Any:
-    """Call what a node's ``_target_`` names with its other values as plain arguments.
+    """Call the ``_target_`` of a node with the other values of the node as plain arguments.
 
-    With ``_partial_`` the result is a function that makes the call. ``name`` is a label and not passed. Nested nodes
-    are not built.
+    With ``_partial_`` return a function that makes the call. ``name`` is a label and is not passed. Nested nodes are
+    not built.
     """
     values: Any = OmegaConf.to_container(node, resolve=True)
     target, partial = values.pop("_target_"), values.pop("_partial_", False)
@@ -62,12 +62,12 @@ def _make(node: Any) -> Any:
 def rules(
     names: Iterable[str], cfg: DictConfig | None = None, fitted: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Predictor]:
-    """Build the prediction rules of these names from ``configs/predictor``, or from ``cfg`` where it has overrides.
+    """Build the prediction rules of these names from ``configs/predictor``, with the options of ``cfg``.
 
     ``cfg.protocol.rules`` maps the name of a rule to the rule that replaces it. ``cfg.predictor`` sets the options of
-    the rule that it names, ``cfg.threshold`` the threshold of rule T, and ``cfg.gate`` the gate of ranking rules.
-    Fitted rules need their values in ``fitted``, from `configs.fitting`. Invalid options of our own rules raise
-    ConfigError.
+    the rule that it names, ``cfg.threshold`` the threshold of rule T. A ``cfg.gate`` other than 0.5 turns off the
+    pruning of ranking rules. Fitted rules need their values in ``fitted``, from `configs.fitting`. Unknown names,
+    and invalid options of our own rules, raise ConfigError.
     """
     built = {}
     for name in names:
@@ -92,7 +92,7 @@ def rule_node(name: str, cfg: DictConfig | None) -> Any:
     """Return the configuration that a rule is built from."""
     actual = name if cfg is None else cfg.protocol.rules.get(name, name)
     if actual not in options("predictor"):
-        raise ConfigError(unknown_option("predictor", name))
+        raise ConfigError(unknown_option("predictor", actual))
     if cfg is not None and cfg.predictor.name == actual:
         node: Any = cfg.predictor.copy()
         OmegaConf.set_struct(node, False)
@@ -101,7 +101,7 @@ def rule_node(name: str, cfg: DictConfig | None) -> Any:
     if actual == "T" and cfg is not None and cfg.get("threshold") is not None:
         node.at = cfg.threshold
     if is_ranking(node) and cfg is not None and cfg.get("gate", 0.5) != 0.5:
-        node = OmegaConf.merge(node, {"pruning": False})  # the gate takes its place
+        node = OmegaConf.merge(node, {"pruning": False})  # the gate replaces the pruning
     return node
 
 
@@ -120,7 +120,7 @@ def threshold(cfg: DictConfig) -> float:
 
 
 def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
-    """Build one of ``dataset.splits``; raise ConfigError if classes or void index are not those configured."""
+    """Build one of ``dataset.splits``; raise ConfigError if its ``num_classes`` or ``ignore_index`` is another."""
     if split not in cfg.dataset.splits:
         raise ConfigError(f"split={split} is unknown. Fix: choose one of {', '.join(cfg.dataset.splits)}.")
     data = _make(cfg.dataset.source)(split=cfg.dataset.splits[split])
@@ -128,7 +128,7 @@ def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
         given, actual = cfg.dataset.get(key), getattr(data.info, key)
         if given not in (None, actual):
             raise ConfigError(
-                f"dataset.{key}={given} is invalid: {data.info.name} has {actual}. Fix: set dataset.{key}={actual}"
+                f"dataset.{key}={given} is invalid: {data.info.name} has {actual}. Fix: set dataset.{key}={actual}."
             )
     return data
 
@@ -137,15 +137,18 @@ def train_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> Tr
     """Build the training batches. A last batch with fewer than two images per device is dropped, for BatchNorm."""
     from datasets import TrainTransform  # slow to import
 
-    batch, options = cfg.batch_size, cfg.dataset
+    batch, settings = cfg.batch_size, cfg.dataset
     if batch < world.size:
-        raise ConfigError(f"batch_size={batch} is smaller than the number of processes, {world.size}")
+        raise ConfigError(
+            f"batch_size={batch} is smaller than the number of processes, {world.size}. "
+            "Fix: increase batch_size, or start fewer processes."
+        )
     transform = TrainTransform(
-        data.info.mean, data.info.std, crop=options.crop, resize=_size(options.resize),
-        rotate=options.rotate, flip=options.flip, label_fill=cfg.protocol.label_fill,
+        data.info.mean, data.info.std, crop=settings.crop, resize=_size(settings.resize),
+        rotate=settings.rotate, flip=settings.flip, label_fill=cfg.protocol.label_fill,
     )  # fmt: skip
     drop_last = len(data) > batch and 0 < len(data) % batch < 2 * world.size
-    return TrainLoader(data, transform, batch, seed=cfg.seed, drop_last=drop_last, **_loading(cfg, world))
+    return TrainLoader(data, transform, batch, seed=cfg.seed, drop_last=drop_last, **_loader_options(cfg, world))
 
 
 def eval_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> EvalLoader:
@@ -156,10 +159,10 @@ def eval_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> Eva
         transform = EvalTransform(data.info.mean, data.info.std, crop=cfg.dataset.eval_crop, legacy=True)
     else:
         transform = EvalTransform(data.info.mean, data.info.std, resize=_size(cfg.dataset.resize))
-    return EvalLoader(data, transform, cfg.batch_size, **_loading(cfg, world))
+    return EvalLoader(data, transform, cfg.batch_size, **_loader_options(cfg, world))
 
 
-def _loading(cfg: DictConfig, world: World) -> dict[str, Any]:
+def _loader_options(cfg: DictConfig, world: World) -> dict[str, Any]:
     """Return the options that both loaders share."""
     return {
         "num_workers": cfg.num_workers,
@@ -184,7 +187,7 @@ def loss(cfg: DictConfig) -> SegmentationLoss:
 
 
 def check_outputs(cfg: DictConfig, network: nn.Module, info: DatasetInfo) -> None:
-    """Raise ConfigError if network or loss do not fit the classes and the void label of the data set."""
+    """Raise ConfigError if the network or the loss does not fit the classes and the void label of the data set."""
     outputs = getattr(network, "num_classes", info.num_classes)
     if outputs != info.num_classes:
         raise ConfigError(
@@ -228,7 +231,7 @@ def optimizer(cfg: DictConfig, network: nn.Module) -> torch.optim.Optimizer:
 
 
 def schedule(cfg: DictConfig) -> Schedule:
-    """Build the learning-rate factor as a function of (update, updates in all)."""
+    """Build the learning-rate schedule: (number of the update, number of all updates) -> factor."""
     return _make(cfg.schedule)
 
 

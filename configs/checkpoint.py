@@ -1,4 +1,4 @@
-"""Load a checkpoint with its network and configuration; claim a run's folder, and find where to resume it."""
+"""Load a checkpoint with its network and configuration; lock a run's folder, and find the checkpoint to resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.reading import check_epoch
 from trainers.checkpoint import Checkpoints
 from trainers.distributed import World, barrier
 
-_PARTS = {"optimizer", "scaler", "progress", "rng"}  # of a training's state
+_PARTS = {"optimizer", "scaler", "progress", "rng"}  # of the state of a training
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -32,13 +32,16 @@ def read_state(path: Path) -> dict[str, Any]:
         and {"epoch", "updates", "step"} <= set(progress)
         and all(one is None or type(one) in (int, float) for one in progress.values())
     ):
-        raise CheckpointError(f"checkpoint {path} does not hold the state of a training to resume from")
-    _check_notes(checkpoint, path)
+        raise CheckpointError(f"checkpoint {path} does not hold the state of a training. Fix: delete it.")
+    _check_metadata(checkpoint, path)
     return checkpoint
 
 
 def claim_run(cfg: DictConfig, world: World) -> Checkpoints:
-    """Make this the only process that trains in the run's folder; raise ConfigError if it holds another run."""
+    """Lock the run's folder for this process; with ``resume=false``, remove its checkpoints.
+
+    Raises BusyError if another process trains in it, and ConfigError if it holds another run.
+    """
     checkpoints = Checkpoints(Path(cfg.run_dir), read_state, keep=cfg.trainer.keep)
     if world.is_main:
         checkpoints.claim()
@@ -50,12 +53,12 @@ def claim_run(cfg: DictConfig, world: World) -> Checkpoints:
 
 
 def newest_checkpoint(checkpoints: Checkpoints, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read the checkpoint to resume from, if any; raise ConfigError if it is of other images or classes."""
+    """Read the checkpoint to resume from, if any; raise ConfigError if its images or classes differ."""
     checkpoint = checkpoints.newest()
     if checkpoint:
-        notes = checkpoints.folder / "provenance.json"  # has the fingerprints that older checkpoints lack
-        noted = read_json(notes) if notes.exists() else {}
-        before = {"data": noted.get("data") if isinstance(noted, dict) else None, **checkpoint}
+        path = checkpoints.folder / "provenance.json"  # has the fingerprints that older checkpoints lack
+        provenance = read_json(path) if path.exists() else {}
+        before = {"data": provenance.get("data") if isinstance(provenance, dict) else None, **checkpoint}
         stored.check_same_data(checkpoints.folder, before, identity)
     return checkpoint
 
@@ -63,11 +66,11 @@ def newest_checkpoint(checkpoints: Checkpoints, identity: Mapping[str, Any]) -> 
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
     """Load a checkpoint of this project or of the paper's authors.
 
-    The authors' checkpoints are scored under ``protocol=paper`` unless an override says otherwise.
+    The authors' checkpoints are scored with ``protocol=paper``, unless an override chooses another protocol.
 
     Returns:
         The network, the configuration, and the checkpoint. Its ``epoch`` is an int. Its ``classes`` are the names of
-        the classes that it was trained on; None or absent if it does not hold them.
+        the classes that it was trained on; None or absent if they are not stored.
     """
     checkpoint = read_checkpoint(path)
     if "arch" in checkpoint:
@@ -81,22 +84,22 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
             f"{path} is not a checkpoint of this project: it lacks model, config or epoch. "
             "Fix: choose one that train.py wrote."
         )
-    _check_notes(checkpoint, path)
+    _check_metadata(checkpoint, path)
     cfg = stored.unpack(checkpoint["config"], overrides)
     if "weights" in cfg.model:
-        cfg.model.weights = None  # the checkpoint's replace them
+        cfg.model.weights = None  # the checkpoint's weights replace them
     try:
         network = build.model(cfg)
     except (TypeError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
         if not isinstance(error, UserError) and not str(cfg.model._target_).startswith("models."):
             raise  # a bug in a contributed model
-        raise CheckpointError(f"{path} and its configuration do not make a network: {error}") from error
+        raise CheckpointError(f"the configuration in {path} cannot build a network: {error}") from error
     load_state(network, checkpoint["model"], path)
     return network, cfg, checkpoint
 
 
-def _check_notes(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError if epoch or names of classes are invalid."""
+def _check_metadata(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError if the epoch or the names of the classes are invalid."""
     check_epoch(checkpoint.get("epoch"), path)
     names = checkpoint.get("classes")
     if names is not None and not (
@@ -104,7 +107,7 @@ def _check_notes(checkpoint: Mapping[str, Any], path: Path) -> None:
         and len(names) <= 1 << 16
         and all(type(name) is str and len(name) <= 200 and name.isprintable() for name in names)
     ):
-        raise CheckpointError(f"{path}: classes are not a list of names")
+        raise CheckpointError(f"{path}: classes are not a list of names. Fix: choose another file.")
 
 
 def check_classes(checkpoint: Mapping[str, Any], classes: Sequence[str], path: Path) -> None:

@@ -19,7 +19,7 @@ from configs import errors
 from configs.compose import unknown_key, unknown_option
 from configs.errors import BusyError, Interrupted, TrainingError, UserError, one_line
 
-# Paths of the wrong kind are bad input; other errors of the system, as of a full disk, are failures.
+# A path of the wrong kind is bad input. Other errors of the system, such as a full disk, are failures.
 WRONG_PATH = (FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError)
 REMEDIES = {
     errno.ENOSPC: "make room, or choose a folder on another disk",
@@ -35,7 +35,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "fix the links that lead in a circle",
 }
-# Hydra completes in zsh through bash's `complete`, which zsh has only after these lines.
+# Hydra's completion for zsh uses bash's command `complete`. These lines make zsh define it.
 _ZSH = """\
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
 autoload -Uz bashcompinit && bashcompinit
@@ -72,7 +72,7 @@ def run_cli(main: Callable[[], Any]) -> None:
     except UserError as error:
         _exit(errors.EXIT_BUSY if isinstance(error, BusyError) else errors.EXIT_BAD_INPUT, str(error))
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the very end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
         sys.exit(errors.EXIT_BROKEN_PIPE)
     except OSError as error:
         code = errors.EXIT_BAD_INPUT if isinstance(error, WRONG_PATH) else errors.EXIT_FAILED
@@ -103,7 +103,7 @@ def list_skipped(skipped: Mapping[str, str]) -> None:
 
 
 def add_remedy(error: OSError) -> str:
-    """Return the system's message about a path and what to do; an error with a text of its own keeps it."""
+    """Return the system's message about a path and what to do; an error with a text of its own is not changed."""
     if not (error.strerror and error.errno in REMEDIES):
         return str(error)
     path = f"{error.filename}: " if error.filename else ""
@@ -111,7 +111,7 @@ def add_remedy(error: OSError) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Return one line about an error of Hydra or OmegaConf: what was wrong and what is allowed."""
+    """Return the message for an error of Hydra or OmegaConf: what is wrong and what is allowed."""
     text = str(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read. Fix: write key=value, and lists as 'key=[a,b]'."

@@ -28,7 +28,7 @@ def compose(name: str = "train", overrides: Iterable[str] = (), **options: bool)
 
 
 def quote_overrides(words: Iterable[str]) -> list[str]:
-    """Put quotes around values that Hydra's grammar cannot read, as paths with `~`, umlauts or brackets.
+    """Put quotes around values that Hydra's grammar cannot read, such as paths with `~`, umlauts or brackets.
 
     A comma makes a sweep, except in a path that exists: `dataset.root=/data/a,b`.
     """
@@ -56,11 +56,13 @@ def options(group: str) -> list[str]:
 
 
 def unknown_option(group: str, name: str) -> str:
+    """Return the message for an option that does not exist."""
     allowed = options(group)
     return f"{group}={name} is unknown{_suggest(name, allowed)}; {group} is one of: {', '.join(allowed)}"
 
 
 def unknown_key(key: str, config: Any = None) -> str:
+    """Return the message for a key that is not in the configuration; default: that of ``train.py``."""
     node = compose("train") if config is None else config
     *path, name = key.split(".")
     for depth, part in enumerate(path):

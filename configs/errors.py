@@ -52,7 +52,7 @@ class BusyError(UserError):
 class TrainingError(_Message, RuntimeError):
     """The work failed for a reason that is not a bug. Commands print it in one line and exit with 3.
 
-    The last good checkpoint is kept.
+    The last saved checkpoint stays valid.
     """
 
 
@@ -64,7 +64,7 @@ class Interrupted(BaseException):
 
 
 LESS_MEMORY = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
-# What torch's message contains, what it means, and what to do (None: see `more_memory`).
+# Pattern of torch's message, its meaning, and the remedy (None: `more_memory`).
 _KNOWN = (
     (r"out of memory|can't allocate memory|not enough memory|MemoryError", "out of memory", None),
     (
@@ -82,9 +82,10 @@ _KNOWN = (
 
 @contextlib.contextmanager
 def as_training_error(doing: str, more_memory: str = LESS_MEMORY) -> Iterator[None]:
-    """Convert known RuntimeErrors of torch and of the loader to a TrainingError; others are raised unchanged.
+    """Convert known failures of torch and of the loader to TrainingError; other errors are raised unchanged.
 
-    Messages say that it failed "while" ``doing``. ``more_memory`` is what to change if memory ran out.
+    The error of BatchNorm for a single value per channel becomes a UserError. Messages say "while" ``doing``, such as
+    "training". ``more_memory`` is the remedy if memory ran out.
     """
     try:
         yield

@@ -27,10 +27,10 @@ MAX_ITEMS = 5_000_000
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file that may come from anywhere, as dicts, lists and scalars.
+    """Read an untrusted YAML file as dicts, lists and scalars.
 
-    Raises UserError if it is not YAML, too large, too deeply nested, or uses anchors, a few lines of which can expand
-    to billions of items.
+    Raises UserError if it is not YAML, too large, too deeply nested, or uses anchors: a few lines with anchors can
+    expand to billions of items.
     """
     import yaml
 
@@ -50,14 +50,14 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that may come from anywhere, within the bounds of `parse_json`."""
+    """Read an untrusted JSON file, within the bounds of `parse_json`."""
     return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, source: str) -> Any:
     """Parse JSON; ``source`` names it in messages.
 
-    Raises UserError if it is not JSON, too deeply nested, or holds NaN or infinity, which JSON does not have.
+    Raises UserError if it is not JSON, too large or too deeply nested. NaN and infinity are not JSON.
     """
     try:
         content = json.loads(text, parse_constant=_finite, parse_float=_finite)
@@ -96,10 +96,10 @@ def read_bytes(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def check_plain(value: Any, source: str, max_items: int = MAX_ITEMS) -> None:
-    """Walk nested dicts, lists and tuples; raise UserError if they are too deep or too many.
+    """Raise UserError if nested containers are too deep, or hold more than ``max_items`` values.
 
-    A shared container counts each time it is reached. So one that contains itself, or whose content doubles at every
-    level, is rejected.
+    A shared container counts each time it is reached. So a container that contains itself, or whose content doubles at
+    every level, is rejected.
     """
     stack, seen = [(value, 0)], 0
     while stack:
@@ -129,7 +129,7 @@ def finite_or_none(value: Any) -> Any:
 
 @contextlib.contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Add the path to an OSError that lacks it, as that of a write to a full disk does."""
+    """Add the path to an OSError that lacks it, such as that of a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -199,7 +199,7 @@ def lock_file(path: Path, doing: str, patience: float = 10.0) -> Any:
     Args:
         path: the lock's file; the folders above it are created.
         doing: the work of its holder, for the message "another process is ...", such as "training in RUN".
-        patience: seconds to wait until BusyError is raised: a holder that was killed takes a moment to end.
+        patience: seconds until BusyError is raised: a holder that was killed takes a moment to end.
     """
     from filelock import FileLock, Timeout
 
@@ -219,7 +219,7 @@ def lock_file(path: Path, doing: str, patience: float = 10.0) -> Any:
 
 
 def _holder(path: Path) -> str:
-    """Return the process that the file names; on a shared disk it may be on another machine."""
+    """Return text that names the process which holds a lock; on a shared disk it may be on another machine."""
     try:
         pid, host = read_text(path, 1000).split()
     except (OSError, ValueError):

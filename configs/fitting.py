@@ -88,7 +88,7 @@ class Fitter:
         self._validation: SegmentationDataset | None = None
 
     def settings(self, kind: str | None = None) -> dict[str, Any]:
-        """Return the options that logits depend on; with a ``kind`` of calibration, that probabilities depend on."""
+        """Return the options that change the logits; with a ``kind`` of calibration, that change the probabilities."""
         cfg = self.cfg
         logits = {
             "dataset": cfg.dataset.name,
@@ -102,7 +102,7 @@ class Fitter:
         return {**logits, "calibrate": kind, "temperature": fixed, "correct_focal": cfg.correct_focal}
 
     def rule_settings(self, name: str) -> dict[str, Any]:
-        """Return the options that the masks of a rule depend on."""
+        """Return the options that change the masks of a rule."""
         node = build.rule_node(name, self.cfg)
         options = {key: value for key, value in node.items() if not key.startswith("_")}
         return {**self.settings(self.kind), "gate": self.cfg.gate, **options}
@@ -113,7 +113,7 @@ class Fitter:
         return ToProbs(self.link, self.calibration(kind), self.cfg.correct_focal)
 
     def calibration(self, kind: str) -> float | Calibration:
-        """Return the number that divides the logits, or a temperature and a bias per class."""
+        """Return the temperature, which divides the logits, or a temperature and a bias for each class."""
         if kind == "none":
             return float(self.cfg.temperature)
         values = self._values(kind, self.settings(), partial(self._fit_calibration, kind), f"calibrate={kind}")
@@ -127,12 +127,12 @@ class Fitter:
 
     @property
     def _classes(self) -> int | None:
-        """The number of classes; None if every case has its own."""
+        """The number of classes; None if it differs between cases."""
         return self.cfg.dataset.get("num_classes")
 
     @contextlib.contextmanager
     def _as_user_error(self, what: str) -> Iterator[None]:
-        """Turn an error of a use of fitted values, which may come from anywhere, into a UserError."""
+        """Convert an error in the use of stored values to a UserError, because the file may be damaged or forged."""
         try:
             yield
         except UserError:
@@ -180,7 +180,7 @@ class Fitter:
             values[name] = self._values(name, self.rule_settings(name), fit, f"rule {name}", split)
             with self._as_user_error(f"rule {name}"):
                 rules[name] = self._build(name, values[name])
-                if self._classes is not None:  # called once, a rule reports values that it cannot use
+                if self._classes is not None:  # a call reports values that the rule cannot use
                     rules[name](torch.full((1, self._classes, 1, 2), 0.5))
         return rules, values
 
@@ -189,13 +189,16 @@ class Fitter:
         if build.is_ranking(build.rule_node(name, self.cfg)):  # gate=fit
             return GatedRule(build.rules([name], self.cfg)[name], float(values["least"]))
         if name != "auto":
-            at = {key: values[key] for key in ("at", "gated") if key in values}
-            return build.rules([name], self.cfg, {name: at})[name]
+            arguments = {key: values[key] for key in ("at", "gated") if key in values}
+            return build.rules([name], self.cfg, {name: arguments})[name]
         chosen = values["rule"]
         if chosen == _CALIBRATED:
             return RuleWithOwnProbs(self.rules(["rankdice"])[0]["rankdice"], self.to_probs("temperature"))
         if chosen not in ("T", "max", "T_fit", "rankdice"):
-            raise UserError(f"{self.file.path}: rule={chosen!r} is not a choice. Fix: delete the file.")
+            raise UserError(
+                f"{self.file.path}: rule={chosen!r} is invalid: expected T, max, T_fit, rankdice or "
+                f"{_CALIBRATED}. Fix: delete it, and fit again with test.py."
+            )
         return self.rules([chosen])[0][chosen]
 
     def describe_calibration(self) -> dict[str, Any]:
@@ -225,7 +228,7 @@ class Fitter:
         on_validation = self.kind != "none" or any("mean_dice" in one or "rule" in one for one in values.values())
         if on_validation and self._val("").fingerprint() == scored.fingerprint():
             lines.append(
-                "warning: fitted on the images that are scored, so expect less on new images "
+                "warning: fitted on the images that are scored, so expect lower scores on new images "
                 "(dataset.splits.val and the scored split are the same)"
             )
         return lines
@@ -268,7 +271,7 @@ class Fitter:
         if values is None:
             found = fit().items()
             values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in found}
-            self.file.put(kind, settings, values, self._describe(data, split))  # fitting finds unreadable cases
+            self.file.put(kind, settings, values, self._describe(data, split))  # again: the fit may have skipped cases
         return values
 
     def _describe(self, data: SegmentationDataset, split: str = "val") -> dict[str, Any]:
@@ -285,7 +288,7 @@ class Fitter:
             if not self.cfg.dataset.splits.get("val"):
                 raise UserError(
                     f"{need} is fitted on a validation split, and dataset.splits.val is missing. "
-                    "Fix: give dataset.splits.val=NAME, or choose what needs no fit."
+                    "Fix: pass dataset.splits.val=NAME, or choose a rule or calibration without a fit."
                 )
             self._validation = build.dataset(self.cfg, "val")
         return self._validation
@@ -295,7 +298,7 @@ class Fitter:
         return build.eval_loader(self.cfg, data, self.world)
 
     def scoring(self, data: SegmentationDataset) -> Scoring:
-        """Return the conventions that a split is scored by."""
+        """Return the conventions for scoring a split."""
         return build.scoring(self.cfg, data.info)
 
     def _loss(self) -> SegmentationLoss:
@@ -318,7 +321,7 @@ class Fitter:
         return table.fit(data.info.scored, per_class)
 
     def _pool(self, node: Any, scored: SegmentationDataset | None) -> dict[str, Any]:
-        """Return the cut-offs of a pooled rule. No labels are read, so void pixels are counted too."""
+        """Return the cut-offs of a pooled rule. Labels are not used, so void pixels count too."""
         if scored is None:
             raise UserError(f"rule {node.name} needs a split to pool. Fix: score it with test.py.")
         histogram, to_probs, title = ProbabilityHistogram(), self.to_probs(), "fitting the pooled cut-offs"
@@ -347,7 +350,7 @@ class Fitter:
         return {"least": least, "mean_dice": mean}
 
     def _choose(self) -> dict[str, Any]:
-        """Choose among T, max, T_fit and rankdice; the last also on calibrated probabilities unless they are so."""
+        """Choose among T, max, T_fit, rankdice and calibrated rankdice; without the last if all are calibrated."""
         rules = self.rules(("T", "max", "rankdice"))[0]
         if self.kind == "none" and self.cfg.temperature == 1:
             rules[_CALIBRATED] = RuleWithOwnProbs(rules["rankdice"], self.to_probs("temperature"))

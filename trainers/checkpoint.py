@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.files import lock_file
 
 FORMAT = 1
@@ -51,7 +51,7 @@ def save(payload: dict[str, Any], path: Path, keep_as: Path | None = None) -> No
     except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into a RuntimeError
         reason = str(error).splitlines()[0]
         raise OSError(
-            f"{path} could not be written ({reason}): is the disk full? The file before it is kept."
+            f"{path} could not be written ({reason}): is the disk full? The previous file is kept."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -83,12 +83,12 @@ def _sync_directory(folder: Path) -> None:
 
 
 def epoch_of(path: Path) -> int:
-    """Return how many epochs a checkpoint has finished without reading its tensors; -1 if it cannot be read."""
+    """Return the number of finished epochs in a checkpoint, -1 if it cannot be read. Tensors are not read."""
     if not path.is_file():
         return -1
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
-    except Exception:  # damaged, or of another kind
+    except Exception:  # damaged, or not a checkpoint
         return -1
 
 
@@ -104,15 +104,15 @@ class Checkpoints:
         self.best = self.folder / "best_model.pth"
 
     def claim(self, patience: float = 10.0) -> None:
-        """Lock the folder until this process ends; raise BusyError if another process writes in it."""
+        """Lock the folder until this process ends; raise BusyError if another holds it for ``patience`` seconds."""
         self._lock = lock_file(self.folder / ".lock", f"training in {self.folder}", patience)
 
     def save_last(self, payload: dict[str, Any]) -> None:
-        """Write ``last.pth``. Before that, the old one also becomes ``previous.pth``."""
+        """Write ``last.pth``. The old one is kept as ``previous.pth``."""
         save(payload, self.last, keep_as=self.previous)
 
     def save_best(self, payload: dict[str, Any]) -> None:
-        """Write ``best_model.pth``, without what only resuming needs."""
+        """Write ``best_model.pth``, without the state that only a resumed training needs."""
         save({key: value for key, value in payload.items() if key != "training"}, self.best)
 
     def save_epoch(self, payload: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ class Checkpoints:
             try:
                 payload = self.reader(path)
             except (UserError, OSError) as error:
-                print(f"warning: {error} The checkpoint before it is tried.", file=sys.stderr)
+                print(f"warning: {one_line(error).rstrip('.')}. The next older checkpoint is tried.", file=sys.stderr)
                 continue
             if "training" in payload:
                 return payload

@@ -52,7 +52,7 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if index >= torch.cuda.device_count():
         raise ConfigError(
             f"device=cuda:{index}: there are only {torch.cuda.device_count()} CUDA devices. "
-            "Fix: choose another, or start fewer processes."
+            "Fix: choose another device, or start fewer processes."
         )
     return torch.device("cuda", index)
 
@@ -81,7 +81,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:
-    """Average gradients over processes, and on GPUs the BatchNorm statistics too."""
+    """Wrap a network, so that gradients and, on GPUs, BatchNorm statistics are averaged over processes."""
     if world.size == 1:
         return model
     torch.manual_seed(torch.initial_seed() + world.rank)  # dropout differs between ranks
@@ -98,12 +98,12 @@ def share_buffers(model: nn.Module, world: World) -> None:
 
 
 def max_over_ranks(value: int, world: World) -> int:
-    """Return the largest value of all processes: signals arrive at different steps, and all must stop at one."""
+    """Return the largest value of all processes, so that a signal to one of them stops all at the same step."""
     if world.size == 1:
         return value
-    votes = torch.tensor(value, device=world.device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return int(votes.item())
+    largest = torch.tensor(value, device=world.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
 
 
 def sum_over_ranks(value: Tensor, world: World) -> Tensor:

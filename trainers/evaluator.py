@@ -22,7 +22,7 @@ from trainers.metrics import Counts, PerImage, Scoring, Truth, count
 from trainers.results import EvalResult
 
 NEUTRAL = "T"  # the rule whose mDice chooses the best epoch: the threshold favours no ranking rule
-_SAMPLED_PIXELS = 1 << 14  # at least so many pixels of a large image are sampled, and fewer than twice as many
+_SAMPLED_PIXELS = 1 << 14  # of larger images, from this number to twice this number of pixels are sampled
 
 
 @torch.inference_mode()
@@ -104,7 +104,7 @@ def _losses(criterion: SegmentationLoss, logits: Tensor, targets: Tensor, scorin
 
 
 def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
-    """Add the probabilities (N, C, H, W) of a batch to its reliability."""
+    """Add the probabilities (N, C, H, W) of a batch to ``reliability``."""
     reliability.update(*_sample_pixels(probs, truth))
 
 
@@ -137,7 +137,7 @@ def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
 def probability_scores(reliability: Reliability, likelihoods: Tensor, first: int = 0) -> dict[str, Any]:
     """Return the averages that depend on the probabilities alone, not on a rule.
 
-    ``likelihoods`` are the `proper_scores` of the images, (N, 2), and ``first`` is the number of the first class.
+    ``likelihoods`` are the `proper_scores` of the images, (N, 2), and ``first`` is the index of the first class.
     """
     log_loss, brier = likelihoods.nanmean(0).tolist()
     return {
@@ -189,7 +189,7 @@ class Validation:
     _: KW_ONLY
     epochs: int  # for the printed line
     precision: str = "fp32"
-    panels: int = 0  # how many images are drawn for TensorBoard
+    panels: int = 0  # number of images that are drawn for TensorBoard
 
     def __call__(self, network: nn.Module, epoch: int, step: int) -> float:
         """Return the mDice of rule T, or 0 if no image defines it."""

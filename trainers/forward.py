@@ -36,7 +36,7 @@ class ToProbs:
         probs = link_probs(logits, self.link)
         if probs.isnan().any():
             raise TrainingError(
-                "the network gives NaN or infinity in place of scores. "
+                "the network gives NaN or infinity in its logits. "
                 "Fix: choose an earlier checkpoint, or trainer.precision=fp32 if it was trained in fp16."
             )
         return focal_correction(probs) if self.correct_focal else probs
@@ -63,9 +63,9 @@ def forward(
     Args:
         model: images (N, 3, H, W) -> an object with ``logits`` (N, C, h, w).
         batches: with ``images``, ``targets`` (N, H, W), ``names`` and ``indices``.
-        precision: of the network, as in the training.
+        precision: fp32, bf16 or fp16, in which the network computes.
         progress: title of the progress bar; empty for none.
-        unneeded: targets of a batch -> whether it is left out.
+        unneeded: targets of a batch -> whether to leave the batch out.
     """
     model.eval()
     hidden = None if progress and world.is_main else True  # None: hidden if stderr is not a terminal
@@ -90,7 +90,7 @@ def measure(
 ) -> tuple[Rows, list[Any]]:
     """Measure every image; raise UserError if there is none.
 
-    ``measure_batch`` turns what `forward` yields into rows, one per image. ``state`` is what it accumulates besides.
+    ``measure_batch`` turns what `forward` yields into rows, one per image. ``state`` is an object that it also updates.
     Returns the rows of all images in the order of their indices, and the states of all processes; at every rank.
     """
     indices: list[int] = []
@@ -111,9 +111,10 @@ def measure(
 def logits_of(
     model: Callable[[Tensor], Any], images: Tensor, size: Sequence[int] | None, world: World, precision: str
 ) -> Tensor:
-    """Return the logits of images (N, 3, H, W) as float32 (N, C, *size), or as the network makes them (None).
+    """Return the logits of images (N, 3, H, W) as float32 (N, C, *size).
 
-    They are on the world's device, or on the CPU if that device has no float64, which rules need (MPS).
+    With ``size=None`` they keep the size that the network returns. They are on the world's device, or on the CPU if
+    that device has no float64, which rules need (MPS).
     """
     with autocast(world.device, precision):
         logits = model(images.to(world.device, non_blocking=True)).logits

@@ -1,6 +1,6 @@
 """Log a run while it trains: ``metrics.jsonl`` and TensorBoard events.
 
-TensorBoard's tags put what is to be compared next to each other: ``val/mean_dice/RULE``, ``val_class_dice/CLASS/RULE``.
+The tags of TensorBoard group the values to compare: ``val/mean_dice/RULE``, ``val_class_dice/CLASS/RULE``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Journal:
             return
         with name_file_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite_or_none({"step": step, "kind": kind, **values})) + "\n")
-        for tag, value in _scalars(kind, values, self.classes) if self.events is not None else ():
+        for tag, value in _scalars(kind, values, self.classes):
             self._call("add_scalar", tag, value, step)
 
     def _call(self, method: str, *values: Any, **options: Any) -> None:
@@ -81,7 +81,7 @@ class Journal:
 
 
 def _date_back(folder: Path) -> None:
-    """Rename event files whose dates are not in the past, as after a clock was set back.
+    """Rename all event files to past dates if one is not in the past, such as after a clock was set back.
 
     TensorBoard reads files in the order of the dates in their names. A new file with an earlier date would be read
     first, and its steps would be dropped.

@@ -7,7 +7,7 @@ needs them. It computes in float32 also under autocast, and never modifies the t
 Void pixels (`ignore_index`) do not count; if all pixels are void, the loss is 0 with zero gradients. With
 `legacy=True` each loss treats void as in the experiments of Dai & Li (JMLR 24(224), 2023); see the docstrings. If all
 pixels are void, legacy losses that count void as a negative of every class return the value of the original. All other
-losses return 0, where the original returns NaN (cross-entropy), 0 (focal) or fails.
+losses return 0; the original returns NaN (cross-entropy) or 0 (focal), or fails.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class SegmentationLoss(nn.Module, ABC):
     def num_terms(self, targets: Tensor) -> Tensor:
         """Return the number of pixels that the loss of targets (N, *S) is a mean over.
 
-        Parts of a batch are averaged with these weights. For a mean over pixels, that is the loss of the whole batch.
+        The losses of the parts of a batch are averaged with these weights. For a mean over pixels, the result is the
+        loss of the whole batch.
         """
         if self.legacy and self.void_is_negative:
             return torch.tensor(targets.numel())
@@ -133,7 +134,7 @@ class BCE(SegmentationLoss):
 class BCEFocal(BCE):
     """Focal weight of the mean BCE b, as in the experiments: (1 - e^-b)^gamma · b.
 
-    There is one weight for the batch, not one for each pixel. `legacy` has the meaning that it has in `BCE`.
+    There is one weight for the batch, not one for each pixel. `legacy` has the same meaning as in `BCE`.
     """
 
     strictly_proper = False
@@ -199,7 +200,7 @@ class Lovasz(SegmentationLoss):
 
 
 class CEDice(SoftDice):
-    """The sum of `CrossEntropy` and `SoftDice`. `legacy` has the meaning that it has in `SoftDice`."""
+    """The sum of `CrossEntropy` and `SoftDice`. `legacy` has the same meaning as in `SoftDice`."""
 
     def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         cross_entropy = _mean_where(-_log_likelihood(logits, labels), valid)
@@ -207,7 +208,7 @@ class CEDice(SoftDice):
 
 
 class LogCoshDice(SoftDice):
-    """log cosh of `SoftDice` (Jadon, CIBCB 2020). `legacy` has the meaning that it has there."""
+    """log cosh of `SoftDice` (Jadon, CIBCB 2020). `legacy` has the same meaning as there."""
 
     def compute(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         return super().compute(logits, labels, valid).cosh().log()

@@ -22,7 +22,7 @@ Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
 
 class Panel(NamedTuple):
-    """What is drawn of one image."""
+    """The data to draw of one image."""
 
     image: Tensor  # (3, H, W) uint8
     target: Tensor  # (H, W) integers
@@ -42,7 +42,7 @@ def panels(
     indices: Iterable[int],
     precision: str = "fp32",
 ) -> Iterator[tuple[str, Panel]]:
-    """Yield the name of each image and its panel; a rule's attribute ``to_probs`` replaces the argument for it."""
+    """Yield the name of each image and its panel; a rule with an attribute ``to_probs`` uses it instead."""
     for index in indices:
         image, mask = data.read(index)
         pixels, target = transform(image, mask)
@@ -54,7 +54,7 @@ def panels(
 
 
 def denormalise(pixels: Tensor, info: Any, size: Sequence[int]) -> Tensor:
-    """Return a normalised image (3, H, W) as uint8, resized to its target."""
+    """Return a normalised image (3, H, W) as uint8, resized to ``size`` (height, width)."""
     mean, std = torch.tensor(info.mean)[:, None, None], torch.tensor(info.std)[:, None, None]
     image = (pixels.cpu() * std + mean).clamp(0, 1)
     image = F.interpolate(image[None], tuple(size), mode="bilinear", align_corners=False)[0]

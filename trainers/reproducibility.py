@@ -18,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "hydr
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python's and torch's generators; with ``deterministic``, forbid algorithms that are not.
+    """Seed Python's and torch's generators; with ``deterministic``, forbid non-deterministic algorithms.
 
     On CPU training is bit-exact either way. On CUDA, torch then raises at an operation without a deterministic
     implementation: in this project the backward pass of adaptive average pooling to more than one bin.

@@ -33,8 +33,8 @@ class EvalResult:
     counts: Counts  # pixels per image and class
     scored: tuple[int, ...]  # the classes in the means
     scores: dict[str, Any]  # averages as fractions, by name
-    seconds: float  # that the rule took, without the network
-    confidence: Tensor | None = None  # (N, C) expected Dice of each mask, P(class absent) of an empty one
+    seconds: float  # time of the rule, without the network
+    confidence: Tensor | None = None  # (N, C) expected Dice of each mask; for an empty mask, P(class absent)
 
     def image_confidence(self) -> Tensor | None:
         """Return the mean confidence over the predicted classes of each image, (N,); None if not computed."""
@@ -102,8 +102,9 @@ def results_folder(
 ) -> Path:
     """Return the folder of results below that of a run, different for every variant and every checkpoint.
 
-    Those of ``best_model.pth`` are in ``results``, a folder of the protocol, those of ``last.pth`` in its ``of_last``.
-    Every option that changes the masks has a sub-folder. ``per_class``: the calibration is one of each class.
+    ``results`` is the folder of the protocol. Results of ``best_model.pth`` are in it, those of ``last.pth`` in its
+    ``of_last``. The options that change the masks name a further sub-folder, such as ``calibrated_gate_fit``.
+    ``per_class``: each class has its own temperature and bias.
     """
     variants = {
         "focal_corrected": focal_corrected,

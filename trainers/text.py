@@ -1,6 +1,6 @@
 """Escape text for CSV, Markdown and LaTeX files.
 
-Names of images, classes and protocols come from files of other people. A spreadsheet runs a cell such as
+Names of images, classes and protocols come from untrusted files. A spreadsheet runs a cell such as
 ``=HYPERLINK(...)`` as a formula, a ``|`` or a line break splits a Markdown table, and LaTeX runs ``\\input{...}``.
 Every module that writes such a file escapes its text here. HTML pages are rendered by jinja2 with autoescape.
 """
@@ -87,7 +87,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], labels: i
 
 
 def latex_text(text: str) -> str:
-    """Return plain text for LaTeX; every character with a meaning for LaTeX is printed instead."""
+    """Return plain text for LaTeX; characters with a meaning in LaTeX are escaped."""
     return "".join(_LATEX.get(character, character) for character in one_line(text))
 
 

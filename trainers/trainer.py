@@ -26,7 +26,7 @@ from trainers.schedules import Schedule
 from trainers.update import Update
 
 Validate = Callable[[nn.Module, int, int], float]
-_STOP = 2  # the vote of a rank to save and stop; 1: to save only; 0: neither. The largest vote counts
+_STOP = 2  # votes of a rank: 2 save and stop, 1 save only, 0 neither. The largest vote counts
 
 
 class EpochLoader(Protocol):
@@ -61,7 +61,7 @@ def last_logged_step(checkpoint: dict[str, Any] | None) -> int:
 
 @dataclass(eq=False)
 class Trainer:
-    """Train with one update per step, and write what is needed to resume from any step."""
+    """Train with one update per step, and write checkpoints from which any step can be resumed."""
 
     update: Update
     schedule: Schedule
@@ -147,7 +147,8 @@ class Trainer:
     def complete(self, state: dict[str, Any], missing_only: bool = False) -> None:
         """Write ``best_model.pth`` and ``checkpoint-epochN.pth`` if they are due at the end of this epoch.
 
-        ``last.pth`` is written before them. A run that was killed in between writes the missing ones when it resumes.
+        ``last.pth`` is written before them. After a run was killed in between, ``missing_only`` writes only the
+        missing files.
         """
         now, files = Progress(**state["training"]["progress"]), self.checkpoints
         if now.step or not now.epoch:
@@ -191,7 +192,7 @@ class Trainer:
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Restore the result of :meth:`state`, without the weights of the network, which the caller loads.
 
-        Raises UserError if the state is not that of this training.
+        Raises UserError if the state does not fit this training.
         """
         training = checkpoint["training"]
         try:
@@ -202,7 +203,7 @@ class Trainer:
             restore_rng(states[self.world.rank % len(states)])
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"the state in the checkpoint is not that of this training: {error}. "
+                f"the state in the checkpoint does not fit this training: {error}. "
                 "Fix: start over with resume=false, or give this run a name of its own with suffix=-NAME."
             ) from error
 
