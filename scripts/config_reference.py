@@ -2,7 +2,7 @@
 
     python scripts/config_reference.py
 
-The comments in the YAML files are the documentation. Of experiments and launchers the page shows the header only.
+The comments in the YAML files are the documentation. For experiments and launchers, only the header is shown.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -60,7 +60,7 @@ def page() -> str:
 
 
 def _block(path: Path, header_only: bool = False) -> str:
-    """Return a YAML file as a code block, without Hydra's own settings."""
+    """Return a YAML file as a code block, without Hydra's own settings; with ``header_only``, its first comment."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @")]
     if header_only:
         lines = list(itertools.takewhile(lambda line: line.startswith("#"), lines))

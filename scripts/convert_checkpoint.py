@@ -3,8 +3,8 @@
     python scripts/convert_checkpoint.py checkpoint-epoch300.pth converted.pth
     python test.py -r converted.pth -p rankdice dataset.root=/data/cityscapes
 
-The network and what is known of its training are kept, with ``protocol=paper``. The state of the optimizer is not.
-test.py reads released files too. A converted file is half as large and has no NumPy value, so
+The network and what is known of its training are kept, with ``protocol=paper``; the state of the optimizer is not.
+test.py also reads released files directly. A converted file is half as large and has no NumPy value, so
 ``torch.load(weights_only=True)`` reads it.
 Exit codes: 0 done, 2 bad input, 3 the disk failed.
 """

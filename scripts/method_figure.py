@@ -2,8 +2,8 @@
 
     python scripts/method_figure.py [docs/method.png]
 
-A blurred object of 32 x 32 pixels is drawn in four panels: its probabilities, the same probabilities sorted,
-the exact expected Dice of every volume, and the two masks. Nothing in it is random.
+The example is a blurred object in 32 x 32 pixels. The four panels are its probabilities, the same probabilities sorted,
+the exact expected Dice of every volume, and the masks of threshold and RankDice. Nothing in it is random.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -28,14 +28,14 @@ COLORS = {"T": "#d95f02", "RankDice": "#1f5fbf"}
 
 
 def blurred_object() -> torch.Tensor:
-    """Return probabilities (1, 1, H, W): a smooth hill, wider than it is certain."""
+    """Return probabilities (1, 1, H, W): a smooth hill that falls from 0.85 to 0.02."""
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     distance = ((x - 14) / 9) ** 2 + ((y - 16) / 7) ** 2
     return (0.02 + 0.83 * torch.exp(-distance))[None, None].double()
 
 
 def score_every_volume(probs: torch.Tensor) -> torch.Tensor:
-    """Return the expected Dice of the mask of the τ most probable pixels, for τ = 0 … D: (D + 1,)."""
+    """Return the expected Dice of the mask of the τ most probable of D pixels, for τ = 0 … D: (D + 1,)."""
     pixels = probs.numel()
     rank = probs.flatten().argsort(descending=True).argsort().view(SIDE, SIDE)
     masks = rank < torch.arange(pixels + 1)[:, None, None]

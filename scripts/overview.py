@@ -1,8 +1,8 @@
-"""Draw a run's test images: image | truth | probability | threshold | argmax | RankDice, each mask with its Dice.
+"""Draw images of a run's split: image | truth | probability | threshold | argmax | RankDice, each mask with its Dice.
 
     python scripts/overview.py saved/synthetic/tiny/ce/seed0 --out overview.png
 
-The images are chosen at fixed quantiles of the gain of RankDice over T.
+The images are those at five fixed quantiles of the gain of RankDice over the threshold (rule T).
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -26,7 +26,7 @@ from configs import build
 from configs.cli import run_cli
 from configs.errors import UserError, one_line
 from configs.fitting import Fitter
-from scripts.common import add_run_options, command_line, load_run
+from scripts.common import add_run_options, check_least, command_line, load_run
 from trainers.distributed import join_world
 from trainers.evaluator import evaluate
 from trainers.metrics import mean_over_classes
@@ -34,7 +34,7 @@ from trainers.panels import add_title, panels, tiles
 
 RULES = ("T", "max", "rankdice")
 QUANTILES = (0.95, 0.75, 0.5, 0.25, 0.05)
-FONT = 15  # legible where a web page shrinks the picture by a third
+FONT = 15  # size that stays legible when a web page shrinks the picture by a third
 
 
 def headings(threshold: float) -> list[str]:
@@ -63,8 +63,9 @@ def main() -> None:
     parser = command_line(__doc__)
     add_run_options(parser, "split=val, protocol=paper, calibrate=temperature")
     parser.add_argument("--out", type=Path, default=Path("overview.png"), help="default: %(default)s")
-    parser.add_argument("--scale", type=int, default=2, help="enlargement of small images (default: %(default)s)")
+    parser.add_argument("--scale", type=int, default=2, help="enlargement of the images (default: %(default)s)")
     args = parser.parse_intermixed_args()
+    check_least(args, scale=1)
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg") or args.out.is_dir():
         raise UserError(f"--out {args.out} is invalid. Fix: give the name of a .png or .jpg file")
     with join_world(args.device) as world:
@@ -80,7 +81,7 @@ def main() -> None:
         )  # fmt: skip
         dice = {name: mean_over_classes(r.counts.dice(), scoring.scored) for name, r in results.items()}
         gain = dice["rankdice"] - dice["T"]
-        order = [i for i in gain.argsort().tolist() if gain[i] == gain[i]]
+        order = [i for i in gain.argsort().tolist() if not gain[i].isnan()]  # NaN: no class is scored
         if not order:
             raise UserError(f"split={cfg.split}: no image has a class that is scored. Fix: choose another split")
         picked = [order[round(q * (len(order) - 1))] for q in QUANTILES]
@@ -91,8 +92,8 @@ def main() -> None:
             enlarged = stack.repeat_interleave(args.scale, 2).repeat_interleave(args.scale, 3)
             above = captions(quantile, {name: 100 * float(dice[name][index]) for name in RULES})
             rows.append(strip(list(enlarged), above, () if rows else headings(build.threshold(cfg))))
-    width = max(strip.shape[2] for strip in rows)
-    rows = [pad(strip, (0, width - strip.shape[2]), value=255) for strip in rows]
+    width = max(row.shape[2] for row in rows)
+    rows = [pad(row, (0, width - row.shape[2]), value=255) for row in rows]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(torch.cat(rows, dim=1)).save(args.out)
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())

@@ -36,13 +36,13 @@ from scripts.common import command_line, default_workers
 from scripts.prepare.catalog import CATALOG, Entry
 from scripts.prepare.fetching import download, fetch_cityscapes, find_cityscapes_downloader, unpack
 
-FAULTY = 1
-SHOWN = 50
+FAULTY = 1  # exit code
+SHOWN = 50  # faults that `check` prints without --all
 PUBLISHED = ROOT / "datasets" / "splits"
 
 
 class Outcome(NamedTuple):
-    """The result of a command: for programs (``--json``), and lines for people."""
+    """The result of a command: the content for programs (``--json``), the lines for people, and the exit code."""
 
     content: dict[str, Any]
     lines: Sequence[str]
@@ -63,44 +63,44 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="list | check | fetch | split | stats")
 
     def command(name: str, run: Callable[[argparse.Namespace], Outcome], about: str) -> Callable[..., Any]:
-        one = commands.add_parser(name, help=about)
-        one.set_defaults(run=run)
-        one.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        one.add_argument("--quiet", action="store_true", help="no progress bars")
-        return one.add_argument
+        subparser = commands.add_parser(name, help=about)
+        subparser.set_defaults(run=run)
+        subparser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        subparser.add_argument("--quiet", action="store_true", help="no progress bars")
+        return subparser.add_argument
 
-    def of_data(add: Callable[..., Any]) -> None:
+    def add_data_options(add: Callable[..., Any], splits: str) -> None:
         add("name", choices=CATALOG, help="a name that `list` prints; `folder` is your own data")
         add("--root", type=Path, help="the data set's folder (default: as configured)")
-        add("--split", action="append", default=[], help="may be repeated (default: all that exist)")
+        add("--split", action="append", default=[], help=f"may be repeated (default: {splits})")
         add("--classes", type=Path, help="folder only: another classes.yaml")
         add("--workers", type=int, default=default_workers(), help="threads (default: all cores)")
 
     command("list", _list, "the data sets, their terms, sizes and layouts")
     add = command("check", _check, "read every file and list every fault")
-    of_data(add)
-    add("--all", action="store_true", help=f"list every fault, not the first {SHOWN}")
-    of_data(command("stats", _stats, "mean, standard deviation and class frequencies"))
+    add_data_options(add, "train, val; of kvasir_seg and folder also test, if it exists")
+    add("--all", action="store_true", help=f"list every fault, not only the first {SHOWN}")
+    add_data_options(command("stats", _stats, "mean, standard deviation and class frequencies"), "train")
     add = command("fetch", _fetch, "download, verify and unpack, or print how to get it")
     add("name", choices=CATALOG)
     add("--root", type=Path, help="where to put it (default: as configured, below data/)")
-    add("--url", action="append", help="another address of the same archive; may be repeated")
+    add("--url", action="append", help="address of the archive, instead of the known ones; may be repeated")
     add("--checksum", help="ALGORITHM:HEX of the archive, instead of the known one")
     add("--keep", action="store_true", help="keep the archive after unpacking")
     add = command("split", _split, "write train.txt, val.txt and test.txt for a folder of images/")
-    add("root", type=Path)
+    add("root", type=Path, help="the folder that has images/ and masks/")
     add("--val", type=float, default=0.12, help="share for validation (default: 0.12)")
     add("--test", type=float, default=0.0, help="share for testing (default: none)")
     add("--seed", type=int, default=0, help="another number gives another split")
-    add("--group", metavar="REGEX", help="keep images together by a part of their name: '^patient\\d+'")
+    add("--group", metavar="REGEX", help="one split for images in whose names REGEX finds the same: '^patient\\d+'")
     published = sorted(path.name for path in PUBLISHED.iterdir())
-    add("--published", choices=published, help="write this split instead")
+    add("--published", choices=published, help="write this stored split instead of drawing one")
     add("--force", action="store_true", help="replace existing split files")
     return parser
 
 
 def _list(args: argparse.Namespace) -> Outcome:
-    """Describe the catalogue."""
+    """Describe the data sets of the catalogue."""
     content, lines = {}, list[str]()
     for name, entry in CATALOG.items():
         keys = ("about", "size", "licence", "home", "tree")
@@ -142,7 +142,7 @@ def _check(args: argparse.Namespace) -> Outcome:
 
 
 def _stats(args: argparse.Namespace) -> Outcome:
-    """Measure the train split, or the chosen ones."""
+    """Measure the chosen splits, by default train."""
     from scripts.prepare.checking import count
 
     splits = CATALOG[args.name].splits(args.root or CATALOG[args.name].root, args.split or ["train"], args.classes)
@@ -162,7 +162,7 @@ def _stats(args: argparse.Namespace) -> Outcome:
 
 
 def _fetch(args: argparse.Namespace) -> Outcome:
-    """Download a data set, or say what to do."""
+    """Download a data set, or return the steps to get it by hand."""
     entry = CATALOG[args.name]
     root = (args.root or entry.root).expanduser()
     downloader = find_cityscapes_downloader() if entry.name == "cityscapes" else None
@@ -186,22 +186,27 @@ def _fetch(args: argparse.Namespace) -> Outcome:
 
 
 def _download(args: argparse.Namespace, entry: Entry, root: Path) -> str:
-    """Fetch the archive of a data set and unpack it into a folder; return what was done."""
+    """Fetch the archive of a data set and unpack it into ``root``; return what was done."""
     print(f"{entry.about}\nterms: {entry.licence} ({entry.home})", file=sys.stderr)
     path = root.parent / Path(entry.urls[0]).name
     with lock_file(path.with_name(f".{path.name}.lock"), f"fetching {path}"):
         missing = entry.missing(root)
-        if not missing:  # fetched by the process that was waited for
+        if not missing:  # another process fetched it while this one waited for the lock
             return "there already"
-        if there := [name for name in entry.holds if name not in missing]:  # nothing is unpacked over them
+        if there := [name for name in entry.holds if name not in missing]:  # unpacking never replaces files
             raise UserError(
-                f"{root} has {', '.join(there)} without {', '.join(missing)}. Fix: remove it, or give another --root"
+                f"{root} has {', '.join(there)} but not {', '.join(missing)}. "
+                f"Fix: remove {', '.join(there)}, or give another --root"
             )
-        other = args.url is not None and args.checksum is not None  # a stranger's archive has a size of its own
+        other = args.url is not None and args.checksum is not None  # another archive, whose size is not known
         size, checksum = None if other else entry.bytes, args.checksum or entry.checksum
         digest = download(args.url or entry.urls, path, size, checksum, progress=not args.quiet)
         if not checksum:
-            print(f"no checksum is published; this is {digest} (pin it with --checksum)", file=sys.stderr)
+            print(
+                f"no checksum of the archive is published. It has {digest}: pass this to --checksum to verify a later "
+                "download",
+                file=sys.stderr,
+            )
         unpack(path, root, entry.inside)
         if not args.keep:
             path.unlink()
@@ -218,7 +223,10 @@ def _split(args: argparse.Namespace) -> Outcome:
         )
     done = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
     if done:
-        raise UserError(f"{folder} is already split by folders ({', '.join(done)}). Fix: use them, or move files")
+        raise UserError(
+            f"{folder} is already split by folders ({', '.join(done)}). "
+            f"Fix: train without split files, or move all images into {folder} and all masks into {masks}"
+        )
     found = list_images(folder, below=True)
     images = found.images
     if not images:
@@ -243,7 +251,7 @@ def _split(args: argparse.Namespace) -> Outcome:
     notes = [f"images without a mask: {len(bare)}, such as {bare[0]}; `check` lists them"] if bare else []
     for name, files in (("images", found), ("masks", drawn)):
         notes += [f"files in {name}/ that are not read: {files.ignored_text}"] if files.ignored else []
-        notes += [f"{path.name} and {other.name} have one name" for path, other in files.clashes[:1]]
+        notes += [f"{path.name} and {other.name} have the same name" for path, other in files.clashes[:1]]
     for note in notes:
         print(one_line(f"note: {note}"), file=sys.stderr)
     sizes = {name: len(stems) for name, stems in split.items()}
@@ -270,10 +278,11 @@ def make_split(
         raise UserError(f"shares {given} are invalid: expected each between 0 and 1, and a sum less than 1")
     groups: dict[str, list[str]] = defaultdict(list)
     for stem in stems:
-        groups[_group(stem, group)].append(stem)
+        groups[_find_group(stem, group)].append(stem)
     ranked = sorted(groups, key=lambda key: hashlib.sha256(os.fsencode(f"{seed}/{key}")).hexdigest())
     if len(ranked) <= len(shares):
-        raise UserError(f"{len(ranked)} images or groups cannot fill {len(shares) + 1} splits. Fix: add images")
+        unit = "images" if group is None else "groups of images"
+        raise UserError(f"{len(ranked)} {unit} cannot fill {len(shares) + 1} splits. Fix: add images")
     result: dict[str, list[str]] = {}
     for position, (name, share) in enumerate(shares.items()):
         wanted, chosen = max(1, round(share * len(stems))), list[str]()
@@ -284,7 +293,8 @@ def make_split(
     return {"train": sorted(stem for key in ranked for stem in groups[key]), **result}
 
 
-def _group(stem: str, pattern: str | None) -> str:
+def _find_group(stem: str, pattern: str | None) -> str:
+    """Return the part of a name that the pattern finds; without a pattern, the name."""
     if pattern is None:
         return stem
     try:
@@ -310,12 +320,13 @@ def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = Fa
         texts[root / f"{name}.txt"] = "".join(f"{stem}\n" for stem in stems)
     changed = [
         path.name
-        for path, text in texts.items()  # a pipe is not read: that could wait for ever
+        for path, text in texts.items()  # only regular files are read: reading a pipe could wait for ever
         if path.exists() and not (path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text)
     ]
     if changed and not force:
         raise UserError(
-            f"{root} has other split files ({', '.join(changed)}); old scores would be incomparable. Fix: --force"
+            f"{root} has other split files ({', '.join(changed)}); scores of the two splits cannot be compared. "
+            "Fix: pass --force to replace them"
         )
     for path, text in texts.items():
         write_text(path, text)

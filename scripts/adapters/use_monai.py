@@ -1,7 +1,7 @@
 """Any rule as a MONAI transform, array or dictionary: `pip install . monai`, in the root of the repository.
 
-Put it where `AsDiscrete(argmax=True)` is now, after `Activations(softmax=True)`. 2-D and 3-D; the MetaTensor keeps its
-affine and its other metadata, so that `SaveImage` and `Invertd` work as before.
+It replaces `AsDiscrete(argmax=True)` after `Activations(softmax=True)`. Images may be 2-D or 3-D. A MetaTensor keeps
+its affine and its other metadata, so that `SaveImage` and `Invertd` work as before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RankSeg(Transform):
 
 
 class RankSegd(MapTransform):
-    """The same for the given keys of a dictionary."""
+    """Apply `RankSeg` to the given keys of a dictionary. ``options`` are those of `RankSeg`."""
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, **options: Any) -> None:
         super().__init__(keys, allow_missing_keys)

@@ -4,8 +4,9 @@
     python scripts/adapters/use_nnunet.py predictions decoded --labels labelsTs -p rankdice_nonoverlap
 
 The folder holds <case>.npz, <case>.pkl and <case>.nii.gz. `decoded/RULE/<case>.nii.gz` has the affine and the header
-of nnU-Net's own segmentation. Class names are those of dataset.json. Region-based training (sigmoid regions)
-gives masks that overlap: pass `--write masks`, and read the channels as the regions.
+of nnU-Net's own segmentation. The classes of dataset.json set --names, --void and --scored (all but the first) unless
+these are given. Region-based training (sigmoid regions) gives masks that overlap: pass `--write masks`, and read the
+channels as the regions.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     args, rest = parser.parse_known_args(argv)
     labels = _labels(args.predictions / "dataset.json")
+    defaults = []
     if labels and all(isinstance(value, int) for value in labels.values()):
         names = [name for name, value in sorted(labels.items(), key=lambda item: item[1]) if name != "ignore"]
-        rest += ["--names", ",".join(names)] if "--names" not in rest else []
-        if "ignore" in labels and "--void" not in rest:
-            rest += ["--void", str(labels["ignore"])]
-        if "--scored" not in rest:
-            rest += ["--scored", ",".join(str(c) for c in range(1, len(names)))]  # without the background
-    return decode.main([str(args.predictions), "--out", str(args.out), *rest])
+        scored = range(1, len(names))  # without the background
+        defaults = ["--names", ",".join(names), "--scored", ",".join(map(str, scored))]
+        if "ignore" in labels:
+            defaults += ["--void", str(labels["ignore"])]
+    # The last value of an option counts, so options of the command line replace these.
+    return decode.main([str(args.predictions), "--out", str(args.out), *defaults, *rest])
 
 
 def _labels(path: Path) -> dict:
+    """Return class name -> label of a dataset.json; empty if there is none."""
     content = read_json(path) if path.is_file() else {}
     return content.get("labels", {}) if isinstance(content, dict) else {}
 

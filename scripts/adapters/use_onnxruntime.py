@@ -15,7 +15,7 @@ import rankseg
 
 
 def segment(logits: np.ndarray, link: str = "softmax", rule: rankseg.Predictor = rankseg.rankdice) -> np.ndarray:
-    """Return masks (N, C, *S) bool of logits (N, C, *S); link "sigmoid" if classes do not exclude each other."""
+    """Return masks (N, C, *S) bool of logits (N, C, *S). Use link="sigmoid" if a pixel may have several classes."""
     if link not in ("softmax", "sigmoid"):
         raise ValueError(f"link={link!r} is invalid: expected softmax or sigmoid.")
     values = torch.from_numpy(logits)

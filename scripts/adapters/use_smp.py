@@ -1,8 +1,8 @@
 """Any rule on a segmentation_models_pytorch model: `pip install . segmentation-models-pytorch`, in the repository.
 
 The models return logits (N, C, H, W) for images whose sides are multiples of the encoder's stride. Leave
-``activation=None`` (the default), and choose the link by the loss: softmax for "multiclass", sigmoid for "multilabel"
-and "binary".
+``activation=None`` (the default), and pass the ``mode`` of the training loss. It decides the link: softmax for
+"multiclass", sigmoid for "multilabel" and "binary".
 """
 
 from __future__ import annotations

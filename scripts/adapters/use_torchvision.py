@@ -23,7 +23,7 @@ def segment(model: torch.nn.Module, images: torch.Tensor, rule: rankseg.Predicto
 
 
 def main() -> None:
-    # Your own: lraspp_mobilenet_v3_large(weights="DEFAULT"), and the transforms of its weights for the images
+    # Trained: lraspp_mobilenet_v3_large(weights="DEFAULT"); its images need the transforms of these weights.
     model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=21).eval()
     labels = segment(model, torch.rand(2, 3, 96, 128))
     print(f"labels {tuple(labels.shape)}, classes {labels.unique().tolist()}")

@@ -18,8 +18,8 @@ import rankseg
 def probabilities(outputs: Any, sizes: list[tuple[int, int]], mask_size: int = 384) -> list[Tensor]:
     """Return the probabilities (1, C, H, W) of each image at its original (H, W).
 
-    A query model has no distribution over classes in a pixel: the scores of its queries are added up. They are scaled
-    to a sum of at most 1, which keeps their order. ``mask_size`` is the size that the library resizes masks to.
+    A query model has no distribution over the classes of a pixel. The scores of its queries are added up, and scaled to
+    a sum of at most 1, which keeps their order. The library resizes the masks of Mask2Former to ``mask_size`` first.
     """
     if hasattr(outputs, "logits"):
         logits = outputs.logits.float()
@@ -43,7 +43,7 @@ def segment(outputs: Any, sizes: list[tuple[int, int]], rule: rankseg.Predictor 
 def main() -> None:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-    # Your own: SegformerForSemanticSegmentation.from_pretrained("nvidia/segformer-b0-finetuned-ade-512-512")
+    # Trained: SegformerForSemanticSegmentation.from_pretrained("nvidia/segformer-b0-finetuned-ade-512-512")
     model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=2)).eval()
     images = torch.rand(2, 3, 96, 128)  # as AutoImageProcessor returns them
     with torch.inference_mode():

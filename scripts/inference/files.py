@@ -205,7 +205,7 @@ def record_settings(
     for name, files in outputs.items() if not force else ():
         there = next((file for file in files.values() if file.exists()), None)
         if there and known.get(name) != sources[name]:
-            origin = f"was made from {known[name]}" if name in known else "was not made by this command"
+            origin = f"was made from {known[name]}" if name in known else "was not made by this command and settings"
             raise UserError(f"{there} {origin}. Fix: choose another --out, or pass --force to replace it")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, {**settings, "images": {**known, **sources}})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,13 @@ class Entry:
     """One data set.
 
     Attributes:
-        kind: the name of its class.
-        size, licence, home: for people.
+        kind: the name of its class in `datasets`.
+        about, size, licence, home: texts to print.
         holds: the entries of its root once it is there.
-        urls: places of its archive, if it can be downloaded without an account.
-        bytes, checksum: of the archive, ``algorithm:hexdigest``; None if the owner publishes none.
-        inside: the folder of the archive that becomes the root.
+        urls: addresses of its archive, if it can be downloaded without an account.
+        bytes: the size of the archive; None if it is not known.
+        checksum: ``algorithm:hexdigest`` of the archive; None if the owner publishes none.
+        inside: the folder of the archive that becomes the root; empty for the whole archive.
         steps: how to get it by hand.
     """
 
@@ -57,20 +57,23 @@ class Entry:
         return Path(str(OmegaConf.load(CONFIGS / "dataset" / f"{self.name}.yaml").root))
 
     def missing(self, root: Path) -> list[str]:
-        """Return the parts that are not there."""
+        """Return the entries of ``holds`` that ``root`` lacks."""
         return [name for name in self.holds if not (root / name).exists()]
 
     def splits(self, root: Path, chosen: list[str], classes: Path | None = None) -> dict[str, PairedDataset]:
-        """Return the chosen splits, or else train and val, and test if it exists.
+        """Return the chosen splits; by default train and val, and test if a Folder or KvasirSEG has it.
 
-        Raises DatasetError if one is not there.
+        Raises DatasetError if a split cannot be opened.
         """
         own = {"classes": classes} if self.kind == "Folder" else {}
         source = getattr(datasets, self.kind)
         found = {split: source(root, split, **own) for split in chosen or ("train", "val")}
         if not chosen and self.kind in ("Folder", "KvasirSEG"):
-            with contextlib.suppress(DatasetError):  # not every data set has one
+            try:
                 found["test"] = source(root, "test", **own)
+            except DatasetError:
+                if (root.expanduser() / "test.txt").exists():
+                    raise
         return found
 
 

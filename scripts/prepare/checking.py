@@ -1,7 +1,7 @@
-"""Find every fault of a data set, each with its path, and count its pixels; both read files in parallel.
+"""Find every fault of a data set, each with its path, and count its pixels. Both read files in parallel.
 
-The data set's own `check` decodes single pairs. Faults that show only in several files (duplicates, images in two
-splits) are found here.
+The `check` of the data set finds the faults of single pairs. Faults that show only in several files (duplicates, images
+in two splits) are found here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Splits = Mapping[str, PairedDataset]
 
 
 class Fault(NamedTuple):
-    """One fault. ``kind`` is pair, partner, duplicate, leak or set."""
+    """One fault."""
 
-    kind: str
+    kind: str  # pair; partner: a mask without an image; duplicate; leak: in two splits; set: of the whole split
     split: str
     path: str
     message: str
@@ -73,14 +73,14 @@ def pair_faults(splits: Splits, workers: int, progress: bool) -> list[Fault]:
 def _with_bar(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int, title: str, shown: bool
 ) -> Iterable[Result]:
-    """Yield the results of threads, with a progress bar over images; without a terminal there is none."""
+    """Yield ``function(item)`` of each item from threads, with a progress bar if ``shown`` and on a terminal."""
     hidden = None if shown else True
     results = map_in_threads(function, items, workers)
     return tqdm(results, desc=title, total=len(items), unit="image", disable=hidden, leave=False)
 
 
 def file_faults(splits: Splits) -> list[Fault]:
-    """Return masks without an image, and files that share a name so that only one is read; each once."""
+    """Return masks without an image, and files of the same name, of which only one is read. Each is listed once."""
     orphans = {text: split for split, data in splits.items() for text in data.orphans}
     clashes = {text: split for split, data in splits.items() for text in data.clashes}
     return [
@@ -97,14 +97,14 @@ def shared_images(splits: Splits, workers: int) -> list[Fault]:
             listed[pair.image].append(split)
     found = []
     sizes: dict[int, list[Path]] = defaultdict(list)
-    for path, where in listed.items():
+    for path, in_splits in listed.items():
         sizes[file_size(path)].append(path)
-        if len(set(where)) > 1:
-            text = f"{path} is in {' and '.join(dict.fromkeys(where))}. Fix: keep it in one split"
-            found.append(Fault("leak", where[-1], str(path), text))
-        elif len(where) > 1:
-            text = f"{path} is listed {len(where)} times in {where[0]}. Fix: list it once"
-            found.append(Fault("duplicate", where[0], str(path), text))
+        if len(set(in_splits)) > 1:
+            text = f"{path} is in {' and '.join(dict.fromkeys(in_splits))}. Fix: keep it in one split"
+            found.append(Fault("leak", in_splits[-1], str(path), text))
+        elif len(in_splits) > 1:
+            text = f"{path} is listed {len(in_splits)} times in {in_splits[0]}. Fix: list it once"
+            found.append(Fault("duplicate", in_splits[0], str(path), text))
     first_of: dict[str, Path] = {}
     candidates = [path for size, group in sizes.items() if size > 0 and len(group) > 1 for path in group]
     for path, digest in zip(candidates, map_in_threads(_digest, candidates, workers), strict=True):
@@ -123,11 +123,11 @@ def _digest(path: Path) -> str:
     try:
         return file_sha256(path)
     except OSError:
-        return str(path)  # equal to no other; pair_faults names it
+        return str(path)  # equals no other digest; `pair_faults` reports that the file cannot be read
 
 
 def unused_images(splits: Splits) -> list[Path]:
-    """Return images in the folders of the splits that belong to no split."""
+    """Return the images that belong to no split, of the folders that hold the images of the splits."""
     used = {pair.image for data in splits.values() for pair in data.pairs}
     folders = {path.parent for path in used if path.parent.is_dir()}
     return sorted(path for folder in folders for path in set(list_images(folder).images.values()) - used)
@@ -136,7 +136,8 @@ def unused_images(splits: Splits) -> list[Path]:
 def count(data: SegmentationDataset, workers: int, progress: bool) -> dict[str, Any]:
     """Read every pair once; return image sizes, mean and std of the colours in [0, 1], and class frequencies.
 
-    Histograms of all values suffice for exact numbers. Shares are of the pixels that are not void.
+    Mean and std are exact: they are computed from histograms. The share of a class is that of the labelled pixels, the
+    share of void that of all pixels.
 
     Raises DatasetError for the first pair that cannot be read.
     """

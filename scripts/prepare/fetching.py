@@ -27,12 +27,12 @@ from configs.errors import UserError
 from configs.files import temporary_file
 
 BLOCK = 1 << 16
-PATIENCE, MIN_RATE = 60.0, 10_000  # after so many seconds, fewer bytes per second on average are too slow
+PATIENCE, MIN_RATE = 60.0, 10_000  # after so many seconds, a lower average rate in bytes per second is too slow
 MAX_BYTES = 20 << 30  # of an archive whose size is not known
 WORTH_A_RETRY = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 5  # per address
-PAUSE = 1.0  # seconds before a second attempt; each further pause is twice as long
-BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError)
+PAUSE = 1.0  # seconds before the second attempt; before the next ones 3, 7 and 15 times as long
+BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError)  # worth another attempt
 CITYSCAPES = {"gtFine": "gtFine_trainvaltest.zip", "leftImg8bit": "leftImg8bit_trainvaltest.zip"}
 BAD_ARCHIVE = (
     zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError,
@@ -47,20 +47,20 @@ class FetchError(OSError):
 def download(
     urls: Sequence[str], path: Path, size: int | None = None, checksum: str | None = None, progress: bool = True
 ) -> str:
-    """Fetch a file into ``path`` and return its checksum. A file that is there is only verified.
+    """Fetch a file into ``path`` and return its checksum. An existing file is only verified.
 
     Args:
-        urls: the same file at several places, tried in this order.
-        size, checksum: bytes and ``algorithm:hexdigest``, if known.
+        urls: addresses of the same file, tried in this order.
+        size, checksum: number of bytes and ``algorithm:hexdigest``, if known.
 
     Raises:
-        FetchError: no place gave the file, or it is not the expected one.
+        FetchError: no address gave the file, or it is not the expected one.
         UserError: an argument is invalid.
     """
     for url in urls:
         if not url.startswith(("https://", "http://")):
             raise UserError(f"--url {url} is invalid: expected an address that begins with https:// or http://")
-    _algorithm(checksum)
+    _parse_checksum(checksum)
     if path.exists():
         return verify(path, size, checksum)
     problems = []
@@ -85,10 +85,10 @@ def _transfer(url: str, path: Path, name: str, limit: int, progress: bool) -> No
     """Write the content of an address to a file.
 
     Raises:
-        FetchError: the server rejects the request, or sends too slowly or more than ``limit`` bytes.
+        FetchError: the server rejects the request, sends too slowly, or sends more than ``limit`` bytes.
         requests.RequestException, urllib3.exceptions.HTTPError: the transfer broke.
     """
-    slow = f"{name} arrives with less than {MIN_RATE // 1000} kB/s. Fix: try again later, or pass --url"
+    slow = f"{name} arrives at less than {MIN_RATE // 1000} kB/s. Fix: try again later, or pass --url"
     begin, count = time.monotonic(), 0
     options = {"stream": True, "timeout": PATIENCE, "headers": {"Accept-Encoding": "identity"}}
     with requests.get(url, **options) as answer, path.open("wb") as file:  # type: ignore[arg-type]
@@ -123,12 +123,14 @@ def _transfer(url: str, path: Path, name: str, limit: int, progress: bool) -> No
 
 def _require_size(name: str, size: int, limit: int) -> None:
     if size > limit:
-        raise FetchError(f"{name} has more than the expected {limit} bytes. Fix: pass a newer --url")
+        raise FetchError(f"{name} has more than {limit} bytes. Fix: pass a newer --url")
 
 
-def _algorithm(checksum: str | None) -> tuple[str, str]:
+def _parse_checksum(checksum: str | None) -> tuple[str, str]:
+    """Return the algorithm and the digest of a checksum; without one, sha256 and an empty digest."""
     algorithm, _, expected = (checksum or "sha256:").partition(":")
-    if algorithm not in hashlib.algorithms_guaranteed or (checksum and not expected):
+    known = hashlib.algorithms_guaranteed - {"shake_128", "shake_256"}  # digests of these have no fixed length
+    if algorithm not in known or (checksum and not expected):
         raise UserError(f"--checksum {checksum} is invalid: expected algorithm:hexdigest, such as sha256:0f3a...")
     return algorithm, expected.lower()
 
@@ -143,7 +145,7 @@ def verify(path: Path, size: int | None, checksum: str | None, source: str = "")
     length = path.stat().st_size
     if size is not None and length != size:
         raise FetchError(f"{name} has {length} bytes, not {size}. {fix}")
-    algorithm, expected = _algorithm(checksum)
+    algorithm, expected = _parse_checksum(checksum)
     digest = hashlib.new(algorithm)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -154,7 +156,7 @@ def verify(path: Path, size: int | None, checksum: str | None, source: str = "")
 
 
 def unpack(archive: Path, root: Path, inside: str = "") -> None:
-    """Unpack a zip or tar file so that the content of its folder ``inside`` becomes ``root``.
+    """Unpack a zip or tar file, and move the content of its folder ``inside`` into ``root``.
 
     It is unpacked into a temporary folder and moved when complete, so an interruption leaves no half of a data set.
 
@@ -175,10 +177,12 @@ def unpack(archive: Path, root: Path, inside: str = "") -> None:
         else:
             with archive.open("rb") as file:
                 start = file.read(40)
-            raise FetchError(f"{archive} is not an archive (starts with {start!r}). Fix: remove it and fetch it again")
+            raise FetchError(
+                f"{archive} is not a zip or tar file (it starts with {start!r}). Fix: remove it and fetch it again"
+            )
         source = temporary / inside
         if not source.is_dir():
-            raise FetchError(f"{archive} has no folder {inside}: it has changed. Fix: unpack it by hand")
+            raise FetchError(f"{archive} has no folder {inside}: the archive has changed. Fix: unpack it by hand")
         root.mkdir(parents=True, exist_ok=True)
         entries = sorted(source.iterdir())
         taken = [entry.name for entry in entries if (root / entry.name).exists()]

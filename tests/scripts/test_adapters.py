@@ -354,6 +354,20 @@ class TestNnunet:
         assert found["scores"]["mean_dice"] == 1  # its own segmentation was given as truth
 
 
+def test_options_replace_what_dataset_json_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts import decode
+
+    monkeypatch.setattr(decode, "main", decode._arguments)
+    labels = {"background": 0, "liver": 1, "tumour": 2, "ignore": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    words = [str(tmp_path), "out", "-p", "max"]
+    use = adapter("use_nnunet")
+    args = use.main(words)
+    assert (args.names, args.scored, args.void) == ("background,liver,tumour", [1, 2], 3)
+    args = use.main([*words, "--names=a,b,c", "--scored=2", "--void=7"])
+    assert (args.names, args.scored, args.void) == ("a,b,c", [2], 7)
+
+
 def test_nnunet_pictures(tmp_path: Path) -> None:
     """A 2-D export of nnU-Net's own code: label maps are pictures such as its segmentation."""
     pytest.importorskip("nnunetv2")

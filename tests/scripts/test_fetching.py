@@ -113,7 +113,7 @@ def test_what_cannot_be_fetched_leaves_nothing(server: Server, tmp_path: Path) -
     with pytest.raises(FetchError, match="00ff"):
         get(server, tmp_path / "a.zip", checksum="md5:00ff")
     assert server.asked == 6
-    with pytest.raises(FetchError, match="more than the expected 10 bytes"):
+    with pytest.raises(FetchError, match="more than 10 bytes"):
         get(server, tmp_path / "a.zip", size=10)
     assert not list(tmp_path.iterdir())
 
@@ -174,6 +174,7 @@ def test_another_place_is_tried(server: Server, tmp_path: Path) -> None:
         ({"urls": ["file:///etc/passwd"]}, "--url file"),
         ({"checksum": "md5"}, "--checksum md5"),
         ({"checksum": "crc7:00"}, "--checksum crc7"),
+        ({"checksum": "shake_128:00"}, "--checksum shake_128"),  # its digests have no fixed length
     ],
 )
 def test_invalid_arguments_are_named(tmp_path: Path, arguments: dict, key: str) -> None:
@@ -278,7 +279,7 @@ def test_damage_and_encryption_are_named(tmp_path: Path) -> None:
 
 def test_nothing_is_fetched_into_a_half_of_a_data_set(server: Server, tmp_path: Path) -> None:
     (tmp_path / "K" / "images").mkdir(parents=True)
-    with pytest.raises(UserError, match="images without masks"):
+    with pytest.raises(UserError, match="images but not masks"):
         main(["fetch", "kvasir_seg", "--root", str(tmp_path / "K"), "--url", server.url])
     assert not server.asked
 

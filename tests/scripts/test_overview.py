@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from scripts.overview import captions, headings, strip
+from configs.errors import UserError
+from scripts.overview import captions, headings, main, strip
 
 HEADINGS = headings(0.3)
 
@@ -28,3 +30,9 @@ def test_headings_are_above_the_first_row_and_move_nothing() -> None:
     bottom = headed[:, -22:]
     assert torch.equal(bottom[:, :, 1:61], plain[:, -22:, 1:61])
     assert [int(bottom[0, 5, 62 * k + 30]) for k in range(6)] == [10 * k for k in range(6)]
+
+
+def test_a_scale_of_zero_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["overview.py", "run", "--scale", "0"])
+    with pytest.raises(UserError, match="--scale=0 is invalid"):
+        main()

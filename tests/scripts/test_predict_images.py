@@ -157,7 +157,7 @@ def test_masks_of_others_are_neither_written_over_nor_taken_for_done(
     out.mkdir()
     (out / "one.png").write_text("precious")
     command = ["-r", str(checkpoint), "--out", str(out), "--quiet"]
-    with pytest.raises(ValueError, match=r"one\.png was not made by this command\. Fix: .* --force"):
+    with pytest.raises(ValueError, match=r"one\.png was not made by this command and settings\. Fix: .* --force"):
         main([*command, str(photos)])
     assert [p.name for p in out.iterdir()] == ["one.png"]
     assert main([*command, str(photos), "--force"]) == 0

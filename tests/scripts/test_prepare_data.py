@@ -53,6 +53,12 @@ def test_check_passes_a_sound_folder(mine: Path, capsys: pytest.CaptureFixture[s
     assert code == 0 and report["ok"] and report["faults"] == [] and report["splits"] == {"train": 8, "val": 2}
 
 
+def test_check_does_not_hide_a_test_split_that_cannot_be_opened(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mine / "test.txt").write_bytes(b"\0")
+    with pytest.raises(DatasetError, match=r"test\.txt is not a text file"):
+        check(mine, capsys)
+
+
 def spoil_truncated(root: Path) -> Path:
     path = root / "images" / "i1.png"
     path.write_bytes(path.read_bytes()[:300])
