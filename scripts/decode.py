@@ -72,7 +72,7 @@ Record = dict[str, Any]  # of a case, as JSON holds it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    args = _arguments(argv)
+    args = _parse_arguments(argv)
     require_writable(args.out)
     job = Job(args)
     for note in job.folder.notes:
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return SOME_FAILED if job.failed else 0
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
     add = parser.add_argument
     add("probs", type=Path, metavar="PROBS", help="folder of probabilities, or one file")
@@ -110,7 +110,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", type=Path, metavar="FOLDER", help="true labels: scores are computed and written")
     add("--valid", type=Path, metavar="FOLDER", help="fields of view: pixels of value 0 are void")
     add("--link", choices=("softmax", "sigmoid"), help="PROBS holds logits; this turns them into probabilities")
-    add("--temperature", type=float, default=1.0, help="divides the logits; 1: unchanged")
+    add("--temperature", type=float, default=1.0, help="divides the logits (default: 1)")
     add("--fit", type=Path, nargs=2, metavar=("PROBS", "LABELS"), help="labelled cases to fit on; see above")
     add("--calibrate", choices=("none", "temperature", "class"), default="none",
         help="calibration of the logits, fitted on the cases of --fit (default: none)")  # fmt: skip
@@ -132,12 +132,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     args.predictor = list(dict.fromkeys(args.predictor))
-    if args.unassigned not in ("void", "max"):
-        args.unassigned = _integers("--unassigned", args.unassigned)[0]
+    try:
+        if args.unassigned not in ("void", "max"):
+            args.unassigned = int(args.unassigned)
+    except ValueError:
+        raise UserError(f"--unassigned {args.unassigned} is invalid: expected void, max or an integer.") from None
+    try:
+        args.scored = None if args.scored is None else [int(part) for part in args.scored.split(",")]
+    except ValueError:
+        raise UserError(f"--scored {args.scored} is invalid: expected integers, such as 1,2.") from None
     for name, value in (("unassigned", args.unassigned), ("void", args.void)):
         if isinstance(value, int) and not -(2**31) <= value < 2**31:
             raise UserError(f"--{name} {value} is invalid: expected an integer of 32 bits.")
-    args.scored = None if args.scored is None else _integers("--scored", args.scored)
     if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature:g} is invalid: expected a number above 0.")
     if args.report and not args.labels:
@@ -146,15 +152,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _integers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text} is invalid: expected integers, such as 1,2.") from None
-
-
-def _tensor(values: list) -> Tensor:
-    """Return nested lists of numbers of JSON as a tensor; null becomes NaN."""
+def _as_tensor(values: list) -> Tensor:
+    """Return nested lists of numbers from JSON as a tensor; null becomes NaN."""
     return torch.from_numpy(np.array(values, np.float64))
 
 
@@ -221,7 +220,7 @@ class Job:
         return True
 
     def __call__(self, name: str) -> str | None:
-        """Decode and write a case; return what is wrong with it, or None."""
+        """Decode and write a case; return its error message, or None."""
         try:
             with as_training_error(f"decoding {self.folder.cases[name]}", "free memory, or use fewer --workers"):
                 record = finite_or_none(self._decode(name))
@@ -262,7 +261,7 @@ class Job:
         return record if case.labels is None else record | rules.observe(case, case.labels, args)
 
     def score(self, records: Mapping[str, Record]) -> dict[str, EvalResult]:
-        """Write the results of every rule over the cases that are done, and return them."""
+        """Score every rule on the decoded cases; write the results to OUT/results/ and return them by rule."""
         ((classes, _),) = Counter(record["classes"] for record in records.values()).most_common(1)
         for name, record in records.items():
             if record["classes"] != classes:
@@ -277,7 +276,7 @@ class Job:
         averaged = tuple(self.args.scored or range(first, classes))
         if not set(averaged) <= set(range(classes)):
             raise UserError(f"--scored {self.args.scored} is invalid: labels are 0 to {classes - 1}.")
-        likelihoods = _tensor([record["likelihood"] for record in records.values()])
+        likelihoods = _as_tensor([record["likelihood"] for record in records.values()])
         of_probs = probability_scores(reliability, likelihoods, first)
         details = self._details(list(records), classes)
         results = {}
@@ -293,14 +292,14 @@ class Job:
                 scored=averaged,
                 scores={"test_loss": math.nan, **averages, **of_probs},
                 seconds=sum(row["seconds"] for row in rows),
-                confidence=_tensor([row["confidence"] for row in rows]) if self.args.confidence else None,
+                confidence=_as_tensor([row["confidence"] for row in rows]) if self.args.confidence else None,
             )
             fitted = {"fitted": self.fitted[rule]} if rule in self.fitted else {}
             results[rule].save(self.args.out / "results", {**details, **fitted})
         return results
 
     def compare(self) -> str:
-        """Write OUT/paired_statistics.md, every rule against the first one; return a line for each."""
+        """Compare every rule with the first one; write OUT/paired_statistics.md and return a line for each."""
         folder, (baseline, *others) = self.args.out / "results", self.rules
         first, path = read_rule(folder, baseline), self.args.out / "paired_statistics.md"
         try:
@@ -346,7 +345,7 @@ class Job:
         return report.write(args.out / "report", title, lead, findings, confidence, classes, names, sections, {})
 
     def write_confidence(self, records: Mapping[str, Record]) -> None:
-        """Write OUT/confidence.csv: case, rule, label and the expected Dice of the mask."""
+        """Write OUT/confidence.csv: case, rule, label and the confidence of the mask."""
         rows: list[tuple[Any, ...]] = [("case", "rule", "class", "confidence")]
         for name, record in records.items():
             for rule, found in record["rules"].items():
@@ -361,7 +360,7 @@ class Job:
         return given or [str(c) for c in range(count)]
 
     def _details(self, names: list[str], classes: int) -> dict[str, Any]:
-        """Return the fields of a result file that say where its numbers come from."""
+        """Return the fields of a result file that describe the origin of its numbers."""
         details = {
             "protocol": "corrected",
             "dataset": {

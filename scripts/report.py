@@ -31,7 +31,7 @@ from configs.values import check_uncalibrated
 from scripts import ROOT
 from scripts.analysis import page
 from scripts.analysis.measure import THRESHOLDS, Findings, analyse, by_size, chosen_cutoffs, variants
-from scripts.common import LoadedRun, add_run_options, command_line, load_run
+from scripts.common import LoadedRun, add_run_options, check_least, command_line, load_run
 from trainers.distributed import World, join_world
 from trainers.journal import read_rows
 from trainers.reproducibility import provenance
@@ -47,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=3, help="images in each group of the page (default: %(default)s)")
     about = f"rule to compare besides {', '.join(RULES)}; may be repeated. One of: {', '.join(options('predictor'))}"
     parser.add_argument("-p", "--predictor", action="append", default=[], metavar="RULE", help=about)
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    check_least(args, images=0)
+    return args
 
 
 def report(args: argparse.Namespace, world: World) -> Path:

@@ -93,14 +93,14 @@ def compare_rules(findings: Findings, rules: Sequence[str]) -> dict[str, dict[st
 
 
 def score_section(scores: Mapping[str, Any]) -> Section:
-    """Return the averages, with the intervals as a chart."""
+    """Return the averages and a chart of their intervals."""
     dots = [(rule, 100 * one["mean_dice"], one["dice_interval"]) for rule, one in scores.items()]
     title, size = "mDice of each rule with its interval", (5.8, 0.6 + 0.35 * len(dots))
     return {"rules": scores, "chart": charts.svg(title, charts.intervals, dots, "mDice, %", size=size)}
 
 
 def difference_section(gains: Mapping[str, Any]) -> Section:
-    """Return the paired differences, with a chart of each."""
+    """Return the paired differences and a chart of each."""
     drawn = {}
     for rule, one in gains.items():
         title, ylabel = f"rankdice − {rule}, image by image in order", f"rankdice − {rule}, points of Dice"
@@ -127,7 +127,7 @@ def class_section(findings: Findings, names: Sequence[str], rules: Sequence[str]
 def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
     """Return the scores with void masked or counted, by size of the object, and by kind of probabilities.
 
-    Each block of the table is a heading and rows: a label, and the mean Dice of each rule in percent.
+    Each block of the table has a heading and rows. A row has a label and the mean Dice of each rule in percent.
     """
 
     def means(probs: str = "raw", void: str = findings.scoring.void) -> dict[str, float]:
@@ -147,7 +147,7 @@ def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
         "focal-corrected": "corrected for the focal loss (closed form)",
     }
     curve = [(at, findings.mean(f"at {at:.1f}")) for at in THRESHOLDS]
-    cut, ours = chosen_cutoffs(findings).tolist(), findings.mean("rankdice")
+    cutoffs, rankdice = chosen_cutoffs(findings).tolist(), findings.mean("rankdice")
     title = "mean Dice against threshold, and cut-offs of RankDice"
     return {
         "rules": [rule for rule in rules if rule != "rankdice"],
@@ -161,14 +161,14 @@ def gain_section(findings: Findings, rules: Sequence[str]) -> Section:
         "absent": false_alarms(findings, "rankdice")[1],
         "alarms": {rule: false_alarms(findings, rule)[0] for rule in rules},
         "best": max(curve, key=lambda point: point[1]),
-        "rankdice": ours,
-        "masks": len(cut),
-        "chart": charts.svg(title, charts.cutoffs, cut, curve, {"rankdice": ours}, size=(7.0, 3.4)),
+        "rankdice": rankdice,
+        "masks": len(cutoffs),
+        "chart": charts.svg(title, charts.cutoffs, cutoffs, curve, {"rankdice": rankdice}, size=(7.0, 3.4)),
     }
 
 
 def calibration_section(findings: Findings, names: Sequence[str]) -> Section:
-    """Return how far the probabilities can be trusted, before and after calibration."""
+    """Return reliability curves, calibration errors and volume ratios of each kind of probabilities."""
     scored = findings.scoring.scored
     curves = {kind: curve_points(one, scored) for kind, one in findings.reliability.items()}
     ratios = {kind: one.volume_ratio().tolist() for kind, one in findings.reliability.items()}

@@ -136,7 +136,7 @@ class MaskRecord(PerImage):
     names: list[str]
     counts: Counts
     confidence: Tensor  # (N, C) exact expected Dice; P(class absent) of an empty mask
-    soft_dice: Tensor  # (N, C) its approximation SDC
+    soft_dice: Tensor  # (N, C) its approximation, the soft Dice confidence (SDC)
     max_probability: Tensor  # (N,) mean over the pixels
     entropy: Tensor  # (N,) mean over the pixels
     scored: tuple[int, ...]  # the classes in the means
@@ -146,7 +146,7 @@ class MaskRecord(PerImage):
         return mean_over_classes(self.counts.dice(), self.scored)
 
     def signals(self) -> dict[str, Tensor]:
-        """Return every confidence of the images, (N,) each, by name; larger is better. `oracle` is the Dice itself."""
+        """Return every confidence of the images, (N,) each, by name. Larger is surer; `oracle` is the Dice itself."""
         scored = list(self.scored)
         predicted = self.counts.predicted[:, scored] > 0
         return {

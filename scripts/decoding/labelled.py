@@ -24,7 +24,7 @@ from trainers.metrics import Scoring
 
 
 class _Stored(nn.Module):
-    """Network and loss of what is stored: the images are the logits, and the loss is unknown."""
+    """Network and loss of saved probabilities: the images are the logits, and the loss is NaN."""
 
     def __init__(self, link: str) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class FolderFitter(Fitter):
     Args:
         folder: the cases that are decoded.
         fit: the labelled cases to fit on; None if there are none.
-        changes: of the configuration that the command line makes.
+        changes: entries that replace those of the configuration that the command line gives.
     """
 
     def __init__(self, folder: Folder, fit: Folder | None, device: torch.device, **changes: Any) -> None:
@@ -73,7 +73,7 @@ class FolderFitter(Fitter):
         fit = partial(fit_on_validation, method, self.network, world=self.world, ignore_index=self.args.void)
         if not data.first:
             found = fit(data.logits(), self.values.link_of(data.channels))
-        elif kind == "temperature":  # without a channel for the background, each is a binary problem of its own
+        elif kind == "temperature":  # the background has no channel, so each channel is a binary problem
             found = fit(data.binary(range(data.channels)), "softmax")
         else:
             single = [fit(data.binary([c]), "softmax") for c in range(data.channels)]

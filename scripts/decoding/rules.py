@@ -36,7 +36,7 @@ def is_label_map(rule: Predictor, channels: int, write: str) -> bool:
 def select(probs: Tensor, rule: Predictor, folder: Path, device: torch.device) -> np.ndarray:
     """Return the masks (C, *S) bool of a rule; a class or a slab at a time if the rule allows it."""
     masks = scratch(probs.shape, bool, folder)
-    if parts_of(rule)[0] in (rankseg.argmax, pooled_threshold):  # each pixel by itself
+    if parts_of(rule)[0] in (rankseg.argmax, pooled_threshold):  # they decide each pixel by itself
         for part in slabs(probs.shape[1:], len(probs)):
             masks[:, part] = rule(probs[None, :, part].to(device))[0].cpu().numpy()
     else:

@@ -98,6 +98,7 @@ def test_bad_input_is_one_line_on_stderr(words: tuple[str, ...], call) -> None:
         ("reproduce.py --seeds x --dry-run", "seed=x"),
         ("reproduce.py --threads 0 --dry-run", "--threads=0"),
         ("reproduce.py epochs=0 --dry-run", "epochs=0"),
+        ("report.py absent.pth --images -1", "--images=-1"),
         ("benchmark.py rules --rounds 0", "--rounds=0"),
         ("benchmark.py step --steps 0", "--steps=0"),
     ],

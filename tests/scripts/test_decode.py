@@ -458,6 +458,7 @@ class TestResume:
         (["--temperature", "0"], "--temperature"),
         (["--workers", "0"], "--workers"),
         (["--unassigned", "maybe"], "--unassigned"),
+        (["--unassigned", "1,2"], "--unassigned 1,2"),
         (["--unassigned", "9999999999"], "--unassigned"),
         (["--void", "9999999999"], "--void"),
         (["--scored", "a"], "--scored"),

@@ -208,6 +208,14 @@ def test_a_threshold_of_its_own_has_a_folder_of_its_own(
     assert "1 runs, 1 finished" in capfd.readouterr().out
 
 
+def test_an_undefined_score_is_not_printed_as_zero(
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(grid, "read_json", lambda path: {"scores": {"mean_dice": None}})
+    assert run(monkeypatch, *SMALL, f"save_dir={stand_ins}", "--rules", "T") == 0
+    assert "mDice T undefined" in capfd.readouterr().out
+
+
 def test_a_damaged_configuration_of_one_run_does_not_stop_the_others(
     stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
