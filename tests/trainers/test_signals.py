@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -112,6 +113,7 @@ def test_stopped_at_every_single_step_the_end_is_the_same(whole: tuple[Any, ...]
 
 def die_at(folder: Path, call: int, after: bool) -> None:
     """Train, and end without a trace at a rename of a file, before or after it."""
+    multiprocessing.set_start_method("fork", force=True)  # else the semaphore of tqdm outlives os._exit
     replace, calls = os.replace, 0
 
     def dying(source: Path, target: Path) -> None:
