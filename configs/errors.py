@@ -68,6 +68,11 @@ LESS_MEMORY = "use a smaller batch_size or dataset.resize, or trainer.precision=
 _KNOWN = (
     (r"out of memory|can't allocate memory|not enough memory|MemoryError", "out of memory", None),
     (
+        r"unable to \w+ shared memory",
+        "a loader process got no shared memory",
+        "enlarge /dev/shm (docker run --shm-size=8g) or ulimit -n, use a smaller batch_size, or set num_workers=0",
+    ),
+    (
         r"(\S+) does not have a deterministic implementation",
         "trainer.deterministic=true forbids an operation that adds in no fixed order",
         "use device=cpu, another model, or trainer.deterministic=false",

@@ -186,6 +186,10 @@ def test_the_validation_is_not_repeated_where_it_was_done(whole: tuple[Any, ...]
         ),
         (RuntimeError("[../gloo/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:3"), "another process"),
         (RuntimeError("CUDA error: out of memory"), "smaller batch_size"),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"),
+            "--shm",
+        ),
     ],
 )
 def test_failures_of_the_surroundings_are_one_line(error: Exception, words: str, tmp_path: Path) -> None:
