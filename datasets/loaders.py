@@ -8,6 +8,8 @@ Shapes: N images of a batch, H and W pixels.
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -123,11 +125,14 @@ class Loader:
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.skipped: dict[str, str] = {}  # name -> why it was skipped
         self._reader = Reader(dataset, transform, seed, self.substitutes and on_error == "skip")
-        self._pool: ProcessPoolExecutor | None = None  # from the first batch on
+        self._pools: dict[int, ProcessPoolExecutor] = {}  # of each process that has asked for a batch: it may fork
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pools": {}}  # a copy starts its own workers
 
     def _batches(self, plan: list[list[Key]]) -> Iterator[Batch]:
         """Yield the planned batches, split where sizes change."""
-        for batches, faults in self._in_workers(plan) if self.num_workers else map(self._reader.load, plan):
+        for batches, faults in self._in_workers(plan) if self.num_workers else (self._reader.load(k) for k in plan):
             if faults and self.on_error == "raise":
                 raise DatasetError(faults[0][1])
             self.skipped.update(faults)
@@ -140,17 +145,12 @@ class Loader:
 
     def _in_workers(self, plan: list[list[Key]]) -> Iterator[Loaded]:
         """Yield what worker processes load for the plan; raise ChildProcessError if one died or froze."""
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.num_workers, initializer=_start_worker, initargs=(self._reader,))
-            # At exit, a pool waits for its workers, for ever if one hangs. So they are killed before: by the first line
-            # in a process that multiprocessing started, by the second one in any other.
-            end = multiprocessing.util.Finalize(self, _kill_workers, (self._pool,), exitpriority=100)
-            threading._register_atexit(end)  # type: ignore[attr-defined]
+        pool = self._pools.get(os.getpid()) or self._start_pool()
         remaining, pending = iter(plan), deque[Future]()
         try:
             while True:
                 more = itertools.islice(remaining, 2 * self.num_workers - len(pending))
-                pending.extend(self._pool.submit(_load, batch) for batch in more)
+                pending.extend(pool.submit(_load, batch) for batch in more)
                 if not pending:
                     return
                 future = pending.popleft()
@@ -158,16 +158,24 @@ class Loader:
         except (BrokenProcessPool, FutureTimeout) as error:
             if isinstance(error, FutureTimeout) and future.done() and future.exception() is error:
                 raise  # a TimeoutError of the data set
-            pending.clear()  # the pool ends them all; it cannot end one that is cancelled meanwhile
-            _kill_workers(self._pool)
-            self._pool = None
+            _kill_workers(pool)
+            self._pools.clear()
             raise ChildProcessError(
                 f"a loader process died, or gave no batch for {self.timeout:g} s. "
-                "Fix: check whether memory or /dev/shm ran out, or set num_workers=0"
+                "Fix: check whether memory, /dev/shm or open files (ulimit -n) ran out, or set num_workers=0"
             ) from None
-        finally:
-            for future in pending:
-                future.cancel()
+
+    def _start_pool(self) -> ProcessPoolExecutor:
+        context = copy.copy(multiprocessing.get_context())
+        # Daemons end with this process, even if a signal interrupts their start and the pool does not know them.
+        context.Process = functools.partial(context.Process, daemon=True)  # type: ignore
+        pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (self._reader,))
+        # At exit, a pool waits for its workers, for ever if one hangs. So they are killed before: by the first line
+        # in a process that multiprocessing started, by the second one in any other.
+        end = multiprocessing.util.Finalize(self, _kill_workers, (pool,), exitpriority=100)
+        threading._register_atexit(end)  # type: ignore[attr-defined]
+        self._pools[os.getpid()] = pool
+        return pool
 
 
 class TrainLoader(Loader):
@@ -271,7 +279,7 @@ def _load(keys: list[Key]) -> Loaded:
         return _reader.load(keys)
     except SystemExit as error:  # it would end the parent without a message
         raise RuntimeError(f"a loader process called sys.exit({error})") from error
-    except Exception as error:
+    except BaseException as error:
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # an error that cannot be pickled would look like a dead worker
@@ -286,16 +294,18 @@ def _hide_lost_connection(kind: type[BaseException], error: BaseException, trace
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
+    parent, started_by = multiprocessing.parent_process(), os.getppid()
     assert parent is not None
-    parent.join()
+    # A forked process may hold the connection that join() waits for open, but a dead parent has another id.
+    while parent.is_alive() and os.getppid() == started_by:
+        parent.join(1)
     os._exit(1)
 
 
 def _kill_workers(pool: ProcessPoolExecutor) -> None:
     """End the workers at once, without waiting for one that hangs."""
     workers = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
+    pool.shutdown(wait=False)
     for process in workers:
         process.kill()
     for process in workers:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import threading
 import time
 from multiprocessing import resource_sharer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,9 +202,31 @@ class Exiting(Numbered):
         raise SystemExit(5)
 
 
-def test_a_data_set_that_exits_is_an_error_with_a_message():
-    with pytest.raises(RuntimeError, match=r"sys.exit\(5\)"):
-        list(train_loader(Exiting([(9, 9)] * 3), batch_size=2, num_workers=1).epoch(0))
+class Abort(BaseException):
+    def __init__(self, code: int, reason: str) -> None:  # two arguments, so it cannot be unpickled
+        super().__init__(f"{reason} {code}")
+
+
+class Aborting(Numbered):
+    def read(self, index: int):
+        raise Abort(5, "aborted")
+
+
+@pytest.mark.parametrize(("kind", "message"), [(Exiting, r"sys.exit\(5\)"), (Aborting, "Abort: aborted 5")])
+def test_a_data_set_that_exits_is_an_error_with_a_message(kind, message):
+    with pytest.raises(RuntimeError, match=message):
+        list(train_loader(kind([(9, 9)] * 3), batch_size=2, num_workers=1).epoch(0))
+
+
+class Stopping(Numbered):
+    def read(self, index: int):
+        return super().read(index) if index < 4 else next(iter(()))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stop_iteration_in_a_data_set_does_not_end_the_evaluation_early(workers):
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(eval_loader(Stopping([(9, 9)] * 8), num_workers=workers))
 
 
 class Hanging(Numbered):
@@ -226,7 +251,20 @@ def end_as_an_interpreter() -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("target", [leave_with_a_hanging_worker, end_as_an_interpreter])
+def leave_while_a_worker_starts() -> None:
+    """Be a command that Ctrl-C ends at the moment when a worker runs, but its pool does not know it."""
+    start = multiprocessing.context.ForkProcess.start
+
+    def interrupted(process) -> None:
+        start(process)
+        raise KeyboardInterrupt
+
+    multiprocessing.context.ForkProcess.start = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        list(train_loader(numbered(), num_workers=1).epoch(0))
+
+
+@pytest.mark.parametrize("target", [leave_with_a_hanging_worker, end_as_an_interpreter, leave_while_a_worker_starts])
 def test_a_worker_that_hangs_does_not_delay_the_end(target):
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
@@ -235,6 +273,78 @@ def test_a_worker_that_hangs_does_not_delay_the_end(target):
     process.kill()
     process.join()
     assert ended and process.exitcode == 0
+
+
+def lose_a_worker(pipe) -> None:
+    """Start a worker, then a process that holds all connections of it open, and wait for the end."""
+    loader = train_loader(numbered(), num_workers=1)
+    list(loader.epoch(0))
+    (worker,) = multiprocessing.active_children()
+    other = multiprocessing.Process(target=time.sleep, args=(60,))
+    other.start()
+    pipe.send((worker.pid, other.pid))
+    time.sleep(60)
+
+
+def test_a_worker_ends_with_its_parent_even_if_another_process_holds_its_connection():
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    parent = context.Process(target=lose_a_worker, args=(sender,))
+    parent.start()
+    worker, other = receiver.recv()
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 20
+    try:
+        while is_running(worker):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.kill(other, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_copy_and_a_forked_process_start_workers_of_their_own():
+    loader, expected = train_loader(numbered(), num_workers=1), list(train_loader(numbered()).epoch(0))
+    list(loader.epoch(1))
+    assert same(list(copy.deepcopy(loader).epoch(0)), expected)
+    process = multiprocessing.get_context("fork").Process(target=lambda: list(loader.epoch(0)))
+    process.start()
+    process.join(30)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0 and same(list(loader.epoch(0)), expected)
+
+
+def test_two_iterations_of_a_loader_report_a_dead_worker_both():
+    others = multiprocessing.active_children()
+    loader = train_loader(numbered(40), num_workers=1)
+    iterations = loader.epoch(0), loader.epoch(1)
+    for batches in iterations:
+        next(batches)
+    (worker,) = (process for process in multiprocessing.active_children() if process not in others)
+    worker.kill()
+    for batches in iterations:
+        with pytest.raises(ChildProcessError, match="a loader process died"):
+            list(batches)
+
+
+def test_too_few_open_files_are_named():
+    loader, limits = eval_loader(numbered(40), batch_size=1, num_workers=1), resource.getrlimit(resource.RLIMIT_NOFILE)
+    next(iter(loader))  # the worker keeps the old limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        with pytest.raises(ChildProcessError, match="ulimit -n"):
+            list(loader)  # each batch holds two files
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_connection_to_a_worker_that_breaks_is_a_dead_worker(monkeypatch):
