@@ -64,7 +64,7 @@ class Reader:
     def __init__(self, dataset: SegmentationDataset, transform: Transform, seed: int, substitute: bool) -> None:
         self.dataset, self.transform, self.seed, self.substitute = dataset, transform, seed, substitute
 
-    def load(self, keys: list[Key]) -> Loaded:
+    def load(self, keys: list[Key], stack: Callable[[tuple[Tensor, ...]], Tensor] = torch.stack) -> Loaded:
         """Return the images of the keys as batches of one size each, in order, and the faults.
 
         With `substitute`, the next readable image replaces one that cannot be read. Any error but DatasetError is a
@@ -76,7 +76,7 @@ class Reader:
         for _, same_size in itertools.groupby(samples, key=lambda found: (found[0].image.shape, found[0].target.shape)):
             read, indices = zip(*same_size, strict=True)
             images, targets, names = zip(*read, strict=True)
-            batches.append(Batch(torch.stack(images), torch.stack(targets), list(names), list(indices)))
+            batches.append(Batch(stack(images), stack(targets), list(names), list(indices)))
         return batches, faults
 
     def _read(self, epoch: int, first: int, faults: list[Fault]) -> tuple[Sample, int] | None:
@@ -276,7 +276,7 @@ def _start_worker(reader: Reader) -> None:
 
 def _load(keys: list[Key]) -> Loaded:
     try:
-        return _reader.load(keys)
+        return _reader.load(keys, _stack)
     except SystemExit as error:  # it would end the parent without a message
         raise RuntimeError(f"a loader process called sys.exit({error})") from error
     except BaseException as error:
@@ -285,6 +285,13 @@ def _load(keys: list[Key]) -> Loaded:
         except Exception:  # an error that cannot be pickled would look like a dead worker
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         raise
+
+
+def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
+    """Stack in shared memory, so that a batch is not copied again when it is sent."""
+    first, count = tensors[0], len(tensors)
+    memory = torch.UntypedStorage._new_shared(count * first.nbytes)
+    return torch.stack(tensors, out=torch.empty(0, dtype=first.dtype).set_(memory).view(count, *first.shape))
 
 
 def _hide_lost_connection(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -26,6 +26,7 @@ from datasets import (
     SegmentationDataset,
     TrainLoader,
     TrainTransform,
+    loaders,
 )
 
 INFO = DatasetInfo("numbered", ("a", "b"), ((0, 0, 0), (255, 255, 255)), (1,))
@@ -467,3 +468,9 @@ def test_invalid_arguments_are_rejected():
         train_loader(numbered(9), world_size=2)
     with pytest.raises(ValueError, match="drop_last"):
         train_loader(numbered(3), drop_last=True)
+
+
+def test_a_worker_stacks_in_shared_memory():
+    images = tuple(torch.rand(2, 3, 4, 5))
+    stacked = loaders._stack(images)
+    assert stacked.is_shared() and torch.equal(stacked, torch.stack(images))
