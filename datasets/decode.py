@@ -40,7 +40,7 @@ UPRIGHT = {  # EXIF orientation -> how the stored pixels become upright
 }
 TO_STORED = {**UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the inverse
 TIFF_BITS_TAG, TIFF_KIND_TAG = 258, 254
-TIFF_REDUCED_OR_MASK = 0b101  # bits of that kind: a page that is a small copy of another, or a transparency mask
+TIFF_REDUCED_OR_MASK = 0b101  # bits of the kind: the page is a small copy of another, or a transparency mask
 GREY_FACTORS = {2: 85, 4: 17}  # Pillow scales grey of 2 and 4 bits to 0..255 by these factors
 
 
@@ -191,7 +191,7 @@ def _missing(path: Path) -> str:
 
 
 def _require_one_page(image: Image.Image, path: Path) -> None:
-    """Reject files with several pages, because the page is ambiguous. Small copies of a page do not count."""
+    """Reject files with several pages, because any of them could be meant. Small copies of a page do not count."""
     if image.format == "MPO":  # a camera's JPEG with a preview or a depth map behind the picture
         return
     frames = getattr(image, "n_frames", 1)
@@ -207,6 +207,7 @@ def _require_one_page(image: Image.Image, path: Path) -> None:
 
 
 def _bits(image: Image.Image, path: Path) -> int:
+    """Return the bits per channel in the file: the largest of a TIFF, as the header of a PNG has them, else 8."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(TIFF_BITS_TAG, (1,)))  # type: ignore[attr-defined]
     if image.format == "PNG":
@@ -227,7 +228,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 class DecodedFile(NamedTuple):
-    """An image file, decoded."""
+    """The decoded image of a file, and what the file says about it."""
 
     image: Image.Image  # the pixels as stored
     orientation: int  # EXIF, 1 to 8
@@ -236,6 +237,7 @@ class DecodedFile(NamedTuple):
 
 
 def load_image(path: Path) -> DecodedFile:
+    """Decode an image file. Raises DatasetError, as `open_image` does."""
     with open_image(path) as image:
         kind, bits = image.format, _bits(image, path)
         if kind == "TIFF":  # Pillow rotates its pixels and forgets the orientation
@@ -287,10 +289,10 @@ def _is_drawn_upright(
 
 
 def decode_mask(path: Path) -> np.ndarray:
-    """Return a mask's indices (H, W) uint8: palette indices; of a GIF with a grey palette, its grey values.
+    """Return a mask's indices (H, W) uint8: grey values, or palette indices; for a GIF in grey, the grey values.
 
-    Its own EXIF orientation is applied. Grey saved as RGB is grey. Colours, transparency, and values outside 0..255 are
-    rejected.
+    The EXIF orientation of the mask is applied. RGB with equal channels counts as grey. Raises DatasetError for
+    colours, transparency, and values that are not whole numbers in 0..255.
     """
     stored = load_image(path)
     image = orient(stored.image, UPRIGHT, stored.orientation)
@@ -321,7 +323,7 @@ def load_opaque(path: Path) -> tuple[Image.Image, str | None]:
 
 
 def _gif_values(image: Image.Image) -> np.ndarray:
-    """Return the values of a GIF: indices, or the grey values of a palette that has only grey."""
+    """Return the palette indices of a GIF, or the grey values if all used colours are grey."""
     indices = np.array(image)
     palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
     used = palette[np.unique(indices)]

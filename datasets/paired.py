@@ -46,7 +46,7 @@ class PairedDataset(SegmentationDataset):
     """Pairs of files. A subclass finds them and defines how raw labels become class indices.
 
     Attributes:
-        orphans, clashes, ignored: messages about masks without an image, files of one name, and files not read.
+        orphans, clashes, ignored: messages about masks without an image, files of the same name, and files not read.
     """
 
     table: LabelTable

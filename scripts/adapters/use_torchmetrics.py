@@ -19,7 +19,7 @@ import rankseg
 class WithRule(WrapperMetric):
     """Score masks that a rule makes of probabilities (N, C, *S) against labels (N, *S) in 0..C-1.
 
-    ``metric`` takes one-hot predictions and targets (``input_format="one-hot"``). It gets both as integers.
+    ``metric`` must take one-hot predictions and targets (``input_format="one-hot"``). It gets both as int64.
     """
 
     def __init__(self, metric: Metric, rule: rankseg.Predictor = rankseg.rankdice) -> None:
