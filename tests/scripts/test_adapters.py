@@ -357,7 +357,7 @@ class TestNnunet:
 def test_options_replace_what_dataset_json_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from scripts import decode
 
-    monkeypatch.setattr(decode, "main", decode._arguments)
+    monkeypatch.setattr(decode, "main", decode._parse_arguments)
     labels = {"background": 0, "liver": 1, "tumour": 2, "ignore": 3}
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
     words = [str(tmp_path), "out", "-p", "max"]
