@@ -63,7 +63,6 @@ class Interrupted(BaseException):
     """
 
 
-LESS_MEMORY = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
 # Pattern of torch's message, its meaning, and the remedy (None: `more_memory`).
 _KNOWN = (
     (r"out of memory|can't allocate memory|not enough memory|MemoryError", "out of memory", None),
@@ -86,7 +85,9 @@ _KNOWN = (
 
 
 @contextlib.contextmanager
-def as_training_error(doing: str, more_memory: str = LESS_MEMORY) -> Iterator[None]:
+def as_training_error(
+    doing: str, more_memory: str = "use a smaller batch_size or dataset.resize, or trainer.precision=bf16"
+) -> Iterator[None]:
     """Convert known failures of torch and of the loader to TrainingError; other errors are raised unchanged.
 
     The error of BatchNorm for a single value per channel becomes a UserError. Messages say "while" ``doing``, such as

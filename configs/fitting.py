@@ -168,7 +168,7 @@ class Fitter:
             node, split = build.rule_node(name, self.cfg), None
             if name == "auto":
                 fit = self._choose
-            elif name.startswith("pooled"):
+            elif node.get("_target_") == "trainers.fitted.pooled_threshold":
                 fit, split = partial(self._pool, node, scored), scored
             elif build.needs_fit(node):
                 fit = partial(self._fit_threshold, bool(node.per_class))
@@ -233,7 +233,7 @@ class Fitter:
             )
         return lines
 
-    def warns_about(self, name: str) -> str:
+    def warning_about(self, name: str) -> str:
         """Return why the masks of a rule may be poor, for images without labels; empty if there is no reason."""
         if is_calibrated(self.cfg) or self.cfg.correct_focal or not build.is_ranking(build.rule_node(name, self.cfg)):
             return ""

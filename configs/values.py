@@ -91,7 +91,7 @@ CHECKS: dict[str, Check] = {
     "dataset.resize": or_null(SIZE),
     "dataset.crop": or_null(SIZE),
     "dataset.eval_crop": or_null(integer(1, 1 << 16)),
-    "dataset.rotate": number(most=180),
+    "dataset.rotate": integer(0, 180),
     "dataset.flip": number(most=1),
     "dataset.dithered_masks": FLAG,
     "model.name": NAME,

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fitter = Fitter(cfg, network, args.resume, World(0, 1, pick_device(args.device)), may_fit=False)
     review = _review(args, fitter, rule, info)
     segment = Segmenter(fitter, rule, info, _view(args, cfg), review)
-    if warning := fitter.warns_about(rule):
+    if warning := fitter.warning_about(rule):
         print(f"warning: {warning}", file=sys.stderr)
     outputs = {name: outputs_of(args, name, info) for name in found}
     reject_collisions(outputs, found)

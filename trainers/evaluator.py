@@ -43,7 +43,7 @@ def evaluate(
 
     Args:
         model, batches: see `trainers.forward.forward`. Each process gets its share of the images.
-        rules: name -> probabilities (N, C, H, W) to masks.
+        rules: name -> rule, a function from probabilities (N, C, H, W) to masks.
         criterion: the loss, whose ``link`` turns logits into probabilities.
         to_probs: logits -> probabilities; default: the link of the criterion. A rule's attribute ``to_probs``
             replaces it. The loss is computed from the logits as they are.

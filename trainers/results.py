@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,8 @@ def comparison_table(results: Mapping[str, EvalResult]) -> str:
         "mDice": "mean_dice", "mIoU": "mean_iou",
         "pooled Dice": "pooled_mean_dice", "pooled IoU": "pooled_mean_iou",
     }  # fmt: skip
-    best = {key: max(result.scores[key] for result in results.values()) for key in columns.values()}
+    found = {key: [result.scores[key] for result in results.values()] for key in columns.values()}
+    best = {key: max(filter(math.isfinite, values), default=math.nan) for key, values in found.items()}
     rows = [["predictor", *columns, "rule's seconds"]]
     for name, result in results.items():
         scores = {key: result.scores[key] for key in columns.values()}

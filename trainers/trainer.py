@@ -164,7 +164,7 @@ class Trainer:
         network, random = unwrap(self.update.model), rng_state()
         share_buffers(network, self.world)
         try:
-            with stop.at_once(self.world.size == 1), as_training_error("validating"):
+            with stop.interrupt_at_once(self.world.size == 1), as_training_error("validating"):
                 return self.validate(network, epoch, self.progress.updates)
         except Interrupted:
             restore_rng(random)
@@ -247,9 +247,9 @@ class StopSignals:
                 signal.raise_signal(number)
 
     @contextlib.contextmanager
-    def at_once(self, yes: bool = True) -> Iterator[None]:
+    def interrupt_at_once(self, enabled: bool) -> Iterator[None]:
         """Raise Interrupted as soon as a signal arrives: for validation, which can be repeated."""
-        self._at_once = yes
+        self._at_once = enabled
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from configs import build, stored
 from configs.checkpoint import load, read_state
@@ -162,6 +163,13 @@ def test_invalid_fitted_values_are_named(whole: Path, options, kind: str, values
             fitter().to_probs() if is_calibration else fitter().rules([kind])
     finally:
         one.file.path.unlink()
+
+
+def test_a_rule_that_needs_no_fit_may_have_any_name(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, cfg, _ = load(whole)
+    node = OmegaConf.create({"name": "pooled_mine", "_target_": "rankseg.rules.argmax", "_partial_": True})
+    monkeypatch.setattr(build, "rule_node", lambda name, cfg: node)
+    assert Fitter(cfg, network, whole, ALONE).rules(["pooled_mine"])[1] == {}
 
 
 def test_a_network_that_overflows_is_named(whole: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from trainers.distributed import World
 from trainers.evaluator import evaluate
 from trainers.losses import CrossEntropy
 from trainers.metrics import Scoring
+from trainers.results import comparison_table
 
 ALONE = World(0, 1, torch.device("cpu"))
 IMAGES, CLASSES = 11, 3
@@ -118,3 +121,9 @@ def test_the_state_of_the_generators_is_left_alone() -> None:
 def test_no_image_at_all_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"no image to score.*split"):
         score(iter(()))
+
+
+def test_the_best_score_is_marked_beside_a_score_that_no_image_defines() -> None:
+    found = score(batches(3))
+    found["max"] = replace(found["max"], scores={**found["max"].scores, "mean_dice": math.nan})
+    assert f"{100 * found['T'].scores['mean_dice']:.2f}*" in comparison_table(found)
