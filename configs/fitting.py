@@ -47,7 +47,7 @@ def calibration_kind(cfg: DictConfig) -> str:
     if cfg.calibrate != "none" and cfg.temperature != 1 and not same:
         raise ConfigError(
             f"temperature={cfg.temperature} and calibrate={cfg.calibrate} both change the logits. "
-            "Fix: give one of them."
+            "Fix: pass one of them."
         )
     return "temperature" if cfg.temperature == "fit" else str(cfg.calibrate)
 

@@ -216,9 +216,9 @@ class Trainer:
 class StopSignals:
     """Record SIGTERM, SIGINT and SIGUSR2 (pre-emption) in ``name``, so that a run can stop after the current step.
 
-    A second SIGINT stops at once. SIGUSR1 is not handled, because NCCL uses it. Outside the main thread Python forbids
-    handlers, and no signal is recorded. If the block ends with Interrupted, the previous handler receives the signal;
-    that of submitit puts the job back into the queue.
+    A SIGINT after another signal stops at once. SIGUSR1 is not handled, because NCCL uses it. Outside the main thread
+    Python forbids handlers, and no signal is recorded. If the block ends with Interrupted, the previous handler
+    receives the signal; that of submitit puts the job back into the queue.
     """
 
     CAUGHT = tuple(
