@@ -151,9 +151,7 @@ def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]
             if key not in ours:
                 _check_added_key(name, value, raw)
                 yield name, value
-            elif isinstance(ours[key], dict):
-                if not isinstance(value, dict):
-                    raise _invalid(name, value, "a mapping")
+            elif isinstance(ours[key], dict) and isinstance(value, dict):
                 yield from walk(value, raw[key] if isinstance(raw[key], dict) else ours[key], ours[key], f"{name}.")
             elif not equals_our_reference(raw[key], value):
                 _check_value(name, value, ours[key])
@@ -242,6 +240,7 @@ _BY_TYPE: dict[type, Check] = {  # type of our value -> check of a stored one
     float: (_is_number, "a finite number"),
     str: (_is_text, "plain text without $"),
     list: (lambda value: isinstance(value, list), "a list of numbers or words"),
+    dict: (lambda value: False, "a mapping"),
 }
 
 

@@ -53,6 +53,11 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list) or OmegaConf.is_list(value)
 
 
+def _is_image_count(value: Any) -> bool:
+    counts = list(value.values()) if OmegaConf.is_dict(value) else [value]
+    return value is None or all(type(count) is int and 1 <= count <= 10_000_000 for count in counts)
+
+
 SIZE: Check = (_is_size, "an integer from 1 to 65536, or [height,width]")
 NAME: Check = (
     lambda value: isinstance(value, str) and re.fullmatch(r"[\w.+-][\w.+ -]{0,99}", value) is not None,
@@ -86,6 +91,7 @@ CHECKS: dict[str, Check] = {
     "split": NAME,
     "dataset.name": NAME,
     "dataset.root": or_null(LOCAL_PATH),
+    "dataset.num_images": (_is_image_count, "an integer from 1 to 10000000, or one for each split"),
     "dataset.num_classes": integer(1, 1 << 16),
     "dataset.ignore_index": integer(-(2**31), 2**31 - 1),
     "dataset.resize": or_null(SIZE),

@@ -18,6 +18,10 @@ from configs.errors import ConfigError
 from configs.values import check_values
 
 OPTIONS = {group: options(group) for group in GROUPS}
+CHOICES = {
+    "dataset": "synthetic", "model": "tiny", "loss": "ce", "optimizer": "adamw", "schedule": "poly",
+    "predictor": "rankdice", "protocol": "corrected", "trainer": "default",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("number", range(max(map(len, OPTIONS.values()))))
@@ -128,11 +132,7 @@ def test_unknown_names_are_explained_in_one_line() -> None:
 
 def test_a_stored_configuration_comes_back_with_overrides_on_top() -> None:
     cfg = compose("train", ["loss=focal", "protocol=paper", "batch_size=3", "optimizer.lr=0.5"])
-    choices = {
-        "dataset": "synthetic", "model": "tiny", "loss": "focal", "optimizer": "adamw", "schedule": "poly",
-        "predictor": "rankdice", "protocol": "paper", "trainer": "default",
-    }  # fmt: skip
-    packed = stored.pack(cfg, choices)
+    packed = stored.pack(cfg, {**CHOICES, "loss": "focal", "protocol": "paper"})
     back = stored.unpack(packed, ["split=val"])
     assert (back.batch_size, back.loss.name, back.protocol.void, back.split) == (3, "focal", "counted", "val")
     assert back.loss.legacy is True
@@ -150,6 +150,17 @@ def test_what_is_not_a_stored_configuration_is_named() -> None:
     for name in ("../../evil", "tiny\n", "", None, ["tiny"]):
         with pytest.raises(ValueError, match="unknown"):
             stored.unpack({"choices": {"model": name}, "values": {}})
+
+
+@pytest.mark.parametrize("given", ["7", "{train: 3, val: 7, test: 2}", "null"])
+def test_a_number_of_images_that_training_takes_is_read_from_the_checkpoint(given: str) -> None:
+    cfg = compose("train", [f"dataset.num_images={given}"])
+    packed = stored.pack(cfg, CHOICES)
+    assert len(build.dataset(stored.unpack(packed), "val")) == len(build.dataset(cfg, "val"))
+    for wrong in (0, "abc", 1.5, [7], 10**12, {"val": 0}):
+        packed["values"]["dataset"]["num_images"] = wrong
+        with pytest.raises(ConfigError, match="num_images"):
+            stored.unpack(packed)
 
 
 def test_differences_name_what_changes_numbers_and_nothing_else() -> None:
