@@ -221,7 +221,7 @@ def memory(args: argparse.Namespace) -> Iterator[Table]:
         extra = peak_extra(partial(rankseg.rank_dice, probs))
         share = extra / (probs.numel() * probs.element_size())
         rows.append([f"6x19x{args.size}x{args.size}, {kind}", f"{extra / 2**20:.0f}", f"{share:.2f}"])
-    yield ["peak extra memory", "MiB", "of the input"], rows
+    yield ["peak memory besides the input, with masks", "MiB", "of the input"], rows
 
 
 def volume(args: argparse.Namespace) -> Iterator[Table]:
@@ -240,7 +240,10 @@ def volume(args: argparse.Namespace) -> Iterator[Table]:
     if Path("/proc/self/clear_refs").exists():
         extra = peak_extra(run) - probs.numel()  # a mask takes one byte per value
         cells += [f"{extra / 2**20:.0f}", f"{extra / (2 * probs.numel()):.3f}"]
-    yield ["float16, saturated", "processor s", "wall s", "peak beside the masks, MiB", "of the input"], [cells]
+    yield (
+        ["float16, saturated", "processor s", "wall s", "peak memory besides input and masks, MiB", "of the input"],
+        [cells],
+    )
 
 
 def one_label(args: argparse.Namespace) -> Iterator[Table]:

@@ -19,6 +19,7 @@ from torch import nn
 from configs import stored
 from configs.cli import explain
 from configs.compose import compose, options
+from scripts import paired_statistics
 from tests.followed import commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,3 +179,12 @@ def test_python_in_documents_runs_and_prints_what_they_say(path: Path, capsys: p
         assert space["predict"].shape == (2, 5, 12, 9) and space["tau"].shape == (2, 5)
     if path.name == "faq.md":
         assert space["masks"].sum(1).max() <= 1 and space["mask"].shape == (2, 1, 12, 9)
+
+
+@pytest.mark.slow
+def test_the_results_page_has_the_rows_that_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = sorted((ROOT / "saved/results/kvasir_seg_96px/kvasir_seg").glob("*/*/seed*"))
+    assert paired_statistics.main([*map(str, runs), "--rule", "rankdice"]) == 0
+    head, _, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == len(runs) and {head, *rows} <= set(page)
