@@ -63,6 +63,10 @@ NAME: Check = (
     lambda value: isinstance(value, str) and re.fullmatch(r"[\w.+-][\w.+ -]{0,99}", value) is not None,
     "at most 100 letters, digits, spaces and . + - _",
 )
+SUB_FOLDER: Check = (
+    lambda value: isinstance(value, str) and all(NAME[0](part) and part != ".." for part in value.split("/")),
+    "a folder inside that of the run",
+)
 PATH: Check = (lambda value: isinstance(value, str) and bool(value.strip()), "a folder")
 LOCAL_PATH: Check = (
     lambda value: isinstance(value, str) and not value.startswith(("//", "\\\\")),
@@ -90,6 +94,7 @@ CHECKS: dict[str, Check] = {
     "suffix": (lambda value: value == "" or NAME[0](value), f"{NAME[1]}, or nothing"),
     "split": NAME,
     "dataset.name": NAME,
+    "protocol.name": NAME,
     "dataset.root": or_null(LOCAL_PATH),
     "dataset.num_images": (_is_image_count, "an integer from 1 to 10000000, or one for each split"),
     "dataset.num_classes": integer(1, 1 << 16),
@@ -111,6 +116,11 @@ CHECKS: dict[str, Check] = {
     "predictor.at": number(most=1),
     "predictor.per_class": FLAG,
     "predictor.pruning": FLAG,
+    "protocol.rules": (
+        lambda value: OmegaConf.is_dict(value) and all(isinstance(name, str) for name in value.values()),
+        "a mapping from rules to the rules that replace them",
+    ),
+    "protocol.results": SUB_FOLDER,
     "protocol.void": choice("masked", "counted"),
     "protocol.label_fill": integer(-(2**31), 2**31 - 1),
     "protocol.legacy_losses": FLAG,

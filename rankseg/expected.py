@@ -132,7 +132,7 @@ def confidence(probs: Tensor, masks: Tensor) -> Tensor:
         TypeError, ValueError: see `rankseg.validation`.
     """
     scores = mask_scores(probs, masks)
-    empty = ~masks.flatten(2).any(2)
+    empty = ~check_masks(masks, probs).flatten(2).any(2)
     return torch.where(empty, absence(probs), scores) if empty.any() else scores
 
 
@@ -187,7 +187,7 @@ def gate_by_score(probs: Tensor, masks: Tensor, least: float | Tensor) -> Tensor
     bound = torch.as_tensor(least, dtype=torch.float64)  # a number is checked on the host: no wait for the device
     if bound.shape not in ((), scores.shape[1:]) or not ((bound >= 0) & (bound <= 1)).all():
         raise ValueError(f"least={least} is invalid: expected a Dice in [0, 1], such as 0.4, or one for each class")
-    return _keep(masks, scores >= bound.to(probs.device))
+    return _keep(check_masks(masks, probs), scores >= bound.to(probs.device))
 
 
 @torch.no_grad()
@@ -201,4 +201,5 @@ def gate_by_presence(probs: Tensor, masks: Tensor, mean: float) -> Tensor:
     """
     if not 0 <= mean <= 1:
         raise ValueError(f"mean={mean} is invalid: expected the mean Dice of validation images, in [0, 1]")
-    return _keep(masks, mask_scores(probs, masks) > mean * absence(probs))
+    scores = mask_scores(probs, masks)
+    return _keep(check_masks(masks, probs), scores > mean * absence(probs))

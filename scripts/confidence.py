@@ -5,7 +5,7 @@
 
 Two splits are needed: --fit gives the margin of the bound, --on is measured. They must not share images, and images
 of both should come from the same source. confidence.json (all numbers) and confidence.svg (the curves) are written to
-confidence/RULE/ in the folder of the results. The margins are stored in CHECKPOINT.fitted.json, where
+confidence/RULE/ in the folder of the results. The margins are stored in NAME.fitted.json, where
 predict_images.py finds them. Exit codes: 0 done, 2 bad input, 3 the computation or the disk failed.
 """
 

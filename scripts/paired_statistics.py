@@ -41,6 +41,7 @@ from scripts.tables.results import group_seeds, parse_result
 from trainers.fitted import choose
 from trainers.text import markdown_table, markdown_text
 
+IGNORED_BY_AUTO = ("baseline", "rule", "confidence", "resamples", "group", "json")
 AUTO = ("T", "max", "rankdice")  # the choices of rule auto, without T_fit
 
 
@@ -215,6 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--confidence={args.confidence:g} is invalid: expected a number in (0, 1), such as 0.95.")
     folders = [result_folder(run, args.protocol) for run in args.runs]
     if args.auto:
+        default = _parser().parse_args([str(run) for run in args.runs])
+        ignored = [name for name in IGNORED_BY_AUTO if getattr(args, name) != getattr(default, name)]
+        if ignored:
+            raise UserError(f"--auto does not use --{ignored[0]}. Fix: leave out one of them.")
         print(auto_table(folders, args.metric, args.auto, args.seed), end="")
         return 0
     pairs = []

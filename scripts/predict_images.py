@@ -12,7 +12,7 @@ carries the EXIF orientation of the image, so that it can be used as a label aga
     --review         masks/review.csv                image, class, area, confidence, lower bound, least sure first
 
 Overrides are those of test.py. calibrate=temperature, calibrate=class, gate=fit and the rules T_fit, pooled_dice,
-pooled_iou and auto use the values that test.py fitted and stored in CHECKPOINT.fitted.json. scripts/confidence.py
+pooled_iou and auto use the values that test.py fitted and stored in NAME.fitted.json. scripts/confidence.py
 stores the margin of the lower bound there.
 
 Probabilities of windows are averaged, and the rule then decides on the whole image. A rule such as rankdice may give a

@@ -166,6 +166,8 @@ def _fetch(args: argparse.Namespace) -> Outcome:
     entry = CATALOG[args.name]
     root = (args.root or entry.root).expanduser()
     downloader = find_cityscapes_downloader() if entry.name == "cityscapes" else None
+    if not entry.urls and (args.url or args.checksum):
+        raise UserError(f"--url and --checksum are not used for {entry.name}. Fix: leave them out")
     status, steps = "fetched", list[str]()
     if not entry.missing(root):
         status = "there already"

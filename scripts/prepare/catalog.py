@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 import datasets
 from configs.compose import CONFIGS
+from configs.errors import UserError
 from configs.files import read_yaml
 from datasets import DatasetError
 
@@ -65,6 +66,8 @@ class Entry:
 
         Raises DatasetError if a split cannot be opened.
         """
+        if classes is not None and self.kind != "Folder":
+            raise UserError(f"--classes {classes} is for folder; {self.name} has classes of its own. Fix: leave it out")
         own = {"classes": classes} if self.kind == "Folder" else {}
         source = getattr(datasets, self.kind)
         found = {split: source(root, split, **own) for split in chosen or ("train", "val")}

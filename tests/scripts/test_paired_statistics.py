@@ -377,6 +377,12 @@ def test_auto_keeps_a_sure_gain_and_avoids_a_sure_loss(tmp_path, capsys):
     assert 17 < float(gain) < 20 and chosen == "rankdice, calibrated 5"
 
 
+def test_auto_rejects_options_that_it_does_not_use(results, capsys):
+    for given in (["--json"], ["--rule", "rankdice"], ["--confidence", "0.9"]):
+        assert exit_code(main, [str(results), "--auto", "5", *given]) == 2
+        assert f"--auto does not use {given[0]}" in capsys.readouterr().err
+
+
 def test_auto_names_the_rule_that_is_missing(results, capsys):
     assert exit_code(main, [str(results), "--auto", "5"]) == 2
     assert "max" in capsys.readouterr().err

@@ -210,6 +210,12 @@ def test_values_in_a_message_are_all_that_the_table_has(mine: Path) -> None:
         Folder(mine, "train").read(0)
 
 
+def test_options_that_a_data_set_does_not_use_are_rejected() -> None:
+    for words in (["fetch", "cityscapes", "--url", "http://x"], ["check", "kvasir_seg", "--classes", "c.yaml"]):
+        with pytest.raises(UserError, match=f"{words[2]}.*{words[1]}"):
+            main(words)
+
+
 def test_list_knows_every_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)

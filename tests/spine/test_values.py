@@ -38,7 +38,8 @@ def with_override(word: str) -> DictConfig:
         "verify=maybe", "on_error=maybe", "save_dir=", "epochs=null",
         "trainer.tensorboard=off", "trainer.compile=no", "trainer.channels_last=1", "trainer.deterministic=yes",
         "trainer.second_forward=off", "loss.legacy=no", "protocol.legacy_bce_iou=off", "protocol.void=foo",
-        "protocol.label_fill=x", "dataset.rotate=10.5",
+        "protocol.label_fill=x", "dataset.rotate=10.5", "protocol.rules=5", "protocol.results=../x",
+        "dataset.num_images=0", "dataset.num_images=x",
     ],
 )  # fmt: skip
 def test_an_invalid_value_is_named_with_what_is_expected(override: str) -> None:
