@@ -88,7 +88,7 @@ class Fitter:
         self._validation: SegmentationDataset | None = None
 
     def settings(self, kind: str | None = None) -> dict[str, Any]:
-        """Return the options that change the logits; with a ``kind`` of calibration, that change the probabilities."""
+        """Return the options that the logits depend on; with a ``kind``, also those of the calibration."""
         cfg = self.cfg
         logits = {
             "dataset": cfg.dataset.name,
@@ -271,7 +271,8 @@ class Fitter:
         if values is None:
             found = fit().items()
             values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in found}
-            self.file.put(kind, settings, values, self._describe(data, split))  # again: the fit may have skipped cases
+            # The data are described again: the fit may have left out unreadable cases.
+            self.file.put(kind, settings, values, self._describe(data, split))
         return values
 
     def _describe(self, data: SegmentationDataset, split: str = "val") -> dict[str, Any]:
@@ -350,7 +351,7 @@ class Fitter:
         return {"least": least, "mean_dice": mean}
 
     def _choose(self) -> dict[str, Any]:
-        """Choose among T, max, T_fit, rankdice and calibrated rankdice; without the last if all are calibrated."""
+        """Choose among T, max, T_fit, rankdice and, unless the configuration calibrates, calibrated rankdice."""
         rules = self.rules(("T", "max", "rankdice"))[0]
         if self.kind == "none" and self.cfg.temperature == 1:
             rules[_CALIBRATED] = RuleWithOwnProbs(rules["rankdice"], self.to_probs("temperature"))

@@ -1,9 +1,9 @@
 """Synthetic images with uncertain labels, whose class probabilities are known.
 
 Shapes with soft edges are painted over a background; some are clear, some are faint. The opacity of a shape at a pixel
-is the probability that the label of the pixel belongs to it. One annotation is drawn from these probabilities
-(`posterior`), so a network can learn them exactly, and the data favour no rule. The labels of neighbouring pixels are
-drawn together, as a human draws them: they are not independent.
+is the probability that it covers the pixel; later shapes cover earlier ones. One annotation is drawn from these
+probabilities, which `posterior` returns. So the true probabilities are known, and the data favour no rule. The labels
+of neighbouring pixels are drawn together, as a human draws them: they are not independent.
 
 Shapes: C classes, K objects, H and W pixels (here equal).
 """

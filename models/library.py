@@ -1,4 +1,4 @@
-"""Architectures of segmentation_models_pytorch, with any encoder of that package or of timm."""
+"""Architectures of segmentation_models_pytorch, with the encoders of that package and most of timm's."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class SMP(nn.Module):
 
     def __init__(
         self,
-        arch: str,  # of ARCHITECTURES
-        encoder: str,  # of smp, or tu-NAME for any of timm's
+        arch: str,  # one of ARCHITECTURES
+        encoder: str,  # name of an smp encoder, or tu-NAME of a timm encoder
         num_classes: int,
-        weights: str | Path | None = None,  # of the encoder
-        narrow: int = 1,
-        **options: Any,  # of the architecture: encoder_depth, decoder_channels, ...
+        weights: str | Path | None = None,  # pre-trained weights of the encoder
+        narrow: int = 1,  # keep one in `narrow` channels, for small test networks
+        **options: Any,  # options of the architecture: encoder_depth, decoder_channels, ...
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -76,7 +76,7 @@ class SMP(nn.Module):
 
 
 def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    """Return a network of smp with random weights. smp would download its own weights from a hub."""
+    """Return a network of smp with random weights, because smp would download weights from a hub."""
     key = arch.lower()
     if key not in ARCHITECTURES:
         raise UserError(f"model.arch={arch!r} is unknown: {_suggest(key, ARCHITECTURES)}")
@@ -105,7 +105,7 @@ def _build(arch: str, encoder: str, num_classes: int, options: dict[str, Any]) -
 
 
 def options_of(arch: str) -> set[str]:
-    """Return the options of an architecture that a configuration may set, in addition to arch, encoder and weights."""
+    """Return the options of an architecture that a configuration may set, in addition to the arguments of `SMP`."""
     parameters = signature(ARCHITECTURES[arch.lower()]).parameters.items()
     names = {name for name, parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     return (names - {"encoder_name", "encoder_weights", "in_channels", "classes", "aux_params"}) | {"output_stride"}

@@ -2,7 +2,8 @@
 
 Every rule is a `Predictor`: a function from probabilities (N, C, *S) in [0, 1] to masks (N, C, *S) bool.
 `threshold` and `argmax` are the usual two (the paper's T and max). `rankdice` and `rankiou` maximise the expected Dice
-and IoU. `rank_dice` and `rank_iou` return volumes and cut-offs too; `rank_dice` has the published signature.
+and IoU. `rank_dice` and `rank_iou` return volumes and cut-offs too; `rank_dice` accepts the published
+calls.
 `functools.partial` makes a rule with other options:
 
     rule = functools.partial(rankdice, app=2, truncate_mean=True, variant="experiments")
@@ -105,21 +106,21 @@ def rank_dice(
         probs: (N, C, *S) in [0, 1], any floating dtype; calibrated probabilities give the best masks. Keep the
             axis of a single class: (N, H, W) would be read as H classes of W pixels each. Pixels of probability 0
             change nothing: set void and padding to 0.
-        app: 0 exact; 1 the published T-RNA; 2 the published blind approximation (BA), which is T-RNA for classes with
-            at most 50 expected pixels.
+        app: 0 exact; 1 the published T-RNA; 2 the published blind approximation (BA), which uses T-RNA for classes
+            with at most 50 expected object pixels.
         smooth: the constant γ of the score, from 0 to 1e15.
         allow_overlap: True decides each class on its own; False gives each pixel at most one label
             (`rankseg.nonoverlap`), with `app=0` only.
         classes: with `allow_overlap=False`, the classes whose mean score is maximised, such as the foreground; default
             all. The other classes get the pixels that are left. With two channels (background, foreground) the default
             scores the background too, so the foreground mask is smaller; `classes=[1]` gives the mask of one channel.
-        truncate_mean: use the number of pixels with p >= 1/2 as the expected number (`app` 1 and 2 only).
+        truncate_mean: use the number of pixels with p >= 1/2 as the expected number of object pixels (`app` 1 and 2).
         pruning: give the empty mask to classes whose largest probability is at most 1/2, as published. Such a
             class is probably absent. One selected pixel of an absent class scores 0; an empty mask is not counted.
             Without pruning (and with smooth = 0) nearly every class gets a mask.
         variant: "published", or "experiments" for the code that made the paper's tables (`app` 1 and 2 only). The
-            latter prunes classes only if their largest probability is below 1/2. If no volume is found in the search
-            range, its mask is empty; the published function returns the last volume of the range.
+            experiments prune classes only if their largest probability is below 1/2. If the search finds no volume,
+            they return the empty mask, and the published function returns the last volume of the range.
         device: where to compute and to put the results; default: the device of `probs`.
         verbose: 1 prints the volumes.
 

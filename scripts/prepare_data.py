@@ -221,7 +221,7 @@ def _split(args: argparse.Namespace) -> Outcome:
     if not folder.is_dir():
         raise UserError(
             f"{folder} does not exist. Fix: give the folder that has images/ and masks/; if both are in one folder, "
-            "separate them: mkdir images masks; mv *_mask.* masks; mv *.* images"
+            "separate them: mkdir images masks; mv *_mask.* masks; mv *.jpg images"
         )
     done = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
     if done:

@@ -1,4 +1,4 @@
-"""Fit a network. A resumed training repeats every later step bit for bit.
+"""Fit a network. On a CPU, a resumed training repeats every later step bit for bit.
 
 The trainer does not know data sets, rules or plots. It needs a loader with reproducible epochs, an update, the
 learning-rate factor as a function of the step, and a function that scores the network.
@@ -52,7 +52,10 @@ class Progress:
 
 
 def last_logged_step(checkpoint: dict[str, Any] | None) -> int:
-    """Return the last step whose journal rows belong to a checkpoint. Rows are written when an epoch is finished."""
+    """Return the last step whose journal rows belong to a checkpoint.
+
+    The row of an epoch is written before its validation. If the epoch is not finished, that row is dropped.
+    """
     if checkpoint is None:
         return 0
     progress = checkpoint["training"]["progress"]
@@ -82,7 +85,7 @@ class Trainer:
             group.setdefault("initial_lr", group["lr"])
 
     def fit(self) -> None:
-        """Train up to the last epoch, from the current state. After a signal, save it and raise Interrupted."""
+        """Train up to the last epoch, from the current state. After a signal, save the state and raise Interrupted."""
         now = self.progress
         with StopSignals() as stop, as_training_error("training"):
             while now.epoch < self.epochs:
@@ -92,7 +95,7 @@ class Trainer:
                     raise Interrupted(f"{stop.name or 'a signal at another rank'} after epoch {now.epoch}")
 
     def _steps(self, stop: StopSignals) -> None:
-        """Make the remaining steps of this epoch; there are none if the run stopped before the validation."""
+        """Make the remaining steps of this epoch; there are none if the run stopped before or in its validation."""
         now, steps = self.progress, len(self.loader)
         clock = saved = time.monotonic()
         self.update.model.train()
@@ -257,7 +260,7 @@ class StopSignals:
 
     def _note(self, number: int, _frame: object) -> None:
         if os.getpid() != self._process:  # a loader process that has just started
-            if number == signal.SIGTERM:  # its parent ends, and waits for it
+            if number == signal.SIGTERM:  # the parent is ending and waits for it
                 os._exit(0)
             return
         if self.name is not None and number == signal.SIGINT:

@@ -104,7 +104,7 @@ def published_tables(data: Published) -> list[Table]:
 def compared_tables(data: Published, groups: Groups, expected: Iterable[Expected] = ()) -> list[Table]:
     """Return each published table with three columns per rule: published, ours and Δ = ours − published.
 
-    If we have no run of the paper's network, the network that an experiment compares with it is shown (`paper_rows`).
+    If we have no run of the paper's network, that which an experiment names for the row in `paper_rows` is shown.
     """
     substitutes = [block for block in expected if block.paper_rows]
     return [_table(data, dataset, groups, substitutes) for dataset in COLUMNS]
@@ -154,7 +154,7 @@ def _marks(data: Published, cells: Iterable[PublishedCell], scope: str) -> tuple
 
 
 def _logged(data: Published, cells: Sequence[PublishedCell]) -> str:
-    """Return the logged values of the cells as text; several cells are named."""
+    """Return the logged values of the cells as text. With more than one cell, each has its name in front."""
     texts = []
     for cell in cells:
         log = data.logs[cell.log]
@@ -208,8 +208,8 @@ class Expected:
     """The scores that an experiment's configuration expects, in percent.
 
     `tolerance` is in points. `scores[model][loss][rule]` is [mDice, mIoU]; either may be null. `num_images` and
-    `collection` restrict the results that are checked; null means no restriction. `paper_rows[model][loss]` is the
-    model of this experiment that is compared with the published row of that model and loss. `differs` names what is
+    `collection` restrict the results that are checked; null means no restriction. `paper_rows` maps
+    a published row, [model][loss], to our model that is compared with it. `differs` names what is
     not as in the paper.
     """
 
