@@ -38,10 +38,9 @@ def or_null(check: Check) -> Check:
     return lambda value: value is None or check[0](value), f"{check[1]}, or null"
 
 
-def choice(*allowed: Any) -> Check:
-    """Return the check for one of a few words or constants."""
-    words = [str(value).lower() if isinstance(value, bool) else str(value) for value in allowed]
-    return lambda value: any(value is a or (type(value) is str and value == a) for a in allowed), " or ".join(words)
+def choice(*allowed: str) -> Check:
+    """Return the check for one of a few words."""
+    return lambda value: type(value) is str and value in allowed, " or ".join(allowed)
 
 
 def _is_size(value: Any) -> bool:
@@ -55,7 +54,8 @@ def _is_list(value: Any) -> bool:
 
 def _is_image_count(value: Any) -> bool:
     counts = list(value.values()) if OmegaConf.is_dict(value) else [value]
-    return value is None or all(type(count) is int and 1 <= count <= 10_000_000 for count in counts)
+    least = 0 if OmegaConf.is_dict(value) else 1  # 0: a split that is not used
+    return value is None or all(type(count) is int and least <= count <= 10_000_000 for count in counts)
 
 
 SIZE: Check = (_is_size, "an integer from 1 to 65536, or [height,width]")
@@ -72,7 +72,7 @@ LOCAL_PATH: Check = (
     lambda value: isinstance(value, str) and not value.startswith(("//", "\\\\")),
     "a folder of this machine, not of the network",
 )
-FLAG: Check = choice(True, False)
+FLAG: Check = (lambda value: type(value) in (bool, int) and value in (0, 1), "true or false")  # or 1 or 0
 
 
 CHECKS: dict[str, Check] = {

@@ -157,7 +157,7 @@ def test_a_number_of_images_that_training_takes_is_read_from_the_checkpoint(give
     cfg = compose("train", [f"dataset.num_images={given}"])
     packed = stored.pack(cfg, CHOICES)
     assert len(build.dataset(stored.unpack(packed), "val")) == len(build.dataset(cfg, "val"))
-    for wrong in (0, "abc", 1.5, [7], 10**12, {"val": 0}):
+    for wrong in (0, "abc", 1.5, [7], 10**12, {"val": -1}):
         packed["values"]["dataset"]["num_images"] = wrong
         with pytest.raises(ConfigError, match="num_images"):
             stored.unpack(packed)
