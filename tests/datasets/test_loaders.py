@@ -186,14 +186,19 @@ def test_a_data_set_without_a_readable_image_is_not_skipped_silently():
         list(train_loader(numbered(3, broken=(0, 1, 2)), batch_size=2, on_error="skip").epoch(0))
 
 
+class Buggy(Numbered):
+    kind: type[Exception]
+
+    def read(self, index: int):
+        raise self.kind("bug")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", [KeyError, RuntimeError, ConnectionError, EOFError, TimeoutError])
 def test_bugs_are_not_skipped_nor_taken_for_a_dead_worker(kind, workers):
-    class Buggy(Numbered):
-        def read(self, index: int):
-            raise kind("bug")
-
-    loader = train_loader(Buggy([(9, 9)] * 3), batch_size=2, on_error="skip", num_workers=workers)
+    data = Buggy([(9, 9)] * 3)
+    data.kind = kind
+    loader = train_loader(data, batch_size=2, on_error="skip", num_workers=workers)
     with pytest.raises(kind, match="bug"):
         list(loader.epoch(0))
 
@@ -297,19 +302,19 @@ def test_a_worker_ends_with_its_parent_even_if_another_process_holds_its_connect
     parent.join()
     deadline = time.monotonic() + 20
     try:
-        while is_running(worker):
+        while state_of(worker) != "Z":
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         os.kill(other, signal.SIGKILL)
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process exists and is not a zombie."""
+def state_of(pid: int) -> str:
+    """The letter that `ps` prints: T if the process is stopped, Z if it has ended or does not exist."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return "Z"
 
 
 def test_a_copy_and_a_forked_process_start_workers_of_their_own():
@@ -388,7 +393,8 @@ def test_a_worker_that_is_frozen_while_it_hands_over_a_batch_is_named(monkeypatc
     def observed(ident):
         if armed.is_set():
             os.kill(worker.pid, signal.SIGSTOP)
-            os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+            while state_of(worker.pid) not in "TZ":
+                time.sleep(0.01)
             asked.set()
         return get_connection(ident)
 
