@@ -66,7 +66,7 @@ from trainers.results import EvalResult, comparison_table, fingerprint
 from trainers.text import csv_text
 
 SOME_FAILED = 1
-VERSION = 5  # of the records; a case with a record of another version is decoded again
+VERSION = 5  # of the records; a folder with records of another version is continued only with --force
 Record = dict[str, Any]  # of a case, as JSON holds it
 
 
@@ -182,7 +182,10 @@ class Job:
         self.settings = fingerprint({**settings, **self.calibration, "fitted": self.fitted})
         path, content = args.out / "decode.json", {"settings": self.settings, "rules": args.predictor}
         if path.is_file() and not args.force and read_json(path) != content:
-            raise UserError(f"{args.out} holds results of other options. Fix: choose another --out, or pass --force.")
+            raise UserError(
+                f"{args.out} holds results of other options, or of another version of this command. "
+                "Fix: choose another --out, or pass --force."
+            )
         write_json(path, content)
         self.fitter.save()
 

@@ -15,6 +15,7 @@ import torch
 import rankseg
 from configs import build
 from configs.errors import UserError
+from scripts import decode
 from scripts.decoding import arrays
 from tests.scripts.decoding import RULES, Touch, drawn, result, run, save_all, softmax_maps
 from trainers.distributed import World
@@ -450,6 +451,13 @@ class TestResume:
         with pytest.raises(UserError, match="--force"):
             run(probs, "-p", "rankdice", "--out", tmp_path / "o")
         assert run(probs, "-p", "rankdice", "--out", tmp_path / "o", "--force") == 0
+
+    def test_a_folder_of_another_version_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = [save_all(tmp_path / "p", softmax_maps(1, (20, 20))), "-p", "max", "--out", tmp_path / "o"]
+        assert run(*words) == 0
+        monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
+        with pytest.raises(UserError, match="of another version of this command"):
+            run(*words)
 
 
 @pytest.mark.parametrize(
