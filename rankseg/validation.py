@@ -99,7 +99,7 @@ def _reject_tracing(probs: Tensor) -> None:
     inside = ""
     if torch.jit.is_tracing():
         inside = "torch.jit.trace"
-    elif torch.compiler.is_exporting():
+    elif getattr(torch.compiler, "is_exporting", bool)():  # since torch 2.7
         inside = "torch.export"
     elif torch._C._functorch.is_functorch_wrapped_tensor(probs):
         inside = "torch.func.vmap (or another transform of torch.func)"
