@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rankseg
+from rankseg import validation
 from rankseg.exact import jacobi, laguerre
 
 ALL = {
@@ -269,8 +270,12 @@ def test_compilation_runs_the_function_itself_or_is_rejected(probs: torch.Tensor
 
 
 def test_rules_work_without_what_torch_2_6_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
-    assert rankseg.rank_dice(torch.full((1, 1, 2, 2), 0.9)).tau == 4
+    class Torch26:
+        compiler = object()  # without is_exporting
+        __getattr__ = staticmethod(functools.partial(getattr, torch))
+
+    monkeypatch.setattr(validation, "torch", Torch26())
+    assert validation.check_probs(torch.full((1, 1, 2, 2), 0.9)).shape == (1, 1, 2, 2)
 
 
 @pytest.mark.filterwarnings("ignore")
