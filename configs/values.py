@@ -72,7 +72,7 @@ LOCAL_PATH: Check = (
     lambda value: isinstance(value, str) and not value.startswith(("//", "\\\\")),
     "a folder of this machine, not of the network",
 )
-FLAG: Check = (lambda value: type(value) in (bool, int) and value in (0, 1), "true or false")  # or 1 or 0
+FLAG: Check = (lambda value: type(value) is bool, "true or false")
 
 
 CHECKS: dict[str, Check] = {

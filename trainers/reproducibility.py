@@ -29,7 +29,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
     # Set in both cases: a sweep trains several runs in one process.
-    torch.use_deterministic_algorithms(bool(deterministic))
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def rng_state() -> dict[str, Any]:

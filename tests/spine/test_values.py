@@ -35,8 +35,8 @@ def with_override(word: str) -> DictConfig:
         "loader_timeout=-1", "dataset.crop=0", "dataset.resize=0", "dataset.resize=[3]", "dataset.resize=[3,0]",
         "dataset.crop=[3,0]", "dataset.eval_crop=[3,4]",
         "schedule.power=-1", "validation=max", "validation=[1]", "optimizer.lr=true", "trainer.clip_norm=abc",
-        "verify=maybe", "on_error=maybe", "save_dir=", "epochs=null",
-        "trainer.tensorboard=off", "trainer.compile=no", "trainer.channels_last=2", "trainer.deterministic=yes",
+        "verify=maybe", "verify=1", "on_error=maybe", "save_dir=", "epochs=null",
+        "trainer.tensorboard=off", "trainer.compile=no", "trainer.channels_last=1", "trainer.deterministic=yes",
         "trainer.second_forward=off", "loss.legacy=no", "protocol.legacy_bce_iou=off", "protocol.void=foo",
         "protocol.label_fill=x", "dataset.rotate=10.5", "protocol.rules=5", "protocol.results=../x",
         "dataset.num_images=0", "dataset.num_images=x",
@@ -55,7 +55,7 @@ def test_an_invalid_value_is_named_with_what_is_expected(override: str) -> None:
     "override",
     [
         "dataset.resize=[30,40]", "dataset.resize=8", "dataset.crop=[30,40]", "dataset.crop=null",
-        "dataset.eval_crop=null", "trainer.clip_norm=1", "optimizer.lr=1", "trainer.tensorboard=0", "verify=1",
+        "dataset.eval_crop=null", "trainer.clip_norm=1", "optimizer.lr=1",
         "dataset.num_images={test: 0}",
     ],
 )  # fmt: skip

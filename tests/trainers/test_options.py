@@ -79,7 +79,7 @@ def test_options_of_the_network_and_of_torch(update: Any) -> None:
 def test_a_loss_that_is_not_finite_ends_with_code_3_and_the_state_before_it(tmp_path: Path) -> None:
     printed = train(tmp_path, "optimizer=sgd", "optimizer.lr=1e25", "schedule=constant", expect=3)
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert "on the batch train_000" in line
+    assert "on the batch train_000" in line and "No checkpoint was changed" in line
     found = read_checkpoint(run_dir(tmp_path) / "last.pth")
     assert found["training"]["progress"]["updates"] >= 1
     assert all(torch.isfinite(value).all() for value in found["model"].values())
