@@ -769,10 +769,7 @@ Best search(const Problem& problem, const Window& w, int64_t first, int64_t last
             }
         }
     }
-    if (records.empty()) return {};
-    Best best = records.front();
-    best.value = records.back().value + (problem.losses ? 1 : 0);
-    return best;
+    return records.empty() ? Best{} : records.front();
 }
 
 // The expected score of one mask: all pixels above the window. The window is empty.
@@ -1081,7 +1078,7 @@ template <class F> void narrow(const Problem& problem, const std::vector<F>& fou
 
 struct Answer {
     int64_t tau = 0, tied = 0;
-    double cut = 0, value = 0;
+    double cut = 0;
     bool everything = false, bad = false;
 };
 
@@ -1094,7 +1091,6 @@ template <class F> Answer solve_row(const Problem& problem, const Row<F>& row) {
     if (s.bad) return answer;
     if (s.top <= (problem.pruning ? 0.5 : 0.0)) {
         answer.cut = s.top;
-        answer.value = s.top > 0 ? NAN : problem.smooth > 0 ? 1 : 0;
         return answer;
     }
     const double mean = s.sum, total = mean + problem.smooth;
@@ -1185,7 +1181,7 @@ template <class F> Answer solve_row(const Problem& problem, const Row<F>& row) {
         high = std::min(high + 2 * width, 1.0);
     }
     const Best best = search(problem, w, interval.first, interval.last, row.log_absent(problem, mean));
-    answer.tau = best.tau, answer.value = best.value;
+    answer.tau = best.tau;
     if (best.tau == 0) {
         answer.cut = s.top;
     } else if (best.tau == pixels) {
@@ -1379,8 +1375,7 @@ template <class Body> void for_rows(const Map& map, int threads, const Body& bod
 }
 
 template <class F>
-bool solve_rows(const Problem& problem, const Map& map, int threads, uint8_t* masks, int64_t* tau, double* cutpoint,
-                double* value) {
+bool solve_rows(const Problem& problem, const Map& map, int threads, uint8_t* masks, int64_t* tau, double* cutpoint) {
     std::atomic<bool> bad{false};
     for_rows(map, threads, [&](int64_t r, int sharing) {
         if (bad) return;
@@ -1392,7 +1387,6 @@ bool solve_rows(const Problem& problem, const Map& map, int threads, uint8_t* ma
         }
         tau[r] = found.tau;
         cutpoint[r] = found.everything ? 0 : found.cut;
-        if (value) value[r] = found.value;
         if (found.tau == 0)
             std::memset(masks + r * map.pixels, 0, size_t(map.pixels));
         else
@@ -1432,7 +1426,7 @@ bool is_double(const Map& map) { return map.dtype == FLOAT64 || map.pixels <= SH
 #endif
 
 // Increased when a signature below changes; rankseg/native.py rejects a library with another number.
-EXPORT int32_t rankseg_abi() { return 1; }
+EXPORT int32_t rankseg_abi() { return 2; }
 
 // Use at most this instruction set (0 the architecture's minimum, 1 AVX2, 2 AVX-512) from now on; return the one used.
 EXPORT int32_t rankseg_instruction_set(int32_t wanted) {
@@ -1440,16 +1434,15 @@ EXPORT int32_t rankseg_instruction_set(int32_t wanted) {
     return level;
 }
 
-// masks (N·C·D) bytes, tau (N·C), cutpoint (N·C), value (N·C) or null: see rankseg.solver.Solution.
+// masks (N·C·D) bytes, tau (N·C), cutpoint (N·C): see rankseg.solver.Solution.
 EXPORT int32_t rankseg_solve(const void* data, int32_t dtype, const int64_t* layout, int32_t iou, double smooth,
                              int32_t pruning, const double* constants, const double* table, const int64_t* starts,
-                             int32_t bands, int32_t threads, uint8_t* masks, int64_t* tau, double* cutpoint,
-                             double* value) {
+                             int32_t bands, int32_t threads, uint8_t* masks, int64_t* tau, double* cutpoint) {
     return status_of([&] {
         const Map map(data, dtype, layout);
         const Problem problem = problem_of(map, iou, smooth, pruning, constants, table, starts, bands);
-        return is_double(map) ? solve_rows<double>(problem, map, threads, masks, tau, cutpoint, value)
-                              : solve_rows<float>(problem, map, threads, masks, tau, cutpoint, value);
+        return is_double(map) ? solve_rows<double>(problem, map, threads, masks, tau, cutpoint)
+                              : solve_rows<float>(problem, map, threads, masks, tau, cutpoint);
     });
 }
 

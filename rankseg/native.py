@@ -19,7 +19,7 @@ from rankseg import exact, solver
 from rankseg.exact import _BANDS
 from rankseg.masks import RankResult
 
-_ABI = 1
+_ABI = 2
 _FOLDER = Path(__file__).resolve().parent
 _NAMES = ("_kernel.so", "_kernel.dylib", "_kernel.pyd", "_kernel.dll")
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
@@ -62,7 +62,7 @@ def _load(path: Path) -> ctypes.CDLL:
     # data, dtype, layout, iou, smooth: what all functions begin with
     begin: list[Any] = [_POINTER, _INT, _POINTER, _INT, _DOUBLE]
     rule: list[Any] = [_POINTER, _POINTER, _POINTER, _INT]
-    library.rankseg_solve.argtypes = [*begin, _INT, *rule, _INT, _POINTER, _POINTER, _POINTER, _POINTER]
+    library.rankseg_solve.argtypes = [*begin, _INT, *rule, _INT, _POINTER, _POINTER, _POINTER]
     library.rankseg_expected.argtypes = [*begin, *rule, _INT, _POINTER, _POINTER]
     library.rankseg_one_label.argtypes = [*begin, _INT, _INT, _POINTER, _POINTER, _POINTER]
     library.rankseg_instruction_set.argtypes = [_INT]
@@ -145,7 +145,7 @@ def best_masks(probs: Tensor, score: str, smooth: float, pruning: bool, allow_ov
     results = masks.data_ptr(), tau.data_ptr(), cutpoint.data_ptr()
     begin, threads = _begin(probs, score, smooth), torch.get_num_threads()
     if allow_overlap:
-        status = kernel.rankseg_solve(*begin, pruning, *_rule_arguments(smooth), threads, *results, None)
+        status = kernel.rankseg_solve(*begin, pruning, *_rule_arguments(smooth), threads, *results)
     else:
         status = kernel.rankseg_one_label(*begin, pruning, threads, *results)
     return RankResult(masks, tau, cutpoint.to(probs.dtype)) if _is_done(status) else None
