@@ -1,6 +1,11 @@
-"""Fit what a checkpoint's rules need from validation images: calibration, thresholds, gates, or the choice of a rule.
+"""Fit the values that the rules of a checkpoint need, store them next to it, and read them again.
 
-``test.py`` fits the values and stores them next to the checkpoint. Commands without labelled images read them.
+Fitted on the validation split: calibrations, thresholds, gates (the expected Dice below which a ranking rule returns an
+empty mask), and the choice of a rule. Fitted on the scored split, without labels: the cut-offs of the pooled rules.
+Commands with labelled images fit; those without, such as ``predict_images.py``, only read.
+
+This module decides when and with which options a value is fitted; `trainers/fitted.py` has the fits, the fitted rules
+and the file. A new fitted rule needs a branch in `Fitter.rules`, `Fitter._build` and `Fitter.report`.
 """
 
 from __future__ import annotations
@@ -30,8 +35,8 @@ from trainers.fitted import (
     ThresholdFit,
     ThresholdTable,
     choose,
+    fit_calibration_on,
     fit_gate,
-    fit_on_validation,
 )
 from trainers.forward import ToProbs, forward, measure
 from trainers.losses import Link, SegmentationLoss
@@ -74,7 +79,7 @@ class Fitter:
     """The fitted values of one checkpoint and its network under one configuration.
 
     ``cfg`` has the options of ``configs/test.yaml``. With ``may_fit`` missing values are fitted; otherwise they must be
-    in the file.
+    in the checkpoint's `FittedFile`.
     """
 
     def __init__(
@@ -122,12 +127,13 @@ class Fitter:
             parts = [torch.tensor(values[name], dtype=torch.float64) for name in names]
             shape = () if kind == "temperature" else (self._classes or len(parts[0]),)
             if not all(x.shape == shape and x.isfinite().all() for x in parts) or not (parts[0] > 0).all():
-                raise ValueError("expected a temperature above 0, and for each class a bias")
+                each = "a temperature above 0" + " and a bias for each class" * (kind == "class")
+                raise ValueError(f"expected {each}")
         return float(parts[0]) if kind == "temperature" else Calibration(*parts)
 
     @property
     def _classes(self) -> int | None:
-        """The number of classes; None if it differs between cases."""
+        """The number of classes; None if it is not known, as for the cases of decode.py."""
         return self.cfg.dataset.get("num_classes")
 
     @contextlib.contextmanager
@@ -144,7 +150,7 @@ class Fitter:
             ) from error
 
     def _fit_calibration(self, kind: str) -> dict[str, Any]:
-        found = fit_on_validation(
+        found = fit_calibration_on(
             fit_temperature if kind == "temperature" else fit_calibration,
             self.network,
             self.batches(self._val(f"calibrate={kind}")),
@@ -156,11 +162,11 @@ class Fitter:
         return found._asdict() if isinstance(found, Calibration) else {"temperature": found}
 
     def rules(
-        self, names: Iterable[str], scored: SegmentationDataset | None = None
+        self, names: Iterable[str], scored_data: SegmentationDataset | None = None
     ) -> tuple[dict[str, Predictor], dict[str, dict[str, Any]]]:
         """Return the rules of these names, and the fitted values of those that have any.
 
-        ``scored`` is the split that the pooled rules are fitted on.
+        ``scored_data`` is the split that the pooled rules are fitted on.
         """
         values: dict[str, dict[str, Any]] = {}
         rules: dict[str, Predictor] = {}
@@ -169,7 +175,7 @@ class Fitter:
             if name == "auto":
                 fit = self._choose
             elif node.get("_target_") == "trainers.fitted.pooled_threshold":
-                fit, split = partial(self._pool, node, scored), scored
+                fit, split = partial(self._pool, node, scored_data), scored_data
             elif build.needs_fit(node):
                 fit = partial(self._fit_threshold, bool(node.per_class))
             elif build.is_ranking(node) and self.cfg.gate == "fit":
@@ -180,7 +186,7 @@ class Fitter:
             values[name] = self._values(name, self.rule_settings(name), fit, f"rule {name}", split)
             with self._as_user_error(f"rule {name}"):
                 rules[name] = self._build(name, values[name])
-                if self._classes is not None:  # a call reports values that the rule cannot use
+                if self._classes is not None:  # so that values which the rule cannot use raise an error here
                     rules[name](torch.full((1, self._classes, 1, 2), 0.5))
         return rules, values
 
@@ -211,7 +217,7 @@ class Fitter:
         values = {name: value.tolist() for name, value in found._asdict().items()}
         return {"temperature": None, "calibration": {"kind": "class", **values, "fitted_on": self._describe(data)}}
 
-    def report(self, values: Mapping[str, Mapping[str, Any]], scored: SegmentationDataset) -> list[str]:
+    def report(self, values: Mapping[str, Mapping[str, Any]], scored_data: SegmentationDataset) -> list[str]:
         """Return lines to print: what was fitted, and a warning if it was fitted on the scored images."""
         lines = []
         if self.kind != "none":
@@ -222,11 +228,12 @@ class Fitter:
             if "rule" in one:
                 lines.append(one_line(f"{name}: {one['rule']} ({one.get('why')})"))
             elif "least" in one:
-                lines.append(f"{name}: gate at an expected Dice of {one['least']:g}")
+                lines.append(f"{name}: masks with an expected Dice below {one['least']:g} are emptied")
             elif isinstance(one["at"], float):
-                lines.append(f"{name}: threshold {one['at']:g}" + ", gate 0.5" * bool(one.get("gated")))
+                gated = ", classes whose largest probability is at most 0.5 are left out" * bool(one.get("gated"))
+                lines.append(f"{name}: threshold {one['at']:g}{gated}")
         on_validation = self.kind != "none" or any("mean_dice" in one or "rule" in one for one in values.values())
-        if on_validation and self._val("").fingerprint() == scored.fingerprint():
+        if on_validation and self._val("").fingerprint() == scored_data.fingerprint():
             lines.append(
                 "warning: fitted on the images that are scored, so expect lower scores on new images "
                 "(dataset.splits.val and the scored split are the same)"
@@ -248,31 +255,32 @@ class Fitter:
 
     def _values(
         self,
-        kind: str,
+        entry: str,
         settings: Mapping[str, Any],
         fit: Callable[[], dict[str, Any]],
-        need: str,
-        scored: SegmentationDataset | None = None,
+        label: str,
+        scored_data: SegmentationDataset | None = None,
     ) -> dict[str, Any]:
-        """Return the stored values of ``need``, a calibration or a rule, or fit and store them.
+        """Return the stored values of an entry, a calibration or a rule, or fit and store them.
 
-        They are fitted on the split ``scored``; default: the validation split.
+        ``label`` names the entry in messages. The values are fitted on the split ``scored_data``; default: the
+        validation split.
         """
         if not self.may_fit:
-            values = self.file.find(kind, settings)
+            values = self.file.find(entry, settings)
             if values is None:
                 raise UserError(
-                    f"{need} was not fitted for this checkpoint with these options. "
+                    f"{label} was not fitted for this checkpoint with these options. "
                     "Fix: first run test.py -r CHECKPOINT with the same rule and options."
                 )
             return values
-        data, split = (self._val(need), "val") if scored is None else (scored, str(self.cfg.split))
-        values = self.file.find(kind, settings, self._describe(data, split))
+        data, split = (self._val(label), "val") if scored_data is None else (scored_data, str(self.cfg.split))
+        values = self.file.find(entry, settings, self._describe(data, split))
         if values is None:
             found = fit().items()
             values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in found}
-            # The data are described again: the fit may have left out unreadable cases.
-            self.file.put(kind, settings, values, self._describe(data, split))
+            # The data are described again: the fit of decode.py leaves out unreadable cases.
+            self.file.put(entry, settings, values, self._describe(data, split))
         return values
 
     def _describe(self, data: SegmentationDataset, split: str = "val") -> dict[str, Any]:
@@ -283,12 +291,12 @@ class Fitter:
             "num_images": len(data),
         }
 
-    def _val(self, need: str) -> SegmentationDataset:
-        """Return the validation split that ``need`` is fitted on."""
+    def _val(self, label: str) -> SegmentationDataset:
+        """Return the validation split; ``label`` names what is fitted on it."""
         if self._validation is None:
             if not self.cfg.dataset.splits.get("val"):
                 raise UserError(
-                    f"{need} is fitted on a validation split, and dataset.splits.val is missing. "
+                    f"{label} is fitted on a validation split, and dataset.splits.val is missing. "
                     "Fix: pass dataset.splits.val=NAME, or choose a rule or calibration without a fit."
                 )
             self._validation = build.dataset(self.cfg, "val")
@@ -321,12 +329,12 @@ class Fitter:
         table = measure(count, self.network, self.batches(data), self.world, **options)[0]
         return table.fit(data.info.scored, per_class)
 
-    def _pool(self, node: Any, scored: SegmentationDataset | None) -> dict[str, Any]:
+    def _pool(self, node: Any, scored_data: SegmentationDataset | None) -> dict[str, Any]:
         """Return the cut-offs of a pooled rule. Labels are not used, so void pixels count too."""
-        if scored is None:
+        if scored_data is None:
             raise UserError(f"rule {node.name} needs a split to pool. Fix: score it with test.py.")
         histogram, to_probs, title = ProbabilityHistogram(), self.to_probs(), "fitting the pooled cut-offs"
-        batches = self.batches(scored)
+        batches = self.batches(scored_data)
         for _, _, logits in forward(self.network, batches, self.world, precision=self.precision, progress=title):
             histogram.update(to_probs(logits).cpu())
         merged = ProbabilityHistogram()

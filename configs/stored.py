@@ -33,13 +33,14 @@ NON_RESULT_KEYS = frozenset(
         "trainer.tensorboard", "trainer.panels", "trainer.save_minutes", "trainer.save_every", "trainer.keep",
     }
 )  # fmt: skip
-# Keys whose values are never read from a file: the content of a protocol, names of rules and losses, folders that are
-# written, the file of pre-trained weights (a checkpoint replaces them), settings of the machine and of Hydra, and what
-# a command does with a run (verify, resume, validation, expected).
-NOT_FROM_FILE = frozenset(
+# Keys whose values are never read from a checkpoint.
+NOT_FROM_CHECKPOINT = frozenset(
     {
-        "protocol", "save_dir", "run_dir", "device", "verify", "resume", "validation", "expected", "hydra",
-        "loader_timeout", "model.weights", "predictor.name", "loss.name",
+        "protocol", "predictor.name", "loss.name",  # names and contents that our files define
+        "save_dir", "run_dir",  # folders that are written
+        "model.weights",  # a checkpoint replaces them
+        "device", "loader_timeout", "hydra",  # settings of the machine
+        "verify", "resume", "validation", "expected",  # what a command does with a run
     }
 )  # fmt: skip
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
@@ -65,7 +66,7 @@ def _drop_keys(values: Any, prefix: str = "") -> Any:
     return {
         key: _drop_keys(value, f"{prefix}{key}.")
         for key, value in values.items()
-        if key not in _HYDRA_KEYS and f"{prefix}{key}" not in NOT_FROM_FILE
+        if key not in _HYDRA_KEYS and f"{prefix}{key}" not in NOT_FROM_CHECKPOINT
     }
 
 
@@ -131,7 +132,7 @@ def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[tup
 
 
 def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the stored keys (``dataset.crop``) that replace a value of ours, and their checked values.
+    """Yield the stored keys (``dataset.crop``) that replace or add a value of ours, and their checked values.
 
     ``given`` are the keys and groups that overrides set.
     """
@@ -140,7 +141,7 @@ def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]
     def walk(theirs: dict[Any, Any], raw: Any, ours: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in theirs.items():
             name = f"{prefix}{key}"
-            if name in NOT_FROM_FILE or any(name == one or name.startswith(f"{one}.") for one in given):
+            if name in NOT_FROM_CHECKPOINT or any(name == one or name.startswith(f"{one}.") for one in given):
                 continue
             if key in _HYDRA_KEYS and key in raw:  # earlier versions stored these keys
                 continue
@@ -158,7 +159,7 @@ def _accept_values(values: dict[Any, Any], cfg: DictConfig, given: Sequence[str]
                 yield name, value
 
     def equals_our_reference(raw: Any, value: Any) -> bool:
-        """Return whether our value refers to another key and the stored value is equal to it."""
+        """Return whether our value is a reference, and the stored value is what it gives for the checkpoint."""
         match = _REFERENCE.fullmatch(raw) if isinstance(raw, str) else None
         if match is None:
             return isinstance(raw, str) and "${" in raw and value == raw
@@ -178,26 +179,26 @@ def _lookup(tree: Any, key: str, default: Any = _MISSING) -> Any:
 
 
 def _check_value(name: str, value: Any, ours: Any) -> None:
-    """Raise ConfigError for a stored value that fails the check of its key, or else of the type of our value."""
-    is_valid, words = CHECKS.get(name) or _BY_TYPE[type(ours)]
+    """Raise ConfigError if a stored value fails the check of its key; without one, the check of our value's type."""
+    is_valid, expected = CHECKS.get(name) or _BY_TYPE[type(ours)]
     if not (_is_plain(value) and is_valid(value)):
-        raise _invalid(name, value, words)
+        raise _invalid(name, value, expected)
 
 
 def _check_added_key(name: str, value: Any, raw: Any) -> None:
-    """Accept a key that ``+key=value`` added: the name of a split, or an argument of the object that is built."""
+    """Raise ConfigError unless an added key (``+key=value``) names a split, or an argument of the object built."""
     parent, _, key = name.rpartition(".")
     allowed = set[str]()
     if parent == "dataset.splits":
         allowed = {key}
     elif isinstance(raw, dict) and "_target_" in raw:
         allowed = _argument_names(raw)
-    words = value if isinstance(value, list) else [value]
+    items = value if isinstance(value, list) else [value]
     plain = all(
         _is_number(one) or one is None or isinstance(one, bool) or bool(_is_text(one) and _WORD.fullmatch(one))
-        for one in words
+        for one in items
     )
-    if key not in allowed or not plain or len(words) > 100:
+    if key not in allowed or not plain or len(items) > 100:
         raise ConfigError(
             f"the checkpoint's configuration holds {name}={str(value)[:100]!r}, "
             "which this project's configuration does not have. Fix: choose another checkpoint."

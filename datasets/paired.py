@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from .base import DatasetError, SegmentationDataset, digest, spread
 from .decode import ImageFolder, decode_image, decode_mask, is_deep, open_image, orientation_of
 
-END_BYTES = 32 << 10  # of each end of a large PNG image: only these enter its checksum
+END_BYTES = 32 << 10  # bytes read at each end of a large PNG image for its checksum
 
 
 class Pair(NamedTuple):
@@ -69,7 +69,7 @@ class PairedDataset(SegmentationDataset):
 
     @abstractmethod
     def find_pairs(self) -> list[Pair]:
-        """Return the pairs of this split in a fixed order. `match` pairs the files of listed folders."""
+        """Return the pairs of this split in a fixed order, by `match_folders` or `match`."""
 
     def missing_error(self, reason: str) -> DatasetError:
         """Return the error for missing files of a data set, with the expected tree."""
@@ -114,7 +114,7 @@ class PairedDataset(SegmentationDataset):
             raise DatasetError(
                 f"{pair.image} is {sizes[0]} but its mask {pair.mask} is {sizes[1]}. Fix: bring both to one size"
             )
-        # A view of the decoded array, channels last: only a crop of it is copied later.
+        # `permute` returns a view of the decoded array, so only a later crop is copied.
         return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(mask))
 
     def read_mask(self, path: Path) -> np.ndarray:
@@ -126,7 +126,8 @@ class PairedDataset(SegmentationDataset):
         encoded, unknown = self.table.encode(raw)
         if unknown:
             raise DatasetError(
-                f"{path} holds labels {preview(unknown)}, which are not in the table. Fix: {self.remedy(unknown)}"
+                f"{path} holds labels {preview(unknown)}, which are not in the class table of {self.info.name}. "
+                f"Fix: {self.remedy(unknown)}"
             )
         return encoded
 
@@ -154,7 +155,7 @@ class PairedDataset(SegmentationDataset):
         return self.orphans + self.clashes + super().faults(progress, sample)
 
     def faults_as_a_whole(self) -> list[str]:
-        """Return a fault if masks hold only void, no scored class, or, in training, only one class."""
+        """Return a fault if all masks together hold only void, no scored class, or (training split) only one class."""
         if not self.labels_seen():  # no mask can be read
             return []
         seen = self.labels_seen() - {self.info.ignore_index}
@@ -195,10 +196,10 @@ class PairedDataset(SegmentationDataset):
         return digest(parts)
 
     def checksum(self) -> str:
-        """Return a hash of the contents of every mask and image, and of the meaning of raw labels.
+        """Return a hash of the contents of every mask and image, the class table, and the normalisation.
 
-        Only both ends of a large PNG image are read, so 3 000 images of Cityscapes take seconds. The end holds a check
-        sum of all pixels (Adler-32), so a changed pixel changes it.
+        Only both ends of a large PNG image are read, so 3 000 images of Cityscapes take seconds. A PNG file ends with a
+        checksum of its pixels (Adler-32), so any changed pixel changes the hash.
         """
         if self._checksum is None:
             parts = [self.fingerprint(), self.info, *self.label_meaning()]

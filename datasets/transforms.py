@@ -28,7 +28,7 @@ Window = tuple[int, int, int, int]  # top, left, height, width
 def require_pair(image: Tensor, mask: Tensor) -> None:
     """Raise TypeError unless the pair is an Image and a Mask, and UserError if their sizes differ.
 
-    torchvision does not transform plain tensors, so image and mask would no longer fit together.
+    torchvision takes a plain tensor for an image, so a plain mask would fail or be interpolated like an image.
     """
     if not (isinstance(image, tv_tensors.Image) and isinstance(mask, tv_tensors.Mask)):
         raise TypeError(
@@ -92,7 +92,7 @@ def rotate_window(image: Tensor, mask: Tensor, degrees: int, window: Window, lab
 
 
 def source_places(shape: Sequence[int], degrees: int, window: Window) -> tuple[Tensor, Tensor]:
-    """Return y and x (h, w), measured from the frame's corner, where each pixel of a rotated window comes from."""
+    """Return the source coordinates y and x (h, w) of each pixel of a rotated window, from the frame's corner."""
     top, left, height, width = window
     centre_y, centre_x = shape[0] / 2 + 0.5, shape[1] / 2 + 0.5
     y = (torch.arange(top, top + height) + (0.5 - centre_y))[:, None]
@@ -102,7 +102,7 @@ def source_places(shape: Sequence[int], degrees: int, window: Window) -> tuple[T
 
 
 def source_range(places: Tensor, size: int) -> tuple[int, int]:
-    """Return the first pixel that interpolation at these places along a line reads, and one past the last."""
+    """Return the range (first, end) of the pixels along an axis that interpolation at these places can read."""
     margin = 2  # bilinear neighbours, and rounding
     first = min(max(int(places.min()) - margin, 0), size - 1)
     return first, min(max(int(places.max()) + margin + 1, first + 1), size)
@@ -162,13 +162,14 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Images and targets for evaluation.
+    """Transform for evaluation, for both protocols.
 
-    Corrected protocol (`legacy=False`): the whole image, resized to `resize` if given to bound the memory. The target
-    keeps its resolution; the logits are resized to it afterwards.
+    Corrected (`legacy=False`): the whole image is used; `resize`, if given, limits the memory, and `crop` is ignored.
+    The target keeps its resolution; the logits are resized to it afterwards.
 
-    Paper (`legacy=True`): the shorter side becomes `crop`, and the centre `crop` x `crop` is scored. The image is
-    resized bilinearly without antialiasing and truncated to uint8. The label is the nearest pixel, as in Pillow.
+    Paper (`legacy=True`): `resize` is ignored. The shorter side becomes `crop`, and the centre `crop` x `crop` is
+    scored. The image is resized bilinearly without antialiasing and truncated to uint8. The label is the nearest pixel,
+    as in Pillow.
     """
 
     def __init__(
@@ -237,7 +238,7 @@ def bilinear_window(image: Tensor, size: tuple[int, int], top: int, left: int, c
 
 
 def source_pixels(size: int, new_size: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return two source pixels, and the share of the second, for `count` pixels of a resized line from `start`."""
+    """Return two source pixels and the share of the second, for `count` pixels of a resized axis from `start`."""
     places = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * (size / new_size) - 0.5
     places = places.clamp(0, size - 1)
     index = places.floor().long()

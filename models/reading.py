@@ -1,9 +1,12 @@
 """Read a checkpoint without executing anything in it, and copy it into a network only if it fits exactly.
 
 ``torch.load(weights_only=True)`` builds tensors and plain containers only. The checkpoints that the authors released
-also hold the best score as a NumPy scalar; only the names that this needs are allowed in addition. torch writes
-checksums but does not compare them. They are compared here first, so that a flipped bit is an error. Files without
-them, which torch wrote before 1.6, are compared with a SHA-256 next to them or in their name, or a warning is printed.
+also hold the best score as a NumPy scalar; only the functions that rebuild this scalar are allowed in addition. torch
+writes checksums but does not compare them. They are compared here first, so that a flipped bit is an error. Files of
+torch before 1.6 have no checksums. Such a file is compared with the SHA-256 in PATH.sha256 or in its name; if neither
+confirms it, a warning is printed.
+
+`trainers/checkpoint.py` writes checkpoints, and `configs/checkpoint.py` builds the network of one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from configs.errors import UserError, one_line
 from configs.files import check_plain, file_sha256, read_text
 
-MAX_PICKLE_BYTES = 256 << 20  # of the containers, without tensors
+MAX_PICKLE_BYTES = 256 << 20  # everything but the values of the tensors
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # the start of the SHA-256, as in files of torchvision
 WRAPPERS = ("_orig_mod.", "module.")  # prefixes of torch.compile and DistributedDataParallel
 
@@ -36,8 +39,8 @@ def read_checkpoint(path: str | Path, verified: bool = False) -> dict[str, Any]:
     """Read a checkpoint, ours or a published one, onto the CPU, without running anything in it.
 
     ``verified``: the caller has compared the file with its SHA-256. Raises FileNotFoundError if there is no file, and
-    CheckpointError if it is empty, cut short, damaged, not a checkpoint, nested too deeply, or holds Python objects or
-    tensors that are sparse, quantized or incomplete.
+    CheckpointError if it is empty, cut short, damaged, not a checkpoint, nested too deeply, or if it holds Python
+    objects, or tensors that are sparse, quantized or incomplete.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -86,7 +89,7 @@ def check_sha256(path: Path) -> None:
                 f"checkpoint {path} is damaged, or {known.name} belongs to another file: its SHA-256 is {found}. "
                 "Fix: download or copy both again."
             )
-    elif not (named and found.startswith(named[1])):  # no match is no error: a date looks like a hash
+    elif not (named and found.startswith(named[1])):  # a mismatch is not an error: the digits may be a date
         text = (
             f"warning: {path} is in a format without checksums, so damage cannot be noticed; its SHA-256 is {found}. "
             f"Fix: compare it with the publisher's, then keep it: sha256sum {path.name} > {known.name}"
@@ -94,8 +97,8 @@ def check_sha256(path: Path) -> None:
         print(one_line(text), file=sys.stderr)
 
 
-class _Damaged(Exception):
-    """The archive is damaged."""
+class _Rejected(Exception):
+    """The archive is damaged, too large, or not written by PyTorch."""
 
 
 def _check_archive(path: Path) -> bool:
@@ -107,12 +110,12 @@ def _check_archive(path: Path) -> bool:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or len(set(names)) < len(names):
-            raise _Damaged("it is not an archive that PyTorch writes")
+            raise _Rejected("it is not an archive that PyTorch writes")
         if any(e.filename.endswith(".pkl") and e.file_size > MAX_PICKLE_BYTES for e in entries):
-            raise _Damaged(f"its pickled part is larger than {MAX_PICKLE_BYTES >> 20} MiB")
+            raise _Rejected(f"its pickled part is larger than {MAX_PICKLE_BYTES >> 20} MiB")
         damaged = archive.testzip()
     if damaged is not None:
-        raise _Damaged(f"it is damaged: the checksum of {damaged!r} is wrong")
+        raise _Rejected(f"it is damaged: the checksum of {damaged!r} is wrong")
     return True
 
 
@@ -125,10 +128,11 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 
 def check_epoch(value: Any, source: str | Path) -> None:
-    """Raise CheckpointError if the epoch of a checkpoint is not a number of epochs."""
+    """Raise CheckpointError unless the epoch of a checkpoint is an integer from 0 to 999 999 999."""
     if type(value) is not int or not 0 <= value < 10**9:
         raise CheckpointError(
-            f"{source}: epoch={str(value)[:100]!r} is invalid: expected an integer >= 0. Fix: choose another file."
+            f"{source}: epoch={str(value)[:100]!r} is invalid: expected an integer from 0 to 999999999. "
+            "Fix: choose another file."
         )
 
 
@@ -147,8 +151,9 @@ def load_state(
 ) -> None:
     """Copy a state dict into a network that has exactly these tensors, of the same shapes and dtypes.
 
-    A network on the meta device has no memory and takes the tensors themselves. Raises CheckpointError for missing,
-    unknown or other tensors, and for numbers that are not finite. A different number of classes is reported as such.
+    A network on the meta device has no memory and takes the tensors themselves. Raises CheckpointError for tensors
+    that are missing, unknown or of another shape or dtype, and for numbers that are not finite. A different number of
+    classes is reported as such.
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
@@ -186,7 +191,7 @@ def load_state(
 
 
 def _numpy_scalar() -> list[Any]:
-    """Return the functions and classes that torch.load has to allow for a float64 NumPy scalar, by both names."""
+    """Return what torch.load has to allow for a float64 NumPy scalar, under the names of NumPy 1 and of NumPy 2."""
     scalar = numpy.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return [*((scalar, name) for name in names), numpy.dtype, numpy.dtypes.Float64DType]
@@ -194,7 +199,7 @@ def _numpy_scalar() -> list[Any]:
 
 def _reason(path: Path, error: Exception) -> str:
     """Return why a file could not be read."""
-    if isinstance(error, _Damaged):
+    if isinstance(error, _Rejected):
         return str(error)
     with path.open("rb") as file:
         head = file.read(64).lstrip()

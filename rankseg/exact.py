@@ -8,17 +8,20 @@
     Dice_γ(τ) = ∫ e^{-(τ+γ)t} G(t) [γ + 2 Σ_{j≤τ} q_j(t)] dt
     IoU_γ(τ)  = (γ + Σ_{j≤τ} p_j) ∫ e^{-(τ+γ)t} exp(log G(t) - Σ_{j≤τ} log(1 - p_j u)) dt
 
-The integrand is e^{-λt} times a slowly varying factor, λ the mean of the denominator, so Gauss–Laguerre quadrature
-of that scale needs few nodes. It is also a power of s = e^{-t} times a polynomial in s. Gauss–Jacobi quadrature, used
-below λ = `_JACOBI_MAX`, integrates it exactly up to degree 127. All λ of an octave (a band) share their nodes.
-A rule is a pair (t, w) of float64 tensors, ∫ e^{-at} H(t) dt ≈ Σ_k exp(w_k - a t_k) H(t_k). The logarithms of the
-weights are stored: they are added to the exponents of the integrand before `exp`, and cannot overflow or underflow.
+Let λ be the mean of the denominator. The integrand is e^{-λt} times a slowly varying factor, so Gauss–Laguerre
+quadrature of scale 1/λ needs few nodes. It is also a power of s = e^{-t} times a polynomial in s. Gauss–Jacobi
+quadrature, used below λ = `_JACOBI_MAX`, integrates it exactly up to degree 127. All λ of an octave (a band) share
+their nodes. A rule is a pair (t, w) of float64 tensors, ∫ e^{-at} H(t) dt ≈ Σ_k exp(w_k - a t_k) H(t_k). The logarithms
+of the weights are stored: they are added to the exponents of the integrand before `exp`, and cannot overflow or
+underflow.
 
 The empty mask scores E[γ/(γ+Γ)] = P(Γ=0) + γ ∫ e^{-γt} (G(t) - P(Γ=0)) dt, P(Γ=0) = Π (1 - p_j), for γ < 1. The
 integrand of ∫ e^{-γt} G(t) dt alone would have a pole at γ = 0.
 
 If γ exceeds the number of pixels, every score is close to 1. The loss 1 - score is integrated instead: the mean of
 |A Δ B| / denominator, A the mask and B the object, whose terms are all positive.
+
+`kernel.cpp` and `triton_kernels.py` use the same formulas, and the constants of this module: change all three together.
 
 Shapes: B rows, W pixels of a window, W + 1 volumes, K nodes.
 """
@@ -67,8 +70,9 @@ def laguerre(nodes: int) -> tuple[Tensor, Tensor]:
 def jacobi(nodes: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
     """Gauss–Jacobi rule in s = e^{-t} on (0, 1) with weight s^power, 0 <= power < 1 (0: Gauss–Legendre).
 
-    It is exact for integrals ∫_0^1 s^power · polynomial(s) ds of degree < 2·nodes. The expected scores of a few
-    pixels are such integrals; `power` is the fractional part of `smooth`.
+    It is exact for integrals ∫_0^1 s^power · polynomial(s) ds of degree < 2·nodes. Expected scores with a mean
+    denominator below `_JACOBI_MAX` are such integrals, up to a negligible rest; `power` is the fractional part of
+    `smooth`.
     """
     n = torch.arange(nodes, dtype=torch.float64, device="cpu")
     m, b = n[1:], power
@@ -137,9 +141,9 @@ def cumulative(values: Tensor) -> Tensor:
 class Window(NamedTuple):
     """Some pixels of B rows, and the power sums Σ p^k, k = 0..4, of all other pixels.
 
-    `values` (B, W) are the probabilities of these pixels in decreasing order, padded with zeros. Mask k contains the
-    first k of them and all pixels of `included` (B, 5). No mask contains pixels of `excluded` (B, 5). Their number,
-    `excluded[:, 0]`, is not used.
+    `values` (B, W) are the probabilities of these pixels in decreasing order, padded with zeros. `included` (B, 5) are
+    the power sums of the pixels that every mask contains, `excluded` (B, 5) of those that no mask contains;
+    `excluded[:, 0]` is not used. Mask k contains the included pixels and the first k of `values`.
     """
 
     values: Tensor
@@ -183,7 +187,7 @@ def window_scores(
     Args:
         score: "dice" or "iou".
         wanted: (B, W + 1) bool.
-        losses: return score - 1 instead, which stays accurate if every score rounds to 1.
+        losses: return -(1 - score), of which the largest is the best too; it stays accurate if every score rounds to 1.
         log_absent: (B,) log Π(1 - p) over all pixels of a row, if known more accurately than from power sums.
         span: the result of `band_span` as a list, if known; it saves one synchronisation with a GPU.
     """
@@ -192,14 +196,14 @@ def window_scores(
     result = torch.where(wanted, 0.0, -torch.inf).to(values)
     if values.device.type == "cpu":
         for number in torch.unique(band[wanted]).tolist():
-            now = wanted & (band == number)
-            rows = now.any(1).nonzero()[:, 0]
+            in_band = wanted & (band == number)
+            rows = in_band.any(1).nonzero()[:, 0]
             absent = None if log_absent is None else log_absent[rows]
             t, w = nodes(number, smooth)
             found = _integrate(score, window.rows(rows), smooth, t[None], w[None], losses, absent)
-            result[rows] = torch.where(now[rows], found, result[rows])
+            result[rows] = torch.where(in_band[rows], found, result[rows])
         return result
-    # On a GPU, step k integrates all rows together, each with the nodes of the k-th band of its own.
+    # On a GPU, step k integrates all rows together, each with the nodes of its own lowest band + k.
     lowest = band.where(wanted, _BANDS - 1).amin(1, keepdim=True)
     first, most = band_span(band, wanted).tolist() if span is None else span
     times, weights = (x[:, : 64 if first == 0 else 16] for x in node_table(values.device, smooth % 1))
@@ -212,7 +216,7 @@ def window_scores(
 
 
 def band_span(band: Tensor, wanted: Tensor) -> Tensor:
-    """Return the lowest band of all rows, and the largest number of bands from first to last of a row: (2,) int64."""
+    """Return the lowest wanted band of all rows, and the largest number of bands that one row spans: (2,) int64."""
     lowest, highest = band.where(wanted, _BANDS).amin(1), band.where(wanted, -1).amax(1)
     return torch.stack([lowest.amin(), (highest - lowest + 1).amax()])
 
@@ -230,7 +234,7 @@ def _integrate(
     values, included, excluded = window
     volume, captured = window.volume(), window.captured()
     result = torch.zeros_like(volume)
-    empty_score = torch.zeros_like(volume[:, 0])
+    empty_score = torch.zeros_like(volume[:, 0])  # of the empty mask; used only if mask 0 is empty (no `included`)
     probs, rate = values[:, None], (volume + smooth)[:, None]
     log_no_object = log_series(excluded, torch.ones_like(excluded[:, :1]))  # log P(Γ = 0) = log G(∞)
     log_no_object = log_no_object + torch.log1p(-values).sum(1, keepdim=True)

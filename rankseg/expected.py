@@ -90,9 +90,9 @@ def _log_absent(flat: Tensor, masks: Tensor) -> Tensor:
     result = torch.zeros(flat.shape[0], dtype=torch.float64, device=flat.device)
     empty = (~masks.any(1)).nonzero()[:, 0]
     numbers = row_numbers(empty)
-    for across, along in tiles(empty.numel(), flat.shape[1], flat.device):
-        tile = tile_of(flat, numbers, across, along).double()
-        result[empty[across]] += torch.log1p(-tile).sum(1)
+    for row_slice, column_slice in tiles(empty.numel(), flat.shape[1], flat.device):
+        tile = tile_of(flat, numbers, row_slice, column_slice).double()
+        result[empty[row_slice]] += torch.log1p(-tile).sum(1)
     return result
 
 

@@ -2,8 +2,9 @@
 
 A row is one class of one image, its D pixels flattened. On the CPU the pass works on tiles that fit the cache. On
 other devices it works on a few large tiles: the numbers of launches and of synchronisations do not depend on the size.
-Σ p is summed in float64, higher powers in the precision of the tile: `exact.log_series` multiplies Σ p² by u²/2, and u
-is about 1/λ, so that the 1e-7 of float32 changes a score by about 1e-11.
+Σ p is summed in float64. For brackets on the CPU, higher powers are summed in the precision of the tile. Their relative
+error of 1e-7 changes a score by about 1e-11, because `exact.log_series` multiplies Σ p² by u²/2, and u is about 1/λ.
+λ is the mean of the score's denominator, and u is defined in docs/method.md.
 
 Shapes: R rows, D pixels of a row, E pixels extracted from all rows together, B rows of a block, W its width.
 """
@@ -21,10 +22,11 @@ _TILE = {"cpu": 1 << 18}
 # On other devices: smallest number of pixels per tile (about 60 MiB), and largest number of tiles.
 _MIN_DEVICE_TILE, _MAX_DEVICE_TILES = 1 << 22, 2
 
-# Pixels are searched in groups of so many; rows are padded with -2 to whole groups.
+# Pixels of a group; a group without a pixel above `low` is skipped. The padding, -2, is below every `low`.
 _GROUP = 8
 
-# Largest ratio of row lengths in a block, on the CPU and on other devices; largest number of blocks on other devices.
+# Largest ratio of widths in a block, except for the narrowest rows, on the CPU and on other devices. Largest number of
+# blocks on other devices.
 _BLOCK_RATIO, _DEVICE_RATIO, _DEVICE_BLOCKS = 2, 16, 3
 
 # Σ p^k for k = 0..ORDER is kept: `exact.NEGLIGIBLE` says why four suffice.
@@ -34,8 +36,8 @@ ORDER = 4
 class Gathered(NamedTuple):
     """The result of one pass over R rows: the extracted pixels, and power sums of the others.
 
-    `included` (R, 5): Σ p^k, k = 0..4, over the pixels above `high`, or over the pixels of a given mask that
-    were not extracted.
+    `included` (R, 5): Σ p^k, k = 0..4, over the pixels above the bracket, or over the pixels of a given mask that were
+    not extracted (see `gather`).
     `excluded` (R, 5): the same over the remaining pixels, without their number (k = 0). `rows` (E,) ascending, `values`
     (E,) float64 and `flags` (E,): the rows of the extracted pixels, their probabilities, and whether the given mask
     contains them (empty if no mask is given). `width` (R,) int64: how many were extracted from each row.
@@ -66,30 +68,36 @@ def tiles(rows: int, pixels: int, device: torch.device, depth: int = 1) -> Itera
 
 
 def working_dtype(flat: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic on tiles: half precision is widened, which rounds nothing."""
+    """Return the dtype of the arithmetic on tiles: float32 instead of half precision, which is exact."""
     return torch.float64 if flat.dtype == torch.float64 else torch.float32
 
 
 def row_numbers(index: Tensor) -> list[int] | Tensor:
-    """Return the row numbers as `tile_of` wants them: a list on the CPU, elsewhere the tensor, which is not read."""
+    """Return the row numbers for `tile_of`: a list on the CPU, else the tensor (reading it would synchronise)."""
     return index.tolist() if index.device.type == "cpu" else index
 
 
-def tile_of(flat: Tensor, index: list[int] | Tensor, across: slice, along: slice) -> Tensor:
-    """Return the rows `index[across]` (ascending) of `flat`, columns `along`: a view if they are neighbours."""
+def tile_of(flat: Tensor, index: list[int] | Tensor, row_slice: slice, column_slice: slice) -> Tensor:
+    """Return the rows `index[row_slice]` (ascending) of `flat`, columns `column_slice`.
+
+    The result is a view for neighbouring rows on the CPU, and for all rows on other devices.
+    """
     if isinstance(index, Tensor):
         if index.numel() == flat.shape[0]:
-            return flat[across, along]
-        return flat[:, along].index_select(0, index[across])
-    wanted = index[across]
+            return flat[row_slice, column_slice]
+        return flat[:, column_slice].index_select(0, index[row_slice])
+    wanted = index[row_slice]
     first, last = wanted[0], wanted[-1] + 1
     if last - first == len(wanted):
-        return flat[first:last, along]
-    return flat[wanted, along]
+        return flat[first:last, column_slice]
+    return flat[wanted, column_slice]
 
 
 class Statistics(NamedTuple):
-    """Of each row, (R,): smallest and largest value, NaN if one is NaN; mean volume μ = Σ p in float32, for guesses."""
+    """Smallest value, largest value and mean volume μ = Σ p of each row, (R,).
+
+    The first two are NaN if a value is NaN. The mean volume is a float32 number and serves for guesses only.
+    """
 
     least: Tensor
     peak: Tensor
@@ -105,21 +113,22 @@ def statistics(flat: Tensor) -> Statistics:
     least = flat.new_full(flat.shape[:1], torch.inf)
     peak = torch.full_like(least, -torch.inf)
     mean = torch.zeros(flat.shape[0], dtype=torch.float32, device=flat.device)
-    for across, along in tiles(flat.shape[0], flat.shape[1], flat.device):
-        tile = flat[across, along]
-        torch.minimum(least[across], tile.amin(1), out=least[across])
-        torch.maximum(peak[across], tile.amax(1), out=peak[across])
-        mean[across] += tile.sum(1, dtype=torch.float32)
+    for row_slice, column_slice in tiles(flat.shape[0], flat.shape[1], flat.device):
+        tile = flat[row_slice, column_slice]
+        torch.minimum(least[row_slice], tile.amin(1), out=least[row_slice])
+        torch.maximum(peak[row_slice], tile.amax(1), out=peak[row_slice])
+        mean[row_slice] += tile.sum(1, dtype=torch.float32)
     return Statistics(least, peak, mean)
 
 
 def gather(
     flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None = None, masks: Tensor | None = None
 ) -> Gathered:
-    """Sum and extract the rows `index` (R,) of `flat` (·, D).
+    """Compute the power sums of the rows `index` (R,) of `flat` (·, D), and extract their pixels in the bracket.
 
-    The pixels low < p <= high are extracted, `low` and `high` (R,); `included` are those above. With `masks` (·, D)
-    bool instead of `high`, all pixels p > low are extracted, and `included` are the other pixels of the mask.
+    The pixels with low < p <= high are extracted; `low` and `high` are (R,). `included` sums the pixels above `high`.
+    With `masks` (·, D) bool instead of `high`, all pixels with p > low are extracted, and `included` sums the other
+    pixels of the mask.
     """
     dtype = working_dtype(flat)
     low = low.to(dtype)[:, None]
@@ -130,7 +139,7 @@ def gather(
 
 
 def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> Gathered:
-    """As `gather` on the CPU, with few operations per tile, in one buffer: new memory for every tile is slower."""
+    """Compute `gather` on the CPU. All tiles share one buffer, because new memory for every tile is slower."""
     count, pixels = index.numel(), flat.shape[1]
     included = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
     excluded = torch.zeros_like(included)
@@ -140,28 +149,28 @@ def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> G
     floors = low ** torch.arange(1, ORDER + 1, device=flat.device)
     size = min(count, max(1, _TILE["cpu"] // pixels)) * (min(pixels, _TILE["cpu"]) + _GROUP)
     space = low.new_empty(2, size)
-    for across, along in tiles(count, pixels, flat.device):
-        tile = tile_of(flat, numbers, across, along).to(low.dtype)
-        floor, ceiling = low[across], high[across]
+    for row_slice, column_slice in tiles(count, pixels, flat.device):
+        tile = tile_of(flat, numbers, row_slice, column_slice).to(low.dtype)
+        floor, ceiling = low[row_slice], high[row_slice]
         kept = _candidates(tile, floor, space[0])
-        # Here a group takes every n-th pixel of the row, so the sum over groups adds a few long vectors.
+        # Group g of G has the pixels g, g + G, g + 2G, ... here, not neighbours: `sum(1)` adds eight long vectors.
         groups = kept.unflatten(1, (_GROUP, kept.shape[1] // _GROUP))
         flags, square = space[:, : kept.numel()].view(2, *kept.shape)
         torch.gt(kept, floor, out=flags)  # 0.0 or 1.0: faster to make and to use than bool
         inside = flags.view(groups.shape).sum(1)
         above_low = inside.sum(1, keepdim=True)
-        if any(some_above[across]):
+        if any(some_above[row_slice]):
             torch.gt(kept, ceiling, out=flags)
             above = flags.view(groups.shape).sum(1)
             inside -= above
-            included[across, 0] += above.sum(1)
-            included[across, 1:] += _power_sums(flags.mul_(kept), square)
+            included[row_slice, 0] += above.sum(1)
+            included[row_slice, 1:] += _power_sums(flags.mul_(kept), square)
         # Pixels above `low` are replaced by `low`. What they add, above_low · low^k, is subtracted.
         part, square = space[:, : tile.numel()].view(2, *tile.shape)
         torch.minimum(tile, floor, out=part)
-        excluded[across, 1:] += _power_sums(part, square) - above_low.double() * floors[across]
+        excluded[row_slice, 1:] += _power_sums(part, square) - above_low.double() * floors[row_slice]
         row, group = inside.nonzero().unbind(1)
-        rows.append(row + across.start)
+        rows.append(row + row_slice.start)
         values.append(groups[row, :, group])
     row_ids = torch.cat(rows) if rows else index.new_zeros(0)
     window = torch.cat(values) if values else low.new_zeros(0, _GROUP)
@@ -180,7 +189,8 @@ def _gather_bracket(flat: Tensor, index: Tensor, low: Tensor, high: Tensor) -> G
 def _candidates(tile: Tensor, floor: Tensor, space: Tensor) -> Tensor:
     """Return the pixels of `tile` (R, D) that can exceed `floor` (R, 1), filled up with -2 to whole groups.
 
-    Of a part of one row: the groups of neighbours with such a pixel. Of several rows: all pixels.
+    From a part of one row, only the groups of neighbours that contain such a pixel are returned. From several rows,
+    all pixels are returned.
     """
     height, breadth = tile.shape
     extra = breadth % _GROUP
@@ -209,32 +219,32 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _gather_marked(flat: Tensor, index: Tensor, low: Tensor, high: Tensor | None, masks: Tensor | None) -> Gathered:
-    """As `gather`, with a single synchronisation: the pixels to extract are marked, and extracted at the end."""
+    """Compute `gather` with a single synchronisation: mark the pixels in each tile, and extract them at the end."""
     count, pixels = index.numel(), flat.shape[1]
     included = torch.zeros(count, ORDER + 1, dtype=torch.float64, device=flat.device)
     excluded = torch.zeros_like(included)
     marked = torch.empty(count, pixels, dtype=torch.bool, device=flat.device)
     numbers = row_numbers(index)
-    for across, along in tiles(count, pixels, flat.device):
-        tile = tile_of(flat, numbers, across, along).to(low.dtype)
-        inside = torch.gt(tile, low[across], out=marked[across, along])
+    for row_slice, column_slice in tiles(count, pixels, flat.device):
+        tile = tile_of(flat, numbers, row_slice, column_slice).to(low.dtype)
+        inside = torch.gt(tile, low[row_slice], out=marked[row_slice, column_slice])
         below = tile.masked_fill(inside, 0)
         if high is not None:
-            above = tile > high[across]
-            included[across, 0] += above.sum(1)
+            above = tile > high[row_slice]
+            included[row_slice, 0] += above.sum(1)
             inside.logical_and_(above.logical_not_())
             above = tile.masked_fill(above, 0)
         else:
             assert masks is not None
-            selected = tile_of(masks, numbers, across, along)
-            included[across, 0] += (selected & ~inside).sum(1)
+            selected = tile_of(masks, numbers, row_slice, column_slice)
+            included[row_slice, 0] += (selected & ~inside).sum(1)
             above = below * selected
             below -= above
         for values, sums in ((above, included), (below, excluded)):
             square, wide = values * values, torch.float64
             parts = [values.sum(1, dtype=wide), square.sum(1, dtype=wide)]
             parts += [values.mul_(square).sum(1, dtype=wide), square.square_().sum(1, dtype=wide)]
-            sums[across, 1:] += torch.stack(parts, dim=1)
+            sums[row_slice, 1:] += torch.stack(parts, dim=1)
     row, column = marked.nonzero().unbind(1)
     source = row if count == flat.shape[0] else index[row]
     return Gathered(
@@ -257,13 +267,13 @@ def nearest(flat: Tensor, index: Tensor, low: Tensor, high: Tensor, count: int) 
     low, high = low.to(dtype)[:, None], high.to(dtype)[:, None]
     above = torch.full((index.numel(), count), torch.inf, dtype=dtype, device=flat.device)
     below = torch.full_like(above, -torch.inf)
-    for across, along in tiles(index.numel(), flat.shape[1], flat.device):
-        tile = tile_of(flat, numbers, across, along).to(dtype)
+    for row_slice, column_slice in tiles(index.numel(), flat.shape[1], flat.device):
+        tile = tile_of(flat, numbers, row_slice, column_slice).to(dtype)
         some = min(count, tile.shape[1])
-        found = tile.masked_fill(tile <= high[across], torch.inf).topk(some, 1, largest=False).values
-        above[across] = torch.cat([above[across], found], 1).topk(count, 1, largest=False).values
-        found = tile.masked_fill(tile > low[across], -torch.inf).topk(some, 1).values
-        below[across] = torch.cat([below[across], found], 1).topk(count, 1).values
+        found = tile.masked_fill(tile <= high[row_slice], torch.inf).topk(some, 1, largest=False).values
+        above[row_slice] = torch.cat([above[row_slice], found], 1).topk(count, 1, largest=False).values
+        found = tile.masked_fill(tile > low[row_slice], -torch.inf).topk(some, 1).values
+        below[row_slice] = torch.cat([below[row_slice], found], 1).topk(count, 1).values
     above, below = (x.masked_fill(x.isinf(), torch.nan).double() for x in (above, below))
     return above, below
 
@@ -294,9 +304,9 @@ def add_extracted(got: Gathered, above: Tensor, below: Tensor) -> Gathered:
 def blocks(rows: Tensor, values: Tensor, width: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pack ragged rows (see `Gathered`) into few dense blocks: row numbers (B,) and values (B, W), sorted.
 
-    Rows of similar width share a block, so that a single long row does not stretch the others, and the number of
-    blocks grows with the logarithm of the longest. Each row is sorted in decreasing order and filled up with zeros,
-    which add nothing to any sum that follows.
+    Rows of similar width share a block, so that a single wide row does not widen the others. The number of blocks grows
+    with the logarithm of the largest width; on other devices than the CPU there are at most three. Each row is sorted
+    in decreasing order and filled up with zeros, which add nothing to any sum that follows.
     """
     widths = width.tolist()
     order = width.argsort(stable=True)

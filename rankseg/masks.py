@@ -58,10 +58,10 @@ def _above(flat: Tensor, cut: Tensor) -> Tensor:
         return flat > cut[:, None]
     masks = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     space = flat.new_empty(0)
-    for across, along in tiles(flat.shape[0], flat.shape[1], flat.device):
+    for row_slice, column_slice in tiles(flat.shape[0], flat.shape[1], flat.device):
         # torch compares into floats and copies these to bool two to three times as fast as it compares into bool.
-        space.resize_(flat[across, along].shape)
-        masks[across, along] = torch.gt(flat[across, along], cut[across, None], out=space)
+        space.resize_(flat[row_slice, column_slice].shape)
+        masks[row_slice, column_slice] = torch.gt(flat[row_slice, column_slice], cut[row_slice, None], out=space)
     return masks
 
 

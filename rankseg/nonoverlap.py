@@ -125,10 +125,10 @@ def _assign(flat: Tensor, slope: Tensor, offset: Tensor, present: Tensor, masks:
     dtype = working_dtype(flat)
     slope, offset, kept = (x.to(dtype)[:, :, None] for x in (slope, offset, present))
     mass, volume = torch.zeros(2, images, classes, dtype=torch.float64, device=flat.device)
-    for across, along in tiles(images, pixels, flat.device, depth=classes):
-        tile = flat[across, :, along].to(dtype)
-        gain = tile * slope[across]
-        gain += offset[across]
+    for row_slice, column_slice in tiles(images, pixels, flat.device, depth=classes):
+        tile = flat[row_slice, :, column_slice].to(dtype)
+        gain = tile * slope[row_slice]
+        gain += offset[row_slice]
         best = gain.amax(1, keepdim=True)
         best.masked_fill_(best <= 0, torch.inf)
         # Comparing with the maximum is several times as fast as computing its index.
@@ -136,19 +136,19 @@ def _assign(flat: Tensor, slope: Tensor, offset: Tensor, present: Tensor, masks:
         # On other devices, testing for ties costs more than it saves.
         if given.device.type != "cpu" or (given.sum(1) > 1).any():
             given *= given.cumsum(1) <= 1
-        given *= kept[across]
-        masks[across, :, along] = given
-        volume[across] += given.sum(2)
-        mass[across] += given.mul_(tile).sum(2, dtype=torch.float64)
+        given *= kept[row_slice]
+        masks[row_slice, :, column_slice] = given
+        volume[row_slice] += given.sum(2)
+        mass[row_slice] += given.mul_(tile).sum(2, dtype=torch.float64)
     return mass, volume
 
 
 def _largest_left_out(flat: Tensor, masks: Tensor) -> Tensor:
     """Return the largest probability outside each mask (N, C, D), 0 if no pixel is outside: (N, C)."""
     largest = flat.new_zeros(flat.shape[:2])
-    for across, along in tiles(flat.shape[0], flat.shape[2], flat.device, depth=flat.shape[1]):
-        outside = flat[across, :, along].masked_fill(masks[across, :, along], 0)
-        largest[across] = torch.maximum(largest[across], outside.amax(2))
+    for row_slice, column_slice in tiles(flat.shape[0], flat.shape[2], flat.device, depth=flat.shape[1]):
+        outside = flat[row_slice, :, column_slice].masked_fill(masks[row_slice, :, column_slice], 0)
+        largest[row_slice] = torch.maximum(largest[row_slice], outside.amax(2))
     return largest
 
 

@@ -106,13 +106,13 @@ def _sum_clamped(flat: Tensor, rows: Tensor, floor: Tensor) -> Tensor:
     result = torch.zeros(rows.numel(), dtype=torch.float32, device=flat.device)
     numbers = row_numbers(rows)
     space = flat.new_empty(0)
-    for across, along in tiles(rows.numel(), flat.shape[1], flat.device):
-        tile = tile_of(flat, numbers, across, along)
+    for row_slice, column_slice in tiles(rows.numel(), flat.shape[1], flat.device):
+        tile = tile_of(flat, numbers, row_slice, column_slice)
         if flat.device.type == "cpu":
             space.resize_(tile.shape)  # the same memory for every tile
         out = space if flat.device.type == "cpu" else None
-        tile = torch.maximum(tile, floor[across, None].to(tile.dtype), out=out)
-        result[across] += tile.sum(1, dtype=torch.float32)
+        tile = torch.maximum(tile, floor[row_slice, None].to(tile.dtype), out=out)
+        result[row_slice] += tile.sum(1, dtype=torch.float32)
     return result
 
 

@@ -101,8 +101,9 @@ def _seed_parts(one: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[st
 
 def _remarks(found: Sequence[dict[str, Any]]) -> str:
     text = "Points are percent. The interval covers the choice of images, not that of the training run."
-    if len(found) > 1:
-        text += f" The {len(found)} p-values are not adjusted for their number."
+    tested = sum(not math.isnan(one["wilcoxon_p"]) for one in found)
+    if tested > 1:
+        text += f" The {tested} p-values are not adjusted for their number."
     if any(one["groups"] for one in found):
         text += " The interval resamples groups; the p-values treat images as independent."
     unpaired = {one["unpaired"] for one in found} - {0}

@@ -73,7 +73,7 @@ class Run:
         return f"{cfg.dataset.name}/{cfg.model.name}{cfg.suffix}/{cfg.loss.name}/seed{cfg.seed}"
 
     def epochs_done(self) -> int:
-        """Return the number of finished epochs, from the run's journal."""
+        """Return the number of epochs whose steps are done, from the run's journal; for the progress bar."""
         rows = read_rows(self.folder / "metrics.jsonl")
         return max((row["epoch"] for row in rows if row["kind"] == "train"), default=0)
 
@@ -82,7 +82,7 @@ class Run:
         return (0 if self.is_trained() else max(self.cfg.epochs - self.epochs_done(), 0)) + _SCORING
 
     def is_trained(self) -> bool:
-        """Return whether this run was trained to its end with exactly this configuration."""
+        """Return whether this run was trained to its end with this configuration; see `stored.differences`."""
         config = self.folder / "config.yaml"
         if epoch_of(self.folder / "last.pth") < self.cfg.epochs or not config.exists():
             return False
@@ -115,7 +115,7 @@ def load_runs(overrides: Sequence[str]) -> list[Run]:
     """Return a run for every combination of swept values, in Hydra's syntax (``loss=ce,focal seed=0,1``).
 
     The sweep of an experiment (``hydra.sweeper.params``) applies to keys that the command line does not set. Seeds
-    vary slowest, so that an interrupted grid has complete tables of fewer seeds. Raise ConfigError if two runs have
+    vary slowest: an interrupted grid has complete tables for its first seeds. Raise ConfigError if two runs have
     the same folder.
     """
     parser = OverridesParser.create()
@@ -157,7 +157,8 @@ def call(arguments: Sequence[str], log: Path, threads: int | None, tick: Callabl
     """Run a script of this repository; return its exit code and its error message, or the last line of its output.
 
     The output is appended to ``log``, to which another process may write as well. ``tick`` is called twice a second.
-    If this process is stopped, the child receives SIGTERM and saves a checkpoint; on Linux also if it is killed.
+    If this process is stopped, the child receives SIGTERM, on which train.py saves a checkpoint. On Linux this also
+    holds if this process is killed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -193,7 +194,7 @@ def call(arguments: Sequence[str], log: Path, threads: int | None, tick: Callabl
 
 
 def _stop_with_parent() -> None:
-    """Ask Linux to send this process SIGTERM when its parent dies (PR_SET_PDEATHSIG), so that no training is left."""
+    """Ask Linux to send this process SIGTERM when its parent dies (PR_SET_PDEATHSIG), so that no training goes on."""
     _libc.prctl(1, signal.SIGTERM)  # type: ignore[union-attr]
 
 
@@ -206,9 +207,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", help="for example 0,1,2 (default: from the configuration)")
     add("--rules", default="T,max,rankdice", help="rules to score (default: %(default)s)")
     add("--protocols", default="corrected,paper", help="scoring protocols (default: %(default)s)")
-    checkpoint = "checkpoint to score (default: %(default)s; the paper's tables use last.pth)"
+    checkpoint = "checkpoint to score (default: %(default)s; on Cityscapes and Kvasir-SEG the paper scored last.pth)"
     add("--checkpoint", choices=("best_model.pth", "last.pth"), default="best_model.pth", help=checkpoint)
-    calibrate = "also score with a fitted temperature, and networks trained with loss=focal with correct_focal=true"
+    calibrate = "also score with a fitted temperature and, if loss=focal, with correct_focal=true"
     add("--calibrate", action="store_true", help=calibrate)
     add("--threads", type=int, help="CPU threads of each process")
     record = "copy results, journals, configurations and report.json to DIR"
@@ -242,7 +243,7 @@ class ScoringPlan:
                 yield protocol + name, str(folder), [f"protocol={protocol}", *overrides]
 
     def missing(self, run: Run) -> list[tuple[str, str, list[str]]]:
-        """Return the evaluations that are left to do: a rule has no result of this checkpoint."""
+        """Return the evaluations in which a rule has no result of this checkpoint."""
         path = run.folder / self.checkpoint
         digest = file_sha256(path) if path.exists() else None
 

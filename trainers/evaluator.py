@@ -22,7 +22,7 @@ from trainers.metrics import Counts, PerImage, Scoring, Truth, count
 from trainers.results import EvalResult
 
 NEUTRAL = "T"  # the rule whose mDice chooses the best epoch: the threshold favours no ranking rule
-_SAMPLED_PIXELS = 1 << 14  # of larger images, from this number to twice this number of pixels are sampled
+_SAMPLED_PIXELS = 1 << 14  # at least so many pixels of a larger image are sampled, at most twice as many
 
 
 @torch.inference_mode()
@@ -39,15 +39,15 @@ def evaluate(
     precision: str = "fp32",
     progress: str = "",
 ) -> dict[str, EvalResult]:
-    """Score every rule on the same probabilities.
+    """Score every rule on the logits of one forward pass.
 
     Args:
         model, batches: see `trainers.forward.forward`. Each process gets its share of the images.
         rules: name -> rule, a function from probabilities (N, C, H, W) to masks.
-        criterion: the loss, whose ``link`` turns logits into probabilities.
-        to_probs: logits -> probabilities; default: the link of the criterion. A rule's attribute ``to_probs``
-            replaces it. The loss is computed from the logits as they are.
-        confidences: whether to compute the expected Dice of every mask.
+        criterion: the loss; its ``link`` (softmax or sigmoid) names the function from logits to probabilities.
+        to_probs: logits -> probabilities; default: the link of the criterion. All rules get these probabilities, but
+            for rules with an attribute ``to_probs``. The loss is computed from the logits as they are.
+        confidences: whether to compute `rankseg.confidence` of every mask.
 
     Returns:
         The result of each rule over all images, in the order of their indices, at every rank.
@@ -61,7 +61,7 @@ def evaluate(
     def measure_batch(batch: Any, targets: Tensor, logits: Tensor) -> _Measured:
         probs, truth = convert(logits), scoring.encode(targets)
         counts: dict[str, Counts] = {}
-        expected: dict[str, Tensor] = {}
+        confidence_of: dict[str, Tensor] = {}
         for name, rule in rules.items():
             given = probs_for(rule, logits, probs)
             started = _now(world)
@@ -69,11 +69,11 @@ def evaluate(
             seconds[name] += _now(world) - started
             counts[name] = count(masks, truth).to("cpu")
             if confidences:
-                expected[name] = confidence(given, masks).cpu()
+                confidence_of[name] = confidence(given, masks).cpu()
         observe(reliability, probs, truth)
         likelihoods = proper_scores(probs, truth, criterion.link).cpu()
         losses = _losses(criterion, logits, targets, scoring)
-        return _Measured(list(batch.names), losses, likelihoods, counts, expected)
+        return _Measured(list(batch.names), losses, likelihoods, counts, confidence_of)
 
     measured, states = measure(
         measure_batch, model, batches, world, state=(seconds, reliability),
@@ -84,7 +84,7 @@ def evaluate(
 
 @dataclass(frozen=True, eq=False)
 class _Measured(PerImage):
-    """Measurements of N images: losses, log-loss and Brier score (N, 2); for each rule, counts and expected Dice."""
+    """Measurements of N images: losses, log-loss and Brier score (N, 2); for each rule, counts and confidences."""
 
     names: list[str]
     losses: list[float | None]
@@ -94,7 +94,7 @@ class _Measured(PerImage):
 
 
 def _losses(criterion: SegmentationLoss, logits: Tensor, targets: Tensor, scoring: Scoring) -> list[float | None]:
-    """Return the loss of each labelled image, regardless of the batch size; with protocol ``paper``, one per batch."""
+    """Return the loss of each image, None without labels; protocol ``paper``: of the batch, then None for the rest."""
     if scoring.paper:
         return [criterion(logits, targets).item(), *[None] * (len(targets) - 1)]
     labelled = (targets != scoring.ignore_index).flatten(1).any(1).tolist()
@@ -119,7 +119,9 @@ def _sample_pixels(probs: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor 
 
 
 def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
-    """Return the log-loss and Brier score of each image, (N, 2) float64: means over its counted pixels, or NaN.
+    """Return the log-loss and Brier score of each image, (N, 2) float64: means over counted pixels, or NaN.
+
+    The pixels are a sample, see `_sample_pixels`.
 
     The log-loss of a softmax is -log p of the true class; that of a sigmoid is the sum of the binary log-losses of all
     classes. The Brier score is Σ_c (p_c - y_c)².
@@ -137,7 +139,8 @@ def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
 def probability_scores(reliability: Reliability, likelihoods: Tensor, first: int = 0) -> dict[str, Any]:
     """Return the averages that depend on the probabilities alone, not on a rule.
 
-    ``likelihoods`` are the `proper_scores` of the images, (N, 2), and ``first`` is the index of the first class.
+    ``likelihoods`` are the `proper_scores` of the images, (N, 2). ``first`` is the class of the first channel: 1 if the
+    background has none. The volume ratio of a class is Σ p / Σ y over all pixels.
     """
     log_loss, brier = likelihoods.nanmean(0).tolist()
     return {

@@ -1,8 +1,10 @@
-"""Decisions that are fitted on validation images: the rules that use them, how they are fitted, and their file.
+"""Values that are fitted for a checkpoint: the rules that use them, how they are fitted, and their file.
 
-They are a calibration, a threshold, a gate for absent classes, and the choice of a rule.
+They are a calibration, a threshold, a gate for absent classes, the choice of a rule, and the cut-offs of pooled rules.
+There are two gates. The published one empties a mask if no probability exceeds 1/2; the fitted one, if its expected
+Dice is below a limit. `configs/fitting.py` decides which values a rule needs, and collects the candidates of rule auto.
 
-Shapes: N images, C classes, H × W pixels (or any spatial axes *S), K thresholds.
+Shapes: N images, C classes, H × W pixels (or any spatial axes *S), P sampled pixels, K thresholds.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def fitted_threshold(probs: Tensor, *, at: float | Sequence[float], gated: bool,
 
 
 def pooled_threshold(probs: Tensor, *, at: Sequence[float], score: str = "dice", pruning: bool = True) -> Tensor:
-    """Rules pooled_dice and pooled_iou: select the pixels with p >= the cut-off of the class for the whole split.
+    """Rules pooled_dice and pooled_iou: select the pixels with p >= `at`, one threshold per class for all images.
 
     `score` and `pruning` are used by the fit only.
     """
@@ -73,7 +75,7 @@ class RuleWithOwnProbs:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How they are fitted
+# Fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ class _Pixels(PerImage):
     labels: list[Tensor]
 
 
-def fit_on_validation(
+def fit_calibration_on(
     fit: Callable[..., Any],
     model: nn.Module,
     batches: Iterable[Any],
@@ -94,10 +96,11 @@ def fit_on_validation(
     ignore_index: int = 255,
     precision: str = "fp32",
 ) -> Any:
-    """Fit a calibration on some pixels of every image, at every rank; raise UserError if no pixel is labelled.
+    """Fit a calibration on some pixels of every image; raise UserError if no pixel is labelled.
 
     ``fit`` is `fit_temperature` or `fit_calibration` of `rankseg.calibration`. It gets logits (1, C, P), labels (1, P),
-    the link and ``ignore_index``, for P pixels in the order of the images.
+    the link (softmax or sigmoid) and ``ignore_index``, for P pixels in the order of the images. Every rank computes the
+    same fit.
     """
 
     def sample(_: Any, targets: Tensor, logits: Tensor) -> _Pixels:
@@ -136,7 +139,7 @@ class ThresholdTable(PerImage):
     """Counts of every image and class at every threshold, from which the mean Dice of a threshold is computed."""
 
     hits: Tensor  # (N, C, K) int32, true positives of {p >= threshold}
-    selected: Tensor  # (N, C, K) int32, its pixels
+    selected: Tensor  # (N, C, K) int32, number of pixels in {p >= threshold}
     actual: Tensor  # (N, C) int64, true pixels
     likely: Tensor  # (N, C) bool, whether the largest probability exceeds 1/2
     thresholds: tuple[float, ...]
@@ -280,9 +283,9 @@ class FittedFile:
     """Values fitted for a checkpoint, stored next to it in `<name>.fitted.json`.
 
     Every entry holds a `kind` (calibration or rule), the `settings` that its probabilities depend on, its `values`, and
-    the images that it was `fitted_on`. All ranks read the file of rank 0, which alone writes. A damaged file raises
-    UserError. So does one of another checkpoint; with `replace` it is ignored. decode.py has no checkpoint: its entries
-    are identified by settings and images.
+    the images that it was `fitted_on`. All ranks use the entries that rank 0 reads; call `save` at rank 0 only. A
+    damaged file raises UserError. So does one of another checkpoint; with `replace` it is ignored. decode.py has no
+    checkpoint: its entries are identified by settings and images.
     """
 
     def __init__(self, checkpoint: Path, world: World | None = None, *, replace: bool = False) -> None:

@@ -4,8 +4,9 @@ A rule's CSV has a row for each image and scored class in which prediction or tr
 image is the mean over its rows. An image without rows has no score and is in no pair.
 
 Differences are rule − baseline, image by image, in points (percent). The interval is the BCa bootstrap of
-`scipy.stats.bootstrap` (Efron, JASA 1987). With groups, such as the patients that images belong to, whole groups
-are resampled, because images of one patient are not independent.
+`scipy.stats.bootstrap` (Efron, JASA 1987). Of equal values both ends are the mean; if BCa is undefined, the ends are
+the extreme resampled means. With groups, such as the patients that images belong to, whole groups are resampled,
+because images of one patient are not independent.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def read_counts(table: Path) -> dict[tuple[str, int], tuple[int, int, int]]:
         key = (row["image"], int(row["class"]))
         inter, predicted, actual = (int(row[name]) for name in ("intersection", "predicted", "actual"))
         if not 0 <= inter <= min(predicted, actual) or not predicted + actual:
-            raise UserError(f"{table}: impossible counts {inter}, {predicted}, {actual} of {key[0]}. Fix: score again.")
+            raise UserError(
+                f"{table}: image {key[0]}, class {key[1]}: the counts intersection={inter}, predicted={predicted}, "
+                f"actual={actual} are impossible. Fix: score again."
+            )
         if key in counts:
             raise UserError(f"{table}: image {key[0]}, class {key[1]} occurs twice. Fix: score again.")
         counts[key] = inter, predicted, actual
@@ -97,7 +101,10 @@ def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
 
 
 def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
-    """Return what differs from the usual checkpoint, probabilities, gate and threshold: "WORD: REASON; ...", or ""."""
+    """Return how a record differs from the default, as "WORD: REASON; ...", or "".
+
+    The default is best_model.pth, without calibration, gate 0.5 and threshold 0.5.
+    """
     parts, temperature = [], record.get("temperature")
     others = [name.removeprefix("of_") for name in folders if name.startswith("of_")]
     parts += [f"{name}: scored on {name}.pth instead of best_model.pth" for name in others]
@@ -112,7 +119,8 @@ def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
     if record.get("calibration"):
         parts.append("calibrated per class: a temperature and a bias per class fitted on the validation images")
     if record.get("gate") not in (None, 0.5):
-        parts.append(f"gate {record['gate']}: when ranking rules leave a class out")
+        effect = {"none": "keep the masks of unlikely classes", "fit": "empty masks of low expected Dice"}
+        parts.append(f"gate {record['gate']}: ranking rules {effect.get(record['gate'], 'are gated')}")
     if record.get("threshold") not in (None, 0.5):
         parts.append(f"T at {record['threshold']:g}: another threshold of T")
     return "; ".join(parts)
@@ -165,7 +173,7 @@ def rules_in(folder: Path) -> list[str]:
 
 
 def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
-    """Read <rule>.csv and <rule>.json, and check that they belong together."""
+    """Read <rule>.csv and <rule>.json; for the Dice, check that both have the same mean."""
     table, sidecar = folder / f"{rule}.csv", folder / f"{rule}.json"
     for path in (table, sidecar):
         if not path.is_file():
@@ -186,9 +194,9 @@ def read_rule(folder: Path, rule: str, metric: str = "dice") -> RuleScores:
     return found
 
 
-def pair(one: Mapping[Any, float], other: Mapping[Any, float]) -> tuple[dict[Any, float], int]:
-    """Return other − one for the common keys, in the order of ``one``, and the number of keys of only one of them."""
-    return {key: other[key] - one[key] for key in one if key in other}, len(one.keys() ^ other.keys())
+def pair(baseline: Mapping[Any, float], rule: Mapping[Any, float]) -> tuple[dict[Any, float], int]:
+    """Return rule − baseline for the common keys, in the baseline's order, and the number of keys that only one has."""
+    return {key: rule[key] - baseline[key] for key in baseline if key in rule}, len(baseline.keys() ^ rule.keys())
 
 
 def read_groups(text: str, images: Sequence[str]) -> dict[str, str]:
@@ -337,8 +345,9 @@ def _ratio(sums: Array, sizes: Array, axis: int = -1) -> Any:
 def signed_rank(values: Sequence[float]) -> tuple[float, str, float]:
     """Return Wilcoxon's two-sided p, the method ("exact", "normal" or "none"), and the rank-biserial correlation.
 
-    Zeros are dropped. The correlation, (favourable − unfavourable) / all ranks, is in [−1, 1] (Kerby, 2014). The
-    p-value is exact for at most 50 differences without ties and zeros, otherwise from the normal approximation.
+    Zeros are dropped. The correlation is the sum of the ranks of positive differences, minus that of negative ones,
+    divided by the sum of all ranks; it is in [−1, 1] (Kerby, 2014). The p-value is exact for at most 50 differences
+    without ties and zeros, otherwise from the normal approximation.
     """
     from scipy import stats
 

@@ -152,7 +152,7 @@ def shapes(args: argparse.Namespace) -> Iterator[Table]:
     settings = [(size, 1, 2, torch.float32) for size in (64, 256, 512, args.largest)]
     settings += [(512, 1, 19, torch.float32), (512, 1, 150, torch.float32), (512, 6, 19, torch.float16)]
     maps = (
-        make_maps(min(size, args.largest), images, classes)["saturated"].to(dtype)
+        ("", make_maps(min(size, args.largest), images, classes)["saturated"].to(dtype))
         for size, images, classes, dtype in settings
     )
     yield compare_backends("saturated", maps, args)
@@ -167,7 +167,7 @@ def real(args: argparse.Namespace) -> Iterator[Table]:
     for index in (0, len(logits) // 2, len(logits) - 1):
         image = logits[index : index + 1]
         large = torch.nn.functional.interpolate(image, (args.size, args.size), mode="bilinear")
-        maps += [image.softmax(1), large.softmax(1)]
+        maps += [(f"image {index}, ", image.softmax(1)), (f"image {index}, ", large.softmax(1))]
     yield compare_backends(f"softmax of {args.logits.name}", maps, args)
 
 
@@ -176,17 +176,17 @@ def repeat(run: Callable[[], object], number: int) -> None:
         run()
 
 
-def compare_backends(title: str, maps: Iterable[Tensor], args: argparse.Namespace) -> Table:
-    """Return a table of rank_dice with each backend against argmax on probability maps."""
+def compare_backends(title: str, maps: Iterable[tuple[str, Tensor]], args: argparse.Namespace) -> Table:
+    """Return a table of rank_dice with each backend against argmax on probability maps, each after its name."""
     rows = []
-    for probs in maps:
+    for label, probs in maps:
         # Small maps: many calls are timed together, because one is too short for the clock.
         number = max(1, (1 << 17) // probs[0, 0].numel())
         kept = ("argmax + one-hot", "rank_dice, native", "rank_dice, python")
         rules = {name: partial(repeat, rule, number) for name, rule in candidates_for(probs).items() if name in kept}
         found = time_in_turn(rules, args.rounds)
         argmax = found.pop("argmax + one-hot")
-        shape = f"{'x'.join(map(str, probs.shape))} {str(probs.dtype).removeprefix('torch.')}"
+        shape = f"{label}{'x'.join(map(str, probs.shape))} {str(probs.dtype).removeprefix('torch.')}"
         for name, value in found.items():
             milliseconds = f"{1000 * value.cpu / number:.3f}"
             rows.append([shape, name.removeprefix("rank_dice, "), milliseconds, *ratios(value, argmax)])

@@ -19,7 +19,7 @@ from configs.fitting import Fitter
 from rankseg.calibration import Calibration, fit_calibration, fit_temperature
 from scripts.decoding.cases import Folder, FromStored
 from trainers.distributed import World
-from trainers.fitted import fit_on_validation
+from trainers.fitted import fit_calibration_on
 from trainers.metrics import Scoring
 
 
@@ -70,7 +70,7 @@ class FolderFitter(Fitter):
 
     def _fit_calibration(self, kind: str) -> dict[str, Any]:
         data, method = self._val(f"--calibrate {kind}"), fit_temperature if kind == "temperature" else fit_calibration
-        fit = partial(fit_on_validation, method, self.network, world=self.world, ignore_index=self.args.void)
+        fit = partial(fit_calibration_on, method, self.network, world=self.world, ignore_index=self.args.void)
         if not data.first:
             found = fit(data.logits(), self.values.link_of(data.channels))
         elif kind == "temperature":  # the background has no channel, so each channel is a binary problem
@@ -81,9 +81,9 @@ class FolderFitter(Fitter):
             found = Calibration(temperature, torch.stack([one.bias[1] - one.bias[0] for one in single]))
         return found._asdict() if isinstance(found, Calibration) else {"temperature": found}
 
-    def _val(self, need: str) -> Any:
+    def _val(self, label: str) -> Any:
         if self.fit is None:
-            raise UserError(f"{need} is fitted on labelled cases. Fix: pass --fit PROBS LABELS.")
+            raise UserError(f"{label} is fitted on labelled cases. Fix: pass --fit PROBS LABELS.")
         return self.fit
 
     def batches(self, data: Any) -> Any:

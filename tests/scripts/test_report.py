@@ -43,7 +43,7 @@ from scripts.report import report
 from trainers.checkpoint import save
 from trainers.distributed import World
 from trainers.evaluator import evaluate
-from trainers.fitted import fit_on_validation
+from trainers.fitted import fit_calibration_on
 from trainers.forward import ToProbs
 from trainers.metrics import Scoring
 
@@ -244,7 +244,7 @@ def test_twice_the_logits_are_twice_the_temperature() -> None:
     targets[:, :3] = 255
     batch = SimpleNamespace(images=logits, targets=targets, names=["a", "b", "c"], indices=[0, 1, 2])
     once, twice = (
-        float(fit_on_validation(fit_temperature, Given(scale), [batch], "softmax", HERE)) for scale in (1.0, 2.0)
+        float(fit_calibration_on(fit_temperature, Given(scale), [batch], "softmax", HERE)) for scale in (1.0, 2.0)
     )
     assert once == pytest.approx(1, abs=0.1) and twice == pytest.approx(2 * once, rel=1e-3)
 

@@ -13,7 +13,7 @@ from rankseg.calibration import fit_temperature
 from rankseg.rules import threshold
 from tests.trainers.test_update import ALONE
 from trainers.evaluator import evaluate
-from trainers.fitted import fit_on_validation
+from trainers.fitted import fit_calibration_on
 from trainers.forward import ToProbs, forward, logits_of
 from trainers.losses import CrossEntropy
 from trainers.metrics import Scoring
@@ -73,7 +73,7 @@ def test_every_use_sees_the_same_logits(precision: str, dtype: torch.dtype) -> N
     drawn = panels(net, data, lambda *pair: pair, {}, ToProbs("softmax"), ALONE, range(3), precision)
     assert all(torch.equal(a.softmax(1)[0], panel.probs) for a, (_, panel) in zip(logits, drawn, strict=True))
 
-    fitted = fit_on_validation(fit_temperature, net, given, "softmax", ALONE, precision=precision)
+    fitted = fit_calibration_on(fit_temperature, net, given, "softmax", ALONE, precision=precision)
     pixels = torch.cat([one.flatten(2) for one in logits], dim=2)
     labels = torch.cat([b.targets.flatten(1) for b in given], dim=1)
     assert fitted == pytest.approx(float(fit_temperature(pixels, labels, "softmax")), rel=1e-6)
