@@ -97,7 +97,7 @@ def score(args: argparse.Namespace, world: World) -> None:
         "contents": data.checksum(),
         "link": criterion.link,
         **fitter.describe_calibration(),
-        "correct_focal": cfg.correct_focal,
+        **fitter.describe_focal(),
         **({"threshold": threshold} if threshold != 0.5 else {}),
         **({"gate": cfg.gate} if cfg.gate != 0.5 else {}),
         "checkpoint": {"file": args.resume.name, "epoch": checkpoint["epoch"], "sha256": file_sha256(args.resume)},

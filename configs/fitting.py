@@ -39,7 +39,7 @@ from trainers.fitted import (
     fit_gate,
 )
 from trainers.forward import ToProbs, forward, measure
-from trainers.losses import Link, SegmentationLoss
+from trainers.losses import Focal, Link, SegmentationLoss
 from trainers.metrics import Scoring, mean_over_classes
 from trainers.results import EvalResult, results_folder
 
@@ -59,6 +59,21 @@ def calibration_kind(cfg: DictConfig) -> str:
 
 def is_calibrated(cfg: DictConfig) -> bool:
     return calibration_kind(cfg) != "none" or cfg.temperature != 1
+
+
+def focal_gamma(cfg: DictConfig, loss: SegmentationLoss) -> float:
+    """Return the exponent of the focal loss that ``correct_focal`` corrects, 0 without it.
+
+    Raises ConfigError if the network was trained with another loss, whose probabilities do not have this bias.
+    """
+    if not cfg.correct_focal:
+        return 0.0
+    if not isinstance(loss, Focal):
+        raise ConfigError(
+            f"correct_focal=true needs a network trained with loss=focal, and this one has loss={cfg.loss.name}. "
+            "Fix: remove correct_focal, or pass calibrate=temperature or calibrate=class."
+        )
+    return float(loss.gamma)
 
 
 def folder_of_results(checkpoint: Path, cfg: DictConfig) -> Path:
@@ -88,7 +103,9 @@ class Fitter:
         self.cfg, self.network, self.world, self.may_fit = cfg, network, world, may_fit
         self.kind = calibration_kind(cfg)
         self.file = FittedFile(checkpoint, world, replace=may_fit)
-        self.link = cast(Link, self._loss().link)
+        loss = self._loss()
+        self.link = cast(Link, loss.link)
+        self.focal_gamma = focal_gamma(cfg, loss)
         self.precision = str(cfg.trainer.precision)
         self._validation: SegmentationDataset | None = None
 
@@ -104,7 +121,7 @@ class Fitter:
         if kind is None:
             return logits
         fixed = None if kind != "none" else float(cfg.temperature)
-        return {**logits, "calibrate": kind, "temperature": fixed, "correct_focal": cfg.correct_focal}
+        return {**logits, "calibrate": kind, "temperature": fixed, **self.describe_focal()}
 
     def rule_settings(self, name: str) -> dict[str, Any]:
         """Return the options that change the masks of a rule."""
@@ -115,7 +132,7 @@ class Fitter:
     def to_probs(self, kind: str | None = None) -> ToProbs:
         """Return the conversion of logits for a kind of calibration; default: that of the configuration."""
         kind = kind or self.kind
-        return ToProbs(self.link, self.calibration(kind), self.cfg.correct_focal)
+        return ToProbs(self.link, self.calibration(kind), self.focal_gamma)
 
     def calibration(self, kind: str) -> float | Calibration:
         """Return the temperature, which divides the logits, or a temperature and a bias for each class."""
@@ -216,6 +233,11 @@ class Fitter:
             return {"temperature": found, "temperature_fitted_on": data.fingerprint()}
         values = {name: value.tolist() for name, value in found._asdict().items()}
         return {"temperature": None, "calibration": {"kind": "class", **values, "fitted_on": self._describe(data)}}
+
+    def describe_focal(self) -> dict[str, Any]:
+        """Return the description of the correction; its exponent is left out if it is the usual one, 2."""
+        other = self.cfg.correct_focal and self.focal_gamma != 2
+        return {"correct_focal": self.cfg.correct_focal, **({"focal_gamma": self.focal_gamma} if other else {})}
 
     def report(self, values: Mapping[str, Mapping[str, Any]], scored_data: SegmentationDataset) -> list[str]:
         """Return lines to print: what was fitted, and a warning if it was fitted on the scored images."""

@@ -26,7 +26,7 @@ class ToProbs:
 
     link: Link
     calibration: float | Calibration = 1.0  # divides the logits, or has a temperature and a bias per class
-    correct_focal: bool = False  # undo the bias of networks trained with the focal loss
+    focal_gamma: float = 0.0  # exponent of the focal loss whose bias is corrected; 0: no correction
 
     def __call__(self, logits: Tensor) -> Tensor:
         if isinstance(self.calibration, Calibration):
@@ -39,7 +39,7 @@ class ToProbs:
                 "the network gives NaN or infinity in its logits. "
                 "Fix: choose an earlier checkpoint, or trainer.precision=fp32 if it was trained in fp16."
             )
-        return focal_correction(probs) if self.correct_focal else probs
+        return focal_correction(probs, self.focal_gamma) if self.focal_gamma else probs
 
 
 def probs_for(rule: Any, logits: Tensor, probs: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs import stored
+from configs import build, stored
+from configs.fitting import focal_gamma
 from models import CheckpointError, PSPNet, read_checkpoint
 from models.published import is_published, load_published, translate_config, translate_state
 
@@ -88,6 +89,11 @@ def test_configurations_older_than_two_settings():
 def test_every_published_loss(root, theirs, ours):
     assert translate_config(CONFIG | {"loss": theirs})["choices"]["loss"] == ours
     assert (root / f"configs/loss/{ours}.yaml").exists()
+
+
+def test_a_released_focal_checkpoint_can_be_corrected():
+    cfg = stored.unpack(translate_config(CONFIG | {"loss": "FocalLoss"}), ["correct_focal=true"])
+    assert focal_gamma(cfg, build.loss(cfg)) == 2
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
             scored = evaluator.evaluate(Network(), batches, rules, CrossEntropy(), scoring, world, confidences=True)
             found += [(x.counts, x.confidence, x.scores) for x in scored.values()]
             record = record_masks(
-                Network(), batches, rankseg.rankdice, forward.ToProbs("softmax", 1.3, True), scoring, world
+                Network(), batches, rankseg.rankdice, forward.ToProbs("softmax", 1.3, 2.0), scoring, world
             )
             found.append((record.counts, record.confidence, record.signals()))
             probs, truth = (4 * pixels.to(device)).softmax(1), scoring.encode(labels[:, ::2, ::2].to(device))

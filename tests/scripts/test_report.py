@@ -256,7 +256,7 @@ def test_focal_losses_are_corrected_as_well() -> None:
     assert ways["calibrated"]["calibrate"] == "temperature" and ways["focal-corrected"]["correct_focal"]
     logits = torch.randn(2, 3, 4, 4)
     assert torch.allclose(ToProbs("softmax", 2.0)(logits), (logits / 2).softmax(1))
-    corrected = ToProbs("softmax", correct_focal=True)(logits)
+    corrected = ToProbs("softmax", focal_gamma=2.0)(logits)
     assert corrected.amax() > ToProbs("softmax")(logits).amax()  # focal is under-confident
 
 

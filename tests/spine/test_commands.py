@@ -141,8 +141,8 @@ def test_training_and_testing_from_nothing(tmp_path: Path) -> None:
 
 def test_calibrated_scores_have_a_folder_and_rows_of_their_own(trained: Path, run: Path) -> None:
     score = ("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "-p", "max")
-    for change in ("temperature=fit", "correct_focal=true", "threshold=0.3"):
-        call(*score, change, cwd=trained)
+    for change in (["temperature=fit"], ["loss=focal", "correct_focal=true"], ["threshold=0.3"]):
+        call(*score, *change, cwd=trained)
     call(*score, cwd=trained)
     folders = ("calibrated", "focal_corrected", "threshold_0.3", "")
     read = {name: json.loads((run / "results" / name / "T.json").read_text()) for name in folders}
@@ -150,7 +150,7 @@ def test_calibrated_scores_have_a_folder_and_rows_of_their_own(trained: Path, ru
     assert read["calibrated"]["temperature_fitted_on"] != read["calibrated"]["dataset"]["fingerprint"]
     assert len({one["config_hash"] for one in read.values()}) == 4
     table = call("scripts/paper_tables.py", "--saved", str(trained), cwd=trained).stdout
-    for row in ("CE, calibrated", "CE, corrected", "CE, T at 0.3"):
+    for row in ("CE, calibrated", "Focal, corrected", "CE, T at 0.3"):
         assert f"| {row}<sup>" in table, table
     assert "refused" not in table
 
@@ -261,6 +261,7 @@ def test_bad_checkpoints_are_one_line(run: Path, tmp_path: Path) -> None:
         (["-p", "T", "split=valid"], ["valid", "train, val, test"]),
         (["-p", "T", "--device", "cuda"], ["cuda"]),
         (["-p", "T", "protocol=papper"], ["paper"]),
+        (["correct_focal=true"], ["correct_focal=true", "loss=ce", "calibrate=temperature"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

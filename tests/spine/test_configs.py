@@ -15,6 +15,7 @@ from configs import build, stored
 from configs.cli import add_remedy, explain
 from configs.compose import CONFIGS, GROUPS, compose, options, quote_overrides, unknown_key, unknown_option
 from configs.errors import ConfigError
+from configs.fitting import focal_gamma
 from configs.values import check_values
 
 OPTIONS = {group: options(group) for group in GROUPS}
@@ -76,6 +77,19 @@ def test_a_threshold_is_that_of_the_rule_and_an_override_of_it_is_not_lost() -> 
     assert build.rules(["T"], cfg)["T"].keywords == {"at": 0.3} and build.threshold(cfg) == 0.3
     assert build.threshold(stored.unpack(packed, ["threshold=0.4"])) == 0.4
     assert build.threshold(stored.unpack(packed, ["predictor=rankdice"])) == 0.5
+
+
+@pytest.mark.parametrize("protocol", ["paper", "corrected"])
+def test_the_correction_of_the_focal_loss_has_the_exponent_of_the_training(protocol: str) -> None:
+    def gamma(loss: str, **values: object) -> float:
+        packed = {"choices": {**CHOICES, "loss": loss, "protocol": protocol}, "values": {"loss": values}}
+        cfg = stored.unpack(packed, ["correct_focal=true"])
+        return focal_gamma(cfg, build.loss(cfg))
+
+    assert gamma("focal") == 2 and gamma("focal", gamma=0) == 0 and gamma("focal", gamma=1.5) == 1.5
+    for other in ("ce", "bce", "bce_focal"):
+        with pytest.raises(ConfigError, match=f"correct_focal=true needs .*loss={other}"):
+            gamma(other)
 
 
 def test_an_unknown_rule_names_what_there_is() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankseg.calibration import fit_temperature
+from rankseg.calibration import fit_temperature, focal_correction
 from rankseg.rules import threshold
 from tests.trainers.test_update import ALONE
 from trainers.evaluator import evaluate
@@ -50,6 +50,14 @@ def batches() -> list[Any]:
         )
         for k in range(3)
     ]
+
+
+def test_probabilities_are_corrected_with_the_exponent_of_the_loss() -> None:
+    logits = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    raw = logits.softmax(1)
+    assert torch.equal(ToProbs("softmax", focal_gamma=0)(logits), raw)
+    for gamma in (0.5, 2.0):
+        assert torch.equal(ToProbs("softmax", focal_gamma=gamma)(logits), focal_correction(raw, gamma))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
