@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from configs import errors
 from configs.compose import unknown_key, unknown_option
@@ -45,8 +46,8 @@ autoload -Uz bashcompinit && bashcompinit
 def run_cli(main: Callable[[], Any]) -> None:
     """Run a command, which may return an exit code, and exit with a code unless it succeeds.
 
-    One line is printed for UserError, TrainingError, Interrupted, an error of Hydra or OmegaConf, and OSError. Any
-    other exception is a bug and keeps its traceback.
+    One line is printed for UserError, TrainingError, Interrupted, an error of Hydra, OmegaConf or YAML, and OSError.
+    Any other exception is a bug and keeps its traceback.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints the error and exits
     if "--traceback" in sys.argv:
@@ -60,7 +61,7 @@ def run_cli(main: Callable[[], Any]) -> None:
     try:
         code = main()
         sys.stdout.flush()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         _exit(errors.EXIT_BAD_INPUT, one_line(" ".join(explain(error).split())))
     except TrainingError as error:
         _exit(errors.EXIT_FAILED, str(error))
@@ -111,8 +112,13 @@ def add_remedy(error: OSError) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Return the message for an error of Hydra or OmegaConf: what is wrong and what is allowed."""
+    """Return the message for an error of Hydra, OmegaConf or YAML: what is wrong and what is allowed."""
     text = str(error)
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}"
+        return f"{place}: invalid YAML: {error.problem}. Fix: correct the file."
+    if isinstance(error, YAMLError):
+        return f"invalid YAML: {text}. Fix: correct the file."
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read. Fix: write key=value, and lists as 'key=[a,b]'."
     if "Could not override ''" in text:

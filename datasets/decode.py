@@ -182,8 +182,10 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _missing(path: Path) -> str:
-    """Return the message for a missing file; it names a file of the same name in an unsupported format."""
+    """Return the message for a missing file; it names the target of a link, or the same name in another format."""
     with contextlib.suppress(OSError):
+        if path.is_symlink():
+            return f"{path} is missing: it is a link to {path.readlink()}. Fix: restore that file, or remove the link"
         for other in sorted(path.parent.iterdir()):
             if canonical_name(other.stem) == canonical_name(path.stem) and other.suffix.lower() not in IMAGE_SUFFIXES:
                 return f"{path} is missing; {other.name} has a format that is not read. Fix: convert it to PNG"

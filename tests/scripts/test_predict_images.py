@@ -329,7 +329,7 @@ def test_other_things_in_a_folder_do_not_stop_its_images(
         "pipe.png is not a regular file",
         "empty.png is not an image",
         "loop.png cannot be opened",
-        "nowhere.png is missing",
+        "nowhere.png is missing: it is a link to absent.png. Fix: restore that file, or remove the link",
     ):
         assert fault in said.err
     assert said.err.count("error: ") == 5 and len(list((tmp_path / "out").glob("*.png"))) == 4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from configs.compose import CONFIGS, GROUPS, compose, options, quote_overrides, 
 from configs.errors import ConfigError
 from configs.fitting import focal_gamma
 from configs.values import check_values
+from tests.exits import exit_code
 
 OPTIONS = {group: options(group) for group in GROUPS}
 CHOICES = {
@@ -142,6 +145,23 @@ def test_unknown_names_are_explained_in_one_line() -> None:
     with pytest.raises(Exception) as caught:
         compose("train", ["loss=cee"])
     assert "loss is one of: b_soft_dice, bce" in explain(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1\nb: c: d\n", "bad.yaml, line 2: invalid YAML: "),
+        ("a: \x01\n", r'invalid YAML: .*"\S*bad.yaml", position 3'),
+    ],
+)
+def test_an_invalid_yaml_file_is_named_in_one_line(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert exit_code(lambda: OmegaConf.load(path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(words, line) and line.endswith("Fix: correct the file.")
 
 
 def test_a_stored_configuration_comes_back_with_overrides_on_top() -> None:
