@@ -15,6 +15,7 @@ from configs.compose import options
 from configs.errors import as_training_error, one_line
 from configs.files import file_sha256, require_writable
 from configs.fitting import Fitter, folder_of_results, is_calibrated
+from configs.stored import chosen_rules
 from trainers.distributed import World, join_world
 from trainers.evaluator import evaluate
 from trainers.reproducibility import provenance
@@ -26,13 +27,15 @@ EXAMPLES = """\
 examples:
   python test.py -r saved/synthetic/tiny/ce/seed0/best_model.pth -p all
   python test.py -r RUN/best_model.pth -p rankdice -p T protocol=paper dataset.root=/data/Kvasir-SEG
+  python test.py -r RUN/best_model.pth -p T_fit predictor.per_class=true
   python test.py -r checkpoint-epoch300.pth -p rankdice dataset.root=/data/cityscapes      (the authors' files)
 
-Keys that are not given have the values stored in the checkpoint.
+Keys that are not given have the values stored in the checkpoint. Without -p, predictor=RULE chooses the rule (default:
+rankdice). predictor.KEY=VALUE is an option of the rule of -p; of several, of that in predictor=RULE.
 Results of best_model.pth are written to results/ next to it (results/paper/ under protocol=paper), those of last.pth to
 results/of_last/. Options have sub-folders there: calibrated/ (calibrate=temperature or temperature=NUMBER),
 calibrated_class/ (calibrate=class), focal_corrected/ (correct_focal=true), gate_fit/ (gate=fit), threshold_0.3/
-(threshold=0.3).
+(threshold=0.3), T_fit_per_class_true/ (-p T_fit predictor.per_class=true).
 T_fit, auto, calibrate and gate=fit are fitted on the validation split. pooled_dice and pooled_iou are fitted on the
 scored split without labels. The values are kept in NAME.fitted.json next to NAME.pth.
 Exit codes: 0 done, 2 bad input, 3 scoring failed (too little memory, a dead or stalled loader process).
@@ -67,16 +70,17 @@ def arguments() -> argparse.Namespace:
 
 def score(args: argparse.Namespace, world: World) -> None:
     """Load a checkpoint, score the rules, write the results and print them."""
-    network, cfg, checkpoint = load(args.resume, args.overrides)
+    given = args.predictor or chosen_rules(args.overrides) or ["rankdice"]
+    names = [rule for name in given for rule in (ALL if name == "all" else (name,))]
+    network, cfg, checkpoint = load(args.resume, args.overrides, names)
     network = network.to(world.device)
-    names = [rule for name in args.predictor or ["rankdice"] for rule in (ALL if name == "all" else (name,))]
     for name in names:
         build.rule_node(name, cfg)  # report an unknown name before anything is fitted
-    threshold = build.threshold(cfg)
+    threshold, options = build.threshold(cfg), build.rule_options(names, cfg)
     build.make_root_absolute(cfg)
     data = build.dataset(cfg, cfg.split)
     check_classes(checkpoint, data.info.classes, args.resume)
-    folder = args.out or folder_of_results(args.resume, cfg)
+    folder = args.out or folder_of_results(args.resume, cfg, names)
     if world.is_main:
         require_writable(folder)
     criterion = build.loss(cfg)
@@ -100,6 +104,7 @@ def score(args: argparse.Namespace, world: World) -> None:
         **fitter.describe_focal(),
         **({"threshold": threshold} if threshold != 0.5 else {}),
         **({"gate": cfg.gate} if cfg.gate != 0.5 else {}),
+        **({"rule_options": options} if options else {}),
         "checkpoint": {"file": args.resume.name, "epoch": checkpoint["epoch"], "sha256": file_sha256(args.resume)},
         "provenance": provenance(ROOT),
     }

@@ -105,6 +105,22 @@ def rule_node(name: str, cfg: DictConfig | None) -> Any:
     return node
 
 
+def rule_options(names: Iterable[str], cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """Return {rule: options that differ from its file} for the rule of ``cfg.predictor``, if one of the names is it.
+
+    The threshold of rule T is left out: see `threshold`.
+    """
+    rule = cfg.predictor.name
+    if rule not in {cfg.protocol.rules.get(name, name) for name in names}:
+        return {}
+    usual: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "predictor" / f"{rule}.yaml"))
+    options: Any = OmegaConf.to_container(cfg.predictor, resolve=True)
+    changed = {key: value for key, value in options.items() if (key, value) not in usual.items()}
+    if rule == "T":
+        changed.pop("at", None)
+    return {rule: changed} if changed else {}
+
+
 def is_ranking(node: Any) -> bool:
     """Return whether the rule of a node maximises an expected score of each image."""
     return node.get("_target_") in ("rankseg.rules.rankdice", "rankseg.rules.rankiou")

@@ -63,10 +63,13 @@ def newest_checkpoint(checkpoints: Checkpoints, identity: Mapping[str, Any]) -> 
     return checkpoint
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
+def load(
+    path: Path, overrides: Sequence[str] = (), rules: Sequence[str] | None = None
+) -> tuple[nn.Module, DictConfig, dict[str, Any]]:
     """Load a checkpoint of this project or of the paper's authors.
 
-    The authors' checkpoints are scored with ``protocol=paper``, unless an override chooses another protocol.
+    ``rules`` are the rules that the command applies: see `stored.unpack`. The authors' checkpoints are scored with
+    ``protocol=paper``, unless an override chooses another protocol.
 
     Returns:
         The network, the configuration, and the checkpoint. Its ``epoch`` is an int. Its ``classes`` are the names of
@@ -78,14 +81,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, DictConf
 
         if is_published(checkpoint):
             network, config = load_published(checkpoint, source=f"checkpoint {path}")
-            return network, stored.unpack(config, overrides), {"epoch": 0, **checkpoint, "classes": None}
+            return network, stored.unpack(config, overrides, rules), {"epoch": 0, **checkpoint, "classes": None}
     if not {"model", "config", "epoch"} <= set(checkpoint):
         raise CheckpointError(
             f"{path} is not a checkpoint of this project: it lacks model, config or epoch. "
             "Fix: choose one that train.py wrote."
         )
     _check_metadata(checkpoint, path)
-    cfg = stored.unpack(checkpoint["config"], overrides)
+    cfg = stored.unpack(checkpoint["config"], overrides, rules)
     if "weights" in cfg.model:
         cfg.model.weights = None  # the checkpoint's weights replace them
     try:

@@ -76,8 +76,8 @@ def focal_gamma(cfg: DictConfig, loss: SegmentationLoss) -> float:
     return float(loss.gamma)
 
 
-def folder_of_results(checkpoint: Path, cfg: DictConfig) -> Path:
-    """Return the folder of a checkpoint's results under a configuration with the options of ``configs/test.yaml``."""
+def folder_of_results(checkpoint: Path, cfg: DictConfig, rules: Iterable[str]) -> Path:
+    """Return the folder of the results of rules under a configuration with the options of ``configs/test.yaml``."""
     below = results_folder(
         checkpoint.name,
         cfg.protocol.results,
@@ -86,6 +86,7 @@ def folder_of_results(checkpoint: Path, cfg: DictConfig) -> Path:
         per_class=cfg.calibrate == "class",
         focal_corrected=cfg.correct_focal,
         gate=cfg.gate,
+        rule_options=build.rule_options(rules, cfg),
     )
     return checkpoint.resolve().parent / below
 

@@ -43,6 +43,11 @@ NOT_FROM_CHECKPOINT = frozenset(
         "verify", "resume", "validation", "expected",  # what a command does with a run
     }
 )  # fmt: skip
+# Keys that only train.py uses.
+_TRAINING_KEYS = (
+    "epochs", "backbone_lr_ratio", "validation", "verify", "save_dir", "run_dir", "resume", "model.weights",
+    "optimizer", "schedule", *(key for key in CHECKS if key.startswith("trainer.") and key != "trainer.precision"),
+)  # fmt: skip
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 _KEY = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
 _WORD = re.compile(r"[\w.+-]{1,64}")
@@ -70,12 +75,15 @@ def _drop_keys(values: Any, prefix: str = "") -> Any:
     }
 
 
-def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
+def unpack(stored: Any, overrides: Sequence[str] = (), rules: Sequence[str] | None = None) -> DictConfig:
     """Return the configuration of a checkpoint with overrides on top, and the options of ``configs/test.yaml``.
 
-    Stored values of overridden keys are not read. Raises ConfigError if the stored configuration is not one of ours, an
-    override names an unknown key, or a value is invalid.
+    ``rules`` are the rules that the command applies; None: any. If there is a single one, ``predictor.KEY=VALUE``
+    without ``predictor=RULE`` is an option of it. Stored values of overridden keys are not read. Raises ConfigError if
+    the stored configuration is not one of ours, a value is invalid, or an override names an unknown key, a key that
+    only train.py uses, or another rule.
     """
+    reject_overrides(overrides, {**dict.fromkeys(_TRAINING_KEYS, ""), "device": "--device"})
     check_plain(stored, "the checkpoint's configuration", max_items=20_000)
     if not (isinstance(stored, dict) and set(stored) == {"choices", "values"}) or not all(
         isinstance(part, dict) for part in stored.values()
@@ -85,8 +93,13 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
             "Fix: choose a checkpoint that train.py wrote."
         )
     groups, assigned = _split_overrides(overrides)
+    keys = [key for key, _ in assigned if key.startswith("predictor.")]
+    if rules is not None and (keys or "predictor" in groups):
+        groups |= _rule_of_options(keys, groups.get("predictor"), rules, _compose({**stored["choices"], **groups}))
     cfg = _compose(stored["choices"])
-    given = tuple(key for key, _ in assigned)
+    given = [key for key, _ in assigned]
+    if "predictor.at" in given:
+        given.append("threshold")  # a released checkpoint stores the threshold, which would replace predictor.at
     accepted = list(_accept_values(stored["values"], cfg, (*given, *groups)))
     if groups:
         cfg = _compose({**stored["choices"], **groups})
@@ -96,10 +109,58 @@ def unpack(stored: Any, overrides: Sequence[str] = ()) -> DictConfig:
     OmegaConf.set_struct(cfg, True)
     for key, value in assigned:
         if OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
-            raise ConfigError(unknown_key(key, cfg))
+            raise ConfigError(unknown_key(key, cfg) + _rules_with_option(key))
         OmegaConf.update(cfg, key, value, merge=True)
     check_values(cfg)
     return cfg
+
+
+def chosen_rules(overrides: Sequence[str]) -> list[str]:
+    """Return the rule of ``predictor=RULE``, for a command line without -p; empty without it."""
+    groups, _ = _split_overrides(overrides)
+    return [groups["predictor"]] if "predictor" in groups else []
+
+
+def reject_overrides(overrides: Sequence[str], unused: Mapping[str, str]) -> None:
+    """Raise ConfigError for an override of a key or group that the command does not use.
+
+    ``unused`` maps these keys to the command's own option for them, such as ``--device``, or to "".
+    """
+    groups, assigned = _split_overrides(overrides)
+    for name, value in (*groups.items(), *assigned):
+        for key, option in unused.items():
+            if name == key or name.startswith(f"{key}."):
+                fix = f"pass {option} {value} instead" if option else "remove it"
+                raise ConfigError(f"{name}={value} has no effect on this command. Fix: {fix}.")
+
+
+def _rule_of_options(keys: Sequence[str], chosen: str | None, rules: Sequence[str], cfg: DictConfig) -> dict[str, str]:
+    """Return the group ``predictor`` that overridden keys of a rule belong to; empty if it is chosen already.
+
+    ``chosen`` is the rule of ``predictor=RULE``, and ``rules`` are those that the command applies.
+    """
+    actual = {cfg.protocol.rules.get(rule, rule) for rule in rules}
+    if chosen is not None and chosen not in {*actual, *rules}:
+        raise ConfigError(
+            f"predictor={chosen} sets a rule that is not applied: the rules are {', '.join(rules)}. "
+            f"Fix: add -p {chosen}, or remove predictor={chosen}."
+        )
+    if not keys or chosen is not None or cfg.predictor.name in actual:
+        return {}
+    if len(actual) != 1:
+        applied = f", and the rules are {', '.join(rules)}" if rules else ""
+        raise ConfigError(
+            f"{keys[0]} is an option of one rule{applied}. Fix: add predictor=RULE, the rule that it is for."
+        )
+    return {"predictor": actual.pop()}
+
+
+def _rules_with_option(key: str) -> str:
+    """Return the end of the message for an unknown ``predictor.KEY``: the rules that have the key."""
+    group, _, name = key.partition(".")
+    files = {one: CONFIGS / group / f"{one}.yaml" for one in options(group)} if group == "predictor" else {}
+    found = [one for one, path in files.items() if name in OmegaConf.load(path)]
+    return f". Rules with this key: {', '.join(found)}. Fix: choose one with -p or predictor=." if found else ""
 
 
 def _compose(choices: Mapping[Any, Any]) -> DictConfig:

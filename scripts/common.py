@@ -67,13 +67,16 @@ class LoadedRun(NamedTuple):
     data: Any
 
 
-def load_run(path: Path, overrides: Sequence[str], device: Any) -> LoadedRun:
-    """Load a checkpoint, or the best one of a run's folder, and the split of its configuration."""
+def load_run(path: Path, overrides: Sequence[str], device: Any, rules: Sequence[str]) -> LoadedRun:
+    """Load a checkpoint, or the best one of a run's folder, and the split of its configuration.
+
+    ``rules`` are the rules that the command applies.
+    """
     from configs import build  # torch is slow to import
     from configs.checkpoint import check_classes, load
 
     path = path / "best_model.pth" if path.is_dir() else path
-    network, cfg, checkpoint = load(path, overrides)
+    network, cfg, checkpoint = load(path, overrides, rules)
     build.make_root_absolute(cfg)
     data = build.dataset(cfg, cfg.split)
     check_classes(checkpoint, data.info.classes, path)

@@ -27,6 +27,7 @@ from configs.compose import options
 from configs.errors import UserError, one_line
 from configs.files import write_json
 from configs.fitting import Fitter, folder_of_results
+from configs.stored import chosen_rules, reject_overrides
 from scripts import ROOT
 from scripts.analysis import charts
 from scripts.analysis.measure import assess, known_pairs, record_split
@@ -55,8 +56,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, world: World) -> None:
     """Fit the margin on one split, measure the confidence on the other, and print and write the numbers."""
-    (name,) = args.predictor or ["rankdice"]
-    path, network, cfg, _, data = load_run(args.resume, [*args.overrides, f"split={args.on}"], world.device)
+    (name,) = args.predictor or chosen_rules(args.overrides) or ["rankdice"]
+    reject_overrides(args.overrides, {"split": "--on"})
+    path, network, cfg, _, data = load_run(args.resume, [*args.overrides, f"split={args.on}"], world.device, [name])
     held_out = build.dataset(cfg, args.fit)
     if held_out.fingerprint() == data.fingerprint():
         raise UserError(
@@ -78,7 +80,7 @@ def measure(args: argparse.Namespace, world: World) -> None:
     fitter.save()
     if not world.is_main:
         return
-    folder = args.out or folder_of_results(path, cfg) / "confidence" / name
+    folder = args.out or folder_of_results(path, cfg, [name]) / "confidence" / name
     about = {
         "rule": name,
         "fitted_on": {"split": args.fit, "fingerprint": held_out.fingerprint(), "images": fitted_on.names},

@@ -69,7 +69,7 @@ def main() -> None:
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg") or args.out.is_dir():
         raise UserError(f"--out {args.out} is invalid. Fix: give the name of a .png or .jpg file")
     with join_world(args.device) as world:
-        path, network, cfg, _, data = load_run(args.run, args.overrides, world.device)
+        path, network, cfg, _, data = load_run(args.run, args.overrides, world.device, RULES)
         fitter = Fitter(cfg, network, path, world)
         to_probs, precision = fitter.to_probs(), fitter.precision
         fitter.save()

@@ -17,8 +17,8 @@ stores the margin of the lower bound there.
 
 Probabilities of windows are averaged, and the rule then decides on the whole image. A rule such as rankdice may give a
 pixel to several classes; the palette PNG then has the most probable of them. A pixel in no mask of a scored class is
-background (the most probable class that is not scored), or void if every class is scored. Without -p the rule is
-rankdice if one class is scored, else rankdice_nonoverlap.
+background (the most probable class that is not scored), or void if every class is scored. Without -p RULE or
+predictor=RULE the rule is rankdice if one class is scored, else rankdice_nonoverlap.
 
 The same command resumes an interrupted one. Without --force, another checkpoint, rule, override, or option of windows,
 scales or flip needs another folder, and no mask of another image and no other file is replaced. An input image is never
@@ -52,6 +52,7 @@ from configs.compose import options
 from configs.errors import TrainingError, UserError, as_training_error, one_line
 from configs.files import file_sha256, shell_word
 from configs.fitting import Fitter
+from configs.stored import chosen_rules, reject_overrides
 from datasets import DatasetError, DatasetInfo
 from datasets.transforms import Normalise
 from scripts.common import (
@@ -69,6 +70,8 @@ from trainers.distributed import World, pick_device
 from trainers.forward import logits_of
 
 SOME_FAILED = 1
+# Overrides of test.py without effect here -> the option for it.
+UNUSED = {"num_workers": "--workers", "batch_size": "--batch", "split": "", "on_error": "", "loader_timeout": ""}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,11 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     found, notes = files.find(args.images, args.out)
     for note in notes:
         print(one_line(f"note: {note}"), file=sys.stderr)
-    network, cfg, checkpoint = load(args.resume, args.overrides)
+    reject_overrides(args.overrides, UNUSED)
+    given = args.predictor or chosen_rules(args.overrides)
+    network, cfg, checkpoint = load(args.resume, args.overrides, given)
     info = dataset_info(cfg, args.classes)
     check_classes(checkpoint, info.classes, args.resume)
     default = "rankdice" if len(info.scored) == 1 else "rankdice_nonoverlap"
-    (rule,) = args.predictor or [default]
+    (rule,) = given or [default]
     fitter = Fitter(cfg, network, args.resume, World(0, 1, pick_device(args.device)), may_fit=False)
     review = _review(args, fitter, rule, info)
     segment = Segmenter(fitter, rule, info, _view(args, cfg), review)

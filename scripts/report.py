@@ -54,10 +54,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def report(args: argparse.Namespace, world: World) -> Path:
     """Measure a run, and write its page with images and numbers; return the path of the page."""
-    run = load_run(args.run, args.overrides, world.device)
+    names = list(dict.fromkeys((*RULES, *args.predictor)))
+    run = load_run(args.run, args.overrides, world.device, names)
     path, network, cfg, checkpoint, data = run
     check_uncalibrated(cfg, "report.py")  # the report compares calibrated probabilities itself
-    names = list(dict.fromkeys((*RULES, *args.predictor)))
     for name in names:
         build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
 

@@ -238,8 +238,11 @@ class ScoringPlan:
         if self.calibrate and run.cfg.loss.name == "focal":
             variants.append((", corrected", {"focal_corrected": True}, ["correct_focal=true"]))
         for protocol, results in self.folders.items():
+            cfg = run.cfg.copy()
+            cfg.protocol.rules = OmegaConf.load(CONFIGS / "protocol" / f"{protocol}.yaml").rules
+            options = build.rule_options(self.rules, cfg)
             for name, changed, overrides in variants:
-                folder = results_folder(self.checkpoint, results, threshold=at, **changed)
+                folder = results_folder(self.checkpoint, results, threshold=at, rule_options=options, **changed)
                 yield protocol + name, str(folder), [f"protocol={protocol}", *overrides]
 
     def missing(self, run: Run) -> list[tuple[str, str, list[str]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,18 +101,26 @@ def results_folder(
     per_class: bool = False,
     focal_corrected: bool = False,
     gate: float | str = 0.5,
+    rule_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Return the folder of results below that of a run, different for every variant and every checkpoint.
 
     ``results`` is the folder of the protocol. Results of ``best_model.pth`` are in it, those of ``last.pth`` in its
     ``of_last``. The options that change the masks name a further sub-folder, such as ``calibrated_gate_fit``.
-    ``per_class``: each class has its own temperature and bias.
+    ``per_class``: each class has its own temperature and bias. ``rule_options`` are the options of rules that differ
+    from their files: ``{"T_fit": {"per_class": True}}`` names the sub-folder ``T_fit_per_class_true``.
     """
+    options = [
+        re.sub(r"[^\w.+-]+", "-", f"{rule}_{key}_{value if isinstance(value, str) else json.dumps(value)}")
+        for rule, changed in (rule_options or {}).items()
+        for key, value in changed.items()
+    ]
     variants = {
         "focal_corrected": focal_corrected,
         "calibrated_class" if per_class else "calibrated": calibrated,
         f"threshold_{threshold:g}": threshold != 0.5,
         f"gate_{gate}": gate != 0.5,
+        **dict.fromkeys(options, True),
     }
     variant = "_".join(name for name, here in variants.items() if here)
     stem = Path(checkpoint).stem

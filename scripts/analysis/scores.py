@@ -37,7 +37,9 @@ _TIE = 1e-9  # points; smaller differences are rounding errors
 Interval = tuple[float, float]
 Array = NDArray[np.float64]
 # Two rules saw the same probabilities if these keys of their result files agree.
-_PROBABILITY_KEYS = ("checkpoint", "dataset", "protocol", "temperature", "calibration", "correct_focal", "images")
+_PROBABILITY_KEYS = (
+    "checkpoint", "dataset", "protocol", "temperature", "calibration", "correct_focal", "focal_gamma", "images",
+)  # fmt: skip
 
 
 def read_counts(table: Path) -> dict[tuple[str, int], tuple[int, int, int]]:
@@ -103,7 +105,7 @@ def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
 def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
     """Return how a record differs from the default, as "WORD: REASON; ...", or "".
 
-    The default is best_model.pth, without calibration, gate 0.5 and threshold 0.5.
+    The default is best_model.pth, without calibration, gate 0.5, threshold 0.5, and the options of the rules' files.
     """
     parts, temperature = [], record.get("temperature")
     others = [name.removeprefix("of_") for name in folders if name.startswith("of_")]
@@ -123,6 +125,9 @@ def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
         parts.append(f"gate {record['gate']}: ranking rules {effect.get(record['gate'], 'are gated')}")
     if record.get("threshold") not in (None, 0.5):
         parts.append(f"T at {record['threshold']:g}: another threshold of T")
+    for rule, options in (record.get("rule_options") or {}).items():
+        values = " ".join(f"{key}={value}" for key, value in options.items())
+        parts.append(f"{rule} {values}: other options of {rule} than those of its file")
     return "; ".join(parts)
 
 

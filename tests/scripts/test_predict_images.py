@@ -341,6 +341,11 @@ def test_other_things_in_a_folder_do_not_stop_its_images(
         ("-p max -p T", "expected one rule. Fix: call once per rule, each time with another --out"),
         ("trainer.precision=fp8", "trainer.precision=fp8"),
         ("--out LOOP/x", "loop/x"),
+        ("device=cuda", "device=cuda has no effect on this command. Fix: pass --device cuda instead"),
+        ("num_workers=2", "Fix: pass --workers 2 instead"),
+        ("split=val", "split=val has no effect"),
+        ("predictor.at=0.3", "predictor.at is an option of one rule. Fix: add predictor=RULE"),
+        ("-p rankdice correct_focal=true", "correct_focal=true needs a network trained with loss=focal"),
     ],
 )
 def test_words_that_exclude_each_other_are_one_line(
@@ -366,6 +371,14 @@ def test_overrides_and_images_mix(checkpoint: Path, photos: Path, tmp_path: Path
             main(["-r", str(checkpoint), str(image), "--out", str(out / "y"), given])
     with pytest.raises(ValueError, match="--scales"):
         main(["-r", str(checkpoint), str(image), "--out", str(out / "x"), "--scales", "big"])
+
+
+def test_the_rule_of_an_override_is_applied(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["-r", str(checkpoint), str(photos), "--quiet", "--out", str(tmp_path / "out")]
+    assert main([*command, "predictor=T", "predictor.at=0.3"]) == 0
+    assert "3 images segmented with T" in capsys.readouterr().out
 
 
 def test_fitted_values_are_applied_and_others_are_rejected(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def score(checkpoint: Path, rules: list[str], overrides: list[str]) -> None:
         threshold=build.threshold(OmegaConf.create(OmegaConf.load(checkpoint.parent / "config.yaml"))),
         calibrated="temperature=fit" in overrides,
         focal_corrected="correct_focal=true" in overrides,
+        rule_options=build.rule_options(rules, OmegaConf.create(OmegaConf.load(checkpoint.parent / "config.yaml"))),
     )
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
@@ -204,6 +205,17 @@ def test_a_threshold_of_its_own_has_a_folder_of_its_own(
     assert {path.parent.name for path in stand_ins.rglob("T.json")} == {
         "threshold_0.3", "calibrated_threshold_0.3",
     }  # fmt: skip
+    assert run(monkeypatch, *command, "--dry-run") == 0
+    assert "1 runs, 1 finished" in capfd.readouterr().out
+
+
+def test_options_of_a_rule_have_a_folder_of_their_own(
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [*SMALL, f"save_dir={stand_ins}", "--rules", "T,rankdice_trna", "predictor=rankdice_trna"]
+    command += ["predictor.app=2", "--protocols", "corrected"]
+    assert run(monkeypatch, *command) == 0
+    assert {path.parent.name for path in stand_ins.rglob("T.json")} == {"rankdice_trna_app_2"}
     assert run(monkeypatch, *command, "--dry-run") == 0
     assert "1 runs, 1 finished" in capfd.readouterr().out
 

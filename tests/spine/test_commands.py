@@ -155,6 +155,26 @@ def test_calibrated_scores_have_a_folder_and_rows_of_their_own(trained: Path, ru
     assert "refused" not in table
 
 
+def test_options_of_a_rule_have_a_folder_and_rows_of_their_own(trained: Path, run: Path) -> None:
+    score = ("test.py", "-r", str(run / "best_model.pth"), "-p", "T_fit")
+    call(*score, "-p", "T", cwd=trained)
+    call(*score, "predictor.per_class=true", cwd=trained)
+    folders = ("", "T_fit_per_class_true")
+    usual, other = (json.loads((run / "results" / name / "T_fit.json").read_text()) for name in folders)
+    assert type(usual["fitted"]["at"]) is float and len(other["fitted"]["at"]) == len(other["classes"])
+    assert "rule_options" not in usual and other["rule_options"] == {"T_fit": {"per_class": True}}
+    assert usual["config_hash"] != other["config_hash"]
+    same = json.loads((run / "results" / "T.json").read_text())
+    assert same["config_hash"] == usual["config_hash"]
+    table = call("scripts/paper_tables.py", "--saved", str(trained), cwd=trained).stdout
+    assert "| CE, T_fit per_class=True<sup>" in table, table
+
+
+def test_the_rule_of_an_override_is_scored(run: Path, tmp_path: Path) -> None:
+    call("test.py", "-r", str(run / "best_model.pth"), "predictor=max", "--out", str(tmp_path), cwd=tmp_path)
+    assert {path.name for path in tmp_path.glob("*.json")} == {"max.json"}
+
+
 def test_fitted_rules_are_scored_stored_and_used_again(run: Path, tmp_path: Path) -> None:
     score = ("test.py", "-r", str(run / "last.pth"), "-p", "all", "-p", "auto", "gate=fit", "calibrate=class")
     first = call(*score, cwd=tmp_path)
@@ -261,6 +281,8 @@ def test_bad_checkpoints_are_one_line(run: Path, tmp_path: Path) -> None:
         (["-p", "T", "split=valid"], ["valid", "train, val, test"]),
         (["-p", "T", "--device", "cuda"], ["cuda"]),
         (["-p", "T", "protocol=papper"], ["paper"]),
+        (["-p", "rankdice", "device=cuda"], ["device=cuda", "--device cuda"]),
+        (["-p", "T", "-p", "max", "predictor.at=0.3"], ["predictor.at", "predictor=RULE"]),
         (["correct_focal=true"], ["correct_focal=true", "loss=ce", "calibrate=temperature"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,

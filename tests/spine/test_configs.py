@@ -11,7 +11,7 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from configs import build, stored
 from configs.cli import add_remedy, explain
@@ -174,6 +174,65 @@ def test_a_stored_configuration_comes_back_with_overrides_on_top() -> None:
     assert (corrected.protocol.void, corrected.loss.legacy, corrected.seed) == ("masked", False, 7)
     with pytest.raises(ValueError, match="did you mean split"):
         stored.unpack(packed, ["splitt=val"])
+
+
+def test_options_belong_to_the_rule_that_is_applied() -> None:
+    packed = {"choices": CHOICES, "values": {}}
+
+    def unpack(*overrides: str, rules: tuple[str, ...], **values: object) -> DictConfig:
+        return stored.unpack({**packed, "values": values}, overrides, rules)
+
+    assert build.rules(["T"], unpack("predictor.at=0.3", rules=("T",)))["T"].keywords == {"at": 0.3}
+    both = unpack("predictor=T", "predictor.at=0.3", rules=("T", "max"))
+    assert build.rules(["T"], both)["T"].keywords == {"at": 0.3}
+    released = unpack("predictor.at=0.3", rules=("T",), threshold=0.6)
+    assert build.threshold(released) == 0.3 and build.threshold(unpack(rules=("T",), threshold=0.6)) == 0.6
+    paper = unpack("protocol=paper", "predictor.app=1", rules=("rankdice",))
+    assert build.rules(["rankdice"], paper)["rankdice"].keywords["app"] == 1
+
+
+def test_stored_options_of_the_applied_rule_are_kept() -> None:
+    packed = {"choices": {**CHOICES, "predictor": "pooled_dice"}, "values": {"predictor": {"pruning": False}}}
+    cfg = stored.unpack(packed, ["predictor.score=iou"], ["pooled_dice"])
+    assert (cfg.predictor.pruning, cfg.predictor.score) == (False, "iou")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rules", "words"),
+    [
+        (["predictor.at=0.3"], ["T", "max"], "predictor.at is an option of one rule.*T, max.*add predictor=RULE"),
+        (["predictor.at=0.3"], [], "predictor.at is an option of one rule. Fix: add predictor=RULE"),
+        (["predictor=T"], ["max"], "predictor=T sets a rule that is not applied: the rules are max. Fix: add -p T"),
+        (["predictor.at=0.3"], ["rankdice"], "predictor.at is not a key .*Rules with this key: T.*-p"),
+        (["predictor.at=0.3"], ["rankdise"], "predictor=rankdise is unknown"),
+    ],
+)
+def test_an_option_that_no_applied_rule_has_is_rejected(overrides: list[str], rules: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        stored.unpack({"choices": CHOICES, "values": {}}, overrides, rules)
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [("device=cuda", "pass --device cuda instead"), ("epochs=3", "remove it"), ("optimizer.lr=1", "remove it"),
+     ("schedule=cosine", "remove it"), ("trainer.accumulate=2", "remove it"), ("save_dir=x", "remove it")],
+)  # fmt: skip
+def test_an_override_without_effect_is_rejected(override: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match=f"{override} has no effect on this command. Fix: {fix}"):
+        stored.unpack({"choices": CHOICES, "values": {}}, [override])
+    stored.unpack({"choices": CHOICES, "values": {"epochs": 3, "optimizer": {"lr": 1.0}}}, ["trainer.precision=bf16"])
+
+
+def test_options_of_a_rule_that_differ_from_its_file() -> None:
+    def options(*overrides: str, rules: tuple[str, ...]) -> dict[str, dict[str, object]]:
+        return build.rule_options(rules, stored.unpack({"choices": CHOICES, "values": {}}, overrides))
+
+    fit = ("predictor=T_fit", "predictor.per_class=true")
+    assert options(*fit, rules=("T", "T_fit")) == {"T_fit": {"per_class": True}}
+    assert options(*fit, rules=("T",)) == options("predictor=T_fit", rules=("T_fit",)) == {}
+    assert options("predictor=T", "predictor.at=0.3", rules=("T",)) == {}  # it is the threshold
+    paper = ("protocol=paper", "predictor=rankdice_paper", "predictor.app=1")
+    assert options(*paper, rules=("rankdice",)) == {"rankdice_paper": {"app": 1}}
 
 
 def test_what_is_not_a_stored_configuration_is_named() -> None:
