@@ -26,7 +26,8 @@ INTRODUCTION = """\
 
 `python train.py GROUP=OPTION KEY=VALUE ...` chooses options and sets keys. `python train.py --help` lists them, and
 `python train.py --cfg job` prints the resulting configuration. `test.py`, and every script that reads a checkpoint,
-start from the configuration stored in the checkpoint and accept the same overrides.
+start from the configuration stored in the checkpoint and accept the same overrides. They reject keys that only
+training uses, such as `epochs`, and `device`, for which they have `--device`.
 
 A key of a group is written with the name of the group: `dataset.crop=256`. A value such as `${dataset.epochs}`
 follows another key. Write lists as `'validation=[T,rankdice]'` and an empty value as `null`.
@@ -37,7 +38,12 @@ GROUPS = {
     "loss": "The training loss. RankDice needs probabilities, so choose a strictly proper loss: `ce` or `bce`.",
     "optimizer": "The optimizer.",
     "schedule": "The learning rate of every update.",
-    "predictor": "The prediction rule. `test.py -p NAME` accepts several.",
+    "predictor": (
+        "The prediction rule. `test.py -p NAME` accepts several; without `-p`, it scores that of `predictor=NAME`, or\n"
+        "`rankdice`. `-p NAME predictor.KEY=VALUE` sets an option of the rule; with several rules, add `predictor=NAME`.\n"
+        "Results of a rule with other options than in its file have a folder of their own, such as\n"
+        "`results/T_fit_per_class_true/`."
+    ),
     "protocol": "The conventions of scoring and of void pixels ([differences](protocol.md)).",
     "trainer": "Precision, memory, checkpoints and logs.",
     "experiment": "Complete experiments: `python train.py experiment=NAME`.",
