@@ -40,8 +40,8 @@ GROUPS = {
     "schedule": "The learning rate of every update.",
     "predictor": (
         "The prediction rule. `test.py -p NAME` accepts several; without `-p`, it scores that of `predictor=NAME`, or\n"
-        "`rankdice`. `-p NAME predictor.KEY=VALUE` sets an option of the rule; with several rules, add `predictor=NAME`.\n"
-        "Results of a rule with other options than in its file have a folder of their own, such as\n"
+        "`rankdice`. `-p NAME predictor.KEY=VALUE` sets an option of the rule; with several rules, add\n"
+        "`predictor=NAME`. Results of a rule with other options than in its file have a folder of their own, such as\n"
         "`results/T_fit_per_class_true/`."
     ),
     "protocol": "The conventions of scoring and of void pixels ([differences](protocol.md)).",
