@@ -27,9 +27,6 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -316,17 +313,17 @@ template <class F, int B> INLINE void mask_body(const F* x, int64_t n, F cut, ui
     for (int64_t i = 0; i < n; ++i) out[i] = x[i] > cut;
 }
 
-// Exact conversion of half precision. Infinity and NaN may become numbers outside [0, 1]: the check rejects both.
+// Exact conversion of half precision. `v` is correct from 2^-14 on; a smaller number m·2^-24, subnormal in half precision,
+// becomes 2^-15 (1 + m/1024), and 2v - 2^-14 is correct. No float is subnormal: the processor may read these as 0.
+// Infinity and NaN become numbers above 1: the check rejects both.
 template <int B> INLINE void half_body(const uint16_t* x, int64_t n, float* out) {
-    int64_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
-#endif
-    for (; i < n; ++i) {
-        uint32_t bits = uint32_t(x[i] & 0x7fff) << 13, sign = uint32_t(x[i] & 0x8000) << 16;
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits = (uint32_t(x[i] & 0x7fff) << 13) + (112u << 23);
+        const uint32_t sign = uint32_t(x[i] & 0x8000) << 16;
         float v;
         std::memcpy(&v, &bits, 4);
-        v *= 0x1p112f;
+        const float small = v + v - 0x1p-14f;
+        v = small < v ? small : v;
         std::memcpy(&bits, &v, 4);
         bits |= sign;
         std::memcpy(out + i, &bits, 4);
@@ -452,8 +449,8 @@ std::atomic<int> level{instruction_set()};
 #if defined(__x86_64__)
 #define VARIANTS(NAME, TEMPLATE, ARGUMENT, PARAMETERS, VALUES)                                                        \
     TEMPLATE void NAME##_plain PARAMETERS { NAME##_body<ARGUMENT 16> VALUES; }                                        \
-    TEMPLATE __attribute__((target("avx2,fma,f16c"))) void NAME##_avx2 PARAMETERS { NAME##_body<ARGUMENT 32> VALUES; } \
-    TEMPLATE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))) void NAME##_avx512 PARAMETERS { \
+    TEMPLATE __attribute__((target("avx2,fma"))) void NAME##_avx2 PARAMETERS { NAME##_body<ARGUMENT 32> VALUES; } \
+    TEMPLATE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void NAME##_avx512 PARAMETERS { \
         NAME##_body<ARGUMENT 32> VALUES;                                                                              \
     }                                                                                                                 \
     TEMPLATE void NAME PARAMETERS {                                                                                   \
@@ -829,6 +826,13 @@ void merge_runs(std::vector<Run>& runs) {
     runs.resize(kept);
 }
 
+double pairwise_sum(const double* x, int64_t n) {
+    if (n > 8) return pairwise_sum(x, n / 2) + pairwise_sum(x + n / 2, n - n / 2);
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += x[i];
+    return sum;
+}
+
 template <class F> struct Row {
     const Map& map;
     const char* from;
@@ -874,7 +878,9 @@ template <class F> struct Row {
         return all;
     }
     // Power sums outside of (low, high], and the pixels inside in runs; false if these are more than `most`. With
-    // `unsorted`, the pixels are left there instead, unless so many are equal that runs are shorter.
+    // `unsorted`, the pixels are left there instead, unless so many are equal that runs are shorter. Only finished
+    // chunks are counted: runs make the count of an unfinished one fall again, so the answer would depend on the
+    // order of the threads. The count never falls, and the rest is skipped once it exceeds `most`.
     bool split_at(F low, F high, int64_t most, Window& w, std::vector<F>* unsorted) const {
         struct Piece {
             double above[5] = {}, below[5] = {};
@@ -883,10 +889,10 @@ template <class F> struct Row {
         };
         std::vector<Piece> pieces(chunks());
         std::atomic<int64_t> total{0};
-        visit([&](int64_t c, const F* x, int64_t, int64_t n) {
+        visit([&](int64_t c, const F* x, int64_t start, int64_t n) {
             Piece& piece = pieces[c];
             if (total > most) return;
-            const size_t had = piece.found.size();
+            const bool is_last = start + n == std::min(map.pixels, (c + 1) * CHUNK);
             F inside[BLOCK + 1];
             int64_t count = 0;
             for (int64_t end; n > 0; x += end, n -= end) {
@@ -898,15 +904,13 @@ template <class F> struct Row {
                 if (top > high) above(x, end, high, piece.above);
             }
             piece.found.insert(piece.found.end(), inside, inside + count);
-            total += int64_t(piece.found.size() - had);
             if (piece.found.size() > 4 * BLOCK) {  // many equal pixels become few runs
-                const int64_t before = int64_t(piece.found.size() + piece.runs.size());
                 std::vector<Run> runs = runs_of(piece.found);
                 piece.runs.insert(piece.runs.end(), runs.begin(), runs.end());
                 merge_runs(piece.runs);
                 piece.found.clear();
-                total += int64_t(piece.runs.size()) - before;
             }
+            if (is_last) total += int64_t(piece.found.size() + piece.runs.size());
         });
         if (total > most) return false;
         std::vector<F> found;
@@ -958,17 +962,17 @@ template <class F> struct Row {
         }
         return runs_of(all);
     }
-    // log P(Γ = 0) = Σ log(1 - p) where it matters: for 0 < γ < 1 and a probability that does not underflow.
+    // log P(Γ = 0) = Σ log(1 - p) where it matters: for 0 < γ < 1 and a probability that does not underflow. Sums of
+    // pairs, because the score has the absolute error of this sum as its relative error.
     double log_absent(const Problem& problem, double mean) const {
         if (problem.smooth == 0 || problem.smooth >= 1 || mean > 800) return -INFINITY;
-        std::vector<double> parts(chunks());
-        visit([&](int64_t c, const F* x, int64_t, int64_t n) {
-            for (int64_t i = 0; i < n; ++i)
-                if (x[i] > 0) parts[size_t(c)] += std::log1p(-double(x[i]));
+        std::vector<double> parts(size_t((map.pixels + BLOCK - 1) / BLOCK));
+        visit([&](int64_t, const F* x, int64_t start, int64_t n) {
+            double logs[BLOCK];
+            for (int64_t i = 0; i < n; ++i) logs[i] = x[i] > 0 ? std::log1p(-double(x[i])) : 0;
+            parts[size_t(start / BLOCK)] = pairwise_sum(logs, n);
         });
-        double sum = 0;
-        for (double part : parts) sum += part;
-        return sum;
+        return pairwise_sum(parts.data(), int64_t(parts.size()));
     }
     void select(uint8_t* out, double cut, int64_t tied, bool everything) const {
         if (everything) {

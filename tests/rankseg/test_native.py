@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -138,6 +139,64 @@ def test_long_rows_are_shared_by_threads(kernel) -> None:
         for maps in (probs, probs.contiguous(memory_format=torch.channels_last)):
             found = with_backend("native", rankseg.rank_dice, maps)
             assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def test_the_order_of_the_threads_does_not_change_a_mask(kernel) -> None:
+    """Equal pixels of a chunk become few runs, so that the count of pixels in the bracket falls while others rise."""
+    generator = torch.Generator().manual_seed(9)
+    distinct, equal, certain = torch.zeros(3, 16, 1 << 16, dtype=torch.bool)
+    distinct[:8] = torch.rand(8, 1 << 16, generator=generator).argsort(1) < 7130
+    equal[8:11, : 30 * 2048] = True
+    near = int(distinct.sum() + equal.sum())
+    certain[:8] = ~distinct[:8]
+    certain &= certain.flatten().cumsum(0).view_as(certain) <= int(1.4 * near)
+    ones = int(certain.sum())
+    cut = ((ones**2 + ones * near) ** 0.5 - ones) / near
+    spread = cut * (1 + 5e-5 * (torch.rand(16, 1 << 16, generator=generator, dtype=torch.float64) - 0.5))
+    probs = torch.where(distinct, spread, cut * (1 - 1e-5) * equal.double()) + certain.double()
+    probs = probs.float().view(1, 1, 1024, 1024)
+    torch.set_num_threads(1)
+    expected = with_backend("native", rankseg.rank_dice, probs)
+    torch.set_num_threads(2)
+    for _ in range(100):
+        found = with_backend("native", rankseg.rank_dice, probs)
+        assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_number_of_half_precision_is_read(kernel, flush: bool) -> None:
+    """The expected Dice of one pixel is its probability. float16 has values that are subnormal, but not as floats."""
+    probs = torch.arange(0x3C00 + 1, dtype=torch.int16).view(torch.float16)
+    probs = torch.cat([probs, -probs[:1]])
+    expected = probs.double()
+    if flush and not torch.set_flush_denormal(True):
+        pytest.skip("this processor always reads subnormal numbers")
+    try:
+        for level in (0, 1, 2):
+            kernel.rankseg_instruction_set(level)
+            masks = torch.ones(len(probs), 1, 1, dtype=torch.bool)
+            found = with_backend("native", rankseg.expected_dice, probs.view(-1, 1, 1), masks)
+            torch.testing.assert_close(found.flatten(), expected, rtol=1e-14, atol=0)
+            row = torch.cat([torch.full((9999,), 1e-4), probs[: 1 << 10]]).half().view(1, 1, -1)  # single precision
+            dice = with_backend("native", rankseg.expected_dice, row, row > 0, smooth=1.0)
+            torch.testing.assert_close(
+                dice,
+                with_backend("native", rankseg.expected_dice, row.double(), row > 0, smooth=1.0),
+                rtol=1e-10,
+                atol=0,
+            )
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("pixels, p", [(14_746, 0.04), (60_000, 1.234e-4), (1_000_000, 1.3e-5)])
+def test_the_empty_mask_of_a_long_map_is_accurate(kernel, pixels: int, p: float) -> None:
+    """P(no object pixel) = (1 - p)^n: rounding must not grow with n."""
+    probs = torch.full((1, 1, pixels), p, dtype=torch.float64)
+    found = with_backend(
+        "native", rankseg.expected_dice, probs, torch.zeros_like(probs, dtype=torch.bool), smooth=1e-300
+    )
+    assert math.log(float(found)) == pytest.approx(pixels * math.log1p(-p), rel=0, abs=1e-12)
 
 
 @pytest.mark.parametrize("score", RULES)
