@@ -152,7 +152,7 @@ def fit_temperature(
 ) -> Tensor:
     """Fit the temperature that minimises the log-loss of validation data (Guo et al., ICML 2017), by LBFGS.
 
-    Divide logits by the result before the link: it is a scalar, or (C,) with `classwise`.
+    Divide logits by the result before the link: it is a scalar, or (C,) with `classwise`, from 1e-3 to 1e3.
 
     Args:
         logits: (N, C, *S). With more pixels than memory allows, pass a random subset.
@@ -178,7 +178,11 @@ def fit_temperature(
     if not torch.isfinite(logits_of_pixels).all():
         raise ValueError("logits holds NaN or infinity; correct the network before fitting a temperature")
     # The loss is convex in 1/T. Optimising log(1/T) keeps it positive.
-    log_inverse = torch.zeros(classes if classwise else 1, dtype=torch.float64, device=logits.device)
+    # The fit starts at T = 1, and lower for small logits: their gradient at T = 1 is below the tolerance of LBFGS.
+    differences = logits_of_pixels - logits_of_pixels[:, :1] if link == "softmax" else logits_of_pixels
+    start = min(1.0, 100 * float(differences.square().mean().sqrt())) or 1.0
+    shape = (classes if classwise else 1,)
+    log_inverse = torch.full(shape, -math.log(start), dtype=torch.float64, device=logits.device)
     log_inverse.requires_grad_(True)
     _minimise(lambda: _log_loss(logits_of_pixels * log_inverse.exp(), labels, link), [log_inverse], max_iterations)
     temperature = (-log_inverse.detach()).exp().clamp(1e-3, 1e3)
@@ -290,20 +294,19 @@ def focal_correction(probs: Tensor, gamma: float = 2.0) -> Tensor:
 
     The minimiser v of the expected focal loss is not the class probability η but satisfies, for all classes,
     η_c ∝ v_c / ((1-v_c)^γ - γ (1-v_c)^(γ-1) v_c log v_c), which is proportional to 1 / (-∂loss/∂v). One
-    normalisation over classes recovers η exactly. `probs` (N, C, *S) softmax; returns the same shape and dtype.
+    normalisation over classes recovers η, up to rounding. `probs` (N, C, *S) softmax; returns the same shape and dtype.
 
     Raises:
-        ValueError: gamma is negative; see also `rankseg.validation.check_probs`.
+        ValueError: gamma is outside [0, 1000]; see also `rankseg.validation.check_probs`.
     """
     probs = check_probs(probs)
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma must be a finite number of at least 0, got {gamma!r}; 2.0 is the usual focal loss")
+    if not 0 <= gamma <= 1000:
+        raise ValueError(f"gamma must be a number from 0 to 1000, got {gamma!r}; 2.0 is the usual focal loss")
     if gamma == 0:
         return probs.clone()
     v = probs.double()
-    # 1 - v is kept above 0: for gamma < 1 its power is infinite at v = 1, although the product below is 0.
+    # 1 - v is kept above 0: at v = 1 the class is certain, and its weight has to be finite.
     rest = (1 - v).clamp(min=1e-150)
-    weighted = rest**gamma - gamma * rest ** (gamma - 1) * torch.special.xlogy(v, v)
-    # v · (-∂loss/∂v). At v = 1 it vanishes and the class is certain; the floor avoids a division by 0.
-    weight = v / weighted.clamp(min=1e-30)
-    return (weight / weight.sum(1, keepdim=True).clamp(min=1e-300)).to(probs.dtype)
+    # Logarithms of v · (-∂loss/∂v): for large gamma, powers of 1 - v underflow.
+    weight = v.log() - (gamma - 1) * rest.log() - (rest - gamma * torch.special.xlogy(v, v)).log()
+    return weight.softmax(1).nan_to_num(0).to(probs.dtype)  # a pixel without any probability keeps none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
 import pytest
 import torch
@@ -67,6 +68,16 @@ def test_temperature_of_one_against_rest() -> None:
     assert float(fit_temperature(3 * true, labels, link="sigmoid")) == pytest.approx(3, rel=0.08)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-3])
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+def test_temperature_of_small_logits(scale: float, link: str) -> None:
+    """At T = 1 their gradient is small, but the fit must not stop there. Their temperature is a multiple of the scale."""
+    logits, labels, _ = sample(2.0, "softmax")
+    expected = max(float(fit_temperature(logits, labels, link)) * scale, 1e-3)
+    assert float(fit_temperature(logits.double() * scale, labels, link)) == pytest.approx(expected, rel=1e-4)
+    assert float(fit_temperature(logits * 0, labels, link)) == 1
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
 def test_focal_correction_inverts_the_focal_minimiser(gamma: float) -> None:
     """Minimise the expected focal loss numerically; the correction must give the true probabilities back."""
@@ -89,9 +100,21 @@ def test_focal_correction_inverts_the_focal_minimiser(gamma: float) -> None:
     assert torch.allclose(focal_correction(trained, gamma)[:, :, 0], true, atol=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0.1, 2.0, 200.0, 1000.0])
+def test_focal_correction_makes_the_weighted_gradients_equal(gamma: float) -> None:
+    """At the minimum of Σ η_c loss(v_c) with Σ v = 1, all η_c ∂loss/∂v_c are equal. Decimals do not underflow."""
+    v = [0.4999, 0.4995, 0.0004, 0.0002]
+    found = focal_correction(torch.tensor(v, dtype=torch.float64).view(1, 4, 1), gamma).flatten().tolist()
+    exponent, gradients = Decimal(gamma), []
+    for x, eta in zip(map(Decimal, v), found, strict=True):
+        slope = (1 - x) ** exponent / x - exponent * (1 - x) ** (exponent - 1) * x.ln()
+        gradients.append(slope.ln() + Decimal(math.log(eta)))
+    assert sum(found) == pytest.approx(1) and float(max(gradients) - min(gradients)) < 1e-9
+
+
 def test_focal_correction_at_the_ends() -> None:
     certain = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[:, :, None]
-    for gamma in (0.0, 0.5, 2.0):
+    for gamma in (0.0, 0.5, 2.0, 1000.0):
         assert torch.equal(focal_correction(certain, gamma), certain)
 
 
@@ -230,7 +253,7 @@ def test_fits_in_inference_mode() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("gamma", [math.inf, math.nan, -1.0])
+@pytest.mark.parametrize("gamma", [math.inf, math.nan, -1.0, 1001.0])
 def test_focal_correction_rejects_an_invalid_gamma(gamma: float) -> None:
     with pytest.raises(ValueError, match="gamma"):
         focal_correction(torch.rand(1, 3, 4, 4).softmax(1), gamma)
