@@ -45,7 +45,8 @@ class Predictor(Protocol):
 def threshold(probs: Tensor, at: float | Sequence[float] | Tensor = 0.5) -> Tensor:
     """Select the pixels of each class with probability >= `at`: masks (N, C, *S) bool.
 
-    `at` is one number for all classes, or one for each class, (C,).
+    `at` is one number for all classes, or one for each class, (C,). It is rounded to the dtype of `probs`. So a
+    pixel that is below `at` by a rounding error is selected.
 
     Raises:
         TypeError, ValueError: see `rankseg.validation.check_probs`; or `at` is outside [0, 1] or not one per class.

@@ -103,6 +103,23 @@ def test_pruning_leaves_out_classes_that_are_nowhere_likely() -> None:
     assert pruned[0] == 1 and full[0] < 0.25 and pruned[1] == full[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_pruning_compares_the_probabilities_themselves(dtype: torch.dtype) -> None:
+    """float16 rounds 0.5001 to 1/2. `rank_dice` selects such a class, so it must not be pruned here either."""
+    top = torch.tensor([0.5, torch.nextafter(torch.tensor(0.5, dtype=dtype), torch.ones((), dtype=dtype)), 0.5001])
+    probs = torch.cat([top.to(dtype).view(1, 3, 1), torch.full((1, 3, 9), 0.2, dtype=dtype)], 2)
+    expected = probs.amax((0, 2)) > 0.5
+    found = histogram(probs[..., 5:]).merge(histogram(probs[..., :5]))
+    assert torch.equal(found.cutoffs() < 1, expected)
+    assert torch.equal(found.cutoffs()[expected], found.cutoffs(pruning=False)[expected])
+    assert torch.equal(rankseg.rank_dice(probs).tau[0] > 0, expected)
+
+
+def test_probabilities_that_float16_rounds_to_zero() -> None:
+    found = histogram(torch.full((1, 1, 50), 2.0**-25))
+    assert found.best().isnan().all() and found.cutoffs(pruning=False) == 1
+
+
 @pytest.mark.parametrize(
     "at", [[0.5], [0.5, 0.5, 1.5], torch.tensor([0.5, float("nan"), 0.5]), ["a", "b", "c"], [True, 0.5, 0.5]]
 )
