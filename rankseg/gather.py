@@ -3,7 +3,7 @@
 A row is one class of one image, its D pixels flattened. On the CPU the pass works on tiles that fit the cache. On
 other devices it works on a few large tiles: the numbers of launches and of synchronisations do not depend on the size.
 Σ p is summed in float64. For brackets on the CPU, higher powers are summed in the precision of the tile. Their relative
-error of 1e-7 changes a score by about 1e-11, because `exact.log_series` multiplies Σ p² by u²/2, and u is about 1/λ.
+error of 1e-7 changes a score by up to 2e-11, because `exact.log_series` multiplies Σ p² by u²/2, and u is about 1/λ.
 λ is the mean of the score's denominator, and u is defined in docs/method.md.
 
 Shapes: R rows, D pixels of a row, E pixels extracted from all rows together, B rows of a block, W its width.

@@ -71,7 +71,7 @@ def test_temperature_of_one_against_rest() -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-3])
 @pytest.mark.parametrize("link", ["softmax", "sigmoid"])
 def test_temperature_of_small_logits(scale: float, link: str) -> None:
-    """At T = 1 their gradient is small, but the fit must not stop there. Their temperature is a multiple of the scale."""
+    """At T = 1 their gradient is small, but the fit must not stop there: their temperature has their scale."""
     logits, labels, _ = sample(2.0, "softmax")
     expected = max(float(fit_temperature(logits, labels, link)) * scale, 1e-3)
     assert float(fit_temperature(logits.double() * scale, labels, link)) == pytest.approx(expected, rel=1e-4)
