@@ -257,6 +257,12 @@ def test_bad_training_input_is_one_line(arguments: list[str], words: list[str], 
     assert all(word in done.stderr for word in words), done.stderr
 
 
+@pytest.mark.parametrize("sweep", [(), ("--multirun",)], ids=["run", "sweep"])
+def test_a_rejected_configuration_leaves_no_folder(sweep: tuple[str, ...], tmp_path: Path) -> None:
+    call("train.py", *sweep, *SMALL, f"save_dir={tmp_path}/saved", "epochs=0", cwd=tmp_path, expect=2)
+    assert not [path for path in tmp_path.rglob("*") if path.name not in ("saved", "multirun.yaml")]
+
+
 def test_a_missing_data_set_shows_the_tree_that_is_expected(tmp_path: Path) -> None:
     arguments = (*SMALL, f"save_dir={tmp_path}", "dataset=kvasir_seg", "dataset.root=/nowhere/kvasir")
     done = call("train.py", *arguments, cwd=tmp_path, expect=2, lines=30)
