@@ -349,9 +349,13 @@ def _settings(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_run(folder: Path, cfg: DictConfig) -> None:
-    """Raise ConfigError if a run's folder holds a run of another configuration."""
+    """Raise ConfigError if a run's folder holds a run of another configuration.
+
+    A folder without checkpoints and results has nothing that a new run could replace. Its config.yaml is not compared.
+    """
     path = folder / "config.yaml"
-    if not cfg.resume or not path.exists():
+    has_work = any(folder.glob("*.pth")) or (folder / "results").exists()
+    if not cfg.resume or not has_work or not path.exists():
         return
     changed = differences(read_config(path), OmegaConf.to_container(cfg, resolve=True))
     if changed:

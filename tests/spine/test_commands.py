@@ -86,6 +86,26 @@ def test_another_configuration_in_the_same_place_is_rejected(trained: Path) -> N
     assert "optimizer.lr: 0.002 -> 0.5" in done.stderr and "suffix=" in done.stderr
 
 
+def test_the_folder_of_a_run_without_a_checkpoint_takes_another_configuration(tmp_path: Path) -> None:
+    """Images of two sizes need a crop. Rows of a first epoch that a kill left are replaced too."""
+    root = make_folder(tmp_path, size=(40, 32))
+    for place in ("images/case0.jpg", "masks/case0.png"):
+        with Image.open(root / place) as image:
+            image.crop((0, 0, 36, 30)).save(root / place)
+    train = ["train.py", "dataset=folder", f"dataset.root={root}", "dataset.num_classes=2", "model=tiny", "epochs=1"]
+    train += ["trainer.panels=0", f"save_dir={tmp_path}/saved", "batch_size=5"]
+    assert "Fix: set dataset.crop" in call(*train, "dataset.crop=null", cwd=tmp_path, expect=2).stderr
+    run = next((tmp_path / "saved").rglob("config.yaml")).parent
+    (run / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "epoch": 7, "loss": 1.0}\n')
+    call(*train, "dataset.crop=32", cwd=tmp_path)
+    assert "crop: 32" in (run / "config.yaml").read_text()
+    assert '"epoch": 7' not in (run / "metrics.jsonl").read_text()
+    (run / "best_model.pth").rename(run / "results")  # results without a checkpoint belong to their configuration
+    for path in run.glob("*.pth"):
+        path.unlink()
+    assert "crop: 32 -> 24" in call(*train, "dataset.crop=24", cwd=tmp_path, expect=2).stderr
+
+
 def test_other_masks_under_the_same_names_are_another_run(tmp_path: Path) -> None:
     """Masks of the same names and sizes; then another meaning of the values in them."""
     root = make_folder(tmp_path)
@@ -259,7 +279,7 @@ def test_bad_training_input_is_one_line(arguments: list[str], words: list[str], 
 
 @pytest.mark.parametrize("sweep", [(), ("--multirun",)], ids=["run", "sweep"])
 def test_a_rejected_configuration_leaves_no_folder(sweep: tuple[str, ...], tmp_path: Path) -> None:
-    call("train.py", *sweep, *SMALL, f"save_dir={tmp_path}/saved", "epochs=0", cwd=tmp_path, expect=2)
+    call("train.py", *sweep, *SMALL, f"save_dir={tmp_path}/saved", "epochs=0", cwd=tmp_path, expect=2, lines=2)
     assert not [path for path in tmp_path.rglob("*") if path.name not in ("saved", "multirun.yaml")]
 
 
