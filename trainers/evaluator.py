@@ -20,6 +20,7 @@ from trainers.journal import Journal
 from trainers.losses import SegmentationLoss
 from trainers.metrics import Counts, PerImage, Scoring, Truth, count
 from trainers.results import EvalResult
+from trainers.update import divergence_remedy
 
 NEUTRAL = "T"  # the rule whose mDice chooses the best epoch: the threshold favours no ranking rule
 _SAMPLED_PIXELS = 1 << 14  # at least so many pixels of a larger image are sampled, at most twice as many
@@ -194,11 +195,14 @@ class Validation:
     precision: str = "fp32"
     panels: int = 0  # number of images that are drawn for TensorBoard
 
+    def __post_init__(self) -> None:
+        self.to_probs = ToProbs(self.criterion.link, remedy=divergence_remedy(self.precision))
+
     def __call__(self, network: nn.Module, epoch: int, step: int) -> float:
         """Return the mDice of rule T, or 0 if no image defines it."""
         results = evaluate(
             network, self.loader, self.rules, self.criterion, self.scoring, self.world,
-            precision=self.precision, progress="validating",
+            to_probs=self.to_probs, precision=self.precision, progress="validating",
         )  # fmt: skip
         for name, result in results.items():
             self.journal.log(step, f"val_{name}", epoch=epoch, **result.scores)
@@ -216,8 +220,7 @@ class Validation:
 
         first = range(min(self.panels, len(self.data)))
         drawn = panels(
-            network, self.data, self.loader.transform, self.rules, ToProbs(self.criterion.link), self.world, first,
-            self.precision,
+            network, self.data, self.loader.transform, self.rules, self.to_probs, self.world, first, self.precision,
         )  # fmt: skip
         for name, panel in drawn:
             self.journal.log_image(step, f"val/{name}", sheet(panel))

@@ -20,6 +20,10 @@ from trainers.metrics import Rows
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class NonFiniteError(TrainingError):
+    """The network gives NaN or infinity: its weights are not worth saving."""
+
+
 @dataclass(frozen=True)
 class ToProbs:
     """Turn logits (N, C, H, W) into probabilities."""
@@ -27,6 +31,8 @@ class ToProbs:
     link: Link
     calibration: float | Calibration = 1.0  # divides the logits, or has a temperature and a bias per class
     focal_gamma: float = 0.0  # exponent of the focal loss whose bias is corrected; 0: no correction
+    # The end of the message if logits are not finite.
+    remedy: str = "Fix: choose an earlier checkpoint, or trainer.precision=fp32 if it was trained in fp16."
 
     def __call__(self, logits: Tensor) -> Tensor:
         if isinstance(self.calibration, Calibration):
@@ -35,10 +41,7 @@ class ToProbs:
             logits = logits / self.calibration
         probs = link_probs(logits, self.link)
         if probs.isnan().any():
-            raise TrainingError(
-                "the network gives NaN or infinity in its logits. "
-                "Fix: choose an earlier checkpoint, or trainer.precision=fp32 if it was trained in fp16."
-            )
+            raise NonFiniteError(f"the network gives NaN or infinity in its logits. {self.remedy}")
         return focal_correction(probs, self.focal_gamma) if self.focal_gamma else probs
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from configs.errors import Interrupted, UserError, as_training_error
 from trainers.checkpoint import FORMAT, Checkpoints, epoch_of
 from trainers.distributed import gather_objects, max_over_ranks, share_buffers, unwrap
+from trainers.forward import NonFiniteError
 from trainers.journal import Journal
 from trainers.reproducibility import restore_rng, rng_state
 from trainers.schedules import Schedule
@@ -81,6 +82,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.world, self.progress = self.update.world, Progress()
+        self._saved: int | None = None  # `updates` of the state in last.pth
         for group in self.update.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
@@ -114,7 +116,7 @@ class Trainer:
                 bar.update()
                 overdue = 0 < 60 * self.save_minutes < clock - saved
                 if vote := max_over_ranks(_STOP if stop.name else int(overdue), self.world):
-                    self._write(self.checkpoints.save_last)
+                    self._save(self.state())
                     saved = time.monotonic()
                     if vote == _STOP:
                         raise Interrupted(f"{stop.name or 'a signal at another rank'} at step {now.updates}")
@@ -127,7 +129,7 @@ class Trainer:
         except ChildProcessError:
             if stop.name is None or self.world.size > 1:
                 raise
-            self._write(self.checkpoints.save_last)
+            self._save(self.state())
             raise Interrupted(f"{stop.name} at step {now.updates}") from None
 
     def _finish_epoch(self, stop: StopSignals) -> None:
@@ -163,16 +165,24 @@ class Trainer:
             files.save_epoch(state)
 
     def _score(self, epoch: int, stop: StopSignals) -> float:
-        """Validate without changing the random generators. In a single process, a signal stops it at once."""
+        """Validate without changing the random generators. In a single process, a signal stops it at once.
+
+        If it fails, the state before it is saved, so that a new start repeats the validation and no step is lost.
+        """
         network, random = unwrap(self.update.model), rng_state()
         share_buffers(network, self.world)
+        state = self.state()  # refers to the tensors; after a failure at one rank, no rank could gather it
         try:
             with stop.interrupt_at_once(self.world.size == 1), as_training_error("validating"):
                 return self.validate(network, epoch, self.progress.updates)
         except Interrupted:
-            restore_rng(random)
-            self._write(self.checkpoints.save_last)
+            self._save(state)
             raise Interrupted(f"{stop.name} in the validation after epoch {epoch}") from None
+        except NonFiniteError:  # the network has diverged: the last checkpoint is the better state
+            raise
+        except Exception:  # a damaged image, a bug in a rule, out of memory
+            self._save(state)
+            raise
         finally:
             restore_rng(random)
 
@@ -202,6 +212,7 @@ class Trainer:
             self.update.optimizer.load_state_dict(training["optimizer"])
             self.update.scaler.load_state_dict(training["scaler"])
             self.progress = Progress(**training["progress"])
+            self._saved = self.progress.updates
             states = training["rng"]
             restore_rng(states[self.world.rank % len(states)])
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
@@ -210,10 +221,11 @@ class Trainer:
                 "Fix: start over with resume=false, or give this run a name of its own with suffix=-NAME."
             ) from error
 
-    def _write(self, save: Callable[[dict[str, Any]], None]) -> None:
-        state = self.state()
-        if self.world.is_main:
-            save(state)
+    def _save(self, state: dict[str, Any]) -> None:
+        """Write ``last.pth``, unless it holds the state after this step: ``previous.pth`` then stays an older one."""
+        if self.world.is_main and self._saved != self.progress.updates:
+            self.checkpoints.save_last(state)
+            self._saved = self.progress.updates
 
 
 class StopSignals:

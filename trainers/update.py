@@ -15,7 +15,6 @@ from trainers.distributed import World, gather_objects, sum_over_ranks, unwrap
 from trainers.forward import autocast
 
 SMALLEST_SCALE = 2.0**-14  # of the loss in fp16; below it, a gradient of 1 loses precision
-_REMEDY = "No checkpoint was changed. Try a lower optimizer.lr, trainer.clip_norm=1 or trainer.precision=fp32"
 
 
 @dataclass(eq=False)
@@ -111,7 +110,13 @@ class Update:
     def _fail(self, what: str, names: list[str]) -> NoReturn:
         """Raise TrainingError. All ranks have the same loss and gradient, so all raise it at the same step."""
         all_names = ", ".join(name for share in gather_objects(names, self.world) for name in share)
-        raise TrainingError(f"{what} on the batch {all_names}. {_REMEDY}")
+        raise TrainingError(f"{what} on the batch {all_names}. {divergence_remedy(self.precision)}")
+
+
+def divergence_remedy(precision: str) -> str:
+    """Return the end of the message for a training that diverges."""
+    more = "" if precision == "fp32" else ", or trainer.precision=fp32"
+    return f"No checkpoint was changed. Fix: use a lower optimizer.lr or trainer.clip_norm=1{more}."
 
 
 def to_channels_last(network: nn.Module, device: torch.device, precision: str) -> nn.Module:

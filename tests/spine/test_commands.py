@@ -106,6 +106,12 @@ def test_the_folder_of_a_run_without_a_checkpoint_takes_another_configuration(tm
     assert "crop: 32 -> 24" in call(*train, "dataset.crop=24", cwd=tmp_path, expect=2).stderr
 
 
+def test_a_training_that_diverges_says_what_to_lower_and_the_folder_takes_it(tmp_path: Path) -> None:
+    done = call("train.py", *SMALL, f"save_dir={tmp_path}", "optimizer.lr=1e9", cwd=tmp_path, expect=3)
+    assert "Fix: use a lower optimizer.lr or trainer.clip_norm=1." in done.stderr
+    call("train.py", *SMALL, f"save_dir={tmp_path}", "optimizer.lr=0.002", cwd=tmp_path)
+
+
 def test_other_masks_under_the_same_names_are_another_run(tmp_path: Path) -> None:
     """Masks of the same names and sizes; then another meaning of the values in them."""
     root = make_folder(tmp_path)

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from configs.errors import Interrupted, TrainingError
+from configs.errors import Interrupted, TrainingError, UserError
 from tests.trainers.forked import start
 from trainers.checkpoint import Checkpoints, epoch_of
 from trainers.distributed import World
+from trainers.forward import NonFiniteError
 from trainers.journal import Journal, read_rows
 from trainers.trainer import StopSignals, Trainer
 from trainers.update import Update
@@ -60,7 +61,9 @@ class Loader:
             yield SimpleNamespace(images=images, targets=(images[:, 0, 1:-1, 1:-1] > 0).long(), names=["a"])
 
 
-def trainer(folder: Path, loader: Loader, signal_in_validation: int = -1, **options: Any) -> Trainer:
+def trainer(
+    folder: Path, loader: Loader, signal_in_validation: int = -1, error: Exception | None = None, **options: Any
+) -> Trainer:
     """Build everything again, as a new process does, and restore a checkpoint if there is one."""
     torch.manual_seed(0)
     net = Net()
@@ -73,6 +76,8 @@ def trainer(folder: Path, loader: Loader, signal_in_validation: int = -1, **opti
         torch.rand(7)  # validation may draw random numbers: training continues as if it had not
         if epoch == signal_in_validation:
             journal.log(updates, "val_T", epoch=epoch, score=-1.0)
+            if error:
+                raise error
             os.kill(os.getpid(), signal.SIGUSR2)
         score = float(sum(p.detach().sum() for p in model.parameters()))
         journal.log(updates, "val_T", epoch=epoch, score=score)
@@ -162,6 +167,37 @@ def test_a_signal_ends_a_validation_at_once(epoch: int, whole: tuple[Any, ...], 
     resumed = trainer(tmp_path, Loader())
     resumed.fit()
     assert result(resumed, tmp_path) == whole
+
+
+@pytest.mark.parametrize("epoch", range(1, EPOCHS + 1))
+def test_a_validation_that_fails_loses_no_step(epoch: int, whole: tuple[Any, ...], tmp_path: Path) -> None:
+    """A second failure of the same validation writes no file again, so that previous.pth stays an older state."""
+    for error in (UserError("case7.jpg is damaged"), KeyError("a bug in a rule")):
+        with pytest.raises(type(error)) as caught:
+            trainer(tmp_path, Loader(), signal_in_validation=epoch, error=error).fit()
+        assert caught.value is error
+        steps = [torch.load(path)["training"]["progress"]["step"] for path in sorted(tmp_path.glob("[lp]*.pth"))]
+        assert steps == [STEPS, 0][: min(epoch, 2)]  # last.pth, previous.pth
+    resumed = trainer(tmp_path, Loader())
+    assert resumed.progress.updates == epoch * STEPS
+    resumed.fit()
+    assert result(resumed, tmp_path) == whole
+
+
+def test_a_network_that_diverged_does_not_replace_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError):
+        trainer(tmp_path, Loader(), signal_in_validation=2, error=NonFiniteError("NaN")).fit()
+    assert trainer(tmp_path, Loader()).progress.updates == STEPS
+
+
+def test_the_state_before_a_validation_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, save = list[int](), Checkpoints.save_last
+    monkeypatch.setattr(Checkpoints, "save_last", lambda *given: written.append(1) or save(*given))
+    trainer(tmp_path / "whole", Loader()).fit()
+    assert len(written) == EPOCHS
+    with pytest.raises(KeyError):
+        trainer(tmp_path, Loader(), 1, KeyError("bug"), save_minutes=1e-9).fit()
+    assert len(written) == EPOCHS + STEPS  # the last step of the epoch was saved before
 
 
 def test_the_validation_is_not_repeated_where_it_was_done(whole: tuple[Any, ...], tmp_path: Path) -> None:
