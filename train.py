@@ -24,6 +24,7 @@ from configs.values import check_values
 if TYPE_CHECKING:
     from torch import nn
 
+    from datasets import SegmentationDataset
     from trainers.distributed import World
     from trainers.trainer import Trainer
 
@@ -74,6 +75,7 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
     criterion = build.loss(cfg)
     update = build.update(cfg, network, criterion, world)
     loader, val_loader = build.train_loader(cfg, train_set, world), build.eval_loader(cfg, val_set, world)
+    val_loader.on_error = "raise"  # scores are means over all images: leaving some out would be a silent bias
     rules = build.rules(dict.fromkeys(["T", *cfg.validation, cfg.predictor.name]), cfg)
     scoring, schedule = build.scoring(cfg, val_set.info), build.schedule(cfg)
     step, settings = last_logged_step(checkpoint), cfg.trainer
@@ -97,19 +99,37 @@ def fit(cfg: DictConfig, choices: dict[str, str], world: World) -> None:
     finished = trainer.progress.epoch >= cfg.epochs
     if not finished:
         if world.is_main:
-            for data in (train_set, val_set) if cfg.verify else ():
-                data.verify(on_error=cfg.on_error)
+            if cfg.verify:
+                verify_data(cfg, train_set, val_set, new=checkpoint is None)
             announce(cfg, trainer, network, len(train_set), fingerprints)
         trainer.fit()
         options = {group: cfg[group].get("name", choices[group]) for group in GROUPS}
         numbers = {"lr": cfg.optimizer.lr, **{key: cfg[key] for key in ("epochs", "batch_size", "seed")}}
         journal.log_hparams({**options, **numbers}, trainer.progress.best or 0.0)
-        list_skipped({**loader.skipped, **val_loader.skipped})
+        list_skipped(loader.skipped)
     journal.close()
     if world.is_main and finished:
         print(one_line(f"{cfg.run_dir}: finished before, nothing to do (resume=false trains again)"), flush=True)
     elif world.is_main:
         print(f"done. Score it: python test.py -r {shell_word(str(checkpoints.best))} -p all", flush=True)
+
+
+def verify_data(cfg: DictConfig, train_set: SegmentationDataset, val_set: SegmentationDataset, new: bool) -> None:
+    """Raise DatasetError for faults of the images; ``on_error=skip`` allows faults of training images only.
+
+    All validation images of a new run are decoded. A repaired image has another checksum, so a run that finds a
+    damaged one later cannot resume with the repaired one.
+    """
+    from datasets import DatasetError
+
+    train_set.verify(on_error=cfg.on_error)
+    try:
+        val_set.verify(sample=None if new else 32)
+    except DatasetError as error:
+        if cfg.on_error != "skip":
+            raise
+        reason = "on_error=skip applies to training images only, because validation scores are means over all images."
+        raise DatasetError(*error.args, f"{reason} Fix: repair these images, or remove them from the split.") from error
 
 
 def announce(

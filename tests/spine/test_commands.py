@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.base import spread
 from tests.trainers.forked import ROOT, begin
 from tests.trees import make_folder
 
@@ -104,6 +105,38 @@ def test_the_folder_of_a_run_without_a_checkpoint_takes_another_configuration(tm
     for path in run.glob("*.pth"):
         path.unlink()
     assert "crop: 32 -> 24" in call(*train, "dataset.crop=24", cwd=tmp_path, expect=2).stderr
+
+
+def test_damaged_validation_images_stop_a_new_run_also_with_skip(tmp_path: Path) -> None:
+    """A damaged training image is skipped. One of the two validation images is not in the sample of 32."""
+    root = make_folder(tmp_path, count=102)
+    names = (root / "val.txt").read_text().split()
+    unsampled = next(index for index in range(len(names)) if index not in spread(len(names), 32))
+    bad, train = {names[unsampled], names[spread(len(names), 32)[0]]}, (root / "train.txt").read_text().split()[1]
+    for name in (*bad, train):
+        path = root / "images" / f"{name}.jpg"
+        path.write_bytes(path.read_bytes()[:-300])
+    command = ["train.py", "dataset=folder", f"dataset.root={root}", "dataset.num_classes=2", "model=tiny", "epochs=1"]
+    command += ["dataset.crop=32", "trainer.panels=0", f"save_dir={tmp_path}/saved", "on_error=skip"]
+    done = call(*command, cwd=tmp_path, expect=2, lines=5)
+    first, *lines = done.stderr[done.stderr.index("error: ") :].splitlines()
+    assert "val has 2 faults" in first and all(any(f"{n}.jpg" in line for line in lines[:2]) for n in bad)
+    assert "on_error=skip applies to training images only" in lines[2] and "epoch" not in done.stderr
+    assert not list((tmp_path / "saved").rglob("config.yaml"))
+    (root / "val.txt").write_text("\n".join(name for name in names if name not in bad))
+    assert f"{train}.jpg" in call(*command, cwd=tmp_path).stderr
+
+
+def test_a_damaged_validation_image_that_comes_later_is_not_skipped(tmp_path: Path) -> None:
+    """The steps of the epoch are saved: the same command repeats the validation."""
+    root = make_folder(tmp_path)
+    path = root / "images" / "case2.jpg"
+    path.write_bytes(path.read_bytes()[:-300])
+    command = ["train.py", "dataset=folder", f"dataset.root={root}", "dataset.num_classes=2", "model=tiny", "epochs=1"]
+    command += ["dataset.crop=32", "trainer.panels=0", f"save_dir={tmp_path}/saved", "on_error=skip", "verify=false"]
+    assert "case2.jpg" in call(*command, cwd=tmp_path, expect=2).stderr
+    done = call(*command, cwd=tmp_path, expect=2)
+    assert "case2.jpg" in done.stderr and "resuming after epoch 0, step" in done.stdout
 
 
 def test_a_training_that_diverges_says_what_to_lower_and_the_folder_takes_it(tmp_path: Path) -> None:
