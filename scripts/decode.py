@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = [name for name in cases if args.force or not job.read_record(name)]
     bar = tqdm(map_in_threads(job, todo, args.workers), "decode", len(todo), unit="case", disable=args.quiet or None)
     job.failed |= {name: problem for name, problem in zip(todo, bar, strict=True) if problem}
+    if note := job.describe_linked_twice():
+        print(one_line(f"note: {note}"), file=sys.stderr)
     records = {name: record for name in cases if name not in job.failed and (record := job.read_record(name))}
     for line in job.fitter.report(job.fitted, job.folder):  # type: ignore[arg-type]
         print(line)
@@ -171,6 +173,8 @@ class Job:
                 raise UserError(f"--out {args.out} is also an input folder. Fix: choose another folder.")
         self.folder = Folder(args, args.probs, args.labels, args.valid)
         self.fit = Folder(args, *args.fit) if args.fit else None
+        if args.scored or args.names:  # checked before anything is written
+            self._classes(self.folder.channels + self.folder.first)
         self.fitter = FolderFitter(self.folder, self.fit, self.device)
         self.rules, self.fitted = self.fitter.rules(args.predictor, self.folder)  # type: ignore[arg-type]
         self.to_probs = self.fitter.to_probs()
@@ -181,7 +185,8 @@ class Job:
         settings |= {"version": VERSION, "labels": bool(args.labels), "valid": bool(args.valid)}
         self.settings = fingerprint({**settings, **self.calibration, "fitted": self.fitted})
         path, content = args.out / "decode.json", {"settings": self.settings, "rules": args.predictor}
-        if path.is_file() and not args.force and read_json(path) != content:
+        has_results = path.is_file() and any((args.out / ".cases").rglob("*.json"))
+        if has_results and not args.force and read_json(path) != content:
             raise UserError(
                 f"{args.out} holds results of other options, or of another version of this command. "
                 "Fix: choose another --out, or pass --force."
@@ -263,6 +268,18 @@ class Job:
             record["written"].append(path)
         return record if case.labels is None else record | rules.observe(case, case.labels, args)
 
+    def describe_linked_twice(self) -> str:
+        """Return a note about files that --link may turn into probabilities a second time; empty if there are none."""
+        paths = sorted(self.folder.linked_twice | (self.fit.linked_twice if self.fit else set()))
+        if not paths:
+            return ""
+        more = f" and {len(paths) - 1} more" * (len(paths) > 1)
+        sums = ", and those of a pixel sum to 1" * (self.args.link == "softmax")
+        return (
+            f"--link {self.args.link} takes values for logits, but all values of {paths[0]}{more} are in [0, 1]{sums}. "
+            "Fix: if they are probabilities, leave out --link and pass --force."
+        )
+
     def score(self, records: Mapping[str, Record]) -> dict[str, EvalResult]:
         """Score every rule on the decoded cases; write the results to OUT/results/ and return them by rule."""
         ((classes, _),) = Counter(record["classes"] for record in records.values()).most_common(1)
@@ -277,8 +294,6 @@ class Job:
         reliability = functools.reduce(Reliability.merge, curves)
         first = classes - len(reliability.volume_ratio())  # 1 if the background has no channel, else 0
         averaged = tuple(self.args.scored or range(first, classes))
-        if not set(averaged) <= set(range(classes)):
-            raise UserError(f"--scored {self.args.scored} is invalid: labels are 0 to {classes - 1}.")
         likelihoods = _as_tensor([record["likelihood"] for record in records.values()])
         of_probs = probability_scores(reliability, likelihoods, first)
         details = self._details(list(records), classes)
@@ -356,7 +371,10 @@ class Job:
         write_text(self.args.out / "confidence.csv", csv_text(rows))
 
     def _classes(self, count: int) -> list[str]:
-        """Return the names of the labels 0, 1, …"""
+        """Return the names of the labels 0, 1, …; raise UserError if --names or --scored do not fit their number."""
+        if not set(self.args.scored or ()) <= set(range(count)):
+            listed = ",".join(map(str, self.args.scored))
+            raise UserError(f"--scored {listed} is invalid: labels are 0 to {count - 1}.")
         given = self.args.names.split(",") if self.args.names else []
         if given and len(given) != count:
             raise UserError(f"--names {self.args.names} has {len(given)} names: expected {count}.")

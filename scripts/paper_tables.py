@@ -90,7 +90,7 @@ def _show(args: argparse.Namespace, saved: Path) -> int:
         args.output.write_text(text, encoding="utf-8")
         return 0
     print(text, end="")
-    if args.mode == "ours" and args.format == "md":
+    if found and args.mode == "ours" and args.format == "md":
         path = saved / "tables.csv"
         path.write_text(render(found, "csv"), encoding="utf-8")
         print(one_line(f"written: {path}"), file=sys.stderr)

@@ -164,6 +164,11 @@ def _stats(args: argparse.Namespace) -> Outcome:
 def _fetch(args: argparse.Namespace) -> Outcome:
     """Download a data set, or return the steps to get it by hand."""
     entry = CATALOG[args.name]
+    if entry.kind == "Folder":
+        raise UserError(
+            "fetch folder is invalid: folder is your own data, which has no address. Fix: put images into "
+            "ROOT/images and masks into ROOT/masks, then: python scripts/prepare_data.py split ROOT"
+        )
     root = (args.root or entry.root).expanduser()
     downloader = find_cityscapes_downloader() if entry.name == "cityscapes" else None
     if not entry.urls and (args.url or args.checksum):

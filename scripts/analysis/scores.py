@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError
-from configs.files import read_json, read_text
+from configs.files import read_json, read_text, shell_word
 from trainers.metrics import PAPER_EPSILON
 from trainers.text import read_csv
 
@@ -164,12 +164,22 @@ def result_folder(path: Path, protocol: str) -> Path:
 
     If only `last.pth` of a run was scored, its results are in `of_last`.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Fix: give the folder of a run, or of its results.")
     inner = ("results/paper", "paper") if protocol == "paper" else ("results",)
     found = [path / name for name in inner]
     for folder in (*found, *(folder / "of_last" for folder in found), path):
-        if any(folder.glob("*.csv")):
+        if rules_in(folder):
             return folder
-    raise UserError(f"{path}: no per-image scores (<rule>.csv). Fix: python test.py -r {path}/best_model.pth")
+    files = [folder / name for folder in (path, path.parent) for name in ("best_model.pth", "last.pth")]
+    checkpoint = next(filter(Path.is_file, files), None)
+    below = next(path.glob("**/results/*.csv"), None)
+    fix = "give the folder of a scored run, or of its results"
+    if checkpoint:
+        fix = f"python test.py -r {shell_word(str(checkpoint))}" + " protocol=paper" * (protocol == "paper")
+    elif below:
+        fix = f"give one run, such as {below.parents[1]}"
+    raise UserError(f"{path}: no per-image scores (<rule>.csv with <rule>.json). Fix: {fix}.")
 
 
 def rules_in(folder: Path) -> list[str]:

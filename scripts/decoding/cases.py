@@ -153,6 +153,7 @@ class Folder:
         values: how what is stored becomes probabilities.
         notes: about files that are not read.
         failed: case name -> what is wrong with it; such a case is left out of the batches.
+        linked_twice: the files whose values may be probabilities although --link takes them for logits.
     """
 
     def __init__(self, args: Namespace, probs: Path, labels: Path | None = None, valid: Path | None = None) -> None:
@@ -164,6 +165,7 @@ class Folder:
             find_cases(folder, LABEL_SUFFIXES, args.out, self.notes) if folder else None for folder in (labels, valid)
         )
         self.failed: dict[str, str] = {}
+        self.linked_twice: set[Path] = set()
         self.num_images = len(self.cases)
         self._channels: int | None = None
 
@@ -305,18 +307,20 @@ class Folder:
         logits = self.args.link is not None
         change = values is not None and values.changes
         outside = -np.inf if logits and not change else 0
-        out = array
+        out, in_unit_range = array, True
         if valid is not None or change or not array.flags.c_contiguous or array.dtype != dtype:
             out = scratch(array.shape, np.float32 if change else dtype, self.args.out)
         for part in slabs(array.shape[1:], len(array)):
             some = np.ascontiguousarray(array[:, part], dtype)
-            _check_range(path, some, logits)
+            in_unit_range &= _check_range(path, some, logits)
             if out is array:
                 continue
             if values is not None and change:
                 with name_case_in_errors(path):
                     some = values(torch.from_numpy(some)[None])[0].numpy()
             out[:, part] = some if valid is None else np.where(valid[part], some, outside)
+        if logits and in_unit_range and (self.args.link == "sigmoid" or _sums_to_one(array, 0)):
+            self.linked_twice.add(path)
         return torch.from_numpy(np.asarray(out))
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
@@ -437,19 +441,24 @@ def slabs(shape: tuple[int, ...], depth: int = 1) -> Iterator[slice]:
         yield slice(start, min(shape[0], start + step))
 
 
-def _check_range(path: Path, values: np.ndarray, logits: bool) -> None:
-    """Raise UserError for values that are NaN or infinite; if they are not logits, also for values outside [0, 1]."""
+def _check_range(path: Path, values: np.ndarray, logits: bool) -> bool:
+    """Return whether all values are in [0, 1].
+
+    Raise UserError for values that are NaN or infinite; if they are not logits, also for values outside [0, 1].
+    """
     low, high = values.min(), values.max()
     slack = 2e-3 if values.dtype == np.float16 else 1e-5  # rounding errors
     if np.isnan(low):
         raise UserError(f"{path}: holds NaN. Fix: look for an overflow in the network.")
     if not np.isfinite([low, high]).all():
         raise UserError(f"{path}: values in [{low:g}, {high:g}]. Fix: look for an overflow in the network.")
-    if not logits and not (low >= -slack and high <= 1 + slack):
+    in_unit_range = bool(low >= -slack and high <= 1 + slack)
+    if not logits and not in_unit_range:
         raise UserError(
             f"{path}: values in [{low:.6g}, {high:.6g}] are not probabilities. "
             "Fix: pass --link softmax or --link sigmoid if they are logits."
         )
+    return in_unit_range
 
 
 @contextmanager

@@ -200,6 +200,21 @@ def test_logits_and_temperature(link: str, tmp_path: Path) -> None:
         assert (one != two).sum() <= 2  # rounding of the probabilities may move a pixel at the cut-off
 
 
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+def test_a_link_on_probabilities_is_noted(link: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no error, because logits may be in [0, 1] too. Logits with other values are not noted."""
+    maps = softmax_maps(3, (20, 20))
+    words = ["-p", "max", "--link", link, "--classes-axis", "first", "--out"]
+    mixed = save_all(tmp_path / "p", [*maps[:2], maps[2].log()])
+    assert run(mixed, *words, tmp_path / "o") == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "--link" in line]
+    assert f"note: --link {link}" in note and f"{mixed / 'c0.npy'} and 1 more are in" in note and "Fix:" in note
+    assert ("sum to 1" in note) == (link == "softmax")
+    others = [maps[2].log()] + [0.5 * maps[0]] * (link == "softmax")  # of the latter, the sums are not 1
+    assert run(save_all(tmp_path / "q", others), *words, tmp_path / "o2") == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("unassigned", ["void", "max", "7", "-1", "70000", "-40000"])
 def test_pixels_of_no_class(unassigned: str, tmp_path: Path) -> None:
     probs = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(5)) * 0.6
@@ -452,6 +467,21 @@ class TestResume:
             run(probs, "-p", "rankdice", "--out", tmp_path / "o")
         assert run(probs, "-p", "rankdice", "--out", tmp_path / "o", "--force") == 0
 
+    def test_options_may_change_until_a_case_is_decoded(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """So that the remedy of a message can be followed with the same --out."""
+        (tmp_path / "p").mkdir()
+        p = softmax_maps(1, (20, 20))[0].numpy()
+        np.savez(tmp_path / "p" / "c0.npz", p=np.log(p), q=p)
+        words = [tmp_path / "p", "-p", "max", "--out", tmp_path / "o"]
+        for more, remedy in (([], "--key"), (["--key", "p"], "--link softmax")):
+            assert run(*words, "--classes-axis", "first", *more) == 1
+            assert remedy in capsys.readouterr().err
+        assert run(*words, "--classes-axis", "first", "--key", "p", "--link", "softmax") == 0
+        with pytest.raises(UserError, match="--force"):
+            run(*words, "--classes-axis", "first", "--key", "q")
+
     def test_a_folder_of_another_version_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         words = [save_all(tmp_path / "p", softmax_maps(1, (20, 20))), "-p", "max", "--out", tmp_path / "o"]
         assert run(*words) == 0
@@ -470,7 +500,8 @@ class TestResume:
         (["--unassigned", "9999999999"], "--unassigned"),
         (["--void", "9999999999"], "--void"),
         (["--scored", "a"], "--scored"),
-        (["--scored", "7"], "--scored"),
+        (["--scored", "7"], "--scored 7"),
+        (["--scored", "1,99"], "--scored 1,99"),
         (["--names", "a,b"], "--names"),
         (["--out", "p"], "--out"),
         (["-p", "rankdise"], "rankdise"),
@@ -483,6 +514,7 @@ def test_invalid_options(words: list[str], key: str, tmp_path: Path, monkeypatch
     save_all(tmp_path / "l", [drawn(maps[0], 0)])
     with pytest.raises(ValueError, match=key):
         run("p", "--labels", "l", "-p", "max", "--out", "o", *words)
+    assert not list(tmp_path.glob("o/*"))  # nothing is written before the options are checked
 
 
 def test_two_files_of_one_case(tmp_path: Path) -> None:

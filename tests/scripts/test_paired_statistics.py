@@ -325,6 +325,23 @@ def test_bad_input_is_one_line_and_exit_code_two(results, capsys, arguments):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_a_folder_without_scores_has_a_remedy_that_works(results, tmp_path, capsys):
+    def error(path, *more):
+        assert exit_code(main, [str(path), *more]) == 2
+        return capsys.readouterr().err
+
+    assert f"{tmp_path}/nowhere does not exist" in error(tmp_path / "nowhere")
+    (tmp_path / "tables.csv").write_text("a table of paper_tables.py\n")
+    assert f"Fix: give one run, such as {results.parent}." in error(tmp_path)  # a folder of runs
+    (tmp_path / "bare" / "results").mkdir(parents=True)
+    for folder in (tmp_path / "bare", tmp_path / "bare" / "results"):
+        assert "test.py" not in (text := error(folder)) and "Fix: give the folder of a scored run" in text
+        (tmp_path / "bare" / "last.pth").touch()
+        assert f"Fix: python test.py -r {tmp_path}/bare/last.pth." in error(folder)
+        assert "last.pth protocol=paper" in error(folder, "--protocol", "paper")
+        (tmp_path / "bare" / "last.pth").unlink()
+
+
 def test_groups_from_a_file_or_a_pattern(tmp_path):
     images = ["p1_a.png", "p1_b.png", "=p2.png"]
     assert read_groups(r"(p\d)", images) == {"p1_a.png": "p1", "p1_b.png": "p1", "=p2.png": "p2"}

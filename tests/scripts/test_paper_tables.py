@@ -292,6 +292,11 @@ def test_plain_call_writes_the_csv_too(saved, capsys):
     assert rows[1][4:6] == ["50.00", "40.00"]
 
 
+def test_without_results_no_file_is_written(tmp_path, capsys):
+    assert main(["--saved", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "No results yet.\n" and not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_is_none_is_bad_input(tmp_path, capsys):
     assert exit_code(main, ["--saved", str(tmp_path / "none")]) == 2
     assert "--saved=" in capsys.readouterr().err

@@ -216,6 +216,11 @@ def test_options_that_a_data_set_does_not_use_are_rejected() -> None:
             main(words)
 
 
+def test_data_of_your_own_cannot_be_fetched() -> None:
+    with pytest.raises(UserError, match=r"fetch folder is invalid: .*your own.* Fix: "):
+        main(["fetch", "folder"])
+
+
 def test_list_knows_every_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
