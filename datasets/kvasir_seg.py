@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .base import DatasetError, DatasetInfo
-from .decode import list_images, load_opaque, read_split
+from .decode import list_images, load_opaque, make_split, read_split
 from .paired import Pair, PairedDataset
 
 INFO = DatasetInfo(
@@ -20,20 +19,10 @@ INFO = DatasetInfo(
     mean=(0.48897059, 0.46548275, 0.42940000),
     std=(0.22861765, 0.22948039, 0.24054667),
 )
-VAL_FRACTION = 0.12  # 880 / 120 of the 1000 images, the sizes usually published with the data set
+# 880 / 120 of the 1000 images, the sizes usually published with the data set. The authors' own split is not published.
+VAL_FRACTION = 0.12
 THRESHOLD = 127  # a pixel above it is polyp
 MAX_GREY_SHARE = 1 / 3  # largest share of grey among the pixels that are not dark; released masks have less than 1 %
-
-
-def default_split(stems: list[str]) -> dict[str, list[str]]:
-    """Return the pinned split {"train", "val"} of the released images.
-
-    A hash of an image's name decides its split. The result is therefore the same on every machine and in
-    every version of Python. The authors' own split is not published.
-    """
-    ranked = sorted(stems, key=lambda stem: hashlib.sha256(f"0/{stem}".encode()).hexdigest())
-    held_out = round(len(stems) * VAL_FRACTION)
-    return {"train": sorted(ranked[held_out:]), "val": sorted(ranked[:held_out])}
 
 
 class KvasirSEG(PairedDataset):
@@ -80,7 +69,9 @@ class KvasirSEG(PairedDataset):
         files = sorted(p.stem for p in self.root.glob("*.txt") if p.stem in ("train", "val", "test"))
         if files:
             raise self.missing_error(f"split {self.split!r} has no file {path} (present: {', '.join(files)})")
-        split = default_split(released)
+        if not released:
+            return []  # the base class raises an error that shows the layout
+        split = make_split(released, {"val": VAL_FRACTION})
         if self.split not in split:
             raise self.missing_error(f"split {self.split!r} is not one of train, val, and {path} does not exist")
         return split[self.split]

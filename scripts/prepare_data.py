@@ -14,12 +14,8 @@ Exit codes: 0 done without faults, 1 `check` found faults, 2 bad input, 3 a tran
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +26,7 @@ from configs.cli import run_cli
 from configs.errors import UserError, one_line
 from configs.files import lock_file, shell_word, write_text
 from datasets import DatasetError
-from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images, read_split
+from datasets.decode import IMAGE_SUFFIXES, ImageFolder, common_suffix, list_images, make_split, read_split
 from scripts import ROOT
 from scripts.common import command_line, default_workers
 from scripts.prepare.catalog import CATALOG, Entry
@@ -264,54 +260,6 @@ def _split(args: argparse.Namespace) -> Outcome:
     sizes = {name: len(stems) for name, stems in split.items()}
     content = {"root": str(args.root), "seed": args.seed, "splits": sizes}
     return Outcome(content, [f"{path}: {sizes[path.stem]} images" for path in paths])
-
-
-def make_split(
-    stems: Sequence[str], shares: Mapping[str, float], seed: int = 0, group: str | None = None
-) -> dict[str, list[str]]:
-    """Return the names of each split, sorted. A hash of an image's name decides its split.
-
-    The same names give the same split on every machine and in every version of Python.
-
-    Args:
-        stems: the names of all images.
-        shares: split -> share of the images to hold out; the rest is "train".
-        seed: another number gives another split.
-        group: a regular expression; images for which it finds the same text (its first group, if it has one)
-            stay together, such as the frames of a video or the images of a patient.
-    """
-    if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
-        given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
-        raise UserError(f"shares {given} are invalid: expected each between 0 and 1, and a sum less than 1")
-    groups: dict[str, list[str]] = defaultdict(list)
-    for stem in stems:
-        groups[_find_group(stem, group)].append(stem)
-    ranked = sorted(groups, key=lambda key: hashlib.sha256(os.fsencode(f"{seed}/{key}")).hexdigest())
-    if len(ranked) <= len(shares):
-        unit = "images" if group is None else "groups of images"
-        raise UserError(f"{len(ranked)} {unit} cannot fill {len(shares) + 1} splits. Fix: add images")
-    result: dict[str, list[str]] = {}
-    for position, (name, share) in enumerate(shares.items()):
-        wanted, chosen = max(1, round(share * len(stems))), list[str]()
-        to_keep = len(shares) - position  # groups that the following splits need
-        while len(chosen) < wanted and len(ranked) > to_keep:
-            chosen += groups[ranked.pop(0)]
-        result[name] = sorted(chosen)
-    return {"train": sorted(stem for key in ranked for stem in groups[key]), **result}
-
-
-def _find_group(stem: str, pattern: str | None) -> str:
-    """Return the part of a name that the pattern finds; without a pattern, the name."""
-    if pattern is None:
-        return stem
-    try:
-        match = re.search(pattern, stem)
-    except re.error as error:
-        raise UserError(f"--group {pattern!r} is not a regular expression: {error}. Fix: correct it") from None
-    found = match and (match[1] if match.re.groups else match[0])
-    if found is None:
-        raise UserError(f"--group {pattern!r} finds nothing in {stem!r}. Fix: change the expression, or the name")
-    return found
 
 
 def write_split(root: Path, split: Mapping[str, Iterable[str]], force: bool = False) -> list[Path]:

@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from datasets import VOC2012, Cityscapes, DatasetError, DatasetInfo, Folder, KvasirSEG, SegmentationDataset, Synthetic
-from datasets.kvasir_seg import default_split
+from datasets.decode import make_split
+from datasets.kvasir_seg import VAL_FRACTION
 from datasets.paired import END_BYTES
 from datasets.voc2012 import CLASSES, voc_colour
 from tests.trees import labels, make_cityscapes, make_folder, make_kvasir, make_voc
@@ -144,10 +145,17 @@ def test_kvasir_layouts(tmp_path, layout):
 
 
 def test_kvasir_default_split_is_pinned():
-    split = default_split([f"image{k}" for k in range(1000)])
+    split = make_split([f"image{k}" for k in range(1000)], {"val": VAL_FRACTION})
     assert (len(split["train"]), len(split["val"])) == (880, 120)
     assert split["val"][:3] == ["image107", "image125", "image129"]
-    assert split == default_split([f"image{k}" for k in reversed(range(1000))])
+    assert split == make_split([f"image{k}" for k in reversed(range(1000))], {"val": VAL_FRACTION})
+
+
+def test_kvasir_without_an_image_shows_the_layout(tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(DatasetError, match="no image of split 'val'.*Fix: dataset.root"):
+        KvasirSEG(tmp_path, "val")
 
 
 @pytest.mark.golden

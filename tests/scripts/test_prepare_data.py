@@ -18,10 +18,10 @@ from PIL import Image
 from configs.compose import compose
 from configs.errors import UserError
 from datasets import DatasetError, Folder
-from datasets.kvasir_seg import default_split
+from datasets.decode import make_split
 from scripts.common import map_in_threads
 from scripts.prepare.checking import count
-from scripts.prepare_data import main, make_split, write_split
+from scripts.prepare_data import main, write_split
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -270,11 +270,6 @@ def test_stats_do_not_depend_on_workers(mine: Path) -> None:
     data = Folder(mine, "train")
     one, four = (count(data, workers, progress=False) for workers in (1, 4))
     assert one == four
-
-
-def test_split_without_options_is_the_pinned_one_of_kvasir() -> None:
-    stems = [f"cju{k:04d}" for k in range(100)]
-    assert make_split(stems, {"val": 0.12}) == default_split(stems)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
