@@ -200,8 +200,7 @@ class Job:
     def read_record(self, name: str) -> Record | None:
         """Return the record of a case that was decoded from the same files with the same settings, else None.
 
-        A damaged or edited record does not match its hash, or does not list the files of this case. The case is then
-        decoded again.
+        A damaged or edited record does not match its hash. The case is then decoded again, also if a mask is missing.
         """
         path = self._record_path(name)
         try:
@@ -212,20 +211,10 @@ class Job:
             return None
         if (record.get("settings"), record.get("sources")) != (self.settings, self.folder.sources(name)):
             return None
-        return record if self._has_masks(name, record.get("written")) else None
-
-    def _has_masks(self, name: str, written: Any) -> bool:
-        """Return whether `written`, as read from a record, lists one existing file of this case for each rule.
-
-        Paths are relative to OUT, so that a folder can be moved.
-        """
-        if not isinstance(written, list) or len(written) != len(self.rules):
-            return False
-        for rule, path in zip(self.rules, written, strict=True):
-            possible = [f"{rule}/{name}{suffix}" for suffix in (*SUFFIXES, *PICTURES)]
-            if path not in possible or not (self.args.out / path).is_file():
-                return False
-        return True
+        for stem in (self.args.out / rule / name for rule in self.rules):
+            if not any(stem.with_name(stem.name + suffix).is_file() for suffix in (*SUFFIXES, *PICTURES)):
+                return None
+        return record
 
     def __call__(self, name: str) -> str | None:
         """Decode and write a case; return its error message, or None."""
@@ -246,7 +235,7 @@ class Job:
             raise UserError(
                 f"{case.path}: {channels} channels, --fit has {self.fit.channels}. Fix: move the case away."
             )
-        record: Record = {"settings": self.settings, "sources": self.folder.sources(name), "written": []}
+        record: Record = {"settings": self.settings, "sources": self.folder.sources(name)}
         record |= {"classes": classes, "rules": {}}
         for rule_name, rule in self.rules.items():
             own = getattr(rule, "to_probs", None)  # the rule has its own calibration
@@ -258,14 +247,13 @@ class Job:
                 rule_record: dict[str, Any] = {"seconds": time.perf_counter() - started}
                 if one_label:
                     result = rules.label_map(given, result, args)
-            path = f"{rule_name}/{name}{case.suffixes[one_label]}"
-            write_array(result, args.out / path, case.geometry, "labels" if one_label else "masks")
+            path = args.out / rule_name / f"{name}{case.suffixes[one_label]}"
+            write_array(result, path, case.geometry, "labels" if one_label else "masks")
             if args.confidence:
                 rule_record["confidence"] = rules.confidence(result, given)
             if case.labels is not None:
                 rule_record["counts"] = rules.count_pixels(result, case.labels, classes, args.void)
             record["rules"][rule_name] = rule_record
-            record["written"].append(path)
         return record if case.labels is None else record | rules.observe(case, case.labels, args)
 
     def describe_linked_twice(self) -> str:

@@ -154,7 +154,7 @@ def test_kvasir_default_split_is_pinned():
 def test_kvasir_without_an_image_shows_the_layout(tmp_path):
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
-    with pytest.raises(DatasetError, match="no image of split 'val'.*Fix: dataset.root"):
+    with pytest.raises(DatasetError, match=r"no image of split 'val'.*Fix: dataset.root"):
         KvasirSEG(tmp_path, "val")
 
 
