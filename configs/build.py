@@ -15,7 +15,8 @@ from torch import nn
 
 from configs.compose import CONFIGS, options, unknown_option
 from configs.errors import ConfigError
-from datasets import DatasetInfo, EvalLoader, SegmentationDataset, TrainLoader
+from datasets import DatasetInfo, SegmentationDataset
+from datasets.loaders import EvalLoader, TrainLoader
 from rankseg import Predictor
 from trainers.distributed import World, wrap
 from trainers.losses import SegmentationLoss
@@ -151,7 +152,7 @@ def dataset(cfg: DictConfig, split: str) -> SegmentationDataset:
 
 def train_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> TrainLoader:
     """Build the training batches. A last batch with fewer than two images per device is dropped, for BatchNorm."""
-    from datasets import TrainTransform  # slow to import
+    from datasets.transforms import TrainTransform  # slow to import
 
     batch, settings = cfg.batch_size, cfg.dataset
     if batch < world.size:
@@ -169,7 +170,7 @@ def train_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> Tr
 
 def eval_loader(cfg: DictConfig, data: SegmentationDataset, world: World) -> EvalLoader:
     """Build the evaluation batches of the protocol."""
-    from datasets import EvalTransform  # slow to import
+    from datasets.transforms import EvalTransform  # slow to import
 
     if cfg.protocol.legacy_preprocessing:
         transform = EvalTransform(data.info.mean, data.info.std, crop=cfg.dataset.eval_crop, legacy=True)

@@ -30,13 +30,13 @@ from trainers.distributed import World, gather_objects
 from trainers.evaluator import evaluate
 from trainers.fitted import (
     FittedFile,
-    GatedRule,
     RuleWithOwnProbs,
     ThresholdFit,
     ThresholdTable,
     choose,
     fit_calibration_on,
     fit_gate,
+    gated_rule,
 )
 from trainers.forward import ToProbs, forward, measure
 from trainers.losses import Focal, Link, SegmentationLoss
@@ -211,7 +211,7 @@ class Fitter:
     def _build(self, name: str, values: Mapping[str, Any]) -> Predictor:
         """Build a rule with its fitted values."""
         if build.is_ranking(build.rule_node(name, self.cfg)):  # gate=fit
-            return GatedRule(build.rules([name], self.cfg)[name], float(values["least"]))
+            return partial(gated_rule, rule=build.rules([name], self.cfg)[name], least=float(values["least"]))
         if name != "auto":
             arguments = {key: values[key] for key in ("at", "gated") if key in values}
             return build.rules([name], self.cfg, {name: arguments})[name]

@@ -243,7 +243,10 @@ def _check_value(name: str, value: Any, ours: Any) -> None:
     """Raise ConfigError if a stored value fails the check of its key; without one, the check of our value's type."""
     is_valid, expected = CHECKS.get(name) or _BY_TYPE[type(ours)]
     if not (_is_plain(value) and is_valid(value)):
-        raise _invalid(name, value, expected)
+        raise ConfigError(
+            f"the checkpoint's configuration holds {name}={str(value)[:100]!r}: expected {expected}. "
+            f"Fix: pass {name}=VALUE, or choose another checkpoint."
+        )
 
 
 def _check_added_key(name: str, value: Any, raw: Any) -> None:
@@ -304,13 +307,6 @@ _BY_TYPE: dict[type, Check] = {  # type of our value -> check of a stored one
     list: (lambda value: isinstance(value, list), "a list of numbers or words"),
     dict: (lambda value: False, "a mapping"),
 }
-
-
-def _invalid(name: str, value: Any, words: str) -> ConfigError:
-    return ConfigError(
-        f"the checkpoint's configuration holds {name}={str(value)[:100]!r}: expected {words}. "
-        f"Fix: pass {name}=VALUE, or choose another checkpoint."
-    )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -10,14 +10,9 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from configs.errors import one_line
-
-from . import DatasetError
+from configs.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from torchvision import tv_tensors
@@ -25,12 +20,8 @@ if TYPE_CHECKING:
 MAX_CLASSES = 254  # masks are uint8: one value is void, and one marks labels that are not in the table
 
 
-class Sample(NamedTuple):
-    """One image as a network receives it."""
-
-    image: Tensor  # (3, H, W) float32, normalised
-    target: Tensor  # (H, W) int64, class or ignore_index
-    name: str
+class DatasetError(UserError):
+    """A fault in a data set. The message names the path and the fix."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ class DatasetInfo:
         return len(self.classes)
 
 
-class SegmentationDataset(Dataset, ABC):
+class SegmentationDataset(ABC):
     """Named pairs of raw image and mask. The loaders augment and normalise them.
 
     A subclass sets `info`, `names` and `split` and implements `read`.
@@ -88,9 +79,6 @@ class SegmentationDataset(Dataset, ABC):
 
         Raises DatasetError, which names the path and the fix, if the pair cannot be used.
         """
-
-    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        return self.read(index)
 
     def check(self, index: int, decode: bool = True) -> list[str]:
         """Return the faults of one pair, one line each; without `decode`, only those that show without decoding."""

@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from configs.errors import UserError
 from configs.files import read_bytes
 
-from . import DatasetError
+from .base import DatasetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # Pillow reads more, some by calling other programs

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 
-from .base import DatasetError, Sample, SegmentationDataset
+from .base import DatasetError, SegmentationDataset
 
 NO_EPOCH = -1  # the epoch of evaluation, which uses no random numbers
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -52,8 +52,8 @@ Fault = tuple[str, str]  # name of an image that could not be read, and why
 Loaded = tuple[list[Batch], list[Fault]]
 
 
-def derive_seed(*parts: int) -> int:
-    """Return a seed made from a few integers, the same on every machine."""
+def derive_seed(*parts: object) -> int:
+    """Return a seed made from numbers and words, the same on every machine."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 
@@ -73,13 +73,12 @@ class Reader:
         faults: list[Fault] = []
         samples = [found for epoch, first in keys if (found := self._read(epoch, first, faults))]
         batches = []
-        for _, same_size in itertools.groupby(samples, key=lambda found: (found[0].image.shape, found[0].target.shape)):
-            read, indices = zip(*same_size, strict=True)
-            images, targets, names = zip(*read, strict=True)
+        for _, same_size in itertools.groupby(samples, key=lambda found: (found[0].shape, found[1].shape)):
+            images, targets, names, indices = zip(*same_size, strict=True)
             batches.append(Batch(stack(images), stack(targets), list(names), list(indices)))
         return batches, faults
 
-    def _read(self, epoch: int, first: int, faults: list[Fault]) -> tuple[Sample, int] | None:
+    def _read(self, epoch: int, first: int, faults: list[Fault]) -> tuple[Tensor, Tensor, str, int] | None:
         total = len(self.dataset)
         for step in range(total if self.substitute else 1):
             index = (first + step) % total
@@ -89,7 +88,7 @@ class Reader:
                 # torch.manual_seed would seed the accelerators too, and with them the network's dropout.
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
-                    return Sample(*self.transform(image, mask), name), index
+                    return *self.transform(image, mask), name, index
             except DatasetError as error:
                 faults.append((name, str(error)))
         return None
@@ -114,12 +113,6 @@ class Loader:
         on_error: str = "raise",  # or "skip" images that cannot be read, and list them in `skipped`
         timeout: float = 300,  # seconds until a worker counts as frozen; 0 waits for ever
     ) -> None:
-        if batch_size < 1 or num_workers < 0:
-            raise UserError(f"batch_size={batch_size}, num_workers={num_workers} are invalid: expected >= 1 and >= 0")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank={rank} is invalid: expected 0..{world_size - 1}")
-        if on_error not in ("raise", "skip"):
-            raise UserError(f"on_error={on_error!r} is invalid: expected raise or skip")
         self.dataset, self.transform, self.batch_size, self.seed = dataset, transform, batch_size, seed
         self.rank, self.world_size, self.on_error, self.timeout = rank, world_size, on_error, timeout
         self.num_workers, self.pin_memory = num_workers, pin_memory

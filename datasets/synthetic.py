@@ -10,7 +10,6 @@ Shapes: C classes, K objects, H and W pixels (here equal).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from torchvision import tv_tensors
 from configs.errors import UserError
 
 from .base import DatasetInfo, SegmentationDataset, digest
+from .loaders import derive_seed
 
 VERSION = 1  # a part of the fingerprint; increase it when the images change
 SPLITS = ("train", "val", "test")
@@ -107,8 +107,7 @@ class Synthetic(SegmentationDataset):
     def _generator(self, index: int) -> torch.Generator:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside 0..{len(self) - 1}")
-        key = hashlib.sha256(f"synthetic/{self.seed}/{self.split}/{index}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+        return torch.Generator().manual_seed(derive_seed("synthetic", self.seed, self.split, index))
 
     def _scene(self, generator: torch.Generator) -> Scene:
         """Draw the objects. They are the first draws of the generator, so `posterior` can repeat them."""

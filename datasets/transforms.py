@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,13 +41,8 @@ def require_pair(image: Tensor, mask: Tensor) -> None:
 
 
 def as_size(size: Size) -> tuple[int, int]:
-    """Return (height, width) of a size: the side of a square, or a pair. Raises UserError for anything else."""
-    pair = (size, size) if isinstance(size, int) else size
-    if isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(k, int) and k > 0 for k in pair):
-        return pair[0], pair[1]
-    raise UserError(
-        f"size={size} is invalid: expected an integer >= 1 or [height, width] (dataset.crop, dataset.resize)"
-    )
+    """Return (height, width) of a size: the side of a square, or a pair."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def resize_to(shape: Sequence[int], size: Size) -> list[int]:
@@ -57,16 +53,10 @@ def resize_to(shape: Sequence[int], size: Size) -> list[int]:
     return [size if side == short else size * side // short for side in shape]
 
 
-class Normalise:
+def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Scale an image (3, H, W) uint8 to [0, 1], subtract the mean, and divide by the standard deviation."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
-
-    def __call__(self, image: Tensor) -> Tensor:
-        scaled = image.as_subclass(Tensor).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        return scaled.sub_(self.mean).div_(self.std)
+    scaled = image.as_subclass(Tensor).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return F.normalize(scaled, mean, std, inplace=True)
 
 
 def rotate_window(image: Tensor, mask: Tensor, degrees: int, window: Window, label_fill: int) -> tuple[Tensor, Tensor]:
@@ -121,14 +111,8 @@ class TrainTransform:
         flip: float = 0.5,  # the probability of a mirror image
         label_fill: int = 255,  # label of corners and padding: void. The paper's code used 0, the background
     ) -> None:
-        if not (isinstance(rotate, int) and 0 <= rotate <= 180):
-            raise UserError(f"rotate={rotate} is invalid: expected whole degrees, 0 to 180")
-        if not 0 <= flip <= 1:
-            raise UserError(f"flip={flip} is invalid: expected a probability, 0 to 1")
-        self.normalise = Normalise(mean, std)
+        self.normalise = partial(normalise, mean=mean, std=std)
         self.crop = None if crop is None else as_size(crop)
-        if resize is not None:
-            as_size(resize)
         self.resize, self.rotate, self.flip, self.label_fill = resize, rotate, flip, label_fill
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,10 +168,8 @@ class EvalTransform:
             raise UserError(
                 f"crop={crop} is invalid: the paper's evaluation needs a side in pixels (dataset.eval_crop)"
             )
-        self.normalise = Normalise(mean, std)
+        self.normalise = partial(normalise, mean=mean, std=std)
         self.resize, self.crop, self.legacy = resize, crop, legacy
-        if resize is not None:
-            as_size(resize)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         require_pair(image, mask)

@@ -6,20 +6,14 @@ A network maps images (N, 3, H, W) to `SegmentationOutput`: logits (N, C, H, W).
 Networks that need torchvision or timm are imported on first use, because these imports are slow.
 """
 
-# ruff: noqa: F401 (the imports for type checkers)
-
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from models.layers import SegmentationOutput
 from models.reading import CheckpointError, load_state, read_checkpoint
 from models.tiny import TinyUNet
 
-if TYPE_CHECKING:
-    from models.deeplabv3plus import DeepLabV3Plus
-    from models.fcn8 import FCN8
-    from models.library import SMP
-    from models.pspnet import PSPNet
+__all__ = ["CheckpointError", "SegmentationOutput", "TinyUNet", "load_state", "read_checkpoint"]
 
 _MODULES = {"DeepLabV3Plus": "deeplabv3plus", "FCN8": "fcn8", "PSPNet": "pspnet", "SMP": "library"}
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ def _search_rows(rows: Tensor, app: int, smooth: float, truncate_mean: bool, var
     for refined in (True, False):
         members = (sound & ((few | (app == 1)) == refined)).nonzero()[:, 0]
         if members.numel():
-            law = Moments(mean[members], variance[members], third[members])
+            law = mean[members], variance[members], third[members]
             tau[members], value[members] = _best(ordered[members], law, upper[members], smooth, refined, variant)
     result = _with_cutpoint(values, tau, value)
     broken = (~sound).nonzero()[:, 0]
@@ -105,7 +104,7 @@ def _upper(ordered: Tensor, smooth: float) -> Tensor:
 
 
 def _best(
-    ordered: Tensor, law: Moments, upper: Tensor, smooth: float, refined: bool, variant: str
+    ordered: Tensor, law: tuple[Tensor, Tensor, Tensor], upper: Tensor, smooth: float, refined: bool, variant: str
 ) -> tuple[Tensor, Tensor]:
     """Return the best volume in 0..`upper` of sorted rows (R, D), and its approximate score: (R,) each.
 
@@ -199,19 +198,11 @@ def _correlate(weights: Tensor, low: Tensor, longest: int, shift: float, numerat
     return torch.fft.irfft(product, fast)[:, :longest]
 
 
-class Moments(NamedTuple):
-    """`mean` Σp, `variance` Σp(1-p), `third` central moment Σp(1-p)(1-2p), of shape (...)."""
-
-    mean: Tensor
-    variance: Tensor
-    third: Tensor
-
-
-def moments(probs: Tensor) -> Moments:
-    """Central moments of the distribution of the number of object pixels, from `probs` (..., D), in float64."""
+def moments(probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and third central moment of the number of object pixels, from `probs` (..., D): float64, (...)."""
     p = probs.double()
     spread = p * (1 - p)
-    return Moments(p.sum(-1), spread.sum(-1), (spread * (1 - 2 * p)).sum(-1))
+    return p.sum(-1), spread.sum(-1), (spread * (1 - 2 * p)).sum(-1)
 
 
 def refined_cdf(x: Tensor, skewness: Tensor) -> Tensor:

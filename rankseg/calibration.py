@@ -37,9 +37,7 @@ class Reliability:
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"bins must be a positive integer, got {bins!r}; 15 is usual")
         self.bins = bins
-        self.count: Tensor | None = None  # (C, M) float64: forecasts, ...
-        self.forecast: Tensor | None = None  # ... the sum of their probabilities, ...
-        self.observed: Tensor | None = None  # ... and how often the event happened
+        self._sums: Tensor | None = None
 
     @torch.no_grad()
     def update(self, probs: Tensor, targets: Tensor, valid: Tensor | None = None) -> None:
@@ -55,31 +53,20 @@ class Reliability:
                 f"targets must be one-hot of shape {tuple(probs.shape)}, got {tuple(targets.shape)}; "
                 "torch.nn.functional.one_hot(labels, C).movedim(-1, 1) makes it"
             )
-        classes = probs.shape[1]
         if targets.dtype != torch.bool and not ((targets == 0) | (targets == 1)).all():
             raise ValueError("targets must be one-hot: 0 or 1 for each class and pixel")
         check_valid(valid, probs)
-        if self.count is None:
-            empty = torch.zeros(classes, self.bins, dtype=torch.float64, device=probs.device)
-            self.count, self.forecast, self.observed = empty, empty.clone(), empty.clone()
-        counts, forecasts, observations = self._sums()
-        if counts.shape[0] != classes:
-            raise ValueError(
-                f"probs has {classes} classes, earlier batches had {counts.shape[0]}; "
-                "use one Reliability for each number of classes"
-            )
         keep = slice(None) if valid is None else valid.flatten()
-        for c in range(classes):
+        sums = torch.zeros(3, probs.shape[1], self.bins, dtype=torch.float64, device=probs.device)
+        for c, (count, forecast, observed) in enumerate(sums.unbind(1)):
             p = probs[:, c].flatten()[keep]
             bin_of = (p.float() * self.bins).long().clamp_(max=self.bins - 1)
-            # index_add_, because bincount with weights is not deterministic on CUDA.
-            forecasts[c] += (
-                p.new_zeros(self.bins, dtype=torch.float64).index_add_(0, bin_of, p.double()).to(forecasts.device)
-            )
+            forecast.index_add_(0, bin_of, p.double())  # bincount with weights is not deterministic on CUDA
             place = bin_of + self.bins * targets[:, c].flatten()[keep].long()
-            missed, hit = torch.bincount(place, minlength=2 * self.bins).view(2, -1).to(counts.device)
-            counts[c] += missed + hit
-            observations[c] += hit
+            missed, hit = torch.bincount(place, minlength=2 * self.bins).view(2, -1)
+            count += missed + hit
+            observed += hit
+        self.add(sums)
 
     def merge(self, other: Reliability) -> Reliability:
         """Add the statistics of `other`, for example of another process; return self.
@@ -89,21 +76,25 @@ class Reliability:
         """
         if other.bins != self.bins:
             raise ValueError(f"cannot merge {other.bins} bins into {self.bins}; use the same number")
-        if other.count is None:
-            return self
-        if self.count is not None and len(self.count) != len(other.count):
+        if other._sums is not None:
+            self.add(other._sums)
+        return self
+
+    def add(self, sums: Tensor) -> None:
+        """Add the `sums` of other data."""
+        if self._sums is None:
+            self._sums = sums.clone()
+            return
+        if sums.shape != self._sums.shape:
             raise ValueError(
-                f"cannot merge {len(other.count)} classes into {len(self.count)}; "
+                f"cannot merge {sums.shape[1]} classes into {self._sums.shape[1]}; "
                 "use one Reliability for each number of classes"
             )
-        for name in ("count", "forecast", "observed"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, theirs.clone() if mine is None else mine + theirs.to(mine.device))
-        return self
+        self._sums = self._sums + sums.to(self._sums.device)
 
     def curve(self) -> ReliabilityCurve:
         """Return the reliability curve of each class. Raises ValueError before the first `update`."""
-        count, forecast, observed = self._sums()
+        count, forecast, observed = self.sums
         count_or_nan = torch.where(count > 0, count, torch.nan)
         return ReliabilityCurve(forecast / count_or_nan, observed / count_or_nan, count.long())
 
@@ -112,25 +103,27 @@ class Reliability:
 
         Raises ValueError before the first `update`, as `volume_ratio` does.
         """
-        count, forecast, observed = self._sums()
+        count, forecast, observed = self.sums
         return (observed - forecast).abs().sum(1) / count.sum(1)
 
     def volume_ratio(self) -> Tensor:
         """Return predicted / true volume, Σp / Σy, of each class: (C,), NaN for a class that never occurs."""
-        _, forecast, observed = self._sums()
+        _, forecast, observed = self.sums
         return forecast.sum(1) / torch.where(observed.sum(1) > 0, observed.sum(1), torch.nan)
 
     def ece(self) -> float:
         """Return the expected calibration error with all classes in one curve; NaN without data."""
-        if self.count is None:
+        if self._sums is None:
             return float("nan")
-        count, forecast, observed = (x.sum(0) for x in self._sums())
+        count, forecast, observed = self._sums.sum(1)
         return float((observed - forecast).abs().sum() / count.sum())
 
-    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.count is None or self.forecast is None or self.observed is None:
+    @property
+    def sums(self) -> Tensor:
+        """(3, C, M) float64: number of forecasts, sum of their probabilities, and how often the event happened."""
+        if self._sums is None:
             raise ValueError("no data yet; call update first")
-        return self.count, self.forecast, self.observed
+        return self._sums
 
 
 def ece(probs: Tensor, targets: Tensor, bins: int = 15, valid: Tensor | None = None) -> float:
@@ -284,8 +277,7 @@ def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], max_ite
         return loss
 
     with torch.enable_grad():
-        step: Callable[[Callable[[], Tensor]], Tensor] = optimizer.step
-        step(closure)
+        optimizer.step(closure)
 
 
 @torch.no_grad()

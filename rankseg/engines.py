@@ -1,8 +1,8 @@
 """The choice between the implementations of the exact rules: Python (torch operations), native (C++), Triton.
 
 All give the same masks, unless the scores of volumes (in non-overlapping masks: the gains of labels) differ only by
-rounding. The Python solver is the reference: it runs on any device, and computes what the others do not support. The environment variable
-RANKSEG_BACKEND=python|native|triton selects one; it is read at each call.
+rounding. The Python solver is the reference: it runs on any device, and computes what the others do not support. The
+environment variable RANKSEG_BACKEND=python|native|triton selects one; it is read at each call.
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ def _expected(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor
     probs = check_form(probs)
     masks = check_masks(masks, probs)
     smooth = check_smooth(smooth)
+    if probs.numel() == 0:
+        return torch.zeros(probs.shape[:2], dtype=torch.float64, device=probs.device)
     engine = compiled_engine(probs)
     if engine is not None and (compiled := engine.expected(probs, masks, score, smooth)) is not None:
         return compiled
@@ -64,8 +66,6 @@ def _expected(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor
 def _with_torch(score: str, probs: Tensor, masks: Tensor, smooth: float) -> Tensor:
     """Compute `_expected` with torch operations."""
     result = torch.zeros(probs.shape[0] * probs.shape[1], dtype=torch.float64, device=probs.device)
-    if probs.numel() == 0:
-        return result.view(probs.shape[:2])
     flat, rows = rows_of(probs), torch.arange(result.numel(), device=probs.device)
     # The confident pixels of small objects need a logarithm each; power sums represent the others.
     mean = flat.sum(1, dtype=torch.float32)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rankseg.gather import tiles
 from rankseg.validation import check_masks, check_probs, eager_only, plain
 
 
@@ -39,7 +38,7 @@ def select(flat: Tensor, tau: Tensor, cutpoint: Tensor, tied: Tensor) -> Tensor:
     number of selected pixels with exactly that probability.
     """
     everything = tau == flat.shape[1]
-    masks = _above(flat, torch.where(everything, -1, cutpoint))
+    masks = (flat > torch.where(everything, -1, cutpoint)[:, None]).contiguous()
     missing = tied.masked_fill(everything, 0)
     rows = missing.nonzero()[:, 0]
     height = max(1, (1 << 22) // flat.shape[1])
@@ -49,19 +48,6 @@ def select(flat: Tensor, tau: Tensor, cutpoint: Tensor, tied: Tensor) -> Tensor:
         equal = flat[row] == cutpoint[row, None]
         equal &= equal.cumsum(1, dtype=torch.int32) <= missing[row, None]
         masks[row] |= equal
-    return masks
-
-
-def _above(flat: Tensor, cut: Tensor) -> Tensor:
-    """Whether each pixel of `flat` (R, D) exceeds `cut` (R,): (R, D) bool."""
-    if flat.device.type != "cpu":
-        return flat > cut[:, None]
-    masks = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
-    space = flat.new_empty(0)
-    for row_slice, column_slice in tiles(flat.shape[0], flat.shape[1], flat.device):
-        # torch compares into floats and copies these to bool two to three times as fast as it compares into bool.
-        space.resize_(flat[row_slice, column_slice].shape)
-        masks[row_slice, column_slice] = torch.gt(flat[row_slice, column_slice], cut[row_slice, None], out=space)
     return masks
 
 

@@ -81,15 +81,7 @@ def reason() -> str:
 
 def supports(probs: Tensor) -> bool:
     """Whether the kernel can read `probs`: an ordinary tensor in the memory of the CPU."""
-    return (
-        type(probs) is Tensor
-        and probs.device.type == "cpu"
-        and probs.layout is torch.strided
-        and not probs.is_neg()
-        and probs.ndim <= _MAX_AXES
-        and not torch._C._functorch.is_functorch_wrapped_tensor(probs)
-        and not torch.compiler.is_compiling()
-    )
+    return type(probs) is Tensor and probs.device.type == "cpu" and not probs.is_neg() and probs.ndim <= _MAX_AXES
 
 
 @lru_cache(maxsize=8)
@@ -159,8 +151,6 @@ def expected(probs: Tensor, masks: Tensor, score: str, smooth: float) -> Tensor 
     assert kernel is not None
     masks = masks.contiguous()
     value = torch.zeros(probs.shape[:2], dtype=torch.float64, device="cpu")
-    if probs.numel() == 0:
-        return value
     end = torch.get_num_threads(), masks.data_ptr(), value.data_ptr()
     begin = _begin(probs, score, smooth)
     return value if _is_done(kernel.rankseg_expected(*begin, *_rule_arguments(smooth), *end)) else None

@@ -105,14 +105,9 @@ def _sum_clamped(flat: Tensor, rows: Tensor, floor: Tensor) -> Tensor:
     """Σ max(p, floor) of the given rows, (R,) float32: accurate to six digits, for guesses only."""
     result = torch.zeros(rows.numel(), dtype=torch.float32, device=flat.device)
     numbers = row_numbers(rows)
-    space = flat.new_empty(0)
     for row_slice, column_slice in tiles(rows.numel(), flat.shape[1], flat.device):
         tile = tile_of(flat, numbers, row_slice, column_slice)
-        if flat.device.type == "cpu":
-            space.resize_(tile.shape)  # the same memory for every tile
-        out = space if flat.device.type == "cpu" else None
-        tile = torch.maximum(tile, floor[row_slice, None].to(tile.dtype), out=out)
-        result[row_slice] += tile.sum(1, dtype=torch.float32)
+        result[row_slice] += torch.maximum(tile, floor[row_slice, None].to(tile.dtype)).sum(1, dtype=torch.float32)
     return result
 
 

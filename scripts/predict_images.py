@@ -33,6 +33,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -54,7 +55,7 @@ from configs.files import file_sha256, shell_word
 from configs.fitting import Fitter
 from configs.stored import chosen_rules, reject_overrides
 from datasets import DatasetError, DatasetInfo
-from datasets.transforms import Normalise
+from datasets.transforms import normalise
 from scripts.common import (
     add_checkpoint_options,
     check_checkpoint_options,
@@ -203,7 +204,7 @@ class Segmenter:
         self.fitter, self.info, self.view, self.review = fitter, info, view, review
         self.rule = fitter.rules([rule])[0][rule]
         self.to_probs = getattr(self.rule, "to_probs", fitter.to_probs())
-        self.normalise = Normalise(info.mean, info.std)
+        self.normalise = partial(normalise, mean=info.mean, std=info.std)
         fitter.network.to(fitter.world.device).eval()
 
     def forward(self, pixels: Tensor) -> Tensor:

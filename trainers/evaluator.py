@@ -71,7 +71,7 @@ def evaluate(
             counts[name] = count(masks, truth).to("cpu")
             if confidences:
                 confidence_of[name] = confidence(given, masks).cpu()
-        observe(reliability, probs, truth)
+        reliability.update(*sample_pixels(probs, truth))
         likelihoods = proper_scores(probs, truth, criterion.link).cpu()
         losses = _losses(criterion, logits, targets, scoring)
         return _Measured(list(batch.names), losses, likelihoods, counts, confidence_of)
@@ -104,12 +104,7 @@ def _losses(criterion: SegmentationLoss, logits: Tensor, targets: Tensor, scorin
     ]
 
 
-def observe(reliability: Reliability, probs: Tensor, truth: Truth) -> None:
-    """Add the probabilities (N, C, H, W) of a batch to ``reliability``."""
-    reliability.update(*_sample_pixels(probs, truth))
-
-
-def _sample_pixels(probs: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor | None]:
+def sample_pixels(probs: Tensor, truth: Truth) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return probabilities and one-hot labels (N, C, P) of every k-th pixel, and whether it is valid, (N, P) or None.
 
     Neighbouring pixels hold nearly the same information, and binning all would take longer than the prediction.
@@ -127,7 +122,7 @@ def proper_scores(probs: Tensor, truth: Truth, link: str) -> Tensor:
     The log-loss of a softmax is -log p of the true class; that of a sigmoid is the sum of the binary log-losses of all
     classes. The Brier score is Σ_c (p_c - y_c)².
     """
-    sample, y, counted = _sample_pixels(probs, truth)
+    sample, y, counted = sample_pixels(probs, truth)
     p, valid = sample.double(), y.any(1) if link == "softmax" else torch.ones_like(y[:, 0])
     if counted is not None:
         valid = valid & counted

@@ -52,15 +52,9 @@ def pooled_threshold(probs: Tensor, *, at: Sequence[float], score: str = "dice",
     return rankseg.threshold(probs, at=at)
 
 
-@dataclass(frozen=True)
-class GatedRule:
+def gated_rule(probs: Tensor, *, rule: Predictor, least: float) -> Tensor:
     """A ranking rule whose gate is the expected Dice: a mask with less than `least` is emptied."""
-
-    rule: Predictor
-    least: float
-
-    def __call__(self, probs: Tensor) -> Tensor:
-        return gate_by_score(probs, self.rule(probs), self.least)
+    return gate_by_score(probs, rule(probs), least)
 
 
 @dataclass(frozen=True)

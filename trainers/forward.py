@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.errors import ConfigError, TrainingError, UserError
+from configs.errors import TrainingError, UserError
 from rankseg.calibration import Calibration, focal_correction
 from trainers.distributed import World, gather_objects
 from trainers.losses import Link, link_probs
@@ -96,18 +96,16 @@ def measure(
     ``measure_batch`` turns what `forward` yields into rows, one per image. ``state`` is an object that it also updates.
     Returns the rows of all images in the order of their indices, and the states of all processes; at every rank.
     """
-    indices: list[int] = []
-    parts: list[Rows] = []
-    for batch, targets, logits in forward(model, batches, world, **options):
-        parts.append(measure_batch(batch, targets, logits))
-        indices += batch.indices
-    shares = gather_objects((indices, parts, state), world)
-    indices = [index for share in shares for index in share[0]]
-    parts = [part for share in shares for part in share[1]]
-    if not indices:
+    measured = [
+        (batch.indices[0], measure_batch(batch, targets, logits))
+        for batch, targets, logits in forward(model, batches, world, **options)
+    ]
+    shares = gather_objects((measured, state), world)
+    # A batch holds successive images, so the first index of each is enough.
+    parts = [part for _, part in sorted((one for share, _ in shares for one in share), key=lambda one: one[0])]
+    if not parts:
         raise UserError("images=0: there is no image to score. Fix: check split, dataset.splits and dataset.root.")
-    order = sorted(range(len(indices)), key=indices.__getitem__)
-    return type(parts[0]).cat(parts).select(order), [share[2] for share in shares]
+    return type(parts[0]).cat(parts), [state for _, state in shares]
 
 
 @torch.inference_mode()
@@ -127,8 +125,6 @@ def logits_of(
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which a network computes in ``fp32``, ``bf16`` or ``fp16``."""
-    if precision not in PRECISIONS:
-        raise ConfigError(f"trainer.precision={precision} is invalid: expected one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 

@@ -7,7 +7,7 @@ its score is 0/0: it is NaN, and no mean includes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
@@ -67,15 +67,6 @@ class PerImage:
             raise ValueError("no rows to join: there was no batch")
         return cls(*(_join([getattr(part, field.name) for part in parts]) for field in fields(cls)))  # type: ignore[arg-type]
 
-    def select(self: Rows, images: Tensor | Sequence[int]) -> Rows:
-        """Return the rows of these images, in this order."""
-        index = torch.as_tensor(images, dtype=torch.int64)
-        return self.map(lambda rows: rows[index] if isinstance(rows, Tensor) else [rows[k] for k in index.tolist()])
-
-    def map(self: Rows, function: Callable[[Any], Any]) -> Rows:
-        """Apply a function to every tensor and list."""
-        return type(self)(*(_map(getattr(self, field.name), function) for field in fields(self)))  # type: ignore[arg-type]
-
 
 def _join(values: list[Any]) -> Any:
     first = values[0]
@@ -86,14 +77,6 @@ def _join(values: list[Any]) -> Any:
     if isinstance(first, list):
         return [row for value in values for row in value]
     return torch.cat(values) if isinstance(first, Tensor) else first
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
-    if isinstance(value, PerImage):
-        return value.map(function)
-    return function(value) if isinstance(value, (Tensor, list)) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +92,11 @@ class Counts(PerImage):
         return self.pixels.shape[0]
 
     def to(self, device: torch.device | str) -> Counts:
-        return self.map(lambda value: value.to(device))
+        return Counts(*(value.to(device) for value in vars(self).values()))
 
     def pooled(self) -> Counts:
         """Return the counts of all images together, as of one image (N = 1)."""
-        return self.map(lambda value: value.sum(0, keepdim=True))
+        return Counts(*(value.sum(0, keepdim=True) for value in vars(self).values()))
 
     def dice(self, epsilon: float = 0.0) -> Tensor:
         """Return 2|A∩B| / (|A|+|B|+epsilon), (N, C) float64, NaN where A and B are both empty."""
@@ -152,8 +135,6 @@ class Scoring:
     legacy_soft_dice_void: bool = False  # another: void gets the smallest class of the batch; needs void="counted"
 
     def __post_init__(self) -> None:
-        if self.void not in ("masked", "counted"):
-            raise ConfigError(f"protocol.void={self.void} is invalid: expected masked or counted")
         if self.legacy_soft_dice_void and self.void == "masked":
             raise ConfigError(
                 "protocol.legacy_soft_dice_void=true contradicts protocol.void=masked, which leaves void out. "

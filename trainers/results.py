@@ -38,20 +38,12 @@ class EvalResult:
     seconds: float  # time of the rule, without the network
     confidence: Tensor | None = None  # (N, C) expected Dice of each mask; for an empty mask, P(class absent)
 
-    def image_confidence(self) -> Tensor | None:
-        """Return the mean confidence over the predicted classes of each image, (N,); None if not computed."""
-        if self.confidence is None:
-            return None
-        scored = list(self.scored)
-        return image_confidence(self.confidence[:, scored], self.counts.predicted[:, scored] > 0)
-
     def save(self, folder: Path, details: Mapping[str, Any]) -> Path:
         """Write ``<predictor>.json`` and ``<predictor>.csv`` into the folder; return the path of the JSON.
 
         ``details`` is the origin of the numbers: protocol, dataset, model, loss, seed, checkpoint, provenance.
         """
         path = Path(folder) / f"{self.predictor}.json"
-        by_image = self.image_confidence()
         content = {
             "format": FORMAT,
             "predictor": self.predictor,
@@ -61,7 +53,9 @@ class EvalResult:
             "seconds": round(self.seconds, 4),
             "images": self.names,
         }
-        if by_image is not None:
+        if self.confidence is not None:
+            scored = list(self.scored)
+            by_image = image_confidence(self.confidence[:, scored], self.counts.predicted[:, scored] > 0)
             content["image_confidence"] = [round(x, 6) for x in by_image.tolist()]
         write_json(path, content)
         columns = COLUMNS if self.confidence is None else (*COLUMNS, "confidence")

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -28,14 +28,6 @@ from trainers.update import Update
 
 Validate = Callable[[nn.Module, int, int], float]
 _STOP = 2  # votes of a rank: 2 save and stop, 1 save only, 0 neither. The largest vote counts
-
-
-class EpochLoader(Protocol):
-    """Batches (with ``images``, ``targets``, ``names``) that depend on the epoch and the step only."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]: ...
 
 
 @dataclass
@@ -69,7 +61,7 @@ class Trainer:
 
     update: Update
     schedule: Schedule
-    loader: EpochLoader
+    loader: Any  # batches (with ``images``, ``targets``, ``names``) that depend on the epoch and the step only
     validate: Validate  # (model, epoch, updates) -> score, larger is better
     checkpoints: Checkpoints
     journal: Journal

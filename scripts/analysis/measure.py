@@ -22,7 +22,7 @@ from rankseg.calibration import Reliability
 from scripts.analysis import selective
 from scripts.analysis.selective import MaskRecord, conformal_margin, record_masks
 from trainers.distributed import World
-from trainers.evaluator import observe
+from trainers.evaluator import sample_pixels
 from trainers.forward import measure as measure_images
 from trainers.forward import probs_for
 from trainers.metrics import Counts, PerImage, Scoring, count, mean_over_classes
@@ -140,7 +140,7 @@ def measure(
         counts: dict[tuple[str, str, str], Counts] = {}
         for kind, (to_probs, rules) in compared.items():
             probs = to_probs(logits)
-            observe(reliability[kind], probs, truth)
+            reliability[kind].update(*sample_pixels(probs, truth))
             for rule, predictor in rules.items():
                 masks = predictor(probs_for(predictor, logits, probs))
                 counts[rule, kind, scoring.void] = count(masks, truth).to("cpu")

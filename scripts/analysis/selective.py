@@ -178,16 +178,15 @@ def record_masks(
     def record(batch: Any, targets: Tensor, logits: Tensor) -> MaskRecord:
         probs = getattr(rule, "to_probs", to_probs)(logits)
         masks = rule(probs)
-        found = MaskRecord(
+        return MaskRecord(
             list(batch.names),
-            count(masks, scoring.encode(targets)),
-            confidence(probs, masks),
-            soft_dice_confidence(probs, masks),
-            mean_max_probability(probs),
-            mean_entropy(probs),
+            count(masks, scoring.encode(targets)).to("cpu"),
+            confidence(probs, masks).cpu(),
+            soft_dice_confidence(probs, masks).cpu(),
+            mean_max_probability(probs).cpu(),
+            mean_entropy(probs).cpu(),
             scoring.scored,
         )
-        return found.map(lambda value: value.cpu() if isinstance(value, Tensor) else value)
 
     options = {"precision": precision, "progress": progress, "unneeded": scoring.is_unneeded}
     return measure(record, model, batches, world, **options)[0]

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from configs.errors import UserError
-from datasets import Cityscapes, EvalLoader, EvalTransform, TrainLoader, TrainTransform
+from datasets.cityscapes import Cityscapes
+from datasets.loaders import EvalLoader, TrainLoader
+from datasets.transforms import EvalTransform, TrainTransform
 from scripts.benchmarks.timing import add_clock, print_table, time_in_turn
 
 WIDTH, HEIGHT = 2048, 1024

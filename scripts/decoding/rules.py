@@ -88,7 +88,7 @@ def count_pixels(written: np.ndarray, labels: np.ndarray, classes: int, void: in
 
 
 def observe(case: Case, labels: np.ndarray, args: Namespace) -> dict[str, Any]:
-    """Measure the probabilities at the pixels that `trainers.evaluator.observe` takes.
+    """Measure the probabilities at the pixels that `trainers.evaluator.sample_pixels` takes.
 
     Returns:
         "reliability": the lists that `reliability_of` reads; "likelihood": log-loss and Brier score.
@@ -102,7 +102,7 @@ def observe(case: Case, labels: np.ndarray, args: Namespace) -> dict[str, Any]:
     curve.update(sample, truth.onehot, truth.valid)
     link = args.link or ("sigmoid" if case.first else "softmax")
     return {
-        "reliability": {name: getattr(curve, name).tolist() for name in _SUMS},
+        "reliability": dict(zip(_SUMS, curve.sums.tolist(), strict=True)),
         "likelihood": proper_scores(sample, truth, link)[0].tolist(),
     }
 
@@ -110,8 +110,7 @@ def observe(case: Case, labels: np.ndarray, args: Namespace) -> dict[str, Any]:
 def reliability_of(plain: dict[str, list]) -> Reliability:
     """Return a reliability curve from the lists that JSON holds."""
     curve = Reliability(bins=len(plain["count"][0]))
-    for name in _SUMS:
-        setattr(curve, name, torch.tensor(plain[name], dtype=torch.float64))
+    curve.add(torch.tensor([plain[name] for name in _SUMS], dtype=torch.float64))
     return curve
 
 

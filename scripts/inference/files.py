@@ -25,9 +25,9 @@ from torchvision.utils import draw_segmentation_masks
 from configs import build
 from configs.errors import UserError
 from configs.files import read_json, read_text, temporary_file, write_json, write_text
-from datasets import DatasetError, Folder, decode
+from datasets import DatasetError, decode
 from datasets.base import DatasetInfo
-from datasets.folder import read_class_table
+from datasets.folder import Folder, read_class_table
 from rankseg.expected import absence, confidence
 from trainers.text import csv_text, read_csv
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-import datasets
 from configs.compose import CONFIGS
 from configs.errors import UserError
 from configs.files import read_yaml
@@ -48,9 +48,14 @@ class Entry:
     steps: Sequence[str] = ()
 
     @property
+    def source(self) -> Any:
+        """Return its class. The module is imported here, because torchvision is slow to import."""
+        return getattr(import_module(f"datasets.{self.name}"), self.kind)
+
+    @property
     def tree(self) -> str:
         """Return the expected files as text."""
-        return getattr(datasets, self.kind).help_tree
+        return self.source.help_tree
 
     @property
     def root(self) -> Path:
@@ -69,11 +74,10 @@ class Entry:
         if classes is not None and self.kind != "Folder":
             raise UserError(f"--classes {classes} is for folder; {self.name} has classes of its own. Fix: leave it out")
         own = {"classes": classes} if self.kind == "Folder" else {}
-        source = getattr(datasets, self.kind)
-        found = {split: source(root, split, **own) for split in chosen or ("train", "val")}
+        found = {split: self.source(root, split, **own) for split in chosen or ("train", "val")}
         if not chosen and self.kind in ("Folder", "KvasirSEG"):
             try:
-                found["test"] = source(root, "test", **own)
+                found["test"] = self.source(root, "test", **own)
             except DatasetError:
                 if (root.expanduser() / "test.txt").exists():
                     raise

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import VOC2012, Cityscapes, DatasetError, Folder, KvasirSEG, Synthetic
+from datasets import DatasetError
 from datasets.base import DatasetInfo, spread
+from datasets.cityscapes import Cityscapes
 from datasets.decode import common_suffix, decode_image, decode_mask
+from datasets.folder import Folder
+from datasets.kvasir_seg import KvasirSEG
+from datasets.synthetic import Synthetic
+from datasets.voc2012 import VOC2012
 from tests.trees import bomb, labels, make_cityscapes, make_folder, make_kvasir, make_voc, picture
 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)

@@ -14,7 +14,9 @@ from PIL import Image
 from configs import build
 from configs.compose import compose
 from configs.errors import ConfigError
-from datasets import DatasetError, Folder, KvasirSEG
+from datasets import DatasetError
+from datasets.folder import Folder
+from datasets.kvasir_seg import KvasirSEG
 from scripts.prepare_data import main
 from tests.trees import labels, make_folder, make_kvasir
 

@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from datasets import VOC2012, Cityscapes, DatasetError, DatasetInfo, Folder, KvasirSEG, SegmentationDataset, Synthetic
+from datasets import DatasetError, DatasetInfo, SegmentationDataset
+from datasets.cityscapes import Cityscapes
 from datasets.decode import make_split
-from datasets.kvasir_seg import VAL_FRACTION
+from datasets.folder import Folder
+from datasets.kvasir_seg import VAL_FRACTION, KvasirSEG
 from datasets.paired import END_BYTES
-from datasets.voc2012 import CLASSES, voc_colour
+from datasets.synthetic import Synthetic
+from datasets.voc2012 import CLASSES, VOC2012, voc_colour
 from tests.trees import labels, make_cityscapes, make_folder, make_kvasir, make_voc
 
 SOURCES = {

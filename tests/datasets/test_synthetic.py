@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from configs.errors import UserError
-from datasets import Synthetic
-from datasets.synthetic import smooth_basis
+from datasets.synthetic import Synthetic, smooth_basis
 
 
 def masks_of(data: Synthetic, index: int) -> Tensor:

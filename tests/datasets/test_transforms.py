@@ -10,8 +10,10 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from datasets import VOC2012, Cityscapes, EvalTransform, KvasirSEG, TrainTransform
-from datasets.transforms import centre_crop, resize_to
+from datasets.cityscapes import Cityscapes
+from datasets.kvasir_seg import KvasirSEG
+from datasets.transforms import EvalTransform, TrainTransform, centre_crop, resize_to
+from datasets.voc2012 import VOC2012
 
 PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and std that leave [0, 1]
 
@@ -159,12 +161,5 @@ def test_plain_tensors_are_rejected():
 
 
 def test_invalid_settings_are_rejected():
-    for arguments, message in (({"rotate": 2.5}, "whole degrees"), ({"flip": 1.5}, "probability")):
-        with pytest.raises(ValueError, match=message):
-            TrainTransform(*PLAIN, **arguments)
-    for size in ("abc", 0, 2.5, (1, 2, 3), (8, "b")):
-        for transform, name in ((TrainTransform, "crop"), (TrainTransform, "resize"), (EvalTransform, "resize")):
-            with pytest.raises(ValueError, match=r"size=.* is invalid: expected .*\[height, width\]"):
-                transform(*PLAIN, **{name: size})
     with pytest.raises(ValueError, match=r"dataset\.eval_crop"):
         EvalTransform(*PLAIN, legacy=True)

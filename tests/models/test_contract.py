@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from models import FCN8, SMP, CheckpointError, DeepLabV3Plus, PSPNet, TinyUNet, load_state
+from models import CheckpointError, load_state
+from models.deeplabv3plus import DeepLabV3Plus
+from models.fcn8 import FCN8
+from models.library import SMP
+from models.pspnet import PSPNet
+from models.tiny import TinyUNet
 
 slow = pytest.mark.slow
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

@@ -15,7 +15,11 @@ import timm
 import torch
 import torchvision
 
-from models import FCN8, SMP, CheckpointError, DeepLabV3Plus, PSPNet, weights
+from models import CheckpointError, weights
+from models.deeplabv3plus import DeepLabV3Plus
+from models.fcn8 import FCN8
+from models.library import SMP
+from models.pspnet import PSPNet
 
 
 @contextlib.contextmanager

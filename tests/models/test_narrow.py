@@ -7,7 +7,10 @@ import functools
 import pytest
 import torch
 
-from models import FCN8, SMP, DeepLabV3Plus, PSPNet
+from models.deeplabv3plus import DeepLabV3Plus
+from models.fcn8 import FCN8
+from models.library import SMP
+from models.pspnet import PSPNet
 
 NETWORKS = {
     "deeplabv3plus": functools.partial(DeepLabV3Plus, 5),

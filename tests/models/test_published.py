@@ -13,7 +13,8 @@ import torch
 
 from configs import build, stored
 from configs.fitting import focal_gamma
-from models import CheckpointError, PSPNet, read_checkpoint
+from models import CheckpointError, read_checkpoint
+from models.pspnet import PSPNet
 from models.published import is_published, load_published, translate_config, translate_state
 
 LOADER = {"type": "VOC", "args": {"batch_size": 8, "crop_size": 380}}

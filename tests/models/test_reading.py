@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import CheckpointError, TinyUNet, load_state, read_checkpoint
+from models import CheckpointError, load_state, read_checkpoint
+from models.tiny import TinyUNet
 from models.weights import read_weights
 
 

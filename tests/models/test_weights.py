@@ -11,7 +11,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from models import SMP, TinyUNet, weights
+from models import weights
+from models.library import SMP
+from models.tiny import TinyUNet
 from models.weights import load_backbone, read_weights
 
 

@@ -23,7 +23,7 @@ from configs.files import temporary_file
 from configs.fitting import Fitter
 from datasets import DatasetError
 from datasets.decode import EXIF_ORIENTATION
-from datasets.transforms import EvalTransform, Normalise
+from datasets.transforms import EvalTransform, normalise
 from rankseg import expected_dice, rankdice
 from scripts import decode
 from scripts.inference import files
@@ -420,7 +420,7 @@ def test_decode_makes_the_same_masks_of_the_probabilities(
     own, out, decoded = tmp_path / "last.pth", tmp_path / "out", tmp_path / "decoded"
     content, network = torch.load(checkpoint, weights_only=True), load(checkpoint)[0].eval()
     with torch.inference_mode():
-        logits = network(Normalise(INFO.mean, INFO.std)(picture(48, 64))[None]).logits
+        logits = network(normalise(picture(48, 64), INFO.mean, INFO.std)[None]).logits
     *_, weight, bias = content["model"]
     content["model"][bias] -= logits.mean((0, 2, 3))  # an untrained network is never sure
     scale = 3 / (logits - logits.mean((2, 3), keepdim=True)).std()

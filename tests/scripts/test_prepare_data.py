@@ -17,8 +17,9 @@ from PIL import Image
 
 from configs.compose import compose
 from configs.errors import UserError
-from datasets import DatasetError, Folder
+from datasets import DatasetError
 from datasets.decode import make_split
+from datasets.folder import Folder
 from scripts.common import map_in_threads
 from scripts.prepare.checking import count
 from scripts.prepare_data import main, write_split

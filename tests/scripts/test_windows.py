@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import DatasetInfo
-from datasets.transforms import Normalise
+from datasets.transforms import normalise
 from rankseg import argmax, rankdice, threshold
 from scripts.decoding.arrays import scratch
 from scripts.inference.windows import View, is_separable, label_map, masks_of, probabilities, starts
@@ -38,8 +38,8 @@ class Spy(nn.Module):
 
 
 def look(image: Tensor, network: nn.Module, **options: object) -> Tensor:
-    normalise = Normalise(INFO.mean, INFO.std)
-    return probabilities(image, network, lambda logits: logits.softmax(1), normalise, View(**options))  # type: ignore[arg-type]
+    scale = partial(normalise, mean=INFO.mean, std=INFO.std)
+    return probabilities(image, network, lambda logits: logits.softmax(1), scale, View(**options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.6])

@@ -18,8 +18,8 @@ from tests.trainers.test_update import ALONE
 CHOICES = dict.fromkeys(GROUPS, "default")
 OWN = """
 import torch
-from datasets import Synthetic
-from models import TinyUNet
+from datasets.synthetic import Synthetic
+from models.tiny import TinyUNet
 from trainers.losses import CrossEntropy
 
 

@@ -20,7 +20,8 @@ from configs.errors import UserError
 from configs.files import read_json, read_yaml
 from datasets.decode import read_split
 from datasets.folder import read_class_table
-from models import CheckpointError, TinyUNet, load_state, read_checkpoint
+from models import CheckpointError, load_state, read_checkpoint
+from models.tiny import TinyUNet
 from scripts.analysis.scores import scores_from_counts
 from scripts.inference.files import Review, record_settings
 from trainers.checkpoint import save

@@ -22,10 +22,11 @@ from torchvision import tv_tensors
 
 from configs import build
 from configs.compose import compose
-from datasets import EvalTransform
 from datasets.loaders import Batch
+from datasets.transforms import EvalTransform
 from datasets.voc2012 import INFO
-from models import PSPNet, read_checkpoint
+from models import read_checkpoint
+from models.pspnet import PSPNet
 from models.published import is_published, load_published, translate_config, translate_state
 from tests import recipe
 from trainers.distributed import World

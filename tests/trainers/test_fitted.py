@@ -10,7 +10,7 @@ import torch
 
 import rankseg
 from configs.errors import UserError
-from trainers.fitted import FittedFile, GatedRule, fitted_threshold
+from trainers.fitted import FittedFile, fitted_threshold, gated_rule
 
 SETTINGS = {"protocol": "corrected", "calibrate": "none"}
 IMAGES = {"split": "val", "fingerprint": "abc", "num_images": 3}
@@ -65,5 +65,5 @@ def test_rules_with_fitted_values() -> None:
     full = rankseg.rank_dice(probs, pruning=False).predict
     scores = rankseg.expected_dice(probs, full)[:, 0]
     between = float(scores.mean())
-    kept = GatedRule(lambda p: rankseg.rank_dice(p, pruning=False).predict, between)(probs)
+    kept = gated_rule(probs, rule=lambda p: rankseg.rank_dice(p, pruning=False).predict, least=between)
     assert torch.equal(kept.flatten(1).any(1), scores >= between) and kept.any() and not kept.all()
