@@ -28,9 +28,7 @@ demo: $(VENV)/.runtime  ## train, score and tabulate on the built-in data (about
 	$(PY) scripts/overview.py saved/demo/synthetic/tiny/ce/seed0 --out saved/demo/overview.png
 	$(PY) scripts/paper_tables.py --saved saved/demo
 
-test: $(VENV)/.dev  ## run lint, types and the default tests
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+test: lint  ## run lint, types and the default tests
 	$(PY) -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.dev  ## run every test, including the slow ones

@@ -350,7 +350,7 @@ class Fitter:
 
         options = {"precision": self.precision, "progress": "fitting the threshold"}
         table = measure(count, self.network, self.batches(data), self.world, **options)[0]
-        return table.fit(data.info.scored, per_class)
+        return table.fit(scoring.scored, per_class)
 
     def _pool(self, node: Any, scored_data: SegmentationDataset | None) -> dict[str, Any]:
         """Return the cut-offs of a pooled rule. Labels are not used, so void pixels count too."""

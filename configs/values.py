@@ -155,12 +155,3 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default=_ABSENT)
         if value is not _ABSENT and not is_valid(value):
             raise ConfigError(f"{key}={'null' if value is None else value} is invalid: expected {words}")
-
-
-def check_uncalibrated(cfg: DictConfig, command: str) -> None:
-    """Raise ConfigError if ``temperature`` or ``correct_focal`` is set, for a command that shows raw probabilities."""
-    if cfg.temperature != 1 or cfg.correct_focal:
-        raise ConfigError(
-            f"{command} shows the probabilities of the network: temperature={cfg.temperature} and "
-            f"correct_focal={cfg.correct_focal} would change them. Fix: pass temperature=1 correct_focal=false."
-        )

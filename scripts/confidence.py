@@ -12,14 +12,11 @@ predict_images.py finds them. Exit codes: 0 done, 2 bad input, 3 the computation
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads sleep instead of spinning
 
 from configs import build
 from configs.cli import run_cli

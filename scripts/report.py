@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the scri
 from configs import build
 from configs.cli import run_cli
 from configs.compose import options
-from configs.errors import one_line
+from configs.errors import ConfigError, one_line
 from configs.files import file_sha256, read_json, write_json, write_text
 from configs.fitting import Fitter
-from configs.values import check_uncalibrated
 from scripts import ROOT
 from scripts.analysis import page
 from scripts.analysis.measure import THRESHOLDS, Findings, analyse, by_size, chosen_cutoffs, variants
@@ -57,7 +56,11 @@ def report(args: argparse.Namespace, world: World) -> Path:
     names = list(dict.fromkeys((*RULES, *args.predictor)))
     run = load_run(args.run, args.overrides, world.device, names)
     path, network, cfg, checkpoint, data = run
-    check_uncalibrated(cfg, "report.py")  # the report compares calibrated probabilities itself
+    if cfg.temperature != 1 or cfg.correct_focal:  # the report compares calibrated probabilities itself
+        raise ConfigError(
+            f"report.py shows the probabilities of the network: temperature={cfg.temperature} and "
+            f"correct_focal={cfg.correct_focal} would change them. Fix: pass temperature=1 correct_focal=false."
+        )
     for name in names:
         build.rule_node(name, cfg)  # an unknown name is reported before anything is fitted
 

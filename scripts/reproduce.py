@@ -252,10 +252,7 @@ class ScoringPlan:
 
         def is_scored(folder: Path) -> bool:
             files = [folder / f"{rule}.json" for rule in self.rules]
-            try:
-                return digest is not None and all(file.exists() and digest in read_text(file) for file in files)
-            except errors.UserError:  # damaged: it is scored again
-                return False
+            return digest is not None and all(file.is_file() and digest.encode() in file.read_bytes() for file in files)
 
         return [one for one in self.evaluations(run) if not is_scored(run.folder / one[1])]
 

@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("predictions", type=Path)
     parser.add_argument("out", type=Path)
     args, rest = parser.parse_known_args(argv)
-    labels = _labels(args.predictions / "dataset.json")
+    path = args.predictions / "dataset.json"
+    content = read_json(path) if path.is_file() else {}
+    labels = content.get("labels", {}) if isinstance(content, dict) else {}
     defaults = []
     if labels and all(isinstance(value, int) for value in labels.values()):
         names = [name for name, value in sorted(labels.items(), key=lambda item: item[1]) if name != "ignore"]
@@ -39,12 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             defaults += ["--void", str(labels["ignore"])]
     # The last value of an option counts, so options of the command line replace these.
     return decode.main([str(args.predictions), "--out", str(args.out), *defaults, *rest])
-
-
-def _labels(path: Path) -> dict:
-    """Return class name -> label of a dataset.json; empty if there is none."""
-    content = read_json(path) if path.is_file() else {}
-    return content.get("labels", {}) if isinstance(content, dict) else {}
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def assess(measured: MaskRecord, fitted_on: Pairs | None, alpha: float = 0.1, re
         "expected": float(expected.mean()),
         "achieved": float(dice.mean()),
         "correlation": float(torch.stack([expected, dice]).corrcoef()[0, 1]) if len(dice) > 1 else math.nan,
-        "aurc": {name: one._asdict() for name, one in selective.compare_aurc(signals, risk, EXPECTED).items()},
+        "aurc": selective.compare_aurc(signals, risk, EXPECTED),
         "aurc_without_order": selective.aurc(torch.zeros(len(risk)), risk),
         "curves": {name: selective.risk_coverage(values, risk)[1].tolist() for name, values in signals.items()},
         "points": torch.stack((expected, dice), 1).tolist(),

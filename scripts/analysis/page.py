@@ -10,7 +10,6 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -231,15 +230,6 @@ def learning_section(rows: Sequence[Mapping[str, Any]]) -> Section:
     }
 
 
-@dataclass(frozen=True)
-class Strip:
-    """One image of the split: tiles as data URIs by title, and the Dice of each rule in percent."""
-
-    name: str
-    tiles: dict[str, str]
-    dice: dict[str, float]
-
-
 def choose_images(findings: Findings, number: int = 3) -> dict[str, list[int]]:
     """Choose images by their scores: largest gains and losses against T, lowest and highest Dice."""
     dice = findings.dice("rankdice")
@@ -262,8 +252,12 @@ def draw_strips(
     findings: Findings,
     indices: Iterable[int],
     folder: Path,
-) -> dict[int, Strip]:
-    """Draw these images with the network of a fitter, and write each to ``folder`` as a PNG file."""
+) -> dict[int, dict[str, Any]]:
+    """Draw these images with the network of a fitter, and write each to ``folder`` as a PNG file.
+
+    Returns:
+        index -> "name", "tiles" (data URIs by title), and "dice" (of each rule, in percent).
+    """
     positions = {name: index for index, name in enumerate(data.names)}
     picked = list(dict.fromkeys(indices))
     places = [positions[findings.names[index]] for index in picked]
@@ -276,7 +270,7 @@ def draw_strips(
         titles = ("image", "truth", "probability", *rules)
         uris = {title: data_uri(tile) for title, tile in zip(titles, panels.tiles(panel).values(), strict=True)}
         dice = {rule: 100 * float(findings.dice(rule)[index]) for rule in rules}
-        drawn[index] = Strip(name, uris, dice)
+        drawn[index] = {"name": name, "tiles": uris, "dice": dice}
         stem = re.sub(r"[^\w.-]", "_", Path(name).stem)[:80]
         width = max(1, 160 // panel.image.shape[2]) * panel.image.shape[2]
         picture = panels.sheet(panel, columns=len(uris), width=width, font_size=11)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,6 @@ from rankseg.expected import confidence, image_confidence, mean_entropy, mean_ma
 from trainers.distributed import World
 from trainers.forward import measure
 from trainers.metrics import Counts, PerImage, Scoring, count, mean_over_classes
-
-
-class AurcEstimate(NamedTuple):
-    """An AURC with its bootstrap interval, and the gain over a reference (reference - this) with its interval."""
-
-    aurc: float
-    interval: tuple[float, float]
-    gain: float
-    gain_interval: tuple[float, float]
 
 
 def risk_coverage(confidence: Tensor, risk: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,27 +45,28 @@ def aurc(confidence: Tensor, risk: Tensor) -> float:
 
 
 def compare_aurc(
-    confidences: Mapping[str, Tensor],
-    risk: Tensor,
-    reference: str,
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> dict[str, AurcEstimate]:
-    """Estimate the AURC of several confidences of the same images, with paired percentile bootstrap intervals."""
-    generator = torch.Generator().manual_seed(seed)
+    confidences: Mapping[str, Tensor], risk: Tensor, reference: str, *, resamples: int = 2000
+) -> dict[str, dict[str, Any]]:
+    """Estimate the AURC of several confidences of the same images, with paired 95 % percentile bootstrap intervals.
+
+    Returns:
+        name -> "aurc", "interval", "gain" (AURC of the reference - this one), "gain_interval".
+    """
+    generator = torch.Generator().manual_seed(0)
     draws = [torch.randint(len(risk), (len(risk),), generator=generator) for _ in range(resamples)]
     counts = torch.stack([torch.bincount(draw, minlength=len(risk)) for draw in draws])
     drawn = {name: _resampled_aurc(values, risk, counts) for name, values in confidences.items()}
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    ends = torch.tensor([(1 - 0.95) / 2, (1 + 0.95) / 2], dtype=torch.float64)
     base = aurc(confidences[reference], risk)
     result = {}
     for name, values in confidences.items():
-        low, high = drawn[name].quantile(ends).tolist()
-        gain_low, gain_high = (drawn[reference] - drawn[name]).quantile(ends).tolist()
         found = aurc(values, risk)
-        result[name] = AurcEstimate(found, (low, high), base - found, (gain_low, gain_high))
+        result[name] = {
+            "aurc": found,
+            "interval": drawn[name].quantile(ends).tolist(),
+            "gain": base - found,
+            "gain_interval": (drawn[reference] - drawn[name]).quantile(ends).tolist(),
+        }
     return result
 
 

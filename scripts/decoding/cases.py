@@ -113,10 +113,8 @@ def find_cases(folder: Path, suffixes: Sequence[str], without: Path, notes: list
         suffix = suffix_of(path, suffixes)
         if not suffix:
             continue
-        if not path.exists():
-            raise UserError(f"{path}: a link to a file that does not exist. Fix: restore the file or the link.")
-        if not path.is_file():  # opening a pipe could wait for ever
-            raise UserError(f"{path}: not a regular file. Fix: replace it by a file.")
+        if not path.is_file():  # a broken link; or a pipe, and opening it could wait for ever
+            raise UserError(f"{path}: not a regular file, or a link to none. Fix: replace it by a file, or remove it.")
         bare = path.with_name(path.name[: -len(suffix)])
         if suffix != ".npz" and nnunet.is_export(bare.with_name(f"{bare.name}.npz")):
             continue
@@ -196,11 +194,6 @@ class Folder:
         if not set(channels) <= set(range(count)):
             raise UserError(f"--scored {labels} is invalid: labels are {first} to {count - 1 + first}.")
         return (_ForegroundScoring if first else Scoring)(count, channels, self.args.void)
-
-    @property
-    def info(self) -> SimpleNamespace:
-        """The scored channels."""
-        return SimpleNamespace(scored=self.scoring().scored)
 
     def sources(self, name: str) -> list[list[Any]]:
         """Return path, size and time of change of the files that a case is made of."""

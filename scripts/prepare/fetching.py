@@ -146,13 +146,11 @@ def verify(path: Path, size: int | None, checksum: str | None, source: str = "")
     if size is not None and length != size:
         raise FetchError(f"{name} has {length} bytes, not {size}. {fix}")
     algorithm, expected = _parse_checksum(checksum)
-    digest = hashlib.new(algorithm)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if checksum and digest.hexdigest() != expected:
-        raise FetchError(f"{name} has {algorithm} {digest.hexdigest()}, not {expected}. {fix}")
-    return f"{algorithm}:{digest.hexdigest()}"
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    if checksum and digest != expected:
+        raise FetchError(f"{name} has {algorithm} {digest}, not {expected}. {fix}")
+    return f"{algorithm}:{digest}"
 
 
 def unpack(archive: Path, root: Path, inside: str = "") -> None:

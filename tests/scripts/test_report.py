@@ -282,7 +282,7 @@ HOSTILE = "<script>alert(1)</script>\"' onload=x"
 def test_hostile_text_is_escaped_everywhere_on_the_page() -> None:
     gain = pages.compare_rules(findings_of(*random_images()), RULES)
     gain[HOSTILE] = gain["T"]
-    picture = pages.Strip(HOSTILE, {HOSTILE: "data:image/png;base64,"}, {HOSTILE: 1.0})
+    picture = {"name": HOSTILE, "tiles": {HOSTILE: "data:image/png;base64,"}, "dice": {HOSTILE: 1.0}}
     rows = [
         {"step": 1, "kind": "train", "epoch": 1, "loss": 1.0},
         {"step": 1, "kind": f"val_{HOSTILE}", "epoch": 1, "mean_dice": 0.5, "test_loss": 0.5},
