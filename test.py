@@ -35,7 +35,8 @@ rankdice). predictor.KEY=VALUE is an option of the rule of -p; of several, of th
 Results of best_model.pth are written to results/ next to it (results/paper/ under protocol=paper), those of last.pth to
 results/of_last/. Options have sub-folders there: calibrated/ (calibrate=temperature or temperature=NUMBER),
 calibrated_class/ (calibrate=class), focal_corrected/ (correct_focal=true), gate_fit/ (gate=fit), threshold_0.3/
-(threshold=0.3), T_fit_per_class_true/ (-p T_fit predictor.per_class=true).
+(threshold=0.3), T_fit_per_class_true/ (-p T_fit predictor.per_class=true),
+protocol_void_counted/ (protocol.void=counted).
 T_fit, auto, calibrate and gate=fit are fitted on the validation split. pooled_dice and pooled_iou are fitted on the
 scored split without labels. The values are kept in NAME.fitted.json next to NAME.pth.
 Exit codes: 0 done, 2 bad input, 3 scoring failed (too little memory, a dead or stalled loader process).
@@ -76,7 +77,7 @@ def score(args: argparse.Namespace, world: World) -> None:
     network = network.to(world.device)
     for name in names:
         build.rule_node(name, cfg)  # report an unknown name before anything is fitted
-    threshold, options = build.threshold(cfg), build.rule_options(names, cfg)
+    threshold, options = build.threshold(cfg), build.changed_options(names, cfg)
     build.make_root_absolute(cfg)
     data = build.dataset(cfg, cfg.split)
     check_classes(checkpoint, data.info.classes, args.resume)
@@ -104,7 +105,7 @@ def score(args: argparse.Namespace, world: World) -> None:
         **fitter.describe_focal(),
         **({"threshold": threshold} if threshold != 0.5 else {}),
         **({"gate": cfg.gate} if cfg.gate != 0.5 else {}),
-        **({"rule_options": options} if options else {}),
+        **({"options": options} if options else {}),
         "checkpoint": {"file": args.resume.name, "epoch": checkpoint["epoch"], "sha256": file_sha256(args.resume)},
         "provenance": provenance(ROOT),
     }

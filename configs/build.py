@@ -114,12 +114,25 @@ def rule_options(names: Iterable[str], cfg: DictConfig) -> dict[str, dict[str, A
     rule = cfg.predictor.name
     if rule not in {cfg.protocol.rules.get(name, name) for name in names}:
         return {}
-    usual: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "predictor" / f"{rule}.yaml"))
-    options: Any = OmegaConf.to_container(cfg.predictor, resolve=True)
-    changed = {key: value for key, value in options.items() if (key, value) not in usual.items()}
+    changed = _changed_options("predictor", cfg)
     if rule == "T":
         changed.pop("at", None)
     return {rule: changed} if changed else {}
+
+
+def changed_options(names: Iterable[str], cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """Return `rule_options`, and {"protocol": options that differ from its file} if there are any."""
+    protocol = _changed_options("protocol", cfg)
+    protocol.pop("results", None)
+    return {**({"protocol": protocol} if protocol else {}), **rule_options(names, cfg)}
+
+
+def _changed_options(group: str, cfg: DictConfig) -> dict[str, Any]:
+    """Return the options of a group that differ from its file, which may hold references."""
+    usual: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{cfg[group].name}.yaml"))
+    stated: Any = OmegaConf.to_container(cfg[group])
+    values: Any = OmegaConf.to_container(cfg[group], resolve=True)
+    return {key: values[key] for key in stated if (key, stated[key]) not in usual.items()}
 
 
 def is_ranking(node: Any) -> bool:

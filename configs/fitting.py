@@ -86,7 +86,7 @@ def folder_of_results(checkpoint: Path, cfg: DictConfig, rules: Iterable[str]) -
         per_class=cfg.calibrate == "class",
         focal_corrected=cfg.correct_focal,
         gate=cfg.gate,
-        rule_options=build.rule_options(rules, cfg),
+        options=build.changed_options(rules, cfg),
     )
     return checkpoint.resolve().parent / below
 

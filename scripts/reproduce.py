@@ -242,7 +242,7 @@ class ScoringPlan:
             cfg.protocol.rules = OmegaConf.load(CONFIGS / "protocol" / f"{protocol}.yaml").rules
             options = build.rule_options(self.rules, cfg)
             for name, changed, overrides in variants:
-                folder = results_folder(self.checkpoint, results, threshold=at, rule_options=options, **changed)
+                folder = results_folder(self.checkpoint, results, threshold=at, options=options, **changed)
                 yield protocol + name, str(folder), [f"protocol={protocol}", *overrides]
 
     def missing(self, run: Run) -> list[tuple[str, str, list[str]]]:
@@ -306,7 +306,8 @@ def check_data(runs: Sequence[Run]) -> None:
     for cfg in found.values():
         splits = {actual: name for name, actual in cfg.dataset.splits.items()}  # two names may be the same split
         for split in splits.values():
-            build.dataset(cfg, split).verify(progress=sys.stderr.isatty())
+            sample = 32 if split == "train" else None  # damaged images that are scored would stop a run at its end
+            build.dataset(cfg, split).verify(progress=sys.stderr.isatty(), sample=sample)
 
 
 def execute(runs: Sequence[Run], plan: ScoringPlan, args: argparse.Namespace) -> tuple[dict[Run, str], dict[Run, str]]:

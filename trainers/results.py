@@ -95,18 +95,18 @@ def results_folder(
     per_class: bool = False,
     focal_corrected: bool = False,
     gate: float | str = 0.5,
-    rule_options: Mapping[str, Mapping[str, Any]] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Return the folder of results below that of a run, different for every variant and every checkpoint.
 
     ``results`` is the folder of the protocol. Results of ``best_model.pth`` are in it, those of ``last.pth`` in its
     ``of_last``. The options that change the masks name a further sub-folder, such as ``calibrated_gate_fit``.
-    ``per_class``: each class has its own temperature and bias. ``rule_options`` are the options of rules that differ
-    from their files: ``{"T_fit": {"per_class": True}}`` names the sub-folder ``T_fit_per_class_true``.
+    ``per_class``: each class has its own temperature and bias. ``options`` are those of rules and of the protocol that
+    differ from their files: ``{"T_fit": {"per_class": True}}`` names the sub-folder ``T_fit_per_class_true``.
     """
-    options = [
-        re.sub(r"[^\w.+-]+", "-", f"{rule}_{key}_{value if isinstance(value, str) else json.dumps(value)}")
-        for rule, changed in (rule_options or {}).items()
+    changes = [
+        re.sub(r"[^\w.+-]+", "-", f"{owner}_{key}_{value if isinstance(value, str) else json.dumps(value)}")
+        for owner, changed in (options or {}).items()
         for key, value in changed.items()
     ]
     variants = {
@@ -114,7 +114,7 @@ def results_folder(
         "calibrated_class" if per_class else "calibrated": calibrated,
         f"threshold_{threshold:g}": threshold != 0.5,
         f"gate_{gate}": gate != 0.5,
-        **dict.fromkeys(options, True),
+        **dict.fromkeys(changes, True),
     }
     variant = "_".join(name for name, here in variants.items() if here)
     stem = Path(checkpoint).stem

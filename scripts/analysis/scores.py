@@ -94,9 +94,10 @@ def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
     unknown = {image for image, _ in counts} - set(record["images"])
     if unknown:
         raise UserError(f"{table}: image {min(unknown)} is not in the record. Fix: score again.")
+    halved = bool((record.get("options") or {}).get("protocol", {}).get("legacy_bce_iou"))
     means = {}
     for metric in ("dice", "iou"):
-        found = fractions(counts, metric, PAPER_EPSILON if paper else 0.0, bool(record.get("legacy_bce_iou")))
+        found = fractions(counts, metric, PAPER_EPSILON if paper else 0.0, halved)
         value = mean(mean_by_key((image, one) for (image, _), one in found.items()).values())
         means[f"mean_{metric}"] = round(value, 3) if paper else value
     return means
@@ -105,7 +106,8 @@ def scores_from_counts(table: Path, record: dict[str, Any]) -> dict[str, float]:
 def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
     """Return how a record differs from the default, as "WORD: REASON; ...", or "".
 
-    The default is best_model.pth, without calibration, gate 0.5, threshold 0.5, and the options of the rules' files.
+    The default is best_model.pth, without calibration, gate 0.5, threshold 0.5, and the options in the files of rules
+    and protocol.
     """
     parts, temperature = [], record.get("temperature")
     others = [name.removeprefix("of_") for name in folders if name.startswith("of_")]
@@ -125,9 +127,9 @@ def variant_of(record: dict[str, Any], folders: tuple[str, ...] = ()) -> str:
         parts.append(f"gate {record['gate']}: ranking rules {effect.get(record['gate'], 'are gated')}")
     if record.get("threshold") not in (None, 0.5):
         parts.append(f"T at {record['threshold']:g}: another threshold of T")
-    for rule, options in (record.get("rule_options") or {}).items():
+    for name, options in (record.get("options") or {}).items():
         values = " ".join(f"{key}={value}" for key, value in options.items())
-        parts.append(f"{rule} {values}: other options of {rule} than those of its file")
+        parts.append(f"{name} {values}: other options of {name} than those of its file")
     return "; ".join(parts)
 
 

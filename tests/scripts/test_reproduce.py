@@ -72,7 +72,7 @@ def score(checkpoint: Path, rules: list[str], overrides: list[str]) -> None:
         threshold=build.threshold(OmegaConf.create(OmegaConf.load(checkpoint.parent / "config.yaml"))),
         calibrated="temperature=fit" in overrides,
         focal_corrected="correct_focal=true" in overrides,
-        rule_options=build.rule_options(rules, OmegaConf.create(OmegaConf.load(checkpoint.parent / "config.yaml"))),
+        options=build.rule_options(rules, OmegaConf.create(OmegaConf.load(checkpoint.parent / "config.yaml"))),
     )
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from datasets.base import spread
+from scripts.analysis.scores import scores_from_counts
 from tests.trainers.forked import ROOT, begin
 from tests.trees import make_folder
 
@@ -221,12 +222,25 @@ def test_options_of_a_rule_have_a_folder_and_rows_of_their_own(trained: Path, ru
     folders = ("", "T_fit_per_class_true")
     usual, other = (json.loads((run / "results" / name / "T_fit.json").read_text()) for name in folders)
     assert type(usual["fitted"]["at"]) is float and len(other["fitted"]["at"]) == len(other["classes"])
-    assert "rule_options" not in usual and other["rule_options"] == {"T_fit": {"per_class": True}}
+    assert "options" not in usual and other["options"] == {"T_fit": {"per_class": True}}
     assert usual["config_hash"] != other["config_hash"]
     same = json.loads((run / "results" / "T.json").read_text())
     assert same["config_hash"] == usual["config_hash"]
     table = call("scripts/paper_tables.py", "--saved", str(trained), cwd=trained).stdout
     assert "| CE, T_fit per_class=True<sup>" in table, table
+
+
+def test_a_fault_of_the_protocol_has_a_folder_of_its_own_and_is_in_the_record(trained: Path, run: Path) -> None:
+    score = ("test.py", "-r", str(run / "best_model.pth"), "-p", "T", "protocol=paper")
+    call(*score, cwd=trained)
+    call(*score, "protocol.legacy_bce_iou=true", cwd=trained)
+    tables = [run / "results" / "paper" / name / "T.csv" for name in ("", "protocol_legacy_bce_iou_true")]
+    usual, halved = (json.loads(path.with_suffix(".json").read_text()) for path in tables)
+    assert usual["config_hash"] != halved["config_hash"]
+    assert halved["scores"]["mean_iou"] == pytest.approx(halved["scores"]["mean_dice"] / 2, abs=1e-3)
+    for path, record in zip(tables, (usual, halved), strict=True):  # as `paper_tables.py --verify` computes them
+        again = scores_from_counts(path, record)
+        assert again == pytest.approx({key: record["scores"][key] for key in again}, abs=1e-9)
 
 
 def test_the_rule_of_an_override_is_scored(run: Path, tmp_path: Path) -> None:

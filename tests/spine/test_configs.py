@@ -235,6 +235,16 @@ def test_options_of_a_rule_that_differ_from_its_file() -> None:
     assert options(*paper, rules=("rankdice",)) == {"rankdice_paper": {"app": 1}}
 
 
+def test_options_of_a_protocol_that_differ_from_its_file() -> None:
+    def options(*overrides: str) -> dict[str, dict[str, object]]:
+        return build.changed_options(["T"], stored.unpack({"choices": CHOICES, "values": {}}, overrides))
+
+    assert options() == options("protocol=paper") == options("protocol.results=elsewhere") == {}
+    halved = ("protocol=paper", "protocol.legacy_bce_iou=true")
+    assert options(*halved) == {"protocol": {"legacy_bce_iou": True}}
+    assert options("protocol.void=counted", "predictor=T_fit") == {"protocol": {"void": "counted"}}
+
+
 def test_what_is_not_a_stored_configuration_is_named() -> None:
     packed = {"choices": {"model": "tiny"}, "values": {}}
     for wrong in ({"choices": ["model"]}, {"values": ["model"]}):
