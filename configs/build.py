@@ -128,8 +128,12 @@ def changed_options(names: Iterable[str], cfg: DictConfig) -> dict[str, dict[str
 
 
 def _changed_options(group: str, cfg: DictConfig) -> dict[str, Any]:
-    """Return the options of a group that differ from its file, which may hold references."""
-    usual: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{cfg[group].name}.yaml"))
+    """Return the options of a group that differ from the file with its name; empty if no file has this name."""
+    files: Any = (OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((CONFIGS / group).glob("*.yaml")))
+    usual = next((file for file in files if file.get("name") == cfg[group].name), None)
+    if usual is None:  # results with another name are not mixed with those of a file
+        return {}
+    # The file may hold references, so references are compared.
     stated: Any = OmegaConf.to_container(cfg[group])
     values: Any = OmegaConf.to_container(cfg[group], resolve=True)
     return {key: values[key] for key in stated if (key, stated[key]) not in usual.items()}

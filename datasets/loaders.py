@@ -113,6 +113,12 @@ class Loader:
         on_error: str = "raise",  # or "skip" images that cannot be read, and list them in `skipped`
         timeout: float = 300,  # seconds until a worker counts as frozen; 0 waits for ever
     ) -> None:
+        if batch_size < 1 or num_workers < 0:
+            raise UserError(f"batch_size={batch_size}, num_workers={num_workers} are invalid: expected >= 1 and >= 0")
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank={rank} is invalid: expected 0..{world_size - 1}")
+        if on_error not in ("raise", "skip"):
+            raise UserError(f"on_error={on_error!r} is invalid: expected raise or skip")
         self.dataset, self.transform, self.batch_size, self.seed = dataset, transform, batch_size, seed
         self.rank, self.world_size, self.on_error, self.timeout = rank, world_size, on_error, timeout
         self.num_workers, self.pin_memory = num_workers, pin_memory

@@ -41,8 +41,13 @@ def require_pair(image: Tensor, mask: Tensor) -> None:
 
 
 def as_size(size: Size) -> tuple[int, int]:
-    """Return (height, width) of a size: the side of a square, or a pair."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    """Return (height, width) of a size: the side of a square, or a pair. Raises UserError for anything else."""
+    pair = (size, size) if isinstance(size, int) else size
+    if isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(k, int) and k > 0 for k in pair):
+        return pair[0], pair[1]
+    raise UserError(
+        f"size={size} is invalid: expected an integer >= 1 or [height, width] (dataset.crop, dataset.resize)"
+    )
 
 
 def resize_to(shape: Sequence[int], size: Size) -> list[int]:
@@ -111,8 +116,14 @@ class TrainTransform:
         flip: float = 0.5,  # the probability of a mirror image
         label_fill: int = 255,  # label of corners and padding: void. The paper's code used 0, the background
     ) -> None:
+        if not (isinstance(rotate, int) and 0 <= rotate <= 180):
+            raise UserError(f"rotate={rotate} is invalid: expected whole degrees, 0 to 180")
+        if not 0 <= flip <= 1:
+            raise UserError(f"flip={flip} is invalid: expected a probability, 0 to 1")
         self.normalise = partial(normalise, mean=mean, std=std)
         self.crop = None if crop is None else as_size(crop)
+        if resize is not None:
+            as_size(resize)
         self.resize, self.rotate, self.flip, self.label_fill = resize, rotate, flip, label_fill
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +181,8 @@ class EvalTransform:
             )
         self.normalise = partial(normalise, mean=mean, std=std)
         self.resize, self.crop, self.legacy = resize, crop, legacy
+        if resize is not None:
+            as_size(resize)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         require_pair(image, mask)

@@ -194,7 +194,7 @@ def call(arguments: Sequence[str], log: Path, threads: int | None, tick: Callabl
 
 
 def _stop_with_parent() -> None:
-    """Ask Linux to send this process SIGTERM when its parent dies (PR_SET_PDEATHSIG), so that no training goes on."""
+    """Ask Linux to send this process SIGTERM when its parent dies (PR_SET_PDEATHSIG), which ends its training."""
     _libc.prctl(1, signal.SIGTERM)  # type: ignore[union-attr]
 
 

@@ -132,12 +132,13 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove every checkpoint, to start over."""
-        for path in (self.last, self.previous, self.best, *self.epochs()):
+        for path in (self.last, self.folder / "next.pth", self.previous, self.best, *self.epochs()):
             path.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:
         """Read the newest checkpoint that training can resume from, or return None; damaged ones are reported."""
-        for path in (self.last, self.previous, *self.epochs()):
+        # next.pth: a run that was killed before version 0.2 may have left it.
+        for path in (self.last, self.folder / "next.pth", self.previous, *self.epochs()):
             if not path.exists():
                 continue
             try:

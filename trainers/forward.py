@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.errors import TrainingError, UserError
+from configs.errors import ConfigError, TrainingError, UserError
 from rankseg.calibration import Calibration, focal_correction
 from trainers.distributed import World, gather_objects
 from trainers.losses import Link, link_probs
@@ -125,6 +125,8 @@ def logits_of(
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which a network computes in ``fp32``, ``bf16`` or ``fp16``."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={precision} is invalid: expected one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 

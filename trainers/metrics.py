@@ -135,6 +135,8 @@ class Scoring:
     legacy_soft_dice_void: bool = False  # another: void gets the smallest class of the batch; needs void="counted"
 
     def __post_init__(self) -> None:
+        if self.void not in ("masked", "counted"):
+            raise ConfigError(f"protocol.void={self.void} is invalid: expected masked or counted")
         if self.legacy_soft_dice_void and self.void == "masked":
             raise ConfigError(
                 "protocol.legacy_soft_dice_void=true contradicts protocol.void=masked, which leaves void out. "

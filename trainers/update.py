@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from configs.errors import TrainingError, as_training_error
+from configs.errors import ConfigError, TrainingError, as_training_error
 from trainers.distributed import World, gather_objects, sum_over_ranks, unwrap
 from trainers.forward import autocast
 
@@ -35,6 +35,9 @@ class Update:
     second_forward: bool = False
 
     def __post_init__(self) -> None:
+        autocast(self.world.device, self.precision)  # rejects an unknown precision
+        if self.accumulate < 1:
+            raise ConfigError(f"trainer.accumulate={self.accumulate} is invalid: expected an integer >= 1")
         self.memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.precision == "fp16")
 

@@ -460,6 +460,9 @@ def test_images_of_unlike_sizes_cannot_be_trained_on_without_a_crop():
 
 
 def test_invalid_arguments_are_rejected():
+    for arguments in ({"batch_size": 0}, {"num_workers": -1}, {"rank": 2, "world_size": 2}, {"on_error": "ignore"}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            eval_loader(numbered(), **arguments)
     with pytest.raises(ValueError, match="last batch of 1 for 2 processes"):
         train_loader(numbered(9), world_size=2)
     with pytest.raises(ValueError, match="drop_last"):

@@ -161,5 +161,12 @@ def test_plain_tensors_are_rejected():
 
 
 def test_invalid_settings_are_rejected():
+    for arguments, message in (({"rotate": 2.5}, "whole degrees"), ({"flip": 1.5}, "probability")):
+        with pytest.raises(ValueError, match=message):
+            TrainTransform(*PLAIN, **arguments)
+    for size in ("abc", 0, 2.5, (1, 2, 3), (8, "b")):
+        for transform, name in ((TrainTransform, "crop"), (TrainTransform, "resize"), (EvalTransform, "resize")):
+            with pytest.raises(ValueError, match=r"size=.* is invalid: expected .*\[height, width\]"):
+                transform(*PLAIN, **{name: size})
     with pytest.raises(ValueError, match=r"dataset\.eval_crop"):
         EvalTransform(*PLAIN, legacy=True)

@@ -317,7 +317,7 @@ def test_paper_protocol_reads_its_own_folder(results, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nowhere"], ["{}", "--rule", "maxx"], ["{}", "--confidence", "95"], ["{}", "--resamples", "-1"]],
+    [["absent"], ["{}", "--rule", "maxx"], ["{}", "--confidence", "95"], ["{}", "--resamples", "-1"]],
 )
 def test_bad_input_is_one_line_and_exit_code_two(results, capsys, arguments):
     assert exit_code(main, [a.format(results) for a in arguments]) == 2
@@ -330,7 +330,7 @@ def test_a_folder_without_scores_has_a_remedy_that_works(results, tmp_path, caps
         assert exit_code(main, [str(path), *more]) == 2
         return capsys.readouterr().err
 
-    assert f"{tmp_path}/nowhere does not exist" in error(tmp_path / "nowhere")
+    assert f"{tmp_path}/absent does not exist" in error(tmp_path / "absent")
     (tmp_path / "tables.csv").write_text("a table of paper_tables.py\n")
     assert f"Fix: give one run, such as {results.parent}." in error(tmp_path)  # a folder of runs
     (tmp_path / "bare" / "results").mkdir(parents=True)

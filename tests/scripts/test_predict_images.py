@@ -318,7 +318,7 @@ def test_other_things_in_a_folder_do_not_stop_its_images(
     (folder / "empty.png").touch()
     (folder / "folder.png").mkdir()
     (folder / "loop.png").symlink_to("loop.png")
-    (folder / "nowhere.png").symlink_to("absent.png")
+    (folder / "broken.png").symlink_to("absent.png")
     (folder / "circle").symlink_to(".")
     os.mkfifo(folder / "pipe.png")
     assert main(["-r", str(checkpoint), str(folder), "--out", str(tmp_path / "out"), "--quiet"]) == 1
@@ -329,7 +329,7 @@ def test_other_things_in_a_folder_do_not_stop_its_images(
         "pipe.png is not a regular file",
         "empty.png is not an image",
         "loop.png cannot be opened",
-        "nowhere.png is missing: it is a link to absent.png. Fix: restore that file, or remove the link",
+        "broken.png is missing: it is a link to absent.png. Fix: restore that file, or remove the link",
     ):
         assert fault in said.err
     assert said.err.count("error: ") == 5 and len(list((tmp_path / "out").glob("*.png"))) == 4

@@ -243,6 +243,7 @@ def test_options_of_a_protocol_that_differ_from_its_file() -> None:
     halved = ("protocol=paper", "protocol.legacy_bce_iou=true")
     assert options(*halved) == {"protocol": {"legacy_bce_iou": True}}
     assert options("protocol.void=counted", "predictor=T_fit") == {"protocol": {"void": "counted"}}
+    assert options("protocol.name=mine", "protocol.void=counted") == {}  # another name marks the results
 
 
 def test_what_is_not_a_stored_configuration_is_named() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from models import read_checkpoint
 from tests.trainers.forked import run_dir, start, train, wait_for
-from trainers.checkpoint import Checkpoints, epoch_of
+from trainers.checkpoint import Checkpoints, epoch_of, save
 
 
 def payload(number: int) -> dict[str, Any]:
@@ -42,6 +42,15 @@ def test_the_newest_whole_one_is_found(tmp_path: Path, capsys: pytest.CaptureFix
     these.previous.write_bytes(b"")
     these.save_epoch(payload(1))
     assert number(these.newest()) == 1
+
+
+def test_what_an_older_version_left_is_found(tmp_path: Path) -> None:
+    """It renamed last.pth away before the next one took its place, and could be killed in between."""
+    these = manage(tmp_path)
+    these.save_last(payload(1))
+    save(payload(2), tmp_path / "next.pth")
+    os.replace(these.last, these.previous)
+    assert number(these.newest()) == 2
 
 
 def test_there_is_always_a_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,8 @@ def test_bad_input_is_rejected() -> None:
         scoring.encode(labels.masked_fill(labels == 1, -1))
     with pytest.raises(TypeError, match="float32"):
         scoring.encode(labels.float())
+    with pytest.raises(ConfigError, match=r"protocol\.void=dropped"):
+        Scoring(4, (), void="dropped")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="legacy_soft_dice_void"):
         Scoring(4, (), legacy_soft_dice_void=True)
     with pytest.raises(TypeError, match=r"masks are .*float32"):

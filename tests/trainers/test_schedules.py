@@ -62,3 +62,10 @@ def test_factors_are_in_the_unit_interval_and_need_no_history(schedule: Schedule
     forward = rates(schedule, 17)
     assert all(0 <= factor <= 1 for factor in forward)
     assert [schedule(step, 17) for step in range(17, 0, -1)] == forward[::-1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("step", [0, -1, 6])
+def test_a_step_outside_the_run_is_rejected(schedule: Schedule, step: int) -> None:
+    with pytest.raises(ValueError, match=f"step is {step} of 5"):
+        schedule(step, 5)

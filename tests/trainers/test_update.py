@@ -222,3 +222,9 @@ def test_compiled_computes_the_same() -> None:
         losses = [update(batch(seed=seed)) for update in updates]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"accumulate": 0}])
+def test_unknown_options_are_rejected(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"trainer.{next(iter(options))}=.*expected"):
+        make(network(), **options)
